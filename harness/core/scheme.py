@@ -1,0 +1,112 @@
+"""Numeric formats: how many bits, which grid, who shares a scale. Numbers only, no algorithm."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Granularity = Literal["tensor", "channel", "group"]
+ScaleDtype = Literal["float16", "bfloat16", "float32"]
+SCALE_BITS: dict[ScaleDtype, int] = {"float16": 16, "bfloat16": 16, "float32": 32}
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntFormat:
+    """Integer codes 0 .. 2^bits - 1 on a uniform grid: value = (code - zero_point) * scale.
+
+    `grid` and `zero_point` decide how scale and zero point follow from the range of values; see
+    `harness.core.grid`. `grid` is used by symmetric formats alone, `zero_point` by asymmetric ones.
+    """
+
+    bits: int
+    symmetric: bool = False
+    grid: Literal["full", "narrow"] = "full"
+    zero_point: Literal["integer", "float"] = "integer"
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} is out of range; expected 2 to 8")
+
+    @property
+    def max_code(self) -> int:
+        return (1 << self.bits) - 1
+
+    @property
+    def mid_code(self) -> int:
+        """The fixed zero point of a symmetric format."""
+        return 1 << (self.bits - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat(IntFormat):
+    """Format of one weight (N out, K in).
+
+    `group_size` consecutive inputs of one output row share a scale, -1 is the whole row; it is read
+    for granularity `group` alone. Scales are stored as `scale_dtype`, integer zero points in `bits` bits.
+    """
+
+    granularity: Granularity = "channel"
+    group_size: int = -1
+    scale_dtype: ScaleDtype = "float16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.group_size != -1 and self.group_size < 1:
+            raise ValueError(f"group_size={self.group_size} is out of range; expected a positive number, or -1")
+        if self.granularity != "group" and self.group_size != -1:
+            raise ValueError(
+                f"group_size={self.group_size} has no use with granularity={self.granularity}; "
+                "set granularity=group, or group_size=-1"
+            )
+
+    def groups(self, shape: tuple[int, int]) -> tuple[int, int]:
+        """Shape of `scale` for a weight of shape (N, K): (1, 1), (N, 1) or (N, G).
+
+        Raises: ValueError if `group_size` does not divide K.
+        """
+        out_features, in_features = shape
+        if self.granularity == "tensor":
+            return 1, 1
+        size = in_features if self.group_size == -1 else self.group_size
+        if in_features % size:
+            raise ValueError(
+                f"scheme.weight.group_size={size} does not divide in_features={in_features}; use a divisor, or -1"
+            )
+        return out_features, in_features // size
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        """The analytic figure: code, scale and zero point bits of a weight (N, K), over N K."""
+        rows, columns = self.groups(shape)
+        per_group = SCALE_BITS[self.scale_dtype]
+        if not self.symmetric:
+            per_group += self.bits if self.zero_point == "integer" else SCALE_BITS[self.scale_dtype]
+        return self.bits + rows * columns * per_group / (shape[0] * shape[1])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ActivationFormat(IntFormat):
+    """Format of a linear's input: a scale a token or a sequence, found anew (`dynamic`) or calibrated.
+
+    Granularity `tensor` and `dynamic` shares one scale over all tokens of a sequence, never over the
+    sequences of a batch, so that a result does not depend on the batch size.
+    """
+
+    granularity: Literal["token", "tensor"] = "token"
+    dynamic: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.granularity == "token" and not self.dynamic:
+            raise ValueError(
+                "dynamic=False has no meaning with granularity=token, whose ranges are known at run time alone; "
+                "use granularity=tensor, or dynamic=true"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scheme:
+    """A weight format and, where inputs are quantized too, an activation format. `name` labels its rows."""
+
+    name: str
+    weight: WeightFormat
+    activation: ActivationFormat | None = None

@@ -1,0 +1,8 @@
+"""`python -m harness`: see README.md."""
+
+import sys
+
+from harness.run import main
+
+if __name__ == "__main__":
+    sys.exit(main())

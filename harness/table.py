@@ -1,0 +1,257 @@
+"""Records to a pandas table: each figure with its ratio to the float baseline; as Markdown, CSV or Parquet.
+
+    python -m harness.table [runs=FOLDER] [format=md|csv|parquet] [output=FILE] [into=README.md]
+
+`into` replaces what stands between the two table marks of a Markdown file.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from harness.record import Record, read
+
+MARKS = ("<!-- table:begin -->", "<!-- table:end -->")
+FORMATS = ("md", "csv", "parquet")
+DEFAULTS = {"runs": "results/runs", "format": "md", "output": "", "into": ""}
+
+_METRICS = (
+    "perplexity",
+    "nll",
+    "bits_per_weight",
+    "model_size_mib",
+    "peak_memory_mib",
+    "prefill_ms_p50",
+    "prefill_ms_p10",
+    "prefill_ms_p90",
+    "prefill_speedup",
+    "decode_ms_p50",
+    "decode_ms_p10",
+    "decode_ms_p90",
+    "decode_speedup",
+    "quantize_s",
+)
+_RATIOS = ("perplexity", "model_size_mib", "peak_memory_mib")  # speedups are ratios already, measured in pairs
+_DTYPES = ("float64", "float32", "float16", "bfloat16")
+
+# Shown columns: heading, value, its ratio, digits of each.
+_SHOWN = (
+    ("perplexity", "perplexity", "perplexity_ratio", ".2f"),
+    ("bits/weight", "bits_per_weight", None, ".3f"),
+    ("size MiB", "model_size_mib", "model_size_mib_ratio", ".1f"),
+    ("peak MiB", "peak_memory_mib", "peak_memory_mib_ratio", ".0f"),
+    ("prefill ms", "prefill_ms_p50", "prefill_speedup", ".0f"),
+    ("decode ms", "decode_ms_p50", "decode_speedup", ".1f"),
+    ("quantize s", "quantize_s", None, ".1f"),
+)
+
+
+def load(folder: Path) -> list[Record]:
+    """All records of a folder; a file that is none is named on stderr and left out.
+
+    Raises: ValueError if there is no such folder.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"runs={folder} is no folder; expected one with records, such as results/reference")
+    records = []
+    for path in sorted(folder.glob("*.json")):
+        try:
+            records.append(read(path))
+        except ValueError as error:
+            sys.stderr.write(f"warning: {error}; left out\n")
+    return records
+
+
+def label(record: Record) -> str:
+    """A run in a few words: model, method, format."""
+    row = _row(record)
+    parts = [row["model"], row["method"], row["scheme"], f"bits={row['bits']}" if row["bits"] else "", row["dtype"]]
+    return " ".join(str(part) for part in parts if part)
+
+
+def to_frame(records: Sequence[Record]) -> pd.DataFrame:
+    """One row a run, sorted, with `<metric>_ratio` to the float baseline of the same model, text and device.
+
+    The baseline is the run of method none in the row's `baseline_dtype`; where it is absent, so is the ratio.
+    """
+    frame = pd.DataFrame([_row(record) for record in records], columns=_columns()).drop_duplicates("run_id")
+    frame = frame.astype(dict.fromkeys([*_METRICS, "bits"], "float64"))
+    baselines = frame[(frame["method"] == "none") & (frame["dtype"] == frame["baseline_dtype"])]
+    keys = ["fingerprint", "tokens_sha256", "seq_len", "device", "baseline_dtype"]
+    matched = frame[keys].merge(baselines.drop_duplicates(keys), on=keys, how="left")
+    for name in _RATIOS:
+        frame[f"{name}_ratio"] = frame[name].to_numpy() / matched[name].to_numpy()
+    order = frame.assign(
+        floats=frame["method"] != "none",
+        width=-frame["bits"].fillna(0),
+        rank=frame["dtype"].map({name: i for i, name in enumerate(_DTYPES)}),
+    )
+    by = ["model", "data", "seq_len", "floats", "method", "scheme", "width", "rank", "run_id"]
+    return frame.loc[order.sort_values(by, kind="stable").index].reset_index(drop=True)
+
+
+def display(frame: pd.DataFrame) -> pd.DataFrame:
+    """The table as people read it: text cells, "value (ratio)", columns that hold one value for all rows left out."""
+    out = pd.DataFrame(index=frame.index)
+    for name in ("model", "data", "windows", "method", "scheme", "bits", "dtype", "execution", "device"):
+        if name in ("method", "scheme", "bits", "execution") or frame[name].nunique(dropna=False) > 1:
+            out[name] = [_text(value) for value in frame[name]]
+    for heading, value, ratio, digits in _SHOWN:
+        out[heading] = [_figure(row, value, ratio, digits) for _, row in frame.iterrows()]
+    if (frame["status"] == "failed").any():
+        out["status"] = frame["status"]
+    return out
+
+
+def to_markdown(frame: pd.DataFrame) -> str:
+    """The shown table in Markdown, what all rows share above it and failures below it."""
+    lines = [_shared(frame), "", display(frame).to_markdown(index=False, disable_numparse=True), ""]
+    return "\n".join(lines + _failures(frame))
+
+
+def show(frame: pd.DataFrame) -> None:
+    """Print the table: drawn on a terminal, Markdown elsewhere."""
+    console = Console()
+    if not console.is_terminal:
+        sys.stdout.write(to_markdown(frame) + "\n")
+        return
+    shown = display(frame)
+    drawn = Table(title=_shared(frame))
+    for name in shown.columns:
+        drawn.add_column(name, justify="left" if name in ("model", "data", "method", "scheme") else "right")
+    for cells in shown.itertuples(index=False):
+        drawn.add_row(*cells)
+    console.print(drawn)
+    for line in _failures(frame):
+        console.print(line, markup=False)
+
+
+def write_into(path: Path, markdown: str) -> None:
+    """Replace what stands between the table marks of a Markdown file.
+
+    Raises: ValueError if the file lacks the marks.
+    """
+    text = path.read_text() if path.is_file() else ""
+    if any(mark not in text for mark in MARKS):
+        raise ValueError(f"into={path} lacks the lines {MARKS[0]} and {MARKS[1]}; add them where the table belongs")
+    head, _, rest = text.partition(MARKS[0])
+    tail = rest.partition(MARKS[1])[2]
+    path.write_text(f"{head}{MARKS[0]}\n{markdown.strip()}\n{MARKS[1]}{tail}")
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The command line; 0, or 1 with one line on stderr."""
+    try:
+        options = _options(arguments)
+        frame = to_frame(load(Path(options["runs"])))
+        if frame.empty:
+            raise ValueError(f"runs={options['runs']} holds no records; run `make bench`, or name another folder")
+        _emit(frame, options)
+    except (ValueError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
+
+
+def _emit(frame: pd.DataFrame, options: dict[str, str]) -> None:
+    if options["into"]:
+        write_into(Path(options["into"]), to_markdown(frame))
+    elif options["format"] == "parquet":
+        target = Path(options["output"] or Path(options["runs"]) / "table.parquet")
+        frame.to_parquet(target, index=False)
+        sys.stdout.write(f"{target}\n")
+    elif options["output"]:
+        text = frame.to_csv(index=False) if options["format"] == "csv" else to_markdown(frame)
+        Path(options["output"]).write_text(text)
+    elif options["format"] == "csv":
+        sys.stdout.write(frame.to_csv(index=False))
+    else:
+        show(frame)
+
+
+def _options(arguments: Sequence[str]) -> dict[str, str]:
+    options = dict(DEFAULTS)
+    for argument in arguments:
+        key, _, value = argument.partition("=")
+        if key not in options or not value:
+            raise ValueError(f"{argument} is unknown; expected KEY=VALUE with a key of {', '.join(options)}")
+        options[key] = value
+    if options["format"] not in FORMATS:
+        raise ValueError(f"format={options['format']} is unknown; expected one of: {', '.join(FORMATS)}")
+    return options
+
+
+def _columns() -> list[str]:
+    described = ["run_id", "status", "model", "method", "scheme", "bits", "dtype", "baseline_dtype", "execution"]
+    placed = ["device", "data", "protocol", "windows", "seq_len", "seed", "fingerprint", "tokens_sha256", "commit"]
+    return [*described, *placed, *_METRICS, "error"]
+
+
+def _row(record: Record) -> dict[str, Any]:
+    config, stream = record.config, record.data.get("evaluation", {})
+    steps = config.get("method") or {}
+    scheme = (config.get("scheme") or {}) if steps else {}
+    row: dict[str, Any] = {name: record.metrics.get(name) for name in _METRICS}
+    return row | {
+        "run_id": record.run_id,
+        "status": record.status,
+        "error": record.error,
+        "model": (config.get("model") or {}).get("name"),
+        "method": "+".join(steps) or "none",
+        "scheme": scheme.get("name"),
+        "bits": (scheme.get("weight") or {}).get("bits"),
+        "dtype": record.execution.get("dtype"),
+        "baseline_dtype": record.execution.get("baseline_dtype"),
+        "execution": record.execution.get("mode"),
+        "device": record.execution.get("device"),
+        "data": stream.get("source") or (config.get("data") or {}).get("source"),
+        "protocol": record.data.get("protocol"),
+        "windows": stream.get("num_windows"),
+        "seq_len": stream.get("seq_len"),
+        "seed": config.get("seed"),
+        "fingerprint": record.model.get("fingerprint"),
+        "tokens_sha256": stream.get("tokens_sha256"),
+        "commit": record.environment.get("commit"),
+    }
+
+
+def _shared(frame: pd.DataFrame) -> str:
+    """What is the same in all rows, in one line."""
+    parts = []
+    for name in ("model", "data", "protocol", "windows", "dtype", "device"):
+        values = frame[name].dropna().unique()
+        if len(values) == 1:
+            parts.append(f"{name} {_text(values[0])}")
+    ratio = "in brackets: ratio to the float baseline (times: how many times as fast)"
+    return f"{', '.join(parts)}; {ratio}" if parts else ratio
+
+
+def _failures(frame: pd.DataFrame) -> list[str]:
+    failed = frame[frame["status"] == "failed"]
+    return [f"failed {row['run_id']}: {row['error']}" for _, row in failed.iterrows()]
+
+
+def _figure(row: pd.Series[Any], value: str, ratio: str | None, digits: str) -> str:
+    if pd.isna(row[value]):
+        return "-"
+    number = format(row[value], digits if row[value] < 1e4 else ".3g")
+    if ratio is None or pd.isna(row[ratio]):
+        return number
+    return f"{number} ({row[ratio]:.3g}x)"
+
+
+def _text(value: Any) -> str:
+    if value is None or pd.isna(value):
+        return "-"
+    return str(int(value)) if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import inspect
 import types
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from hydra.utils import get_class
 
 from harness.core.method import Method, overrides
 from harness.core.scheme import Scheme
+from harness.errors import choices
 
 T = TypeVar("T")
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
@@ -150,14 +150,13 @@ def build_run(cfg: Mapping[str, Any]) -> RunConfig:
     """
     rest = {key: value for key, value in cfg.items() if key not in ("bits", "scheme", "method", "experiment")}
     steps = build_steps(cfg["method"])
-    checked_scheme = build(Scheme, cfg["scheme"], "scheme")
+    scheme = build(Scheme, cfg["scheme"], "scheme") if steps else None
     warnings: tuple[str, ...] = ()
-    if steps and cfg["bits"] != checked_scheme.weight.bits:
+    if scheme and cfg["bits"] != scheme.weight.bits:
         warnings = (
-            f"bits={cfg['bits']} is not used: scheme.weight.bits={checked_scheme.weight.bits} "
-            f"of scheme={checked_scheme.name} is",
+            f"bits={cfg['bits']} is not used: scheme.weight.bits={scheme.weight.bits} of scheme={scheme.name} is",
         )
-    extra = {"scheme": checked_scheme if steps else None, "steps": steps, "warnings": warnings}
+    extra = {"scheme": scheme, "steps": steps, "warnings": warnings}
     return build(RunConfig, rest, "", extra)
 
 
@@ -205,7 +204,7 @@ def build(cls: type[T], values: Mapping[str, Any], key: str, extra: Mapping[str,
     names = [item.name for item in dataclasses.fields(cls) if item.name not in (extra or {})]  # type: ignore[arg-type]
     for name in values:
         if name not in names:
-            raise ValueError(f"{prefix}{name}={values[name]!r} is an unknown key; {_choices(str(name), names)}")
+            raise ValueError(f"{prefix}{name}={values[name]!r} is an unknown key; {choices(str(name), names)}")
     missing = [
         item.name
         for item in dataclasses.fields(cls)  # type: ignore[arg-type]
@@ -239,9 +238,7 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return _convert(value, inner, key)
     if origin is Literal:
         if value not in get_args(hint) or isinstance(value, bool) != isinstance(get_args(hint)[0], bool):
-            raise ValueError(
-                f"{key}={value!r} is unknown; {_choices(str(value), [str(arg) for arg in get_args(hint)])}"
-            )
+            raise ValueError(f"{key}={value!r} is unknown; {choices(str(value), [str(arg) for arg in get_args(hint)])}")
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, key)
@@ -262,12 +259,6 @@ def _convert_scalar(value: Any, hint: type, key: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{key}={value!r} has type {type(value).__name__}; expected {hint.__name__}")
     return value
-
-
-def _choices(word: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, names, n=1)
-    hint = f"did you mean {close[0]}? " if close else ""
-    return f"{hint}expected one of: {', '.join(names) or 'no keys at all'}"
 
 
 def _at_least(key: str, value: int, low: int) -> None:

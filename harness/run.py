@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import gc
 import os
 import sys
@@ -15,15 +14,16 @@ from typing import Any, TypeVar, cast
 
 import hydra
 import torch
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness import data, engine, evaluate, linear, measure, models, record, sweeper, table, text
+from harness import data, engine, evaluate, linear, measure, models, record, table, text
 from harness.config import RunConfig, build_run, method_source
+from harness.errors import one_line
 
 T = TypeVar("T")
 Json = dict[str, Any]
@@ -95,7 +95,7 @@ def execute(raw: Json, traceback: bool = False) -> tuple[record.Record, bool]:
         torch.manual_seed(cfg.seed)
         run(cfg, found)
     except Exception as error:  # a sweep goes on: whatever went wrong is this run's result
-        found.status, found.error = "failed", _one_line(error)
+        found.status, found.error = "failed", one_line(error)
         if traceback:
             _console.print_exception()
     finally:
@@ -142,14 +142,13 @@ def main() -> int:
         _report(found, skipped)
         shown.append(found)
 
-    sweeper.register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing; told apart below
     try:
         job()
     except (HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
-        _fail(_one_line(error))
+        _fail(one_line(error))
         return 1
     except KeyboardInterrupt:
         _fail("interrupted; finished runs are kept and will be skipped next time")
@@ -260,17 +259,3 @@ def _show_table(shown: list[record.Record]) -> None:
 
 def _fail(message: str) -> None:
     sys.stderr.write(f"error: {message}\n")
-
-
-def _one_line(error: BaseException) -> str:
-    """The message of an error in one line; a bug keeps its class name, and its traceback is one setting away."""
-    message = " ".join(str(error).split())
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
-        axis, _, value = error.missing_cfg_file.rpartition("/")
-        close = difflib.get_close_matches(value, error.options, n=1)
-        guess = f"did you mean {close[0]}? " if close else ""
-        choices = ", ".join(error.options)
-        return f"{axis}={value} is unknown; {guess}expected one of: {choices} (--config-dir=FOLDER adds your own)"
-    if isinstance(error, ValueError | HydraException | OmegaConfBaseException):
-        return message
-    return f"{type(error).__name__}: {message}; HYDRA_FULL_ERROR=1 shows where"

@@ -68,15 +68,30 @@ def sha256(data: bytes) -> str:
 
 
 def pydocs(part: Part) -> str:
-    """The topics of the language reference in alphabetical order, cut at the topic that passes the middle."""
-    from pydoc_data.topics import topics  # type: ignore[import-not-found,unused-ignore]
+    """The topics of the language reference in alphabetical order, cut at the topic that passes the middle.
 
-    texts = [topics[name] for name in sorted(topics)]
+    Topics repeat one another at length; each paragraph is kept once, or the two parts would overlap.
+    """
+    from pydoc_data.topics import topics
+
+    seen_paragraphs: set[str] = set()
+    texts = [_new_paragraphs(topics[name], seen_paragraphs) for name in sorted(topics)]
     half, seen, cut = sum(map(len, texts)) / 2, 0, 0
     while seen < half:
         seen += len(texts[cut])
         cut += 1
     return "\n\n".join(texts[:cut] if part == "calibration" else texts[cut:])
+
+
+def _new_paragraphs(topic: str, seen: set[str]) -> str:
+    """The paragraphs of `topic` that are not in `seen` but for white space, which then holds them too."""
+    kept = []
+    for paragraph in topic.split("\n\n"):
+        key = " ".join(paragraph.split())
+        if key not in seen:
+            seen.add(key)
+            kept.append(paragraph)
+    return "\n\n".join(kept)
 
 
 def wikitext_join(raw: str) -> str:

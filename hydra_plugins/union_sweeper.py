@@ -1,4 +1,7 @@
-"""A Hydra sweeper for experiments that are no single grid: a list of sweeps, run one after another."""
+"""A Hydra sweeper for experiments that are no single grid: a list of sweeps, run one after another.
+
+Hydra finds sweepers in the namespace package hydra_plugins alone, which is why this file is here.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from hydra.core.plugins import Plugins
 
 
 class UnionSweeper(BasicSweeper):
@@ -22,8 +24,3 @@ class UnionSweeper(BasicSweeper):
             self.batch_index = 0
             returns += super().sweep([*line.split(), *arguments])
         return returns
-
-
-def register() -> None:
-    """Make the sweeper known to Hydra, which only looks for plugins in packages of its own naming."""
-    Plugins.instance().register(UnionSweeper)

@@ -1,0 +1,48 @@
+"""What the tests share: resolved configurations of the tiny model, and commands run as a user would."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hydra import compose, initialize_config_dir
+from hypothesis import settings
+from omegaconf import OmegaConf
+
+ROOT = Path(__file__).parent.parent
+TINY = ("model=tiny", "data.seq_len=64", "data.max_windows=2", "data.num_samples=4", "data.calibration_seq_len=32")
+
+# One seed and no deadline: the same examples everywhere, however slow the machine.
+settings.register_profile("ptqbench", deadline=None, derandomize=True, max_examples=60)
+settings.load_profile("ptqbench")
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+
+
+def resolve(*overrides: str) -> dict[str, Any]:
+    """The configuration that the command line `overrides` gives, as plain values."""
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        return OmegaConf.to_container(compose("config", list(overrides)), resolve=True)  # type: ignore[return-value]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """Builds configurations of fast runs on random weights, with results in a folder of the test's own."""
+    return lambda *overrides: resolve(*TINY, "measure=off", f"results_dir={tmp_path}", *overrides)
+
+
+def harness(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m harness` as a user would, without network."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment}
+    command = [sys.executable, "-m", "harness", *arguments]
+    return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)

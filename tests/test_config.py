@@ -1,0 +1,115 @@
+"""The typed configuration: every wrong key, type or value is one line that names it and the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness.config import RunConfig, build, build_run, build_steps
+from harness.core.method import Method
+from methods.rtn import RTN
+from tests.conftest import ROOT, resolve
+
+Tiny = Callable[..., dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fields(Method):
+    ratio: float = 0.5
+    rounds: int = 3
+    order: bool = False
+    tag: str | None = None
+
+
+@pytest.mark.parametrize("folder", ["model", "scheme", "data", "measure"])
+def test_every_shipped_config_builds(folder: str, tmp_path: Path) -> None:
+    for path in sorted((ROOT / "conf" / folder).glob("*.yaml")):
+        overrides = [f"{folder}={path.stem}"] + (["data.path=x"] if path.stem == "text_file" else [])
+        assert isinstance(build_run(resolve(*overrides)), RunConfig), path
+
+
+def test_data_configs_have_the_same_keys() -> None:
+    keys = [set(resolve(f"data={path.stem}")["data"]) for path in (ROOT / "conf/data").glob("*.yaml")]
+    assert all(each == keys[0] for each in keys)
+    assert {"seq_len", "max_windows", "num_samples", "calibration_seq_len", "protocol"} <= keys[0]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("bits=9", r"^scheme.weight.bits=9 is out of range; expected 2 to 8$"),
+        ("bits=1", r"^scheme.weight.bits=1 is out of range; expected 2 to 8$"),
+        ("bits=four", r"^scheme.weight.bits='four' has type str; expected int$"),
+        ("scheme.weight.grid=narow", r"^scheme.weight.grid='narow' is unknown; did you mean narrow\? expected one of"),
+        (
+            "scheme.weight.group_size=0",
+            r"^scheme.weight.group_size=0 is out of range; expected a positive number, or -1$",
+        ),
+        ("scheme.weight.granularity=channel", r"^scheme.weight.group_size=64 has no use with granularity=channel"),
+        ("+scheme.weight.grd=full", r"^scheme.weight.grd='full' is an unknown key; did you mean grid\?"),
+        ("+method.rtn.steps=3", r"^method.rtn.steps=3 is an unknown key; expected one of: no keys at all$"),
+        ("method.rtn._target_=methods.rtn.RTM", r"^method.rtn._target_=methods.rtn.RTM cannot be imported"),
+        ("method.rtn._target_=pathlib.Path", r"^method.rtn._target_=pathlib.Path is no method; expected a dataclass"),
+        ("model.dtype=int8", r"^model.dtype='int8' is unknown; expected one of: auto, float64"),
+        ("data.seq_len=1", r"^data.seq_len=1 is out of range; expected 2 or more$"),
+        ("data.max_windows=0", r"^data.max_windows=0 is out of range; expected 1 or more$"),
+        ("data.protocol=strided", r"^data.protocol='strided' is unknown; expected one of: gptq$"),
+        ("measure.repeats=-1", r"^measure.repeats=-1 is out of range; expected 1 or more$"),
+        ("execution=fast", r"^execution='fast' is unknown; expected one of: packed, simulated$"),
+        ("skip=down", r"^skip='down' is no list; expected \[value, \.\.\.\]$"),
+        ("model.package=null", r"^model.path=None and 0 of package, id, architecture are set"),
+        ("seed=1.5", r"^seed=1.5 has type float; expected int$"),
+        ("force=1", r"^force=1 has type int; expected bool$"),
+    ],
+)
+def test_errors(override: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build_run(resolve(override))
+
+
+def test_text_file_without_a_path() -> None:
+    with pytest.raises(ValueError, match=r"^data.path=None; expected a text file to evaluate on"):
+        build_run(resolve("data=text_file"))
+
+
+def test_method_fields_are_the_keys_and_their_types() -> None:
+    assert build(Fields, {"ratio": 1, "tag": 7, "order": True}, "method.f") == Fields(ratio=1.0, tag="7", order=True)
+    with pytest.raises(ValueError, match=r"^method.f.rounds=2.5 has type float; expected int$"):
+        build(Fields, {"rounds": 2.5}, "method.f")
+    with pytest.raises(ValueError, match=r"^method.f.rounds=True has type bool; expected int$"):
+        build(Fields, {"rounds": True}, "method.f")
+
+
+def test_exactly_one_step_quantizes() -> None:
+    rtn, other = {"_target_": "methods.rtn.RTN"}, {"_target_": "tests.test_config.Fields"}
+    assert list(build_steps({"first": other, "rtn": rtn})) == ["first", "rtn"]
+    with pytest.raises(ValueError, match="method=rtn\\+again has 2 steps that quantize; expected exactly one"):
+        build_steps({"rtn": rtn, "again": rtn})
+    with pytest.raises(ValueError, match="method=first has 0 steps that quantize"):
+        build_steps({"first": other})
+    with pytest.raises(ValueError, match="method.rtn=3 has no _target_"):
+        build_steps({"rtn": 3})
+
+
+def test_none_has_no_scheme(tiny: Tiny) -> None:
+    cfg = build_run(tiny("method=none"))
+    assert cfg.scheme is None
+    assert cfg.method == "none"
+
+
+def test_rtn_takes_bits_and_scheme(tiny: Tiny) -> None:
+    cfg = build_run(tiny("bits=3", "scheme=group32_sym"))
+    assert isinstance(cfg.quantizer, RTN)
+    assert cfg.scheme is not None
+    weight = cfg.scheme.weight
+    assert (weight.bits, weight.group_size, weight.symmetric, weight.granularity) == (3, 32, True, "group")
+
+
+def test_bits_that_a_scheme_fixes_are_not_ignored_in_silence(tiny: Tiny) -> None:
+    assert build_run(tiny("scheme=w8a8_token")).warnings == ()
+    (warning,) = build_run(tiny("scheme=w8a8_token", "bits=3")).warnings
+    assert warning == "bits=3 is not used: scheme.weight.bits=8 of scheme=w8a8_token is"

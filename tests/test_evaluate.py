@@ -1,0 +1,53 @@
+"""Perplexity against a naive loop, for any batch size, vocabulary slice and float type."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from harness import evaluate
+from harness.evaluate import Perplexity, perplexity
+from tests.families import build
+from tests.reference import naive_perplexity
+
+WINDOWS = torch.randint(3, 128, (5, 24), generator=torch.Generator().manual_seed(1))
+
+
+def test_equals_the_naive_loop() -> None:
+    model = build("llama")
+    assert perplexity(model, WINDOWS).perplexity == pytest.approx(naive_perplexity(model, WINDOWS), rel=1e-6)
+
+
+def test_does_not_depend_on_batch_size_or_slices(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build("qwen3")
+    expected = perplexity(model, WINDOWS).window_nll
+    for batch_size in (2, 5, 100):
+        assert perplexity(model, WINDOWS, batch_size).window_nll == pytest.approx(expected, rel=1e-6)
+    monkeypatch.setattr(evaluate, "_LOGIT_ELEMENTS", 3 * 128)  # three positions at a time
+    assert perplexity(model, WINDOWS).window_nll == pytest.approx(expected, rel=1e-6)
+
+
+def test_capped_logits_are_not_taken_from_the_bare_head() -> None:
+    model = build("gemma2")
+    model.lm_head.weight.data *= 100  # far into the cap of 5  # type: ignore[union-attr,operator]
+    assert perplexity(model, WINDOWS).perplexity == pytest.approx(naive_perplexity(model, WINDOWS), rel=1e-5)
+
+
+def test_bfloat16_logits_are_scored_in_float32() -> None:
+    model = build("llama").to(torch.bfloat16)
+    found = perplexity(model, WINDOWS).perplexity
+    assert found == pytest.approx(naive_perplexity(model, WINDOWS), rel=1e-5)
+
+
+def test_mean_is_over_windows_and_overflow_is_none() -> None:
+    assert Perplexity([1.0, 3.0]).perplexity == pytest.approx(math.exp(2))
+    assert Perplexity([800.0]).perplexity is None
+
+
+def test_nan_logits_are_refused() -> None:
+    model = build("llama")
+    model.lm_head.weight.data[7] = math.nan  # type: ignore[union-attr,operator,index]
+    with pytest.raises(ValueError, match="perplexity is not finite: window 0"):
+        perplexity(model, WINDOWS)

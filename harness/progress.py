@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
@@ -11,9 +11,9 @@ T = TypeVar("T")
 class Track(Protocol):
     """Iterate over `items` while showing `label` and how far along it is."""
 
-    def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]: ...
+    def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Generator[T, None, None]: ...
 
 
-def silent(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
+def silent(items: Iterable[T], label: str, total: int | None = None) -> Generator[T, None, None]:
     """A Track that shows nothing."""
-    return iter(items)
+    yield from items

@@ -1,84 +1,57 @@
-"""One run, from a configuration to its record; and the command line that starts runs and sweeps."""
+"""One run: from a configuration, through the stages of the data flow, to its record."""
 
 from __future__ import annotations
 
 import gc
-import os
-import sys
 import time
-from collections.abc import Iterable, Iterator
+import traceback
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any
 
-import hydra
 import torch
-from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
-from harness import data, engine, evaluate, linear, measure, models, record, table, text
+from harness import data, engine, evaluate, linear, measure, models, record, text
 from harness.config import RunConfig, build_run, method_source
 from harness.errors import one_line
+from harness.progress import Track, silent
 
-T = TypeVar("T")
 Json = dict[str, Any]
 
-CONF = Path(__file__).parent.parent / "conf"
-_console = Console(stderr=True)
 
-
-def run(cfg: RunConfig, found: record.Record) -> None:
+def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
     """Carry out one run, filling `found` stage by stage, so that a failure keeps what was reached.
 
     Raises: ValueError for whatever the configuration, the text or the weights do not allow.
     """
+    with _stage(found, "load", track):  # the first time, this converts the embedded model
+        shape = models.config(cfg.model)
+        _check(cfg, shape, found)
     device = _device(cfg.device)
-    shape = models.config(cfg.model)
     dtype = models.resolve_dtype(cfg.model.dtype, shape)
     baseline_dtype = models.resolve_dtype(cfg.model.baseline_dtype, shape)
-    found.warnings += cfg.warnings
     found.execution = _execution(cfg, device, dtype, baseline_dtype)
-    _check_lengths(cfg, shape)
-    engine.check(models.skeleton(shape), cfg)
 
-    with _stage(found, "data"):
+    with _stage(found, "data", track):
         stream, calibration = _tokens(cfg, found)
-    with _stage(found, "load"):
+    with _stage(found, "load", track):
         model = models.load(cfg.model, dtype, device, cfg.seed)
         found.model = models.provenance(cfg.model, model)
     with _stage(found, "quantize"):
-        result = engine.quantize(model, cfg, calibration, _track)
-    found.layers, found.warnings = result.layers, found.warnings + result.warnings
-    found.metrics["bits_per_weight"] = result.bits_per_weight
-    found.metrics["model_size_mib"] = linear.stored_bytes(model) / 2**20
-    if cfg.steps:
-        found.metrics["quantize_s"] = found.stages["quantize"]
-
-    simulated = found.execution["mode"] == "simulated"
+        result = engine.quantize(model, cfg, calibration, track)
+    _note_format(found, model, result)
     with _stage(found, "evaluate"):
-        unsure = measure.reset_peak_memory(device)
-        scored = evaluate.perplexity(model, stream.windows, cfg.data.batch_size, _track)
-        peak = measure.peak_memory_mib(device)
-    found.window_nll, found.metrics["nll"] = scored.window_nll, scored.nll
-    if scored.perplexity is None:
-        found.warnings.append(f"perplexity is beyond the range of a float; nll={scored.nll:.6g} says how far")
-    else:
-        found.metrics["perplexity"] = scored.perplexity
-    if not simulated:  # a simulated run holds decoded floats: its memory and speed say nothing of the format
-        found.metrics["peak_memory_mib"] = peak
-        found.warnings += [unsure] if unsure else []
-    if cfg.measure.latency and not simulated:
+        _evaluate(cfg, model, stream.windows, found, track)
+    if cfg.measure.latency and found.execution["mode"] != "simulated":
         with _stage(found, "measure"):
             baseline = models.load(cfg.model, baseline_dtype, device, cfg.seed)
-            found.metrics |= measure.latency(model, baseline, cfg.measure, cfg.seed, _track)
+            found.metrics |= measure.latency(model, baseline, cfg.measure, cfg.seed, track)
 
 
-def execute(raw: Json, traceback: bool = False) -> tuple[record.Record, bool]:
+def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> tuple[record.Record, bool]:
     """Run what `raw`, the resolved configuration, says, unless its record is there already.
 
     Returns: the record, failed ones included, and whether it was there already.
@@ -93,11 +66,11 @@ def execute(raw: Json, traceback: bool = False) -> tuple[record.Record, bool]:
             return done, True
         found.environment = record.environment()
         torch.manual_seed(cfg.seed)
-        run(cfg, found)
+        run(cfg, found, track)
     except Exception as error:  # a sweep goes on: whatever went wrong is this run's result
         found.status, found.error = "failed", one_line(error)
-        if traceback:
-            _console.print_exception()
+        if show_traceback:
+            traceback.print_exc()
     finally:
         gc.collect()
     try:
@@ -131,34 +104,7 @@ def run_id(cfg: RunConfig, raw: Json) -> str:
     return record.run_id(decides)
 
 
-def main() -> int:
-    """Start the runs that the command line asks for and print their table; 0 if every one ended well."""
-    shown: list[record.Record] = []
-    wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-
-    @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-    def job(cfg: DictConfig) -> None:
-        found, skipped = execute(_plain(cfg), wants_traceback)
-        _report(found, skipped)
-        shown.append(found)
-
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing; told apart below
-    try:
-        job()
-    except (HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
-            raise
-        _fail(one_line(error))
-        return 1
-    except KeyboardInterrupt:
-        _fail("interrupted; finished runs are kept and will be skipped next time")
-        return 130
-    if any(found.status == "ok" for found in shown):
-        _show_table(shown)
-    return 1 if any(found.status == "failed" for found in shown) else 0
-
-
-def _tokens(cfg: RunConfig, found: record.Record) -> tuple[data.Tokens, torch.Tensor | None]:
+def _tokens(cfg: RunConfig, found: record.Record) -> tuple[data.Tokens, Tensor | None]:
     """The evaluation stream and, where something needs it, calibration data proved apart from it."""
     encode = models.tokenizer(cfg.model)
     stream = data.evaluation(cfg.data, encode)
@@ -170,6 +116,13 @@ def _tokens(cfg: RunConfig, found: record.Record) -> tuple[data.Tokens, torch.Te
     warning = data.check_overlap(cfg.data, calibration, stream)
     found.warnings += [warning] if warning else []
     return stream, calibration.windows
+
+
+def _check(cfg: RunConfig, shape: Any, found: record.Record) -> None:
+    """What a configuration cannot be, as far as the model's shape tells before its weights are there."""
+    found.warnings += cfg.warnings
+    _check_lengths(cfg, shape)
+    engine.check(models.skeleton(shape), cfg)
 
 
 def _check_lengths(cfg: RunConfig, shape: Any) -> None:
@@ -185,6 +138,34 @@ def _check_lengths(cfg: RunConfig, shape: Any) -> None:
             raise ValueError(
                 f"{key}={length} exceeds the {longest} positions of model={cfg.model.name}; use {longest} or less"
             )
+
+
+def _note_format(found: record.Record, model: nn.Module, result: engine.Result) -> None:
+    """What the quantized model is, before anything is asked of it."""
+    found.layers = result.layers
+    found.warnings += result.warnings
+    found.metrics["bits_per_weight"] = result.bits_per_weight
+    found.metrics["model_size_mib"] = linear.stored_bytes(model) / 2**20
+    if found.execution["mode"] != "float":
+        found.metrics["quantize_s"] = found.stages["quantize"]
+
+
+def _evaluate(cfg: RunConfig, model: nn.Module, windows: Tensor, found: record.Record, track: Track) -> None:
+    """Perplexity, and the peak of memory on the way.
+
+    A simulated run holds decoded floats: its memory says nothing of the format, and is not reported.
+    """
+    device = next(model.parameters()).device
+    unsure = measure.reset_peak_memory(device)
+    scored = evaluate.perplexity(model, windows, cfg.data.batch_size, track)
+    if found.execution["mode"] != "simulated":
+        found.metrics["peak_memory_mib"] = measure.peak_memory_mib(device)
+        found.warnings += [unsure] if unsure else []
+    found.window_nll, found.metrics["nll"] = scored.window_nll, scored.nll
+    if scored.perplexity is None:
+        found.warnings.append(f"perplexity is beyond the range of a float; nll={scored.nll:.6g} says how far")
+    else:
+        found.metrics["perplexity"] = scored.perplexity
 
 
 def _execution(cfg: RunConfig, device: torch.device, dtype: torch.dtype, baseline: torch.dtype) -> Json:
@@ -211,51 +192,14 @@ def _neutral(raw: Json) -> Json:
     return {key: value for key, value in raw.items() if key not in ("bits", "results_dir", "force")}
 
 
-def _plain(cfg: DictConfig) -> Json:
-    return cast(Json, OmegaConf.to_container(cfg, resolve=True))
-
-
 @contextmanager
-def _stage(found: record.Record, name: str) -> Iterator[None]:
+def _stage(found: record.Record, name: str, track: Track = silent) -> Iterator[None]:
+    """Time a stage. `track` is for those with no steps of their own to count: it shows that they go on."""
+    shown = track([name], name, 1)
     start = time.perf_counter()
     try:
+        next(shown)
         yield
     finally:
-        found.stages[name] = time.perf_counter() - start
-
-
-def _track(items: Iterable[T], label: str, total: int | None = None) -> Iterator[T]:
-    """A progress bar on a terminal, nothing elsewhere."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as progress:
-        yield from progress.track(items, total=total, description=label)
-
-
-def _report(found: record.Record, skipped: bool) -> None:
-    label = escape(table.label(found))
-    if skipped:
-        _console.print(
-            f"[dim]skip[/]  {label}: finished before as {found.run_id}; force=true repeats it", soft_wrap=True
-        )
-        return
-    for warning in found.warnings:
-        _console.print(f"[yellow]warn[/]  {label}: {escape(warning)}", highlight=False, soft_wrap=True)
-    if found.status == "failed":
-        _fail(f"{table.label(found)}: {found.error}")
-    else:
-        seconds = sum(found.stages.values())
-        figure = found.metrics.get("perplexity", float("inf"))
-        _console.print(
-            f"[green]done[/]  {label}: perplexity {figure:.4g} in {seconds:.1f} s", highlight=False, soft_wrap=True
-        )
-
-
-def _show_table(shown: list[record.Record]) -> None:
-    """The table of these runs, with ratios to float baselines that may be from an earlier command."""
-    folder = Path(str(shown[0].config["results_dir"]))
-    frame = table.to_frame([*shown, *(table.load(folder) if folder.is_dir() else ())])
-    table.show(frame[frame["run_id"].isin([found.run_id for found in shown])])
-
-
-def _fail(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+        found.stages[name] = found.stages.get(name, 0.0) + time.perf_counter() - start
+        shown.close()

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from harness import evaluate
 from harness.evaluate import Perplexity, perplexity
@@ -29,10 +31,34 @@ def test_does_not_depend_on_batch_size_or_slices(monkeypatch: pytest.MonkeyPatch
     assert perplexity(model, WINDOWS).window_nll == pytest.approx(expected, rel=1e-6)
 
 
-def test_capped_logits_are_not_taken_from_the_bare_head() -> None:
+def test_capped_logits_are_capped_and_still_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("gemma2")
     model.lm_head.weight.data *= 100  # far into the cap of 5  # type: ignore[union-attr,operator]
-    assert perplexity(model, WINDOWS).perplexity == pytest.approx(naive_perplexity(model, WINDOWS), rel=1e-5)
+    expected = naive_perplexity(model, WINDOWS)
+    monkeypatch.setattr(evaluate, "_LOGIT_ELEMENTS", 3 * 128)
+    rows: list[int] = []
+    model.lm_head.register_forward_hook(lambda _module, _args, out: rows.append(out.shape[1]))
+    assert perplexity(model, WINDOWS).perplexity == pytest.approx(expected, rel=1e-5)
+    assert max(rows[1:]) <= 16, "after the proof on 16 tokens no more than a slice of logits exists"
+    assert set(rows[3:]) == {1, 2, 3}
+
+
+class Unusual(nn.Module):
+    """A model whose forward looks at its tokens after the body, so that it cannot be split."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = build("llama")
+        self.base_model = self.inner.model
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> SimpleNamespace:
+        logits = self.inner.lm_head(self.base_model(input_ids=input_ids)[0])  # type: ignore[operator]
+        return SimpleNamespace(logits=logits * (1 + input_ids[..., None] / 64))
+
+
+def test_a_model_that_cannot_be_split_is_run_whole() -> None:
+    model = Unusual()
+    assert perplexity(model, WINDOWS, 3).perplexity == pytest.approx(naive_perplexity(model, WINDOWS), rel=1e-5)
 
 
 def test_bfloat16_logits_are_scored_in_float32() -> None:

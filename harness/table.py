@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -44,12 +45,12 @@ _DTYPES = ("float64", "float32", "float16", "bfloat16")
 # Shown columns: heading, value, its ratio, digits of each.
 _SHOWN = (
     ("perplexity", "perplexity", "perplexity_ratio", ".2f"),
-    ("bits/weight", "bits_per_weight", None, ".3f"),
+    ("bits / weight", "bits_per_weight", None, ".3f"),
     ("size MiB", "model_size_mib", "model_size_mib_ratio", ".1f"),
     ("peak MiB", "peak_memory_mib", "peak_memory_mib_ratio", ".0f"),
     ("prefill ms", "prefill_ms_p50", "prefill_speedup", ".0f"),
     ("decode ms", "decode_ms_p50", "decode_speedup", ".1f"),
-    ("quantize s", "quantize_s", None, ".1f"),
+    ("quant s", "quantize_s", None, ".1f"),
 )
 
 
@@ -122,15 +123,25 @@ def show(frame: pd.DataFrame) -> None:
     if not console.is_terminal:
         sys.stdout.write(to_markdown(frame) + "\n")
         return
-    shown = display(frame)
-    drawn = Table(title=_shared(frame))
-    for name in shown.columns:
-        drawn.add_column(name, justify="left" if name in ("model", "data", "method", "scheme") else "right")
-    for cells in shown.itertuples(index=False):
-        drawn.add_row(*cells)
-    console.print(drawn)
+    console.print(_shared(frame), markup=False, highlight=False)
+    console.print(_drawn(display(frame)))
     for line in _failures(frame):
         console.print(line, markup=False)
+
+
+def _drawn(shown: pd.DataFrame) -> Table:
+    """The shown table for a terminal of 80 columns: what names a run in one cell, ratios below their figures."""
+    figures = [heading for heading, *_ in _SHOWN]
+    format_of = [name for name in ("method", "scheme", "bits") if name in shown]
+    rest = [name for name in shown.columns if name not in (*format_of, *figures)]
+    drawn = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    drawn.add_column("run", no_wrap=True)
+    for heading in figures:
+        drawn.add_column(heading, justify="right", overflow="fold", min_width=max(map(len, heading.split())))
+    for _, row in shown.iterrows():
+        run = "\n".join(" ".join(str(row[name]) for name in names if row[name] != "-") for names in (format_of, rest))
+        drawn.add_row(run, *(row[heading].replace(" (", "\n").rstrip(")") for heading in figures))
+    return drawn
 
 
 def write_into(path: Path, markdown: str) -> None:
@@ -229,7 +240,7 @@ def _shared(frame: pd.DataFrame) -> str:
         values = frame[name].dropna().unique()
         if len(values) == 1:
             parts.append(f"{name} {_text(values[0])}")
-    ratio = "in brackets: ratio to the float baseline (times: how many times as fast)"
+    ratio = "with x: ratio to the float baseline (times: how many times as fast)"
     return f"{', '.join(parts)}; {ratio}" if parts else ratio
 
 
@@ -244,7 +255,7 @@ def _figure(row: pd.Series[Any], value: str, ratio: str | None, digits: str) -> 
     number = format(row[value], digits if row[value] < 1e4 else ".3g")
     if ratio is None or pd.isna(row[ratio]):
         return number
-    return f"{number} ({row[ratio]:.3g}x)"
+    return f"{number} ({row[ratio]:{'.2f' if row[ratio] < 1e3 else '.2g'}}x)"
 
 
 def _text(value: Any) -> str:

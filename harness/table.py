@@ -134,7 +134,7 @@ def _drawn(shown: pd.DataFrame) -> Table:
     figures = [heading for heading, *_ in _SHOWN]
     format_of = [name for name in ("method", "scheme", "bits") if name in shown]
     rest = [name for name in shown.columns if name not in (*format_of, *figures)]
-    drawn = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False)
+    drawn = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     drawn.add_column("run", no_wrap=True)
     for heading in figures:
         drawn.add_column(heading, justify="right", overflow="fold", min_width=max(map(len, heading.split())))

@@ -137,7 +137,7 @@ def _drawn(shown: pd.DataFrame) -> Table:
     drawn = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
     drawn.add_column("run", no_wrap=True)
     for heading in figures:
-        drawn.add_column(heading, justify="right", overflow="fold", min_width=max(map(len, heading.split())))
+        drawn.add_column(heading.replace(" / ", "/\n").replace(" ", "\n"), justify="right", overflow="fold")
     for _, row in shown.iterrows():
         run = "\n".join(" ".join(str(row[name]) for name in names if row[name] != "-") for names in (format_of, rest))
         drawn.add_row(run, *(row[heading].replace(" (", "\n").rstrip(")") for heading in figures))

@@ -58,7 +58,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Evaluation and calibration text. See `harness.data` for the sources and METHODS in the README.
+    """Evaluation and calibration text. Sources are in `harness.text`, sampling in `harness.data`.
 
     seq_len, max_windows              evaluation window in tokens, and how many (null = all)
     num_samples, calibration_seq_len  calibration sequences, and tokens in each

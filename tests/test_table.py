@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from rich.console import Console
 
 from harness import record, table
 from harness.record import Record
@@ -61,6 +62,15 @@ def test_markdown_shows_figures_failures_and_what_all_rows_share() -> None:
     assert "25.00 (1.25x)" in text
     assert "failed x: no disk" in text
     assert "| none " in text
+
+
+def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
+    out = io.StringIO()
+    Console(width=80, file=out).print(table._drawn(table.display(table.to_frame(RECORDS))))
+    assert max(map(len, out.getvalue().splitlines())) <= 80
+    assert "…" not in out.getvalue()
+    assert "25.00" in out.getvalue()
+    assert "1.25x" in out.getvalue()
 
 
 def test_load_names_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

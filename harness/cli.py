@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import hydra
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -41,7 +39,7 @@ def main() -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing; told apart by wants_traceback
     try:
         job()
-    except (HydraException, OmegaConfBaseException) as error:
+    except Exception as error:  # runs catch their own: this is a command line that Hydra cannot read
         if wants_traceback:
             raise
         _fail(one_line(error))

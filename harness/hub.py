@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 
@@ -24,17 +25,35 @@ def reachable() -> bool:
     return True
 
 
-def reach(load: Callable[..., T], what: str, remedy: str) -> T:
-    """Run `load()`, or `load(local_files_only=True)` where the hub is out of reach but a copy may be cached.
+def reach(load: Callable[[], T], what: str, remedy: str) -> T:
+    """Run `load()`, from what is cached alone where the hub is out of reach.
 
-    Raises: ValueError with `what` and `remedy` in one line if neither works.
+    Raises: ValueError with `what` and `remedy` in one line if it fails.
     """
-    offline: dict[str, Any] = {} if reachable() else {"local_files_only": True}
+    offline = not reachable()
     try:
-        return load(**offline)
+        with _offline() if offline else nullcontext():
+            return load()
     except (OSError, ValueError) as error:  # what the hub's clients raise, connection and not-found errors included
         reason = "the hub cannot be reached and no copy is cached" if offline else _first_line(error)
         raise ValueError(f"{what} could not be loaded ({reason}); {remedy}") from error
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Keep the hub's clients from trying, and trying again, for half a minute."""
+    import datasets.config
+    from huggingface_hub import constants
+
+    switches: tuple[Any, ...] = (constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in switches]
+    for module in switches:
+        module.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for module, value in zip(switches, before, strict=True):
+            module.HF_HUB_OFFLINE = value
 
 
 def _first_line(error: Exception) -> str:

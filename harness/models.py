@@ -129,7 +129,7 @@ def tokenizer(cfg: ModelConfig) -> Encode:
 def _from_pretrained(auto: Any, cfg: ModelConfig, **options: Any) -> Any:
     if cfg.source == "id":
         return reach(
-            lambda **offline: auto.from_pretrained(cfg.id, revision=cfg.revision, **options, **offline),
+            lambda: auto.from_pretrained(cfg.id, revision=cfg.revision, **options),
             f"model.id={cfg.id}",
             "use model=smollm2, which is embedded and needs no hub, or a local folder as model.path=FOLDER",
         )

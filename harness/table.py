@@ -83,7 +83,8 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
     The baseline is the run of method none in the row's `baseline_dtype`; where it is absent, so is the ratio.
     """
     frame = pd.DataFrame([_row(record) for record in records], columns=_columns()).drop_duplicates("run_id")
-    frame = frame.astype(dict.fromkeys([*_METRICS, "bits"], "float64"))
+    for name in (*_METRICS, "bits"):  # a failed run may hold anything
+        frame[name] = pd.to_numeric(frame[name], errors="coerce").astype("float64")
     baselines = frame[(frame["method"] == "none") & (frame["dtype"] == frame["baseline_dtype"])]
     keys = ["fingerprint", "tokens_sha256", "seq_len", "device", "baseline_dtype"]
     matched = frame[keys].merge(baselines.drop_duplicates(keys), on=keys, how="left")
@@ -208,21 +209,21 @@ def _columns() -> list[str]:
 def _row(record: Record) -> dict[str, Any]:
     config, stream = record.config, record.data.get("evaluation", {})
     steps = config.get("method") or {}
-    scheme = (config.get("scheme") or {}) if steps else {}
+    scheme = config.get("scheme") if steps else None
     row: dict[str, Any] = {name: record.metrics.get(name) for name in _METRICS}
     return row | {
         "run_id": record.run_id,
         "status": record.status,
         "error": record.error,
-        "model": (config.get("model") or {}).get("name"),
-        "method": "+".join(steps) or "none",
-        "scheme": scheme.get("name"),
-        "bits": (scheme.get("weight") or {}).get("bits"),
+        "model": _at(config, "model", "name"),
+        "method": "+".join(steps) if isinstance(steps, dict) and steps else "none",
+        "scheme": _at(scheme, "name"),
+        "bits": _at(scheme, "weight", "bits"),
         "dtype": record.execution.get("dtype"),
         "baseline_dtype": record.execution.get("baseline_dtype"),
         "execution": record.execution.get("mode"),
         "device": record.execution.get("device"),
-        "data": stream.get("source") or (config.get("data") or {}).get("source"),
+        "data": stream.get("source") or _at(config, "data", "source"),
         "protocol": record.data.get("protocol"),
         "windows": stream.get("num_windows"),
         "seq_len": stream.get("seq_len"),
@@ -231,6 +232,13 @@ def _row(record: Record) -> dict[str, Any]:
         "tokens_sha256": stream.get("tokens_sha256"),
         "commit": record.environment.get("commit"),
     }
+
+
+def _at(config: Any, *keys: str) -> Any:
+    """A value of the configuration, None where there is none: a failed run's may have any shape."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
 
 
 def _shared(frame: pd.DataFrame) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from harness.config import DataConfig
 from harness.hub import reach
@@ -131,10 +131,8 @@ def _hub_rows(key: str, *name: str, split: str, data_files: dict[str, str] | Non
 
     datasets.disable_progress_bars()
 
-    def load(**offline: Any) -> list[str]:
-        config = datasets.DownloadConfig(**offline)
-        rows = datasets.load_dataset(*name, split=split, data_files=data_files, download_config=config)
-        return list(rows["text"])
+    def load() -> list[str]:
+        return list(datasets.load_dataset(*name, split=split, data_files=data_files)["text"])
 
     return reach(
         load, f"{key}=None, whose default is {name[0]}", f"give a local copy as {key}=FILE, or use data=pydocs"

@@ -148,7 +148,6 @@ def test_identity_follows_the_content(tmp_path: Path) -> None:
 @pytest.mark.parametrize("source", ["wikitext2", "c4"])
 def test_an_unreachable_hub_is_one_line_with_the_remedy(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.hub.reachable", lambda: False)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(
         ValueError, match=r"data.path=None.*the hub cannot be reached.*data.path=FILE, or use data=pydocs"
     ):

@@ -188,6 +188,7 @@ def test_sweep_goes_on_past_failures_and_skips_what_is_finished(tmp_path: Path) 
     [
         (["method=rtm"], "error: method=rtm is unknown; did you mean rtn? expected one of: none, rtn"),
         (["modle=tiny"], "error: modle=tiny is an unknown key; did you mean model?"),
+        (["method=null"], "error: Config group override must be a string or a list"),
         (["data.seqlen=5"], "error: data.seqlen=5 is an unknown key; did you mean seq_len?"),
     ],
 )

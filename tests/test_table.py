@@ -56,6 +56,23 @@ def test_ratios_are_to_the_float_run_of_the_same_text() -> None:
     assert list(frame.index) == ["a", "h", "b", "o", "c", "x"]
 
 
+def test_a_failed_run_may_hold_anything() -> None:
+    odd = Record(
+        run_id="z", status="failed", error="e", config={"method": {"rtn": None}, "scheme": {"weight": {"bits": []}}}
+    )
+    frame = table.to_frame(
+        [
+            RECORDS[2],
+            odd,
+            Record(
+                run_id="y", status="failed", error="e", config={"model": None, "scheme": {"weight": 3}, "method": "rtn"}
+            ),
+        ]
+    )
+    assert set(frame["run_id"]) == {"a", "y", "z"}
+    assert "failed z: e" in table.to_markdown(frame)
+
+
 def test_markdown_shows_figures_failures_and_what_all_rows_share() -> None:
     text = table.to_markdown(table.to_frame(RECORDS[:3] + RECORDS[5:]))
     assert "model m, data d, protocol gptq-8, windows 2, dtype float32" in text

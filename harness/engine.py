@@ -14,6 +14,7 @@ from harness.config import RunConfig
 from harness.core.grid import compute_dtype
 from harness.core.method import InputGroup, Method, overrides
 from harness.core.qtensor import QTensor
+from harness.core.scheme import Scheme
 from harness.core.stats import MinMax, Stat, Stats
 from harness.linear import InputQuantizer, QuantLinear, replace
 from harness.progress import Track, silent
@@ -131,10 +132,10 @@ def _quantize_all(
         module, seen = model.get_submodule(name), stats.get(name, Stats())
         weight = weight_of(module).detach()
         try:
-            qtensor = step.quantize(weight, cfg.scheme, seen)
+            qtensor = _checked(step.quantize, weight, cfg.scheme, seen)
+            rows.append(_row(name, weight, qtensor))
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        rows.append(_row(name, weight, qtensor))
         quantizer = None
         if activation is not None:
             quantizer = InputQuantizer(activation, (seen[MinMax].low, seen[MinMax].high) if static else None)
@@ -143,10 +144,25 @@ def _quantize_all(
     return rows
 
 
+def _checked(quantize: Callable[..., Any], weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
+    """What a method's `quantize` gives, held to the contract."""
+    version = weight._version  # torch counts in-place changes
+    found = quantize(weight, scheme, stats)
+    if not isinstance(found, QTensor) or found.shape != tuple(weight.shape):
+        what = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
+        raise ValueError(f"quantize returned {what}; expected a QTensor of shape {tuple(weight.shape)}")
+    if weight._version != version:
+        raise ValueError("quantize changed the weight that it was given; expected it to work on a copy")
+    return found
+
+
 def _row(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
     """What the record says of a quantized linear; weight_error is |W' - W| / |W| in the Frobenius norm."""
     exact = weight.to(compute_dtype(weight))
-    error = (qtensor.dequantize(exact.dtype) - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
+    decoded = qtensor.dequantize(exact.dtype)
+    if not torch.isfinite(decoded).all():
+        raise ValueError("the quantized weight decodes to NaN or infinite values; expected finite ones")
+    error = (decoded - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
     return {
         "name": name,
         "shape": list(qtensor.shape),

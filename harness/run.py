@@ -75,9 +75,9 @@ def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> t
         gc.collect()
     try:
         record.write(found, folder)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # a full disk; a figure that JSON cannot hold
         found.status = "failed"
-        found.error = f"results_dir={folder} cannot be written ({error.strerror}); free space or name another folder"
+        found.error = f"results_dir={folder}: the record cannot be written ({error}); free space or name another folder"
     return found, False
 
 

@@ -129,6 +129,39 @@ def test_a_step_that_changes_the_function_is_refused(tiny: Tiny, hook: str) -> N
         engine.quantize(build("llama"), cfg, TOKENS)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Rude(Method):
+    """Breaks the contract of `quantize` in one of many ways."""
+
+    how: str
+
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> Any:
+        if self.how == "nothing":
+            return None
+        if self.how == "shape":
+            return round_to_nearest(weight[:, :8], scheme.weight)
+        found = round_to_nearest(weight, scheme.weight)
+        if self.how == "in place":
+            weight.mul_(1.0)
+        if self.how == "nan":
+            found.scale[0, 0] = torch.nan
+        return found
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("nothing", r"quantize returned NoneType of shape \(\); expected a QTensor of shape \(32, 32\)"),
+        ("shape", r"quantize returned IntQTensor of shape \(32, 8\); expected a QTensor of shape \(32, 32\)"),
+        ("in place", "quantize changed the weight that it was given"),
+        ("nan", "the quantized weight decodes to NaN or infinite values"),
+    ],
+)
+def test_quantize_is_held_to_the_contract(tiny: Tiny, how: str, message: str) -> None:
+    with pytest.raises(ValueError, match=rf"^model.layers.0.self_attn.q_proj: {message}"):
+        engine.quantize(build("llama"), config(tiny, "scheme=channel", rude=Rude(how=how)), None)
+
+
 def test_static_activation_ranges_are_those_of_the_float_inputs(tiny: Tiny) -> None:
     model = build("llama")
     expected = {name: inputs_of(model, name).abs().max() for name in linears(model)}

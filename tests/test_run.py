@@ -161,7 +161,7 @@ def test_a_results_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> 
     (tmp_path / "file").write_text("")
     found, _ = run.execute(tiny(f"results_dir={tmp_path}/file"))
     assert found.status == "failed"
-    assert f"results_dir={tmp_path}/file cannot be written" in str(found.error)
+    assert f"results_dir={tmp_path}/file: the record cannot be written" in str(found.error)
 
 
 # On the command line.

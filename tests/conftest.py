@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ import torch
 from hydra import compose, initialize_config_dir
 from hypothesis import settings
 from omegaconf import OmegaConf
+
+from harness.cli import main
 
 ROOT = Path(__file__).parent.parent
 TINY = ("model=tiny", "data.seq_len=64", "data.max_windows=2", "data.num_samples=4", "data.calibration_seq_len=32")
@@ -26,7 +29,7 @@ settings.load_profile("ptqbench")
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.delenv("HYDRA_FULL_ERROR", raising=False)
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # and back, where the command line set it
 
 
 def resolve(*overrides: str) -> dict[str, Any]:
@@ -39,6 +42,28 @@ def resolve(*overrides: str) -> dict[str, Any]:
 def tiny(tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """Builds configurations of fast runs on random weights, with results in a folder of the test's own."""
     return lambda *overrides: resolve(*TINY, "measure=off", f"results_dir={tmp_path}", *overrides)
+
+
+@dataclass
+class Done:
+    """What a command left on the screen."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
+    """Runs the command line in this process: quicker than a new one, and the same code."""
+
+    def run(*arguments: str) -> Done:
+        monkeypatch.setattr(sys, "argv", ["ptqbench", *arguments])
+        capsys.readouterr()
+        code = main()
+        return Done(code, *capsys.readouterr())
+
+    return run
 
 
 def harness(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:

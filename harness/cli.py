@@ -10,6 +10,7 @@ from typing import Any, TypeVar, cast
 
 import hydra
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -27,11 +28,16 @@ _console = Console(stderr=True)
 def main() -> int:
     """Start the runs that the command line asks for and print their table; 0 if every one ended well."""
     shown: list[record.Record] = []
+    unread: list[str] = []
     wants_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
 
     @hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
     def job(cfg: DictConfig) -> None:
-        raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        try:
+            raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+        except OmegaConfBaseException as error:
+            unread.append(one_line(error))
+            return
         found, skipped = execute(raw, _track, wants_traceback)
         _report(found, skipped)
         shown.append(found)
@@ -47,9 +53,11 @@ def main() -> int:
     except KeyboardInterrupt:
         _fail("interrupted; finished runs are kept and will be skipped next time")
         return 130
+    for message in unread:
+        _fail(message)
     if any(found.status == "ok" for found in shown):
         _show_table(shown)
-    return 1 if any(found.status == "failed" for found in shown) else 0
+    return 1 if unread or any(found.status == "failed" for found in shown) else 0
 
 
 def _track(items: Iterable[T], label: str, total: int | None = None) -> Generator[T, None, None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import inspect
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
-
-from hydra.utils import get_class
 
 from harness.core.method import Method, overrides
 from harness.core.scheme import Scheme
@@ -132,6 +132,10 @@ class RunConfig:
     force: bool = False
     warnings: tuple[str, ...] = field(default=())
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < 2**63:
+            raise ValueError(f"seed={self.seed} is out of range; expected 0 to 2^63 - 1")
+
     @property
     def method(self) -> str:
         """Name of the method: its steps joined by +, or none."""
@@ -165,6 +169,8 @@ def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
 
     Raises: ValueError if a class cannot be found, is no Method, or not exactly one step quantizes.
     """
+    if method is not None and not isinstance(method, Mapping):
+        raise ValueError(f"method={method!r} is no mapping of steps; expected NAME: {{_target_: module.Class}}")
     steps = {name: _build_step(f"method.{name}", step) for name, step in (method or {}).items()}
     quantizers = [name for name, step in steps.items() if overrides(step, "quantize")]
     if steps and len(quantizers) != 1:
@@ -179,17 +185,22 @@ def _build_step(key: str, step: Any) -> Method:
         raise ValueError(f"{key}={step!r} has no _target_; expected a mapping that names a class, as in conf/method")
     target = step["_target_"]
     try:
-        cls = get_class(target)
-    except Exception as error:  # an import can fail in any way; every way is the user's to mend
+        module, _, name = str(target).rpartition(".")
+        cls = getattr(importlib.import_module(module), name)
+    except (Exception, SystemExit) as error:  # an import can fail in any way; every way is the user's to mend
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"{key}._target_={target} cannot be imported ({reason}); expected module.Class on the Python path"
         ) from error
-    if not (issubclass(cls, Method) and dataclasses.is_dataclass(cls)):
+    own = cls.__dict__.get("__dataclass_params__") if isinstance(cls, type) and issubclass(cls, Method) else None
+    if own is None or not own.frozen:
         raise ValueError(
-            f"{key}._target_={target} is no method; expected a dataclass that inherits harness.core.method.Method"
+            f"{key}._target_={target} is no method; expected a class with @dataclass(frozen=True, kw_only=True) "
+            "that inherits harness.core.method.Method"
         )
-    return build(cls, {name: value for name, value in step.items() if name != "_target_"}, key)
+    options = {name: value for name, value in step.items() if name != "_target_"}
+    built: Method = build(cls, options, key)
+    return built
 
 
 def build(cls: type[T], values: Mapping[str, Any], key: str, extra: Mapping[str, Any] | None = None) -> T:
@@ -222,10 +233,12 @@ def build(cls: type[T], values: Mapping[str, Any], key: str, extra: Mapping[str,
         raise ValueError(f"{prefix}{error}") from error
 
 
-def method_source(step: Method) -> str:
-    """Source text of the module that holds a step's class: what the class does is part of what decides a result."""
-    module = inspect.getmodule(type(step))
-    return inspect.getsource(module) if module is not None else ""
+def source_files(step: Method) -> set[Path]:
+    """The files that hold a step's class, those it inherits from, and its statistics: they decide what it does."""
+    classes = [*type(step).__mro__, *(base for stat in step.needs for base in stat.__mro__)]
+    modules = filter(None, map(inspect.getmodule, classes))
+    files = {module.__file__ for module in modules if module.__name__ not in ("builtins", "abc")}
+    return {Path(file) for file in files if file}
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
@@ -234,19 +247,21 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
-        (inner,) = (arg for arg in get_args(hint) if arg is not type(None))
-        return _convert(value, inner, key)
+        inner = [arg for arg in get_args(hint) if arg is not type(None)]
+        if len(inner) > 1:  # a choice of types: the class itself has to check
+            return value
+        return _convert(value, inner[0], key)
     if origin is Literal:
         if value not in get_args(hint) or isinstance(value, bool) != isinstance(get_args(hint)[0], bool):
             raise ValueError(f"{key}={value!r} is unknown; {choices(str(value), [str(arg) for arg in get_args(hint)])}")
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, key)
-    if origin is tuple:
+    if origin in (tuple, list):
         if not isinstance(value, Sequence) or isinstance(value, str):
             raise ValueError(f"{key}={value!r} is no list; expected [value, ...]")
-        return tuple(_convert(item, get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value))
-    if origin is dict or hint is Any:
+        return origin(_convert(item, get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value))
+    if not isinstance(hint, type) or origin is not None:  # mappings and the like: the class itself has to check
         return value
     return _convert_scalar(value, hint, key)
 

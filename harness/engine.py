@@ -61,16 +61,16 @@ def check(model: nn.Module, cfg: RunConfig) -> None:
             raise ValueError(str(error).replace("; use", f" of {name}; use", 1)) from error
 
 
-def quantize(model: nn.Module, cfg: RunConfig, calibration: Tensor | None, track: Track = silent) -> Result:
+def quantize(model: nn.Module, cfg: RunConfig, tokens: Tensor, track: Track = silent) -> Result:
     """Run the steps of `cfg` on `model`, in place; no steps leave it as it is.
 
-    `calibration` is (num_samples, calibration_seq_len) int64, or None where nothing needs it.
+    `tokens` (B, T) int64 are the calibration sequences, or, where nothing needs them, any text of the model's:
+    rewrites are proved on it.
     Raises: ValueError if a step changes the function of the float model, or cannot quantize a weight.
     """
     result = Result(warnings=[f"{name} is no linear and stays float" for name in uncovered(model)])
     found = linears(model)
     names, skipped = split_skipped(list(found), cfg.skip) if cfg.steps else ([], list(found))
-    tokens = calibration if calibration is not None else torch.arange(_CHECK_TOKENS)[None]
     for label, step in cfg.steps.items():
         _rewrite(model, label, step, names, tokens, track)
         if overrides(step, "quantize"):
@@ -151,6 +151,8 @@ def _checked(quantize: Callable[..., Any], weight: Tensor, scheme: Scheme, stats
     if not isinstance(found, QTensor) or found.shape != tuple(weight.shape):
         what = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
         raise ValueError(f"quantize returned {what}; expected a QTensor of shape {tuple(weight.shape)}")
+    if found.stored_bits == 0:
+        raise ValueError("quantize returned a QTensor without buffers; expected all that it stores to be one")
     if weight._version != version:
         raise ValueError("quantize changed the weight that it was given; expected it to work on a copy")
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -15,28 +16,43 @@ from harness.config import Dtype, ModelConfig
 from harness.hub import reach
 from harness.text import Encode
 
-_SAMPLE_BYTES = 2**20
+_BYTES = 256  # the tokens of the byte tokenizer
+_MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
 
 
-def fingerprint(cfg: ModelConfig) -> str:
-    """What fixes the weights, without reading them whole.
+def fingerprint(cfg: ModelConfig, seed: int) -> str:
+    """What fixes the weights: the package, the hub's id and revision, or a hash of a local folder's files.
 
-    A local folder is known by the names, sizes, and first and last MiB of its files.
+    Random weights follow `seed`.
     """
-    if cfg.source == "path":
-        digest = hashlib.sha256()
-        for file in sorted(_local(cfg).iterdir()):
-            if file.is_file():
-                digest.update(f"{file.name}:{file.stat().st_size}:".encode() + _ends(file))
-        return digest.hexdigest()
     if cfg.source == "architecture":
-        return f"random:{hashlib.sha256(json.dumps(cfg.architecture, sort_keys=True).encode()).hexdigest()[:16]}"
+        known = json.dumps([cfg.architecture, seed], sort_keys=True)
+        return f"random:{hashlib.sha256(known.encode()).hexdigest()[:16]}"
+    if cfg.source == "path":
+        files = [file for file in sorted(_local(cfg).iterdir()) if file.suffix in _MODEL_FILES]
+        stats = [(file, file.stat()) for file in files]
+        return _hash_files(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
     return str(cfg.package) if cfg.source == "package" else f"{cfg.id}@{cfg.revision}"
 
 
-def provenance(cfg: ModelConfig, model: nn.Module) -> dict[str, Any]:
+@functools.cache
+def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
+    """One hash of the names and contents of files, which are read again once size or time change."""
+    digest = hashlib.sha256()
+    for file, _size, _time in files:
+        with file.open("rb") as stream:
+            digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()};".encode())
+    return digest.hexdigest()
+
+
+def name_of(cfg: ModelConfig) -> str:
+    """What to call a model: a local folder goes by its own name, whatever the axis says."""
+    return _local(cfg).resolve().name if cfg.source == "path" else cfg.name
+
+
+def provenance(cfg: ModelConfig, model: nn.Module, seed: int) -> dict[str, Any]:
     """What the record says of where the weights came from."""
-    about: dict[str, Any] = {"name": cfg.name, "source": cfg.source, "fingerprint": fingerprint(cfg)}
+    about: dict[str, Any] = {"name": name_of(cfg), "source": cfg.source, "fingerprint": fingerprint(cfg, seed)}
     if cfg.source == "package":
         gguf = embedded.manifest(embedded.folder(str(cfg.package)))
         types = ", ".join(f"{count} x {name}" for name, count in gguf["tensor_types"].items())
@@ -59,9 +75,15 @@ def config(cfg: ModelConfig) -> Any:
     _quiet()
     if cfg.source == "architecture":
         try:
-            return AutoConfig.for_model(**(cfg.architecture or {}))
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"model.architecture={cfg.architecture} is no transformers config: {error}") from error
+            shape = AutoConfig.for_model(**(cfg.architecture or {}))
+        except Exception as error:  # transformers' own validators raise classes of their own
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model.architecture={cfg.architecture} is no transformers config: {reason}") from error
+        if shape.get_text_config().vocab_size < _BYTES:
+            raise ValueError(
+                f"model.architecture.vocab_size={shape.vocab_size} is too small; expected {_BYTES} or more"
+            )
+        return shape
     return _from_pretrained(AutoConfig, cfg)
 
 
@@ -148,13 +170,6 @@ def _local(cfg: ModelConfig) -> Path:
             f"model.path={cfg.path} has no config.json, seen from {Path.cwd()}; expected a transformers folder"
         )
     return place
-
-
-def _ends(file: Path) -> bytes:
-    with file.open("rb") as stream:
-        first = stream.read(_SAMPLE_BYTES)
-        stream.seek(max(0, file.stat().st_size - _SAMPLE_BYTES))
-        return hashlib.sha256(first + stream.read()).digest()
 
 
 def _quiet() -> None:

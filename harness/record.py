@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -9,6 +10,8 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -58,6 +61,34 @@ def path_of(folder: Path, run: str) -> Path:
     return folder / f"{run}.json"
 
 
+def usable(folder: Any) -> Path:
+    """The folder for records, made and proved writable before a run spends an hour on what cannot be kept.
+
+    Raises: ValueError if it is no name of a folder, or cannot be written.
+    """
+    if not isinstance(folder, str) or not folder:
+        raise ValueError(f"results_dir={folder!r} is no folder; expected a name such as results/runs")
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return Path(folder)
+    except OSError as error:
+        raise ValueError(
+            f"results_dir={folder} cannot be written ({error.strerror}); free space or name another folder"
+        ) from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder against other writers; the lock is on the folder itself and leaves no file."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def write(record: Record, folder: Path) -> Path:
     """Write a record whole or not at all; a failed run never takes the place of a finished one.
 
@@ -65,8 +96,6 @@ def write(record: Record, folder: Path) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = path_of(folder, record.run_id)
-    if record.status == "failed" and finished(folder, record.run_id):
-        return target
     handle, name = tempfile.mkstemp(prefix=f".{record.run_id}.", suffix=".part", dir=folder)
     try:
         with os.fdopen(handle, "w") as stream:
@@ -75,7 +104,11 @@ def write(record: Record, folder: Path) -> Path:
             stream.flush()
             os.fsync(stream.fileno())
         Path(name).chmod(0o644)  # mkstemp gives it to its owner alone
-        Path(name).replace(target)
+        with _locked(folder):
+            if record.status == "failed" and finished(folder, record.run_id):
+                Path(name).unlink()
+            else:
+                Path(name).replace(target)
     except BaseException:
         Path(name).unlink(missing_ok=True)
         raise

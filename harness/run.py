@@ -15,11 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from harness import data, engine, evaluate, linear, measure, models, record, text
-from harness.config import RunConfig, build_run, method_source
+from harness.config import RunConfig, build_run, source_files
 from harness.errors import one_line
 from harness.progress import Track, silent
 
 Json = dict[str, Any]
+
+_HERE = Path(__file__).parent
+_ARITHMETIC = ("architecture.py", "data.py", "engine.py", "evaluate.py", "linear.py", "measure.py", "text.py")
+_SOURCES = (*sorted((_HERE / "core").glob("*.py")), *(_HERE / name for name in _ARITHMETIC))
 
 
 def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
@@ -39,9 +43,9 @@ def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
         stream, calibration = _tokens(cfg, found)
     with _stage(found, "load", track):
         model = models.load(cfg.model, dtype, device, cfg.seed)
-        found.model = models.provenance(cfg.model, model)
+        found.model = models.provenance(cfg.model, model, cfg.seed)
     with _stage(found, "quantize"):
-        result = engine.quantize(model, cfg, calibration, track)
+        result = engine.quantize(model, cfg, stream.windows[:1] if calibration is None else calibration, track)
     _note_format(found, model, result)
     with _stage(found, "evaluate"):
         _evaluate(cfg, model, stream.windows, found, track)
@@ -56,8 +60,13 @@ def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> t
 
     Returns: the record, failed ones included, and whether it was there already.
     """
-    folder = Path(str(raw.get("results_dir")))
-    found = record.Record(run_id=record.run_id(_neutral(raw)), config=raw)
+    early = record.run_id(_neutral(raw))  # stands for a run that fails before all that decides it is known
+    found = record.Record(run_id=early, config=raw)
+    try:
+        folder = record.usable(raw.get("results_dir"))
+    except ValueError as error:
+        found.status, found.error = "failed", one_line(error)
+        return found, False
     try:
         cfg = build_run(raw)
         found.run_id = run_id(cfg, raw)
@@ -75,6 +84,8 @@ def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> t
         gc.collect()
     try:
         record.write(found, folder)
+        if found.status == "ok":
+            record.path_of(folder, early).unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a full disk; a figure that JSON cannot hold
         found.status = "failed"
         found.error = f"results_dir={folder}: the record cannot be written ({error}); free space or name another folder"
@@ -82,25 +93,25 @@ def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> t
 
 
 def run_id(cfg: RunConfig, raw: Json) -> str:
-    """Hash of what decides the result: configuration, weights, text, and the source of the method.
+    """Hash of what decides the result: configuration, weights, text, and the source of method and arithmetic.
 
-    Left out is what does not: `bits` beside the scheme's own, folders, batch size, and for the float
-    baseline all that only quantization reads.
+    Left out is what does not: `bits` beside the scheme's own, folders, and for the float baseline all that
+    only quantization reads.
     """
     decides = _neutral(raw)
     decides["data"] = {key: value for key, value in raw["data"].items() if key not in ("path", "calibration_path")}
     decides["evaluation_text"] = text.identity(cfg.data, "evaluation")
-    decides["model"] = asdict(cfg.model) | {"path": None, "fingerprint": models.fingerprint(cfg.model)}
+    decides["model"] = asdict(cfg.model) | {"path": None, "fingerprint": models.fingerprint(cfg.model, cfg.seed)}
     decides["device"] = str(_device(cfg.device))
     if engine.needs_calibration(cfg):
         decides["calibration_text"] = text.identity(cfg.data, "calibration")
     else:
         for key in ("num_samples", "calibration_seq_len", "sampling", "allow_overlap"):
             del decides["data"][key]
-    del decides["data"]["batch_size"]
     for key in ("skip", "scheme", "execution") if not cfg.steps else ():
         del decides[key]
-    decides["source"] = {name: text.sha256(method_source(step).encode()) for name, step in cfg.steps.items()}
+    files = set(_SOURCES).union(*map(source_files, cfg.steps.values()))
+    decides["source"] = sorted(text.sha256(file.read_bytes()) for file in files)
     return record.run_id(decides)
 
 
@@ -182,6 +193,8 @@ def _device(wanted: str) -> torch.device:
         device = torch.device(wanted)
     except RuntimeError as error:
         raise ValueError(f"device={wanted} is unknown; expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={wanted} is not supported; expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(f"device={wanted} is not available: torch {torch.__version__} sees no GPU; use device=cpu")
     return device

@@ -39,13 +39,18 @@ _METRICS = (
     "decode_speedup",
     "quantize_s",
 )
-_RATIOS = ("perplexity", "model_size_mib", "peak_memory_mib")  # speedups are ratios already, measured in pairs
+_RATIOS = (
+    "perplexity",
+    "bits_per_weight",
+    "model_size_mib",
+    "peak_memory_mib",
+)  # speedups are ratios already, measured in pairs
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # Shown columns: heading, value, its ratio, digits of each.
 _SHOWN = (
     ("perplexity", "perplexity", "perplexity_ratio", ".2f"),
-    ("bits / weight", "bits_per_weight", None, ".3f"),
+    ("bits / weight", "bits_per_weight", "bits_per_weight_ratio", ".3f"),
     ("size MiB", "model_size_mib", "model_size_mib_ratio", ".1f"),
     ("peak MiB", "peak_memory_mib", "peak_memory_mib_ratio", ".0f"),
     ("prefill ms", "prefill_ms_p50", "prefill_speedup", ".0f"),
@@ -95,14 +100,14 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
         width=-frame["bits"].fillna(0),
         rank=frame["dtype"].map({name: i for i, name in enumerate(_DTYPES)}),
     )
-    by = ["model", "data", "seq_len", "floats", "method", "scheme", "width", "rank", "run_id"]
+    by = ["model", "data", "seq_len", "floats", "method", "scheme", "width", "options", "rank", "run_id"]
     return frame.loc[order.sort_values(by, kind="stable").index].reset_index(drop=True)
 
 
 def display(frame: pd.DataFrame) -> pd.DataFrame:
     """The table as people read it: text cells, "value (ratio)", columns that hold one value for all rows left out."""
     out = pd.DataFrame(index=frame.index)
-    for name in ("model", "data", "windows", "method", "scheme", "bits", "dtype", "execution", "device"):
+    for name in ("model", "data", "windows", "method", "scheme", "bits", "options", "dtype", "execution", "device"):
         if name in ("method", "scheme", "bits", "execution") or frame[name].nunique(dropna=False) > 1:
             out[name] = [_text(value) for value in frame[name]]
     for heading, value, ratio, digits in _SHOWN:
@@ -201,8 +206,20 @@ def _options(arguments: Sequence[str]) -> dict[str, str]:
 
 
 def _columns() -> list[str]:
-    described = ["run_id", "status", "model", "method", "scheme", "bits", "dtype", "baseline_dtype", "execution"]
-    placed = ["device", "data", "protocol", "windows", "seq_len", "seed", "fingerprint", "tokens_sha256", "commit"]
+    described = ["run_id", "status", "model", "method", "scheme", "bits", "options", "dtype"]
+    placed = [
+        "baseline_dtype",
+        "execution",
+        "device",
+        "data",
+        "protocol",
+        "windows",
+        "seq_len",
+        "seed",
+        "fingerprint",
+        "tokens_sha256",
+        "commit",
+    ]
     return [*described, *placed, *_METRICS, "error"]
 
 
@@ -215,10 +232,11 @@ def _row(record: Record) -> dict[str, Any]:
         "run_id": record.run_id,
         "status": record.status,
         "error": record.error,
-        "model": _at(config, "model", "name"),
+        "model": record.model.get("name") or _at(config, "model", "name"),
         "method": "+".join(steps) if isinstance(steps, dict) and steps else "none",
         "scheme": _at(scheme, "name"),
         "bits": _at(scheme, "weight", "bits"),
+        "options": _options_of(config) if steps else "",
         "dtype": record.execution.get("dtype"),
         "baseline_dtype": record.execution.get("baseline_dtype"),
         "execution": record.execution.get("mode"),
@@ -232,6 +250,22 @@ def _row(record: Record) -> dict[str, Any]:
         "tokens_sha256": stream.get("tokens_sha256"),
         "commit": record.environment.get("commit"),
     }
+
+
+def _options_of(config: dict[str, Any]) -> str:
+    """What else tells rows apart: the steps' own options, and fields of the scheme that its name does not say."""
+    steps = config["method"].values() if isinstance(config["method"], dict) else ()
+    found = [f"{key}={value}" for step in steps if isinstance(step, dict) for key, value in step.items()]
+    found = [option for option in found if not option.startswith("_target_=")]
+    weight = _at(config, "scheme", "weight")
+    own_grid = "narrow" if _at(config, "scheme", "activation") else "full"  # of the schemes as they are shipped
+    for key, usual in (("grid", own_grid), ("zero_point", "integer"), ("scale_dtype", "float16")):
+        if isinstance(weight, dict) and weight.get(key, usual) != usual:
+            found.append(f"{key}={weight[key]}")
+    size = _at(config, "scheme", "weight", "group_size")
+    if size not in (None, -1) and str(size) not in str(_at(config, "scheme", "name")):
+        found.append(f"group_size={size}")
+    return " ".join(found + ([f"skip={','.join(config['skip'])}"] if config.get("skip") else []))
 
 
 def _at(config: Any, *keys: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
@@ -119,8 +120,16 @@ def _file_documents(source: str, key: str, path: Path) -> list[str]:
     try:
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
         if source == "c4":
-            return [json.loads(line)["text"] for line in text.splitlines() if line]
-    except (UnicodeDecodeError, gzip.BadGzipFile, json.JSONDecodeError, KeyError, TypeError) as error:
+            return [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
+    except (
+        UnicodeDecodeError,
+        EOFError,
+        zlib.error,
+        gzip.BadGzipFile,
+        json.JSONDecodeError,
+        KeyError,
+        TypeError,
+    ) as error:
         wanted = 'JSON lines with a "text" key' if source == "c4" else "UTF-8 text"
         raise ValueError(f"{key}={path} cannot be read ({error}); expected {wanted}") from error
     return [wikitext_join(text) if source == "wikitext2" else text]

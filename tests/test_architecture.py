@@ -51,7 +51,7 @@ def test_rtn_runs_and_eight_bits_stay_close(family: str, tiny: Callable[..., dic
     model, cfg = build(family), build_run(tiny("scheme=channel", "bits=8"))
     with torch.no_grad():
         before = model(input_ids=TOKENS).logits
-    result = engine.quantize(model, cfg, None)
+    result = engine.quantize(model, cfg, TOKENS)
     with torch.no_grad():
         after = model(input_ids=TOKENS).logits
     assert 0 < (after - before).norm() / before.norm() < 0.05

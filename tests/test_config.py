@@ -25,6 +25,10 @@ class Fields(Method):
     tag: str | None = None
 
 
+class Loose(RTN):
+    """Forgot its own @dataclass."""
+
+
 @pytest.mark.parametrize("folder", ["model", "scheme", "data", "measure"])
 def test_every_shipped_config_builds(folder: str, tmp_path: Path) -> None:
     for path in sorted((ROOT / "conf" / folder).glob("*.yaml")):
@@ -53,7 +57,10 @@ def test_data_configs_have_the_same_keys() -> None:
         ("+scheme.weight.grd=full", r"^scheme.weight.grd='full' is an unknown key; did you mean grid\?"),
         ("+method.rtn.steps=3", r"^method.rtn.steps=3 is an unknown key; expected one of: no keys at all$"),
         ("method.rtn._target_=methods.rtn.RTM", r"^method.rtn._target_=methods.rtn.RTM cannot be imported"),
-        ("method.rtn._target_=pathlib.Path", r"^method.rtn._target_=pathlib.Path is no method; expected a dataclass"),
+        (
+            "method.rtn._target_=pathlib.Path",
+            r"^method.rtn._target_=pathlib.Path is no method; expected a class with @dataclass",
+        ),
         ("model.dtype=int8", r"^model.dtype='int8' is unknown; expected one of: auto, float64"),
         ("data.seq_len=1", r"^data.seq_len=1 is out of range; expected 2 or more$"),
         ("data.max_windows=0", r"^data.max_windows=0 is out of range; expected 1 or more$"),
@@ -62,6 +69,9 @@ def test_data_configs_have_the_same_keys() -> None:
         ("execution=fast", r"^execution='fast' is unknown; expected one of: packed, simulated$"),
         ("skip=down", r"^skip='down' is no list; expected \[value, \.\.\.\]$"),
         ("model.package=null", r"^model.path=None and 0 of package, id, architecture are set"),
+        ("scheme.weight.grid=narrow", r"^scheme.weight.grid=narrow has no use with symmetric=false"),
+        ("seed=-1", r"^seed=-1 is out of range; expected 0 to 2\^63 - 1$"),
+        ("method.rtn._target_=tests.test_config.Loose", r"Loose is no method; expected a class with @dataclass"),
         ("seed=1.5", r"^seed=1.5 has type float; expected int$"),
         ("force=1", r"^force=1 has type int; expected bool$"),
     ],
@@ -91,6 +101,8 @@ def test_exactly_one_step_quantizes() -> None:
         build_steps({"rtn": rtn, "again": rtn})
     with pytest.raises(ValueError, match="method=first has 0 steps that quantize"):
         build_steps({"first": other})
+    with pytest.raises(ValueError, match=r"method=\[1\] is no mapping of steps"):
+        build_steps([1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method.rtn=3 has no _target_"):
         build_steps({"rtn": 3})
 

@@ -111,7 +111,7 @@ def test_groups_come_in_order_and_every_linear_gets_its_own_inputs(tiny: Tiny) -
 def test_a_rewrite_composes_with_rtn_as_by_hand(tiny: Tiny) -> None:
     composed, by_hand = build("llama"), build("llama")
     cfg = config(tiny, "scheme=channel", swap=SwapChannels(), rtn=RTN())
-    engine.quantize(composed, cfg, None)
+    engine.quantize(composed, cfg, TOKENS)
     SwapChannels().prepare(by_hand)
     assert cfg.scheme is not None
     for name, module in linears(by_hand).items():
@@ -159,7 +159,7 @@ class Rude(Method):
 )
 def test_quantize_is_held_to_the_contract(tiny: Tiny, how: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^model.layers.0.self_attn.q_proj: {message}"):
-        engine.quantize(build("llama"), config(tiny, "scheme=channel", rude=Rude(how=how)), None)
+        engine.quantize(build("llama"), config(tiny, "scheme=channel", rude=Rude(how=how)), TOKENS)
 
 
 def test_static_activation_ranges_are_those_of_the_float_inputs(tiny: Tiny) -> None:
@@ -175,7 +175,7 @@ def test_an_error_of_a_method_names_the_linear(tiny: Tiny) -> None:
     model = build("llama")
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"^model.layers.1.mlp.up_proj: the weight holds NaN or infinite values"):
-        engine.quantize(model, config(tiny, "scheme=channel", rtn=RTN()), None)
+        engine.quantize(model, config(tiny, "scheme=channel", rtn=RTN()), TOKENS)
 
 
 def test_minmax_streams() -> None:

@@ -153,6 +153,12 @@ def test_non_finite_weights_are_refused(bad: float) -> None:
         round_to_nearest(weight, WeightFormat(bits=4))
 
 
+def test_float_zero_point_beyond_float16_is_refused_with_the_remedy() -> None:
+    fmt = WeightFormat(bits=4, zero_point="float")
+    with pytest.raises(ValueError, match="cannot hold the zero point of a group far from 0; use .*float32"):
+        round_to_nearest(1 + 1e-6 * torch.randn(2, 8), fmt)
+
+
 def test_scale_beyond_float16_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="scale_dtype=float32"):
         round_to_nearest(torch.full((1, 8), 1e7), WeightFormat(bits=4))
@@ -183,5 +189,9 @@ def test_qtensor_refuses_what_it_cannot_store() -> None:
         IntQTensor(codes, ones * 1.0001, ones, fmt)
     with pytest.raises(ValueError, match="code 16 does not fit bits=4"):
         IntQTensor(codes + 16, ones, ones, fmt)
+    with pytest.raises(ValueError, match="expected integers from 0 on"):
+        IntQTensor(codes, ones, ones * 3.7, fmt)
+    with pytest.raises(ValueError, match="codes have dtype torch.float32"):
+        IntQTensor(codes.float(), ones, ones, fmt)
     with pytest.raises(ValueError, match="must be 8 everywhere"):
         IntQTensor(codes, ones, ones, WeightFormat(bits=4, symmetric=True, granularity="group", group_size=8))

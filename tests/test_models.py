@@ -62,13 +62,15 @@ def test_weights_are_in_memory_of_their_own(folder: Path) -> None:
 
 def test_fingerprint_of_a_folder_follows_its_files(folder: Path) -> None:
     cfg = ModelConfig(name="x", path=str(folder))
-    before = models.fingerprint(cfg)
-    assert models.fingerprint(cfg) == before
+    before = models.fingerprint(cfg, 0)
+    assert models.fingerprint(cfg, 0) == before
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
-    data[-1] ^= 1
+    data[len(data) // 2] ^= 1
     weights.write_bytes(bytes(data))
-    assert models.fingerprint(cfg) != before
+    assert models.fingerprint(cfg, 0) != before
+    (folder / ".DS_Store").write_text("")
+    assert models.name_of(cfg) == "saved"
 
 
 def test_nan_weights_are_named(folder: Path) -> None:
@@ -93,8 +95,11 @@ def test_missing_and_broken_folders(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"model.path=.* cannot be read .*expected a transformers folder"):
         models.config(ModelConfig(name="x", path=str(tmp_path)))
-    with pytest.raises(ValueError, match=r"model.architecture=.* is no transformers config"):
-        models.config(ModelConfig(name="x", architecture={"model_type": "llamb"}))
+    for wrong in ({"model_type": "llamb"}, {"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}):
+        with pytest.raises(ValueError, match=r"model.architecture=.* is no transformers config"):
+            models.config(ModelConfig(name="x", architecture=wrong))
+    with pytest.raises(ValueError, match=r"vocab_size=100 is too small; expected 256 or more"):
+        models.config(ModelConfig(name="x", architecture={"model_type": "llama", "vocab_size": 100}))
 
 
 def test_an_unreachable_hub_names_the_embedded_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,7 +199,7 @@ def test_absent_packages_say_how_to_install_them() -> None:
 
 
 def provenance_of(cfg: ModelConfig) -> dict[str, Any]:
-    return models.provenance(cfg, models.load(cfg, torch.float32, CPU, 0))
+    return models.provenance(cfg, models.load(cfg, torch.float32, CPU, 0), 0)
 
 
 def test_provenance_of_random_weights_says_so() -> None:

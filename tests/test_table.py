@@ -90,6 +90,16 @@ def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
     assert "1.25x" in out.getvalue()
 
 
+def test_options_tell_rows_apart() -> None:
+    one, two = make("p", 1.0), make("q", 2.0)
+    one.config["method"]["rtn"]["shrink"] = 0.7
+    two.config["scheme"]["weight"] |= {"grid": "narrow", "group_size": 32, "scale_dtype": "float16"}
+    frame = table.to_frame([one, two]).set_index("run_id")
+    assert frame.loc["p", "options"] == "shrink=0.7"
+    assert frame.loc["q", "options"] == "grid=narrow group_size=32"
+    assert "| shrink=0.7 " in table.to_markdown(frame.reset_index())
+
+
 def test_load_names_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record.write(RECORDS[0], tmp_path)
     (tmp_path / "other.json").write_text("[]")
@@ -143,6 +153,8 @@ def test_the_quoted_table_is_the_table_of_the_reference_records(name: str) -> No
 
 
 def test_reference_records_hold_no_path_of_the_machine_that_made_them() -> None:
-    for path in (ROOT / "results/reference").glob("*.json"):
+    paths = list((ROOT / "results/reference").glob("*.json"))
+    assert paths
+    for path in paths:
         for word in ("/home/", "/root/", "/work/", "/tmp/", "C:\\\\"):
             assert word not in path.read_text(), f"{path.name} holds {word}"

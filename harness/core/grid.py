@@ -97,6 +97,11 @@ def weight_params(weight: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
     if fmt.zero_point == "integer":
         return scale, zero_point_of(low.clamp(max=0), scale, fmt)
     stored = zero_point_of(low, scale, fmt).to(getattr(torch, fmt.scale_dtype))
+    if not torch.isfinite(stored).all():
+        raise ValueError(
+            f"scheme.weight.scale_dtype={fmt.scale_dtype} cannot hold the zero point of a group far from 0; "
+            "use scheme.weight.scale_dtype=float32, or scheme.weight.zero_point=integer"
+        )
     return scale, stored.to(scale.dtype)
 
 

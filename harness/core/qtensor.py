@@ -53,6 +53,8 @@ class IntQTensor(QTensor):
 
         Raises: ValueError if a shape is not what the format asks for, or a scale cannot be stored exactly.
         """
+        if codes.dtype != torch.uint8:
+            raise ValueError(f"codes have dtype {codes.dtype}; expected torch.uint8")
         shape = (codes.shape[0], codes.shape[1])
         super().__init__(shape)
         self.fmt = fmt
@@ -74,7 +76,10 @@ class IntQTensor(QTensor):
             return None
         if self.fmt.zero_point == "float":
             return zero_point.to(getattr(torch, self.fmt.scale_dtype))
-        return pack(zero_point.to(torch.uint8), self.fmt.bits)
+        packed = zero_point.to(torch.uint8)
+        if not torch.equal(packed.to(zero_point.dtype), zero_point):
+            raise ValueError(f"zero_point holds {zero_point.flatten()[:3].tolist()}...; expected integers from 0 on")
+        return pack(packed, self.fmt.bits)
 
     @property
     def codes(self) -> Tensor:

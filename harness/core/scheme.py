@@ -26,6 +26,10 @@ class IntFormat:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise ValueError(f"bits={self.bits} is out of range; expected 2 to 8")
+        if self.grid != "full" and not self.symmetric:
+            raise ValueError(f"grid={self.grid} has no use with symmetric=false; set symmetric=true, or grid=full")
+        if self.zero_point != "integer" and self.symmetric:
+            raise ValueError(f"zero_point={self.zero_point} has no use with symmetric=true; set symmetric=false")
 
     @property
     def max_code(self) -> int:

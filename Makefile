@@ -44,7 +44,6 @@ readme: $(STAMP) ## Write the table of results/reference into README.md and resu
 
 reference: $(STAMP) ## Run the reference rows anew and write the tables that quote them
 	$(BIN)/python -m harness experiment=bench results_dir=results/reference force=true
-	rm -rf results/reference/sweeps
 	$(MAKE) readme
 
 overhead: $(STAMP) ## Time the perplexity stage beside a plain loop over the model's logits

@@ -38,7 +38,7 @@ def folder(package: str) -> Path:
     Raises: ValueError if the package is absent or of another version, or the cache cannot be written.
     """
     gguf = find_gguf(package)
-    digest = _sha256(gguf)
+    digest = file_sha256(gguf)
     target = cache_dir() / "models" / f"{gguf.stem}-{digest[:16]}-v{CONVERTER}"
     if _intact(target):
         return target
@@ -83,7 +83,7 @@ def manifest(target: Path) -> dict[str, Any]:
 def _intact(target: Path) -> bool:
     try:
         files = manifest(target)["files"]
-        return all(_sha256(target / name) == digest for name, digest in files.items())
+        return all(file_sha256(target / name) == digest for name, digest in files.items())
     except (OSError, ValueError, KeyError):
         return False
 
@@ -99,7 +99,7 @@ def _convert_into(gguf: Path, digest: str, target: Path) -> None:
     try:
         _convert(gguf, part)
         about = {"gguf": gguf.name, "gguf_sha256": digest, "tensor_types": types, "converter": CONVERTER}
-        about["files"] = {file.name: _sha256(file) for file in sorted(part.iterdir())}
+        about["files"] = {file.name: file_sha256(file) for file in sorted(part.iterdir())}
         (part / MANIFEST).write_text(json.dumps(about, indent=1))
         part.chmod(0o755)
         part.rename(target)
@@ -136,6 +136,7 @@ def _convert(gguf: Path, part: Path) -> None:
     save_model(model, str(part / "model.safetensors"), metadata={"format": "pt"})
 
 
-def _sha256(file: Path) -> str:
+def file_sha256(file: Path) -> str:
+    """The hash of a file's content, read in pieces."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

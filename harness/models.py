@@ -40,8 +40,7 @@ def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
     """One hash of the names and contents of files, which are read again once size or time change."""
     digest = hashlib.sha256()
     for file, _size, _time in files:
-        with file.open("rb") as stream:
-            digest.update(f"{file.name}:{hashlib.file_digest(stream, 'sha256').hexdigest()};".encode())
+        digest.update(f"{file.name}:{embedded.file_sha256(file)};".encode())
     return digest.hexdigest()
 
 

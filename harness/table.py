@@ -39,12 +39,8 @@ _METRICS = (
     "decode_speedup",
     "quantize_s",
 )
-_RATIOS = (
-    "perplexity",
-    "bits_per_weight",
-    "model_size_mib",
-    "peak_memory_mib",
-)  # speedups are ratios already, measured in pairs
+# Speedups are ratios already, measured in pairs.
+_RATIOS = ("perplexity", "bits_per_weight", "model_size_mib", "peak_memory_mib")
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # Shown columns: heading, value, its ratio, digits of each.

@@ -6,11 +6,8 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
-
-from harness.core.method import InputGroup
 
 
 def block_prefix(model: nn.Module) -> str:
@@ -72,36 +69,25 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def input_groups(model: nn.Module, names: list[str], tokens: Tensor) -> list[InputGroup]:
-    """Linears that read the very same tensor, grouped in execution order, as seen on `tokens` (B, T).
+def input_groups(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
+    """Names of modules that read the very same tensor, grouped in execution order, as seen while `run` runs them.
 
     A linear that did not run (an expert that no token chose) is a group of its own, at the end.
     """
     seen: list[tuple[str, Tensor]] = []
 
-    def note(name: str) -> Callable[[Tensor], None]:
-        return lambda inputs: seen.append((name, inputs))
+    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        return lambda _module, args: seen.append((name, args[0]))
 
-    run_with_inputs(model, {name: note(name) for name in names}, tokens)
-    grouped: dict[int, dict[str, nn.Module]] = {}
-    for name, inputs in seen:  # `seen` keeps every input alive, so that no two share an id
-        grouped.setdefault(id(inputs), {}).setdefault(name, model.get_submodule(name))
-    ran = {name for members in grouped.values() for name in members}
-    idle = [InputGroup({name: model.get_submodule(name)}) for name in names if name not in ran]
-    return [InputGroup(members) for members in grouped.values()] + idle
-
-
-@torch.inference_mode()
-def run_with_inputs(model: nn.Module, watchers: dict[str, Callable[[Tensor], None]], tokens: Tensor) -> None:
-    """Run `model` on `tokens` (B, T) and show each named linear's input (B, T, K) to its watcher."""
-    device = next(model.parameters()).device
-    handles = [model.get_submodule(name).register_forward_pre_hook(_shown(watch)) for name, watch in watchers.items()]
+    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
     try:
-        model(input_ids=tokens.to(device), use_cache=False)
+        run()
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _shown(watch: Callable[[Tensor], None]) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-    return lambda _module, args: watch(args[0])
+    grouped: dict[int, list[str]] = {}
+    for name, inputs in seen:  # `seen` keeps every input alive, so that no two share an id
+        members = grouped.setdefault(id(inputs), [])
+        members += [name] if name not in members else []
+    ran = {name for members in grouped.values() for name in members}
+    return [*grouped.values(), *([name] for name in modules if name not in ran)]

@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness import record, table
 from harness.errors import one_line
+from harness.progress import Label
 from harness.run import execute
 
 T = TypeVar("T")
@@ -60,11 +61,14 @@ def main() -> int:
     return 1 if unread or any(found.status == "failed" for found in shown) else 0
 
 
-def _track(items: Iterable[T], label: str, total: int | None = None) -> Generator[T, None, None]:
-    """A progress bar on a terminal, nothing elsewhere."""
+def _track(items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]:
+    """A progress bar with the time left on a terminal, nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as progress:
-        yield from progress.track(items, total=total, description=label)
+        task = progress.add_task(label if isinstance(label, str) else label(), total=total)
+        for item in items:
+            yield item
+            progress.update(task, advance=1, description=label if isinstance(label, str) else label())
 
 
 def _report(found: record.Record, skipped: bool) -> None:

@@ -113,6 +113,25 @@ class MeasureConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """How calibration runs.
+
+    propagate      whose outputs are the next block's inputs while codes are chosen: quantized blocks', or float ones'
+    search_tokens  calibration tokens that a search measures output errors on
+    cache_gib      disk space for statistics that later runs may share; 0 keeps none. Does not change a result.
+    """
+
+    propagate: Literal["quantized", "float"] = "quantized"
+    search_tokens: int = 4096
+    cache_gib: float = 4.0
+
+    def __post_init__(self) -> None:
+        _at_least("search_tokens", self.search_tokens, 1)
+        if not self.cache_gib >= 0:
+            raise ValueError(f"cache_gib={self.cache_gib} is out of range; expected 0 or more")
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run, resolved and checked. `steps` are the method's, in order; none at all is the float baseline.
 
@@ -124,6 +143,7 @@ class RunConfig:
     measure: MeasureConfig
     scheme: Scheme | None
     steps: dict[str, Method]
+    engine: EngineConfig = field(default_factory=EngineConfig)
     skip: tuple[str, ...] = ()
     execution: Literal["packed", "simulated"] = "packed"
     seed: int = 0
@@ -137,14 +157,11 @@ class RunConfig:
             raise ValueError(f"seed={self.seed} is out of range; expected 0 to 2^63 - 1")
 
     @property
-    def method(self) -> str:
-        """Name of the method: its steps joined by +, or none."""
-        return "+".join(self.steps) or "none"
-
-    @property
-    def quantizer(self) -> Method:
-        """The step that chooses codes."""
-        return next(step for step in self.steps.values() if overrides(step, "quantize"))
+    def quantizing(self) -> str | None:
+        """Name of the step that chooses codes: the last that has a way of its own, else the last, which rounds."""
+        own = [name for name, step in self.steps.items() if overrides(step, "quantize")]
+        names = own or list(self.steps)
+        return names[-1] if names else None
 
 
 def build_run(cfg: Mapping[str, Any]) -> RunConfig:
@@ -167,16 +184,22 @@ def build_run(cfg: Mapping[str, Any]) -> RunConfig:
 def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
     """Build the ordered steps of `method`, each named by its `_target_`.
 
-    Raises: ValueError if a class cannot be found, is no Method, or not exactly one step quantizes.
+    The last step that has its own way to choose codes does it; those before it only rewrite.
+    Raises: ValueError if a class cannot be found or is no Method, or a step would have nothing to do.
     """
     if method is not None and not isinstance(method, Mapping):
         raise ValueError(f"method={method!r} is no mapping of steps; expected NAME: {{_target_: module.Class}}")
     steps = {name: _build_step(f"method.{name}", step) for name, step in (method or {}).items()}
-    quantizers = [name for name, step in steps.items() if overrides(step, "quantize")]
-    if steps and len(quantizers) != 1:
-        raise ValueError(
-            f"method={'+'.join(steps)} has {len(quantizers)} steps that quantize; expected exactly one, such as rtn"
-        )
+    own = [name for name, step in steps.items() if overrides(step, "quantize")]
+    last = list(steps).index(own[-1]) if own else len(steps)
+    for i, (name, step) in enumerate(steps.items()):
+        rewrites = overrides(step, "prepare") or overrides(step, "transform")
+        if (i < last and not rewrites and len(steps) > 1) or i > last:
+            other = own[-1] if own else "rounding"
+            raise ValueError(
+                f"method={'+'.join(steps)}: step {name} has nothing to do beside {other}, which chooses the codes; "
+                "expected steps that rewrite, then one that quantizes"
+            )
     return steps
 
 

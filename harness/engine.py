@@ -1,35 +1,48 @@
-"""Apply a method's steps to a model: prepare, observe, transform, quantize, and put packed linears in place."""
+"""Apply a method's steps to a model, each in one pass over its blocks.
+
+A composite is its steps, run one after another. A step that only rewrites sees the float model, whose function it
+keeps. The one that quantizes sees the inputs that quantized blocks before hand on (`engine.propagate=quantized`,
+as GPTQ's authors) or those of the float model (`float`, as AWQ's).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.architecture import input_groups, linears, run_with_inputs, split_skipped, uncovered, weight_of
+from harness.architecture import block_prefix, input_groups, linears, split_skipped, uncovered, weight_of
 from harness.config import RunConfig
-from harness.core.grid import compute_dtype
 from harness.core.method import InputGroup, Method, overrides
-from harness.core.qtensor import QTensor
-from harness.core.scheme import Scheme
-from harness.core.stats import MinMax, Stat, Stats
-from harness.linear import InputQuantizer, QuantLinear, replace
+from harness.core.stats import MinMax, Sample, Stat, Stats
+from harness.install import float_row, install, recorded, static
+from harness.linear import QuantLinear
+from harness.observe import Observer
+from harness.producers import Discovery
 from harness.progress import Track, silent
+from harness.statcache import StatCache
+from harness.stream import Stream, verify
+from harness.trial import Trial
 
-_CHECK_TOKENS = 64
-# How far logits may move under a rewrite that keeps the function, as a relative Frobenius error.
+Row = dict[str, Any]
+
+_PROBE_TOKENS = 64
+# How far a block's output, or the logits, may move under a rewrite that keeps the function: relative Frobenius error.
 _SAME_FUNCTION = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+_NO_CACHE = StatCache(Path(), 0)
 
 
 @dataclass
 class Result:
     """What the record keeps of a quantization: a row for each linear of the blocks, and warnings."""
 
-    layers: list[dict[str, Any]] = field(default_factory=list)
+    layers: list[Row] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
+    kernels: set[str] = field(default_factory=set)
 
     @property
     def bits_per_weight(self) -> float:
@@ -40,12 +53,11 @@ class Result:
 
 def needs_calibration(cfg: RunConfig) -> bool:
     """Whether any step, or a static activation format, has to see calibration data."""
-    activation = cfg.scheme.activation if cfg.scheme else None
-    return any(step.needs for step in cfg.steps.values()) or (activation is not None and not activation.dynamic)
+    return static(cfg) or any(step.needs or overrides(step, "transform") for step in cfg.steps.values())
 
 
 def check(model: nn.Module, cfg: RunConfig) -> None:
-    """Check the scheme against the shapes of a model, which may be without weights.
+    """Check scheme and method against each other and against the shapes of a model, which may be without weights.
 
     Raises: ValueError naming the linear that does not fit, or a `skip` pattern that matches nothing.
     """
@@ -54,14 +66,23 @@ def check(model: nn.Module, cfg: RunConfig) -> None:
         raise ValueError(f"model={cfg.model.name} has no linear inside its decoder blocks; nothing to quantize")
     if cfg.scheme is None:
         return
-    for name in split_skipped(list(found), cfg.skip)[0]:
+    for label, step in cfg.steps.items():
         try:
-            cfg.scheme.weight.groups(_shape(found[name]))
+            step.check(cfg.scheme)
+        except ValueError as error:
+            raise ValueError(f"method.{label}: {error}") from error
+    for name in split_skipped(list(found), cfg.skip)[0]:
+        rows, columns = weight_of(found[name]).shape
+        try:
+            cfg.scheme.weight.groups((rows, columns))
         except ValueError as error:
             raise ValueError(str(error).replace("; use", f" of {name}; use", 1)) from error
 
 
-def quantize(model: nn.Module, cfg: RunConfig, tokens: Tensor, track: Track = silent) -> Result:
+@torch.no_grad()
+def quantize(
+    model: nn.Module, cfg: RunConfig, tokens: Tensor, track: Track = silent, cache: StatCache = _NO_CACHE
+) -> Result:
     """Run the steps of `cfg` on `model`, in place; no steps leave it as it is.
 
     `tokens` (B, T) int64 are the calibration sequences, or, where nothing needs them, any text of the model's:
@@ -71,122 +92,184 @@ def quantize(model: nn.Module, cfg: RunConfig, tokens: Tensor, track: Track = si
     result = Result(warnings=[f"{name} is no linear and stays float" for name in uncovered(model)])
     found = linears(model)
     names, skipped = split_skipped(list(found), cfg.skip) if cfg.steps else ([], list(found))
+    rescaled: dict[str, str] = {}
     for label, step in cfg.steps.items():
-        _rewrite(model, label, step, names, tokens, track)
-        if overrides(step, "quantize"):
-            result.layers += _quantize_all(model, cfg, step, names, tokens, track)
-    result.layers += [_float_row(name, weight_of(found[name])) for name in skipped]
+        if overrides(step, "prepare"):
+            _prepare(model, label, step, tokens)
+        part = _Pass(model, cfg, label, names, result, rescaled)
+        if overrides(step, "transform") or (part.quantizes and (step.needs or static(cfg))):
+            part.by_blocks(tokens, track, cache)
+        elif part.quantizes:
+            part.at_once(track)
+    for row in result.layers:
+        row |= {"rescaled_by": rescaled[row["name"]]} if row["name"] in rescaled else {}
+    result.layers += [float_row(name, weight_of(found[name])) for name in skipped]
     return result
 
 
-def observe(
-    model: nn.Module, groups: list[InputGroup], needs: set[type[Stat]], tokens: Tensor, track: Track
-) -> dict[str, Stats]:
-    """Statistics of every linear's input over `tokens`, collected once for each input group."""
-    stats: dict[str, Stats] = {}
-    watchers: dict[str, Callable[[Tensor], None]] = {}
-    for group in groups:
-        first, module = next(iter(group.linears.items()))
-        shared = Stats(needs, _shape(module)[1])
-        stats.update(dict.fromkeys(group.linears, shared))
-        watchers[first] = shared.update
-    if needs:
-        for sequence in track(tokens, "calibrate", len(tokens)):
-            run_with_inputs(model, watchers, sequence[None])
-    return stats
-
-
-def _rewrite(model: nn.Module, label: str, step: Method, names: list[str], tokens: Tensor, track: Track) -> None:
-    """The hooks that rewrite float weights, and the proof that the model still computes the same."""
-    if not (overrides(step, "prepare") or overrides(step, "transform")):
-        return
+def _prepare(model: nn.Module, label: str, step: Method, tokens: Tensor) -> None:
     before = _logits(model, tokens)
     step.prepare(model)
-    if overrides(step, "transform"):
-        groups = input_groups(model, names, tokens[:1])
-        stats = observe(model, groups, set(step.needs), tokens, track)
-        for group in track(groups, f"{label}: transform", len(groups)):
-            step.transform(group, stats[next(iter(group.linears))])
-    after = _logits(model, tokens)
-    moved = float((after - before).norm() / before.norm())
-    limit = _SAME_FUNCTION[next(model.parameters()).dtype]
+    _same_function(label, before, _logits(model, tokens), "logits")
+
+
+@dataclass
+class _Pass:
+    """One step's way over the blocks of a model.
+
+    `rescaled` takes, for each linear whose input was rescaled, the producers that absorbed it.
+    """
+
+    model: nn.Module
+    cfg: RunConfig
+    label: str
+    names: list[str]
+    result: Result
+    rescaled: dict[str, str]
+
+    @property
+    def step(self) -> Method:
+        return self.cfg.steps[self.label]
+
+    @property
+    def quantizes(self) -> bool:
+        return self.label == self.cfg.quantizing
+
+    @property
+    def transforms(self) -> bool:
+        return overrides(self.step, "transform")
+
+    @property
+    def follows(self) -> bool:
+        """Whether blocks hand on what they give once quantized, because statistics decide what later ones become."""
+        decided = self.quantizes and overrides(self.step, "quantize") and bool(self.step.needs)
+        return decided and self.cfg.engine.propagate == "quantized"
+
+    def at_once(self, track: Track) -> None:
+        """Quantize linear after linear, where no data is needed."""
+        for name in track(self.names, self.label, len(self.names)):
+            linear, row = self._install(name, Stats())
+            self._finish([(linear, row)])
+
+    def by_blocks(self, tokens: Tensor, track: Track, cache: StatCache) -> None:
+        """Observe, transform, quantize and replay each block."""
+        verify(self.model, tokens[:1, :_PROBE_TOKENS])
+        stream, probe = Stream(self.model, tokens), Stream(self.model, tokens[:1, :_PROBE_TOKENS])
+        observer = Observer(
+            stream,
+            cache,
+            self.names,
+            self._needs(),
+            keep=not self.follows,
+            always=self.transforms and self.step.searches,
+        )
+        discovery, unscaled = Discovery(), dict[str, list[int]]()
+        total, shown = len(stream.blocks), [f"{self.label} block 1/{len(stream.blocks)}"]
+        for index in track(range(total), lambda: shown[0], total):
+            prefix = f"{block_prefix(self.model)}.{index}."
+            groups = self._groups(probe, prefix)
+            expected = probe.run(probe.states[0])
+            if self.transforms:
+                discovery.producers(probe, groups, prefix)
+                for group in groups:
+                    if group.producer is None:
+                        unscaled.setdefault(group.name.replace(prefix, ""), []).append(index)
+            done = self._block(observer, groups, probe, expected)
+            observer.advance()
+            probe.advance([expected])
+            self._finish(done)
+            shown[0] = f"{self.label} block {min(index + 2, total)}/{total}{_mean_error(done)}"
+        self.result.warnings += [
+            f"method.{self.label}: nothing was proved to absorb a scale for {members} in blocks {_ranges(blocks)}; "
+            "their inputs stay as they are"
+            for members, blocks in unscaled.items()
+        ]
+
+    def _block(
+        self, observer: Observer, groups: list[InputGroup], probe: Stream, expected: Tensor
+    ) -> list[tuple[QuantLinear, Row]]:
+        """One block's groups, transformed and quantized."""
+        sequential = self.follows and self.step.sequential
+        stats = observer.observe(groups) if self.transforms or not sequential else []
+        if self.transforms:
+            for group, seen in zip(groups, stats, strict=True):
+                self._transform(group, seen, observer.stream)
+            moved = probe.run(probe.states[0])
+            _same_function(self.label, expected, moved, f"the output of block {probe.position}")
+        done = []
+        for i, group in enumerate(groups if self.quantizes else ()):
+            seen = observer.observe([group])[0] if sequential else stats[i]
+            done += [self._install(name, seen) for name in group.linears]
+        return done
+
+    def _transform(self, group: InputGroup, stats: Stats, stream: Stream) -> None:
+        if self.step.searches:
+            group.trial = Trial(stream, self.model, group, stats, self.cfg.engine.search_tokens)
+        with recorded(group.name, self.result.warnings):
+            self.step.transform(group, stats)
+        group.trial = None  # it holds activations
+        if group.scale is not None and group.producer is not None:
+            stats.rescale(group.scale)
+            for name in group.linears:
+                known = self.rescaled.get(name)
+                self.rescaled[name] = f"{known}, {group.producer.name}" if known else group.producer.name
+
+    def _install(self, name: str, stats: Stats) -> tuple[QuantLinear, Row]:
+        assert self.cfg.scheme is not None
+        return install(self.model, name, self.step, self.cfg.scheme, stats, self.result.warnings)
+
+    def _finish(self, done: Iterable[tuple[QuantLinear, Row]]) -> None:
+        """Keep what the execution asks for, now that the block has been replayed."""
+        for linear, row in done:
+            if self.cfg.execution == "packed":
+                self.result.kernels.add(linear.pack().kernel)
+            else:
+                linear.simulate()
+            self.result.layers.append(row)
+
+    def _needs(self) -> list[type[Stat]]:
+        needs = set(self.step.needs)
+        if self.quantizes:
+            needs |= {Sample} | ({MinMax} if static(self.cfg) else set())
+        return sorted(needs, key=lambda cls: cls.__qualname__)
+
+    def _groups(self, probe: Stream, prefix: str) -> list[InputGroup]:
+        """The input groups of a block, in execution order; a group of skipped linears alone is none."""
+        found = {name: module for name, module in linears(self.model).items() if name.startswith(prefix)}
+        groups = []
+        for members in input_groups(found, lambda: probe.run(probe.states[0])):
+            kept = {name: found[name] for name in members if name in self.names}
+            weights = {name: weight_of(module) for name, module in kept.items()}
+            others = {name: weight_of(found[name]) for name in members if name not in kept}
+            if kept:
+                groups.append(InputGroup(kept, weights, others, self.cfg.scheme))
+        return groups
+
+
+def _same_function(label: str, before: Tensor, after: Tensor, what: str) -> None:
+    moved = float((after - before).double().norm() / before.double().norm())
+    limit = _SAME_FUNCTION[before.dtype]
     if not moved <= limit:
         raise ValueError(
-            f"method.{label} changed the float model's function: logits moved by {moved:.2g} relative; "
+            f"method.{label} changed the float model's function: {what} moved by {moved:.2g} relative; "
             f"expected at most {limit:g}, prepare and transform must keep it"
         )
 
 
-def _quantize_all(
-    model: nn.Module, cfg: RunConfig, step: Method, names: list[str], tokens: Tensor, track: Track
-) -> list[dict[str, Any]]:
-    """Quantize each named linear and put a QuantLinear in its place; returns their rows."""
-    assert cfg.scheme is not None
-    activation = cfg.scheme.activation
-    static = activation is not None and not activation.dynamic
-    needs = set(step.needs) | ({MinMax} if static else set())
-    groups = input_groups(model, names, tokens[:1]) if needs else []
-    stats = observe(model, groups, needs, tokens, track)
-    rows = []
-    for name in track(names, "quantize", len(names)):
-        module, seen = model.get_submodule(name), stats.get(name, Stats())
-        weight = weight_of(module).detach()
-        try:
-            qtensor = _checked(step.quantize, weight, cfg.scheme, seen)
-            rows.append(_row(name, weight, qtensor))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error}") from error
-        quantizer = None
-        if activation is not None:
-            quantizer = InputQuantizer(activation, (seen[MinMax].low, seen[MinMax].high) if static else None)
-        linear = QuantLinear(qtensor, getattr(module, "bias", None), weight.dtype, cfg.execution, quantizer)
-        replace(model, name, linear.to(weight.device))
-    return rows
+def _mean_error(done: list[tuple[QuantLinear, Row]]) -> str:
+    errors = [row["output_error"] for _, row in done if "output_error" in row]
+    return f", error {sum(errors) / len(errors):.3f}" if errors else ""
 
 
-def _checked(quantize: Callable[..., Any], weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-    """What a method's `quantize` gives, held to the contract."""
-    version = weight._version  # torch counts in-place changes
-    found = quantize(weight, scheme, stats)
-    if not isinstance(found, QTensor) or found.shape != tuple(weight.shape):
-        what = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
-        raise ValueError(f"quantize returned {what}; expected a QTensor of shape {tuple(weight.shape)}")
-    if found.stored_bits == 0:
-        raise ValueError("quantize returned a QTensor without buffers; expected all that it stores to be one")
-    if weight._version != version:
-        raise ValueError("quantize changed the weight that it was given; expected it to work on a copy")
-    return found
+def _ranges(numbers: list[int]) -> str:
+    """Numbers in few words: 0-3, 5."""
+    text = ",".join(map(str, numbers))
+    if numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1:
+        text = f"{numbers[0]}-{numbers[-1]}"
+    return text
 
 
-def _row(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
-    """What the record says of a quantized linear; weight_error is |W' - W| / |W| in the Frobenius norm."""
-    exact = weight.to(compute_dtype(weight))
-    decoded = qtensor.dequantize(exact.dtype)
-    if not torch.isfinite(decoded).all():
-        raise ValueError("the quantized weight decodes to NaN or infinite values; expected finite ones")
-    error = (decoded - exact).norm() / exact.norm().clamp(min=torch.finfo(exact.dtype).tiny)
-    return {
-        "name": name,
-        "shape": list(qtensor.shape),
-        "stored_bits": qtensor.stored_bits,
-        "bits_per_weight": qtensor.bits_per_weight,
-        "weight_error": float(error),
-    }
-
-
-def _float_row(name: str, weight: Tensor) -> dict[str, Any]:
-    bits = 8 * weight.element_size()
-    shape = list(weight.shape)
-    return {"name": name, "shape": shape, "stored_bits": bits * weight.numel(), "bits_per_weight": float(bits)}
-
-
-def _shape(module: nn.Module) -> tuple[int, int]:
-    rows, columns = weight_of(module).shape
-    return rows, columns
-
-
-@torch.inference_mode()
 def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
     device = next(model.parameters()).device
-    logits: Tensor = model(input_ids=tokens[:1, :_CHECK_TOKENS].to(device), use_cache=False).logits
-    return logits.double()
+    logits: Tensor = model(input_ids=tokens[:1, :_PROBE_TOKENS].to(device), use_cache=False).logits
+    return logits

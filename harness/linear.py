@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,8 +9,6 @@ from torch.nn import functional as F
 from harness.core import grid
 from harness.core.qtensor import QTensor
 from harness.core.scheme import ActivationFormat
-
-KERNEL = "reference"
 
 
 class InputQuantizer(nn.Module):
@@ -35,6 +31,11 @@ class InputQuantizer(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         """`inputs` (..., K) snapped to the grid, in their dtype."""
         values = inputs.to(grid.compute_dtype(inputs))
+        if self.fmt.threshold is not None:
+            outliers = (values.abs() >= self.fmt.threshold).any(-2 if values.dim() > 1 else 0, keepdim=True)
+            rest = values.masked_fill(outliers, 0)
+            snapped = grid.snap(rest, *grid.range_params(*self._bounds(rest), self.fmt), self.fmt)
+            return torch.where(outliers, values, snapped).to(inputs.dtype)
         if self.fmt.dynamic:
             scale, zero_point = grid.range_params(*self._bounds(values), self.fmt)
         else:
@@ -51,38 +52,45 @@ class InputQuantizer(nn.Module):
 
 
 class QuantLinear(nn.Module):
-    """y = x' W'^T + b with W' (N out, K in) decoded from a QTensor.
+    """y = x' W'^T + b with W' (N out, K in) of a QTensor.
 
-    execution=packed keeps the stored bits alone and decodes them at every call (kernel "reference");
-    execution=simulated decodes once and keeps the decoded weight. Both give the same result.
+    It starts with the decoded weight in memory (execution=simulated). `pack` drops that and runs from the stored
+    bits alone (execution=packed), by the QTensor's own kernel. Both give the same result.
     """
 
     bias: Tensor | None
-    decoded: Tensor
+    decoded: Tensor | None
 
     def __init__(
-        self,
-        weight: QTensor,
-        bias: Tensor | None,
-        dtype: torch.dtype,
-        execution: Literal["packed", "simulated"],
-        input_quantizer: InputQuantizer | None = None,
+        self, weight: QTensor, bias: Tensor | None, dtype: torch.dtype, input_quantizer: InputQuantizer | None = None
     ) -> None:
         super().__init__()
         self.shape = weight.shape
-        self.dtype = dtype
         self.stored_bits = weight.stored_bits
+        self.kernel = weight.kernel
         self.input_quantizer = input_quantizer
         self.register_buffer("bias", bias)
-        self.packed = weight if execution == "packed" else None
-        if execution == "simulated":
-            self.register_buffer("decoded", weight.dequantize(dtype))
+        self.packed: QTensor | None = weight
+        self.register_buffer("decoded", None if weight.quantizes_inputs else weight.dequantize(dtype))
+
+    def pack(self) -> QuantLinear:
+        """Keep the stored bits alone."""
+        self.decoded = None
+        return self
+
+    def simulate(self) -> QuantLinear:
+        """Keep the decoded weight alone; a QTensor that quantizes its inputs itself has none and stays."""
+        if self.decoded is not None:
+            self.packed = None
+        return self
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.input_quantizer is not None:
             inputs = self.input_quantizer(inputs)
-        weight = self.decoded if self.packed is None else self.packed.dequantize(self.dtype)
-        return F.linear(inputs, weight, self.bias)
+        if self.decoded is not None:
+            return F.linear(inputs, self.decoded, self.bias)
+        assert self.packed is not None
+        return self.packed.linear(inputs, self.bias)
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from typing import Protocol, TypeVar
 
 T = TypeVar("T")
+Label = str | Callable[[], str]
 
 
 class Track(Protocol):
-    """Iterate over `items` while showing `label` and how far along it is."""
+    """Iterate over `items` while showing how far along it is, and `label`: a function is asked after each item."""
 
-    def __call__(self, items: Iterable[T], label: str, total: int | None = None) -> Generator[T, None, None]: ...
+    def __call__(self, items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]: ...
 
 
-def silent(items: Iterable[T], label: str, total: int | None = None) -> Generator[T, None, None]:
+def silent(items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]:
     """A Track that shows nothing."""
     yield from items

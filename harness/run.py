@@ -16,13 +16,28 @@ from torch import Tensor, nn
 
 from harness import data, engine, evaluate, linear, measure, models, record, text
 from harness.config import RunConfig, build_run, source_files
+from harness.embedded import cache_dir
 from harness.errors import one_line
 from harness.progress import Track, silent
+from harness.statcache import StatCache
 
 Json = dict[str, Any]
 
 _HERE = Path(__file__).parent
-_ARITHMETIC = ("architecture.py", "data.py", "engine.py", "evaluate.py", "linear.py", "measure.py", "text.py")
+_ARITHMETIC = (
+    "architecture.py",
+    "data.py",
+    "engine.py",
+    "evaluate.py",
+    "install.py",
+    "linear.py",
+    "measure.py",
+    "observe.py",
+    "producers.py",
+    "stream.py",
+    "text.py",
+    "trial.py",
+)
 _SOURCES = (*sorted((_HERE / "core").glob("*.py")), *(_HERE / name for name in _ARITHMETIC))
 
 
@@ -45,7 +60,8 @@ def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
         model = models.load(cfg.model, dtype, device, cfg.seed)
         found.model = models.provenance(cfg.model, model, cfg.seed)
     with _stage(found, "quantize"):
-        result = engine.quantize(model, cfg, stream.windows[:1] if calibration is None else calibration, track)
+        cache = StatCache(cache_dir() / "statistics", int(cfg.engine.cache_gib * 2**30))
+        result = engine.quantize(model, cfg, stream.windows[:1] if calibration is None else calibration, track, cache)
     _note_format(found, model, result)
     with _stage(found, "evaluate"):
         _evaluate(cfg, model, stream.windows, found, track)
@@ -102,12 +118,14 @@ def run_id(cfg: RunConfig, raw: Json) -> str:
     decides["data"] = {key: value for key, value in raw["data"].items() if key not in ("path", "calibration_path")}
     decides["evaluation_text"] = text.identity(cfg.data, "evaluation")
     decides["model"] = asdict(cfg.model) | {"path": None, "fingerprint": models.fingerprint(cfg.model, cfg.seed)}
+    decides["engine"] = {key: value for key, value in raw["engine"].items() if key != "cache_gib"}
     decides["device"] = str(_device(cfg.device))
     if engine.needs_calibration(cfg):
         decides["calibration_text"] = text.identity(cfg.data, "calibration")
     else:
         for key in ("num_samples", "calibration_seq_len", "sampling", "allow_overlap"):
             del decides["data"][key]
+        del decides["engine"]
     for key in ("skip", "scheme", "execution") if not cfg.steps else ():
         del decides[key]
     files = set(_SOURCES).union(*map(source_files, cfg.steps.values()))
@@ -157,6 +175,8 @@ def _note_format(found: record.Record, model: nn.Module, result: engine.Result) 
     found.warnings += result.warnings
     found.metrics["bits_per_weight"] = result.bits_per_weight
     found.metrics["model_size_mib"] = linear.stored_bytes(model) / 2**20
+    if result.kernels:
+        found.execution["kernel"] = ", ".join(sorted(result.kernels))
     if found.execution["mode"] != "float":
         found.metrics["quantize_s"] = found.stages["quantize"]
 
@@ -182,8 +202,7 @@ def _evaluate(cfg: RunConfig, model: nn.Module, windows: Tensor, found: record.R
 def _execution(cfg: RunConfig, device: torch.device, dtype: torch.dtype, baseline: torch.dtype) -> Json:
     mode = cfg.execution if cfg.steps else "float"
     floats = {"dtype": str(dtype), "baseline_dtype": str(baseline)}
-    found = {"mode": mode, "device": str(device)} | {key: name.removeprefix("torch.") for key, name in floats.items()}
-    return found | ({"kernel": linear.KERNEL} if mode == "packed" else {})
+    return {"mode": mode, "device": str(device)} | {key: name.removeprefix("torch.") for key, name in floats.items()}
 
 
 def _device(wanted: str) -> torch.device:

@@ -99,7 +99,7 @@ def test_groups_come_in_order_and_every_linear_gets_its_own_inputs(tiny: Tiny) -
     model, nosy = build("llama"), Nosy(groups=[], seen=[])
     names = list(linears(model))
     expected = [inputs_of(model, name) for name in names]
-    engine.quantize(model, config(tiny, "scheme=channel", nosy=nosy), TOKENS)
+    engine.quantize(model, config(tiny, "scheme=channel", "engine.propagate=float", nosy=nosy), TOKENS)
     block = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
     assert nosy.groups == block * 2
     assert len(nosy.seen) == len(names)
@@ -125,7 +125,7 @@ def test_a_rewrite_composes_with_rtn_as_by_hand(tiny: Tiny) -> None:
 @pytest.mark.parametrize("hook", ["prepare", "transform"])
 def test_a_step_that_changes_the_function_is_refused(tiny: Tiny, hook: str) -> None:
     cfg = config(tiny, "scheme=channel", doubles=Doubles(hook=hook), rtn=RTN())
-    with pytest.raises(ValueError, match="method.doubles changed the float model's function: logits moved by"):
+    with pytest.raises(ValueError, match="method.doubles changed the float model's function: .* moved by"):
         engine.quantize(build("llama"), cfg, TOKENS)
 
 

@@ -59,11 +59,11 @@ def test_packed_equals_simulated_equals_decoded(bits: int, dtype: torch.dtype) -
     fmt = WeightFormat(bits=bits, granularity="group", group_size=8)
     weight, bias, inputs = torch.randn(7, 24) * 0.1, torch.randn(7).to(dtype), torch.randn(2, 3, 24).to(dtype)
     quantized = round_to_nearest(weight, fmt)
-    packed = QuantLinear(quantized, bias, dtype, "packed")
-    simulated = QuantLinear(quantized, bias, dtype, "simulated")
+    packed = QuantLinear(quantized, bias, dtype).pack()
+    simulated = QuantLinear(quantized, bias, dtype).simulate()
     assert torch.equal(packed(inputs), simulated(inputs))
     assert torch.equal(packed(inputs), F.linear(inputs, quantized.dequantize(dtype), bias))
-    assert not hasattr(packed, "decoded")
+    assert packed.decoded is None
     assert sum(buffer.nbytes for buffer in packed.buffers()) == quantized.stored_bits // 8 + bias.nbytes
 
 
@@ -71,6 +71,6 @@ def test_stored_bytes_counts_bits_once_and_tied_weights_once() -> None:
     quantized = round_to_nearest(torch.randn(16, 32), WeightFormat(bits=3))
     embedding, head = nn.Embedding(10, 16), nn.Linear(16, 10, bias=False)
     head.weight = embedding.weight
-    for execution in ("packed", "simulated"):
-        model = nn.ModuleList([embedding, head, QuantLinear(quantized, None, torch.float32, execution)])
+    for keep in (QuantLinear.pack, QuantLinear.simulate):
+        model = nn.ModuleList([embedding, head, keep(QuantLinear(quantized, None, torch.float32))])
         assert stored_bytes(model) == 10 * 16 * 4 + (16 * 32 * 3 + 16 * 19) // 8

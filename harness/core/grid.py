@@ -85,12 +85,24 @@ def weight_params(weight: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
     `fmt.scale_dtype` (zero_point: as far as it is a float).
     Raises: ValueError if the weight has a NaN or an infinity, or a scale is too large for its dtype.
     """
+    check_finite(weight)
+    groups = to_groups(weight.to(compute_dtype(weight)), fmt)
+    return stored_params(groups.amin(-1), groups.amax(-1), fmt)
+
+
+def check_finite(weight: Tensor) -> None:
+    """Raises: ValueError if a weight has a NaN or an infinity."""
     if not torch.isfinite(weight).all():
         raise ValueError(
             "the weight holds NaN or infinite values; expected finite ones, check the checkpoint and model.dtype"
         )
-    groups = to_groups(weight.to(compute_dtype(weight)), fmt)
-    low, high = groups.amin(-1), groups.amax(-1)
+
+
+def stored_params(low: Tensor, high: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
+    """Scale and zero point of groups with the ranges [low, high], rounded to what `fmt` stores.
+
+    Raises: ValueError if one is too large for its dtype.
+    """
     scale = store_scale(range_params(low, high, fmt)[0], fmt)
     if fmt.symmetric:
         return scale, torch.full_like(scale, fmt.mid_code)

@@ -1,7 +1,8 @@
 """The contract between the harness and a quantization method: three optional hooks.
 
 A method is a frozen, keyword-only dataclass. Its fields are its YAML's keys and the command line's options.
-A hook is a pure function of its arguments and fields: no printing, globals, devices or global seeds.
+A hook is a pure function of its arguments and fields: no printing, globals, devices or global seeds. What a
+person has to know of a run (a damping that had to be raised) goes through `warnings.warn` into its record.
 """
 
 from __future__ import annotations
@@ -12,43 +13,43 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from harness.core.qtensor import QTensor
+from harness.core.qtensor import QTensor, round_to_nearest
+from harness.core.rewrite import InputGroup as InputGroup
 from harness.core.scheme import Scheme
 from harness.core.stats import Stat, Stats
 
 
-@dataclass(frozen=True)
-class InputGroup:
-    """Linears of one decoder block that read the very same input tensor, in execution order.
-
-    `linears` maps full module names to the modules; every weight is reached by `weight_of(module)`.
-    """
-
-    linears: dict[str, nn.Module]
-
-    @property
-    def name(self) -> str:
-        return " + ".join(self.linears)
-
-
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of all methods; override what the idea needs and inherit the rest, which does nothing.
+    """Base of all methods; override what the idea needs and inherit the rest.
 
     `needs` names the statistics of the inputs to collect before `transform` and `quantize`.
     """
 
     needs: ClassVar[Sequence[type[Stat]]] = ()
 
+    @property
+    def sequential(self) -> bool:
+        """Whether a group's inputs are observed after the groups before it in its block were quantized."""
+        return False
+
+    @property
+    def searches(self) -> bool:
+        """Whether `transform` asks for `group.error`, which needs the block's activations."""
+        return False
+
+    def check(self, scheme: Scheme) -> None:
+        """Raise ValueError if the method cannot quantize to `scheme`; called before the model is loaded."""
+
     def prepare(self, model: nn.Module) -> None:
         """Rewrite the float model once, without data (rotations). Must keep the function that it computes."""
 
     def transform(self, group: InputGroup, stats: Stats) -> None:
-        """Rewrite the weights around one input group. Must keep the function that the model computes."""
+        """Rewrite the weights around one input group, by `group.rescale`. Must keep the model's function."""
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        """Choose the codes of one weight (N, K), which must not be changed."""
-        raise NotImplementedError(f"{type(self).__name__} does not quantize; a later step of the method has to")
+        """Choose the codes of one weight (N, K), which must not be changed. By default: round to nearest."""
+        return round_to_nearest(weight, scheme.weight)
 
 
 def overrides(method: Method | type[Method], hook: str) -> bool:

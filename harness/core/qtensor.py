@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from harness.core import grid
 from harness.core.packing import pack, unpack
@@ -17,7 +19,13 @@ class QTensor(nn.Module, ABC):
 
     Integer grids and codebooks alike are subclasses, so `stored_bits` is counted from the buffers and
     moving the module moves the weight. Buffers are never cast: `dequantize` casts its result.
+
+    kernel            name of what `linear` runs
+    quantizes_inputs  whether `linear` quantizes its inputs too, so that the scheme's own rounding must not
     """
+
+    kernel: ClassVar[str] = "reference"
+    quantizes_inputs: ClassVar[bool] = False
 
     def __init__(self, shape: tuple[int, int]) -> None:
         super().__init__()
@@ -26,6 +34,10 @@ class QTensor(nn.Module, ABC):
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight (N, K) that the stored bits stand for."""
+
+    def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        """y = x W^T + b of inputs (..., K), from the stored bits."""
+        return F.linear(inputs, self.dequantize(inputs.dtype), bias)
 
     @property
     def stored_bits(self) -> int:
@@ -100,9 +112,54 @@ class IntQTensor(QTensor):
         return values.view(self.shape).to(dtype)
 
 
+class MixedQTensor(QTensor):
+    """A quantized weight with some input columns (K) kept as floats beside it, which take the place of its own.
+
+    The codes of those columns stay stored, and are counted.
+    """
+
+    columns: Tensor
+    values: Tensor
+
+    def __init__(self, base: QTensor, columns: Tensor, values: Tensor) -> None:
+        """`columns` (C,) are indices into K, `values` (N, C) the floats as they are to be stored."""
+        super().__init__(base.shape)
+        self.base = base
+        self.register_buffer("columns", columns.to(_index_dtype(base.shape[1])))
+        self.register_buffer("values", values)
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        weight = self.base.dequantize(dtype)
+        weight[:, self.columns.long()] = self.values.to(dtype)
+        return weight
+
+
+class PermutedQTensor(QTensor):
+    """A quantized weight whose groups are of input columns in another order (GPTQ's act_order, no static groups)."""
+
+    order: Tensor
+
+    def __init__(self, base: QTensor, order: Tensor) -> None:
+        """Column i of `base` is column order[i] of the weight."""
+        super().__init__(base.shape)
+        self.base = base
+        self.register_buffer("order", order.to(_index_dtype(base.shape[1])))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        return self.base.dequantize(dtype)[:, self.order.long().argsort()]
+
+
+def _index_dtype(columns: int) -> torch.dtype:
+    return torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
+
+
 def round_to_nearest(weight: Tensor, fmt: WeightFormat) -> IntQTensor:
     """Quantize a weight (N, K) to its minimum-maximum grid, each value to the nearest code."""
-    scale, zero_point = grid.weight_params(weight, fmt)
+    return round_to_grid(weight, *grid.weight_params(weight, fmt), fmt)
+
+
+def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat) -> IntQTensor:
+    """Quantize a weight (N, K) to the grid of `scale` and `zero_point`, each value to the nearest code."""
     groups = grid.to_groups(weight.to(scale.dtype), fmt)
     codes = grid.encode(groups, scale[..., None], zero_point[..., None], fmt)
     return IntQTensor(codes.view(weight.shape), scale, zero_point, fmt)

@@ -92,11 +92,14 @@ class ActivationFormat(IntFormat):
     """Format of a linear's input: a scale a token or a sequence, found anew (`dynamic`) or calibrated.
 
     Granularity `tensor` and `dynamic` shares one scale over all tokens of a sequence, never over the
-    sequences of a batch, so that a result does not depend on the batch size.
+    sequences of a batch, so that a result does not depend on the batch size. With `threshold`, channels in
+    which any token of the sequence reaches it in magnitude stay float, and have no part in the ranges of the
+    others (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, equation 8).
     """
 
     granularity: Literal["token", "tensor"] = "token"
     dynamic: bool = True
+    threshold: float | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -104,6 +107,11 @@ class ActivationFormat(IntFormat):
             raise ValueError(
                 "dynamic=False has no meaning with granularity=token, whose ranges are known at run time alone; "
                 "use granularity=tensor, or dynamic=true"
+            )
+        if self.threshold is not None and not (self.threshold > 0 and self.dynamic):
+            raise ValueError(
+                f"threshold={self.threshold} with dynamic={self.dynamic} has no meaning; expected a positive threshold "
+                "and dynamic=true, or threshold=null"
             )
 
 

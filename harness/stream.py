@@ -1,0 +1,212 @@
+"""Calibration activations, one decoder block at a time: captured before the first, moved through the next by replay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.architecture import block_prefix
+
+# How far replayed logits may be from the model's own, as a relative Frobenius error: the same kernels ran.
+_SAME_LOGITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+
+Watcher = Callable[[Tensor], None]
+
+
+class _Enough(Exception):  # noqa: N818 - it is no error: every watched linear has been seen
+    """Ends a block's forward."""
+
+
+class Stream:
+    """The inputs of one decoder block for every sequence, and whatever else the model hands to its blocks.
+
+    Holds the hidden states (1, T, D) of all sequences at one block, nothing of other blocks. `advance` only notes that
+    the blocks so far are final; the states catch up when somebody asks for them.
+    """
+
+    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
+        """Run the model on `tokens` (B, T) int64 up to its first block, one sequence at a time.
+
+        Raises: ValueError if the blocks are called in a way that cannot be replayed.
+        """
+        blocks = model.get_submodule(block_prefix(model))
+        self.blocks: list[nn.Module] = list(blocks.children())
+        self.position = 0
+        self.calls = _calls(model, self.blocks, tokens[:1], _without_states)
+        if len(self.calls) != len(self.blocks):
+            raise ValueError(
+                f"{type(model).__name__} calls {len(self.calls)} of its {len(self.blocks)} blocks; expected each once"
+            )
+        self._states: list[Tensor] = []
+        self._reached = 0
+        for sequence in tokens:
+            ((states, rest),) = _calls(model, self.blocks[:1], sequence[None], _split_call)
+            if not _equal(rest, self.calls[0]):
+                raise ValueError(
+                    f"{type(model).__name__} hands its blocks inputs that depend on the tokens, beside the hidden "
+                    "states; such a model cannot be calibrated block by block, use a data-free method such as rtn"
+                )
+            self._states.append(states)
+
+    @torch.no_grad()
+    def run(self, states: Tensor, block: nn.Module | None = None) -> Tensor:
+        """Output states of the block at `position` (or a copy of it) for input states (1, T, D)."""
+        return self._run(self.position, states, block)
+
+    def _run(self, position: int, states: Tensor, block: nn.Module | None = None) -> Tensor:
+        args, options = self.calls[position]
+        args, options = _cast(args, states.dtype), _cast(options, states.dtype)
+        output = (block or self.blocks[position])(states, *args, **options)
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    @property
+    def states(self) -> list[Tensor]:
+        """Hidden states (1, T, D) that enter the block at `position`."""
+        self.catch_up()
+        return self._states
+
+    @torch.no_grad()
+    def catch_up(self) -> None:
+        """Run the blocks that were advanced past, as they are now."""
+        while self._reached < self.position:
+            self._states = [self._run(self._reached, states) for states in self._states]
+            self._reached += 1
+
+    def outputs(self, watchers: Mapping[nn.Module, Watcher], keep: bool) -> list[Tensor]:
+        """Show the watched linears' inputs to their watchers, sequence by sequence; `keep` returns the outputs.
+
+        Without `keep` a forward ends once every watcher has seen its input.
+        """
+        found = []
+        for states in self.states:
+            with _watched(watchers, stop=not keep):
+                try:
+                    output = self.run(states)
+                except _Enough:
+                    continue
+            if keep:
+                found.append(output)
+        return found
+
+    def advance(self, outputs: list[Tensor] | None = None) -> None:
+        """Move on to the next block, with this one's `outputs`, or by what it gives as it is when they are needed."""
+        self.position += 1
+        if outputs is not None:
+            self._states, self._reached = outputs, self.position
+
+
+@torch.no_grad()
+def verify(model: nn.Module, tokens: Tensor) -> None:
+    """Prove on `tokens` (1, T) that replaying the blocks one by one gives the model's own logits.
+
+    Raises: ValueError with the measured difference if not.
+    """
+    stream = Stream(model, tokens)
+    for _ in stream.blocks:
+        stream.advance()
+    expected = _logits(model, tokens)
+    last, states = stream.blocks[-1], stream.states[0]
+
+    def replayed(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (states, *output[1:]) if isinstance(output, tuple) else states
+
+    def zeroed(_module: nn.Module, _args: Any, output: Any) -> Any:
+        return (torch.zeros_like(states), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(states)
+
+    found, without = (_hooked_logits(model, tokens, last, hook) for hook in (replayed, zeroed))
+    moved, limit = float((found - expected).norm() / expected.norm()), _SAME_LOGITS[states.dtype]
+    if not moved <= limit or torch.equal(without, expected):
+        raise ValueError(
+            f"replaying the {len(stream.blocks)} blocks of {type(model).__name__} does not reproduce its logits: they "
+            f"differ by {moved:.2g} relative, expected at most {limit:g}; it cannot be calibrated block by block, "
+            "use a data-free method such as rtn"
+        )
+
+
+def _hooked_logits(model: nn.Module, tokens: Tensor, module: nn.Module, hook: Callable[..., Any]) -> Tensor:
+    handle = module.register_forward_hook(hook)
+    try:
+        return _logits(model, tokens)
+    finally:
+        handle.remove()
+
+
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    device = next(model.parameters()).device
+    logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
+    return logits.double()
+
+
+@torch.no_grad()
+def _calls(model: nn.Module, blocks: list[nn.Module], tokens: Tensor, keep: Callable[..., Any]) -> list[Any]:
+    """What `keep` makes of the arguments of each call of `blocks`, in order; the last of them ends the forward."""
+    seen: list[Any] = []
+
+    def note(_module: nn.Module, args: Any, options: Any) -> None:
+        seen.append(keep(args, options))
+        if len(seen) == len(blocks):
+            raise _Enough
+
+    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
+    try:
+        model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
+    except _Enough:
+        pass
+    finally:
+        for handle in handles:
+            handle.remove()
+    return seen
+
+
+@contextmanager
+def _watched(watchers: Mapping[nn.Module, Watcher], stop: bool) -> Iterator[None]:
+    waiting = set(watchers)
+
+    def shown(module: nn.Module, args: Any) -> None:
+        watchers[module](args[0])
+        waiting.discard(module)
+        if stop and not waiting:
+            raise _Enough
+
+    handles = [module.register_forward_pre_hook(shown) for module in watchers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _split_call(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Any]:
+    """The hidden states of a call, and all else."""
+    return args[0] if args else options["hidden_states"], _without_states(args, options)
+
+
+def _without_states(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
+    return args[1:], {key: value for key, value in options.items() if args or key != "hidden_states"}
+
+
+def _equal(left: Any, right: Any) -> bool:
+    """Whether two nests of arguments are equal, tensor by tensor."""
+    if isinstance(left, Tensor) or isinstance(right, Tensor):
+        return isinstance(left, Tensor) and isinstance(right, Tensor) and torch.equal(left, right)
+    if isinstance(left, tuple | list):
+        return len(left) == len(right) and all(map(_equal, left, right))
+    if isinstance(left, dict):
+        return left.keys() == right.keys() and all(_equal(value, right[key]) for key, value in left.items())
+    return bool(left is right or left == right)
+
+
+def _cast(nest: Any, dtype: torch.dtype) -> Any:
+    """Float tensors of a nest of arguments in `dtype`."""
+    if isinstance(nest, Tensor):
+        return nest.to(dtype) if nest.is_floating_point() else nest
+    if isinstance(nest, tuple | list):
+        return type(nest)(_cast(item, dtype) for item in nest)
+    if isinstance(nest, dict):
+        return {key: _cast(value, dtype) for key, value in nest.items()}
+    return nest

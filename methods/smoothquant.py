@@ -1,0 +1,62 @@
+"""SmoothQuant: move the difficulty of activations into weights, one scale a channel.
+
+Paper: Xiao et al. 2022, arXiv 2211.10438, equation 4: s_j = max|X_j|^alpha / max|W_:j|^(1 - alpha).
+Differs: every producer that is proved absorbs a scale, up_proj before down_proj and v_proj before o_proj included,
+    where the authors' code (mit-han-lab/smoothquant smooth.py) knows norms alone: `pairs=norms` is theirs. With
+    `search`, alpha is chosen for each group by the error of its module's output, as AWQ chooses its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from harness.core.method import InputGroup, Method
+from harness.core.stats import MinMax, Stats
+
+_TINY = 1e-5  # the authors' floor for both maxima
+_ALPHAS = tuple(i / 20 for i in range(6, 20))  # 0.3 to 0.95
+
+
+@dataclass(frozen=True, kw_only=True)
+class SmoothQuant(Method):
+    """Smooths, and rounds to nearest unless a later step quantizes.
+
+    alpha   share of the difficulty that moves: 0.5 for OPT and BLOOM, 0.8 to 0.9 for Llama and Mistral
+    pairs   all: every proved producer; norms: those of the paper
+    search  choose alpha for each group, `alpha` among the candidates
+    """
+
+    needs: ClassVar = (MinMax,)
+
+    alpha: float = 0.8
+    pairs: Literal["all", "norms"] = "all"
+    search: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha={self.alpha} is out of range; expected 0 to 1")
+
+    @property
+    def searches(self) -> bool:
+        return self.search
+
+    def transform(self, group: InputGroup, stats: Stats) -> None:
+        if group.producer is None or (self.pairs == "norms" and not group.producer.is_norm):
+            return
+        weights = [*group.weights.values(), *group.others.values()]
+        columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float()
+        absmax = stats[MinMax].absmax.to(columns.device)
+        if not self.search:
+            group.rescale(smoothing_scale(absmax, columns, self.alpha))
+            return
+        candidates = [smoothing_scale(absmax, columns, alpha) for alpha in (self.alpha, *_ALPHAS)]
+        group.rescale(min([torch.ones_like(columns), *candidates], key=group.error))
+
+
+def smoothing_scale(absmax: Tensor, columns: Tensor, alpha: float) -> Tensor:
+    """Equation 4 for inputs with maxima `absmax` (K,) and weight columns with maxima `columns` (K,)."""
+    return (absmax.clamp(min=_TINY) ** alpha / columns.clamp(min=_TINY) ** (1 - alpha)).clamp(min=_TINY)

@@ -36,6 +36,11 @@ def linears(model: nn.Module) -> dict[str, nn.Module]:
     }
 
 
+def linears_of(block: nn.Module) -> dict[str, nn.Module]:
+    """The linears of one block by name within it, in module order."""
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+
+
 def split_skipped(names: list[str], patterns: tuple[str, ...]) -> tuple[list[str], list[str]]:
     """Names that no pattern matches, and names that one does (shell patterns, case matters).
 

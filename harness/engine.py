@@ -24,6 +24,7 @@ from harness.linear import QuantLinear
 from harness.observe import Observer
 from harness.producers import Discovery
 from harness.progress import Track, silent
+from harness.shortcut import shortcuts
 from harness.statcache import StatCache
 from harness.stream import Stream, verify
 from harness.trial import Trial
@@ -169,6 +170,8 @@ class _Pass:
             prefix = f"{block_prefix(self.model)}.{index}."
             groups = self._groups(probe, prefix)
             expected = probe.run(probe.states[0])
+            if self.follows and self.step.sequential:
+                stream.shortcuts = shortcuts(stream.blocks[index], lambda: probe.run(probe.states[0]))
             if self.transforms:
                 discovery.producers(probe, groups, prefix)
                 for group in groups:

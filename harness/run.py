@@ -34,6 +34,7 @@ _ARITHMETIC = (
     "measure.py",
     "observe.py",
     "producers.py",
+    "shortcut.py",
     "stream.py",
     "text.py",
     "trial.py",

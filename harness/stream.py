@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from harness.architecture import block_prefix
+from harness.shortcut import Shortcut
 
 # How far replayed logits may be from the model's own, as a relative Frobenius error: the same kernels ran.
 _SAME_LOGITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
@@ -43,6 +44,7 @@ class Stream:
             )
         self._states: list[Tensor] = []
         self._reached = 0
+        self.shortcuts: Sequence[Shortcut] = ()  # of the block at `position`
         for sequence in tokens:
             ((states, rest),) = _calls(model, self.blocks[:1], sequence[None], _split_call)
             if not _equal(rest, self.calls[0]):
@@ -74,8 +76,13 @@ class Stream:
     def catch_up(self) -> None:
         """Run the blocks that were advanced past, as they are now."""
         while self._reached < self.position:
-            self._states = [self._run(self._reached, states) for states in self._states]
+            outputs = []
+            for i, states in enumerate(self._states):
+                with self._shortened(i):
+                    outputs.append(self._run(self._reached, states))
+            self._states = outputs
             self._reached += 1
+            self.shortcuts = ()
 
     def outputs(self, watchers: Mapping[nn.Module, Watcher], keep: bool) -> list[Tensor]:
         """Show the watched linears' inputs to their watchers, sequence by sequence; `keep` returns the outputs.
@@ -83,20 +90,35 @@ class Stream:
         Without `keep` a forward ends once every watcher has seen its input.
         """
         found = []
-        for states in self.states:
-            with _watched(watchers, stop=not keep):
+        seen = [cut for cut in self.shortcuts if cut.linear in watchers and not cut.inputs]
+        kept: list[list[Tensor]] = [[] for _ in seen]
+        for i, states in enumerate(self.states):
+            noting = {cut.linear: inputs.append for cut, inputs in zip(seen, kept, strict=True)}
+            with self._shortened(i), _watched(watchers, noting, stop=not keep):
                 try:
                     output = self.run(states)
                 except _Enough:
                     continue
             if keep:
                 found.append(output)
+        for cut, inputs in zip(seen, kept, strict=True):
+            cut.inputs = inputs if len(inputs) == len(self.states) else []
         return found
+
+    @contextmanager
+    def _shortened(self, index: int) -> Iterator[None]:
+        """Shortcuts that know their inputs are taken, for sequence `index`."""
+        with ExitStack() as stack:
+            for cut in self.shortcuts:
+                if cut.inputs:
+                    stack.enter_context(cut.taken(index))
+            yield
 
     def advance(self, outputs: list[Tensor] | None = None) -> None:
         """Move on to the next block, with this one's `outputs`, or by what it gives as it is when they are needed."""
         self.position += 1
         if outputs is not None:
+            self.shortcuts = ()
             self._states, self._reached = outputs, self.position
 
 
@@ -164,11 +186,13 @@ def _calls(model: nn.Module, blocks: list[nn.Module], tokens: Tensor, keep: Call
 
 
 @contextmanager
-def _watched(watchers: Mapping[nn.Module, Watcher], stop: bool) -> Iterator[None]:
+def _watched(watchers: Mapping[nn.Module, Watcher], noting: Mapping[nn.Module, Watcher], stop: bool) -> Iterator[None]:
     waiting = set(watchers)
 
     def shown(module: nn.Module, args: Any) -> None:
         watchers[module](args[0])
+        if module in noting:
+            noting[module](args[0])
         waiting.discard(module)
         if stop and not waiting:
             raise _Enough

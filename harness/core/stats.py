@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 S = TypeVar("S", bound="Stat")
-_PANEL = 512  # columns of a Hessian that are computed at once
+_PANEL = 192  # columns of a Hessian that are computed at once
 
 
 class Stat(ABC):

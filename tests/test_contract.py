@@ -21,8 +21,6 @@ from tests.conftest import ROOT, resolve
 
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml") if path.stem != "none")
 COMPOSITES = [name for name in METHODS if "defaults:" in (ROOT / f"conf/method/{name}.yaml").read_text()]
-    name for name in METHODS if "defaults:" not in (ROOT / f"conf/method/{name}.yaml").read_text()
-]  # no composite
 SCHEMES = {
     "channel": WeightFormat(bits=4),
     "group": WeightFormat(bits=3, granularity="group", group_size=16),

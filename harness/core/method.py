@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -23,10 +22,13 @@ from harness.core.stats import Stat, Stats
 class Method:
     """Base of all methods; override what the idea needs and inherit the rest.
 
-    `needs` names the statistics of the inputs to collect before `transform` and `quantize`.
+    `needs` names the statistics of the inputs to collect before `transform` and `quantize`: a class variable, or a
+    property where it depends on the options.
     """
 
-    needs: ClassVar[Sequence[type[Stat]]] = ()
+    @property
+    def needs(self) -> Sequence[type[Stat]]:
+        return ()
 
     @property
     def sequential(self) -> bool:

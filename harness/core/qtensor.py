@@ -134,6 +134,25 @@ class MixedQTensor(QTensor):
         return weight
 
 
+class ScaledQTensor(QTensor):
+    """A quantized weight with some input columns that were multiplied by one factor before rounding."""
+
+    columns: Tensor
+    factor: Tensor
+
+    def __init__(self, base: QTensor, columns: Tensor, factor: float) -> None:
+        """`columns` (C,) are indices into K; decoding divides them by `factor`."""
+        super().__init__(base.shape)
+        self.base = base
+        self.register_buffer("columns", columns.to(_index_dtype(base.shape[1])))
+        self.register_buffer("factor", torch.tensor(factor, dtype=torch.float32))
+
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        weight = self.base.dequantize()
+        weight[:, self.columns.long()] /= self.factor
+        return weight.to(dtype)
+
+
 class PermutedQTensor(QTensor):
     """A quantized weight whose groups are of input columns in another order (GPTQ's act_order, no static groups)."""
 

@@ -1,0 +1,64 @@
+"""Salient weights: keep a small share of input columns as floats, and see which choice of them matters.
+
+Paper: Lin et al. 2023, arXiv 2306.00978, section 3.1 and table 1: 0.1, 1 and 3 % of columns chosen by activation, by
+    weight norm or at random; section 3.2 and table 2: scale the chosen ones by s before rounding instead.
+Differs: the kept columns' codes stay stored beside the float16 values, and both are counted in bits_per_weight.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harness.core.method import Method
+from harness.core.qtensor import MixedQTensor, QTensor, ScaledQTensor, round_to_nearest
+from harness.core.scheme import Scheme
+from harness.core.stats import AbsMean, Stat, Stats
+
+
+@dataclass(frozen=True, kw_only=True)
+class Salient(Method):
+    """Rounds to nearest, with a share of the columns treated better.
+
+    share   of the input columns, rounded up to whole ones
+    choose  by mean input magnitude, by the column's norm, or at random from `seed`
+    scale   null: the columns are kept as float16; s: they are scaled by s, rounded with the rest, and scaled back
+    """
+
+    share: float = 0.01
+    choose: Literal["activation", "weight", "random"] = "activation"
+    scale: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1:
+            raise ValueError(f"share={self.share} is out of range; expected more than 0, at most 1")
+        if self.scale is not None and not self.scale > 0:
+            raise ValueError(f"scale={self.scale} is out of range; expected more than 0, or null")
+
+    @property
+    def needs(self) -> Sequence[type[Stat]]:
+        return (AbsMean,) if self.choose == "activation" else ()
+
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
+        columns = self._columns(weight, stats)
+        if self.scale is None:
+            kept = weight[:, columns].to(torch.float16)
+            return MixedQTensor(round_to_nearest(weight, scheme.weight), columns, kept)
+        scaled = weight.clone()
+        scaled[:, columns] *= self.scale
+        return ScaledQTensor(round_to_nearest(scaled, scheme.weight), columns, self.scale)
+
+    def _columns(self, weight: Tensor, stats: Stats) -> Tensor:
+        """Indices (C,) of the chosen input columns of a weight (N, K), in order."""
+        count = math.ceil(self.share * weight.shape[1])
+        if self.choose == "random":  # one draw a shape: the same for all linears that read one input
+            generator = torch.Generator().manual_seed(self.seed)
+            return torch.randperm(weight.shape[1], generator=generator)[:count].sort().values.to(weight.device)
+        importance = stats[AbsMean].value if self.choose == "activation" else weight.float().norm(dim=0)
+        return importance.to(weight.device).topk(count).indices.sort().values

@@ -164,6 +164,23 @@ class RunConfig:
         return names[-1] if names else None
 
 
+def changed_options(cfg: RunConfig) -> dict[str, Any]:
+    """Options of steps and engine that are not at their class's defaults, by `step.option`."""
+    if not cfg.steps:
+        return {}
+    parts: dict[str, Method | EngineConfig] = {**cfg.steps, "engine": cfg.engine}
+    return {
+        f"{label}.{item.name}": getattr(part, item.name)
+        for label, part in parts.items()
+        for item in dataclasses.fields(part)
+        if item.name != "cache_gib" and getattr(part, item.name) != _default(item)
+    }
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
+
+
 def build_run(cfg: Mapping[str, Any]) -> RunConfig:
     """Build a RunConfig from the resolved mapping of conf/config.yaml.
 

@@ -29,6 +29,7 @@ class Record:
 
     status     ok or failed, with the reason in `error`
     config     the resolved configuration, as Hydra gave it
+    options    of the method's steps and the engine, those that are not at their defaults
     execution  mode (packed, simulated or float), the kernel, the device and the float types
     data       sources, hashes, window counts and the protocol of evaluation and calibration
     layers     a row for each linear of the decoder blocks
@@ -39,6 +40,7 @@ class Record:
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
     config: Json = field(default_factory=dict)
+    options: Json = field(default_factory=dict)
     environment: Json = field(default_factory=dict)
     model: Json = field(default_factory=dict)
     execution: Json = field(default_factory=dict)

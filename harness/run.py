@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness import data, engine, evaluate, linear, measure, models, record, text
-from harness.config import RunConfig, build_run, source_files
+from harness.config import RunConfig, build_run, changed_options, source_files
 from harness.embedded import cache_dir
 from harness.errors import one_line
 from harness.progress import Track, silent
@@ -86,7 +86,7 @@ def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> t
         return found, False
     try:
         cfg = build_run(raw)
-        found.run_id = run_id(cfg, raw)
+        found.run_id, found.options = run_id(cfg, raw), changed_options(cfg)
         done = None if cfg.force else record.finished(folder, found.run_id)
         if done is not None:
             return done, True

@@ -232,7 +232,7 @@ def _row(record: Record) -> dict[str, Any]:
         "method": "+".join(steps) if isinstance(steps, dict) and steps else "none",
         "scheme": _at(scheme, "name"),
         "bits": _at(scheme, "weight", "bits"),
-        "options": _options_of(config) if steps else "",
+        "options": _options_of(config, record.options) if steps else "",
         "dtype": record.execution.get("dtype"),
         "baseline_dtype": record.execution.get("baseline_dtype"),
         "execution": record.execution.get("mode"),
@@ -248,11 +248,12 @@ def _row(record: Record) -> dict[str, Any]:
     }
 
 
-def _options_of(config: dict[str, Any]) -> str:
-    """What else tells rows apart: the steps' own options, and fields of the scheme that its name does not say."""
-    steps = config["method"].values() if isinstance(config["method"], dict) else ()
-    found = [f"{key}={value}" for step in steps if isinstance(step, dict) for key, value in step.items()]
-    found = [option for option in found if not option.startswith("_target_=")]
+def _options_of(config: dict[str, Any], options: dict[str, Any]) -> str:
+    """What else tells rows apart: the options set anew, and fields of the scheme that its name does not say."""
+    steps = config["method"]
+    alone = isinstance(steps, dict) and len(steps) == 1  # then its name need not stand before each option
+    short = {key.removeprefix(f"{next(iter(steps))}.") if alone else key: value for key, value in options.items()}
+    found = [f"{key}={value}" for key, value in short.items()]
     weight = _at(config, "scheme", "weight")
     own_grid = "narrow" if _at(config, "scheme", "activation") else "full"  # of the schemes as they are shipped
     for key, usual in (("grid", own_grid), ("zero_point", "integer"), ("scale_dtype", "float16")):

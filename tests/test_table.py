@@ -92,7 +92,7 @@ def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
 
 def test_options_tell_rows_apart() -> None:
     one, two = make("p", 1.0), make("q", 2.0)
-    one.config["method"]["rtn"]["shrink"] = 0.7
+    one.options = {"rtn.shrink": 0.7}
     two.config["scheme"]["weight"] |= {"grid": "narrow", "group_size": 32, "scale_dtype": "float16"}
     frame = table.to_frame([one, two]).set_index("run_id")
     assert frame.loc["p", "options"] == "shrink=0.7"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.core.qtensor import round_to_nearest
+from harness.core.grid import snap_weight
 from harness.core.rewrite import InputGroup
 from harness.core.stats import Hessian, Stats
 from harness.linear import InputQuantizer
@@ -47,10 +47,7 @@ class Trial:
         """The group's weights (N, K), scaled and rounded to nearest."""
         assert self.group.scheme is not None
         fmt = self.group.scheme.weight
-        return {
-            name: round_to_nearest(weight * scale.to(weight.dtype), fmt).dequantize(weight.dtype)
-            for name, weight in self.group.weights.items()
-        }
+        return {name: snap_weight(weight * scale.to(weight.dtype), fmt) for name, weight in self.group.weights.items()}
 
     def _by_hessian(self, scale: Tensor, hessian: Tensor) -> float:
         """tr(D H D^T) / 2N with D the weight error as the unscaled input sees it: H is 2 X^T X / T."""

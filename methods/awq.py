@@ -5,11 +5,13 @@ Paper: Lin et al. 2023, arXiv 2306.00978, equations 4 and 5: s = m^r with m_j = 
 Differs: the clip search works on the Hessian's diagonal blocks, which hold all tokens where the authors' code
     (mit-han-lab/llm-awq auto_clip.py) takes 512, shrinks both ends of a range apart, and covers query and key too.
     Every proved producer absorbs a scale; `pairs=paper` leaves out the value projection under grouped queries,
-    `pairs=norms` all but norms. The search sees `engine.search_tokens` tokens, for a linear alone in its group all.
+    `pairs=norms` all but norms. The grid is searched from coarse to fine, with `exhaustive` as theirs, on
+    `engine.search_tokens` tokens; for a linear alone in its group on all.
 """
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -30,7 +32,8 @@ class AWQ(Method):
     """Searches scales, then clips.
 
     scale, clip  each search can be left out
-    ratios       how many values of r in [0, 1) are tried; 0 is among them, so that scaling never costs anything
+    ratios       values of r in [0, 1) on the grid; 0 is always tried, so that scaling never costs anything
+    exhaustive   try them all, as the authors; else every fourth, then the neighbours of the best at half the step
     pairs        all: every proved producer; paper: those with a scale for each channel; norms: norms alone
     """
 
@@ -39,6 +42,7 @@ class AWQ(Method):
     scale: bool = True
     clip: bool = True
     ratios: int = 20
+    exhaustive: bool = False
     pairs: Literal["all", "paper", "norms"] = "all"
 
     def __post_init__(self) -> None:
@@ -52,8 +56,18 @@ class AWQ(Method):
     def transform(self, group: InputGroup, stats: Stats) -> None:
         if not self.scale or not self._may_scale(group):
             return
-        magnitude = stats[AbsMean].value
-        group.rescale(min(self._candidates(magnitude), key=group.error))
+        magnitude = stats[AbsMean].value.clamp(min=_TINY)
+
+        @functools.cache
+        def error(i: int) -> float:
+            return group.error(scale_of(magnitude, i / self.ratios))
+
+        step = 1 if self.exhaustive else max(1, self.ratios // 5)
+        best = min(range(0, self.ratios, step), key=error)
+        while step > 1:
+            step //= 2
+            best = min((i for i in (best - step, best, best + step) if 0 <= i < self.ratios), key=error)
+        group.rescale(scale_of(magnitude, best / self.ratios))
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         if not self.clip:
@@ -67,10 +81,8 @@ class AWQ(Method):
             return False
         return self.pairs == "all" or producer.one_to_one
 
-    def _candidates(self, magnitude: Tensor) -> list[Tensor]:
-        """s = m^r, centred so that sqrt(max s * min s) is 1."""
-        found = []
-        for i in range(self.ratios):
-            scale = magnitude.clamp(min=_TINY) ** (i / self.ratios)
-            found.append(scale / torch.sqrt(scale.max() * scale.min()))
-        return found
+
+def scale_of(magnitude: Tensor, ratio: float) -> Tensor:
+    """s = m^r of input magnitudes (K,), centred so that sqrt(max s * min s) is 1."""
+    scale = magnitude**ratio
+    return scale / torch.sqrt(scale.max() * scale.min())

@@ -72,6 +72,13 @@ def snap(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Te
     return codes.sub_(zero_point).mul_(scale)
 
 
+def snap_weight(weight: Tensor, fmt: WeightFormat) -> Tensor:
+    """A weight (N, K) rounded to nearest on its minimum-maximum grid, as floats: what searches try many times."""
+    scale, zero_point = weight_params(weight, fmt)
+    groups = to_groups(weight.to(scale.dtype), fmt)
+    return snap(groups, scale[..., None], zero_point[..., None], fmt).view(weight.shape).to(weight.dtype)
+
+
 def to_groups(weight: Tensor, fmt: WeightFormat) -> Tensor:
     """View of a weight (N, K) as (rows, G, group_size) of `fmt`; rows is 1 per tensor, else N."""
     rows, columns = fmt.groups((weight.shape[0], weight.shape[1]))

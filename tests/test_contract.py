@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import re
 from typing import Any
@@ -35,6 +36,7 @@ SCHEMES = {
 ROWS, COLUMNS, TOKENS = 24, 64, 200
 
 
+@functools.cache
 def steps(method: str) -> dict[str, Method]:
     return build_steps(resolve(f"method={method}")["method"])
 

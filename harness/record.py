@@ -20,7 +20,17 @@ import torch
 
 Json = dict[str, Any]
 
-_PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numpy", "hydra-core", "gguf")
+_PACKAGES = (
+    "torch",
+    "transformers",
+    "datasets",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "hydra-core",
+    "gguf",
+    "bitsandbytes",
+)
 
 
 @dataclass

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.core.qtensor import QTensor, round_to_nearest
 from harness.core.rewrite import InputGroup as InputGroup
-from harness.core.scheme import Scheme
+from harness.core.scheme import NATIVE, Scheme
 from harness.core.stats import Stat, Stats
 
 
@@ -41,7 +41,14 @@ class Method:
         return False
 
     def check(self, scheme: Scheme) -> None:
-        """Raise ValueError if the method cannot quantize to `scheme`; called before the model is loaded."""
+        """Raise ValueError if the method cannot quantize to `scheme`; called before the model is loaded.
+
+        By default every format is taken but `native`, which says nothing to a method without a format of its own.
+        """
+        if scheme.name == NATIVE:
+            raise ValueError(
+                f"scheme={NATIVE} is for methods with a format of their own; use another, as scheme=group64"
+            )
 
     def prepare(self, model: nn.Module) -> None:
         """Rewrite the float model once, without data (rotations). Must keep the function that it computes."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 Granularity = Literal["tensor", "channel", "group"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
+NATIVE = "native"  # name of the scheme that stands for a format of the method's own
 SCALE_BITS: dict[ScaleDtype, int] = {"float16": 16, "bfloat16": 16, "float32": 32}
 
 

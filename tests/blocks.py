@@ -11,6 +11,7 @@ from harness.architecture import block_prefix, input_groups, linears, weight_of
 from harness.core.rewrite import InputGroup
 from harness.core.scheme import Scheme, WeightFormat
 from harness.core.stats import Stat, Stats
+from harness.linear import QuantLinear
 from harness.producers import Discovery
 from harness.stream import Stream
 from harness.trial import Trial
@@ -49,7 +50,7 @@ class Block:
 
     def stats(self, group: InputGroup, needs: Sequence[type[Stat]]) -> Stats:
         found = Stats(needs, group.in_features)
-        found.update(self.inputs(group))
+        self.stream.outputs({next(iter(group.linears.values())): found.update}, keep=False)
         return found
 
     def search(self, group: InputGroup, stats: Stats, tokens: int = 4096) -> None:
@@ -66,3 +67,8 @@ def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
 def relative(found: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error."""
     return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def codes_of(model: nn.Module) -> dict[str, Tensor]:
+    """The codes of every quantized linear."""
+    return {name: module.packed.codes for name, module in model.named_modules() if isinstance(module, QuantLinear)}

@@ -1,7 +1,8 @@
 """Who makes a group's input and could absorb a per-channel scale: found by measuring, proved by measuring.
 
 Nothing here knows a family of models. A candidate is a norm whose output is the very tensor that the group
-reads, or a linear that ran before it. A linear's rows are scaled by random factors: where each channel of the
+reads, or a linear that ran before it. What a linear gives is replaced by noise, so that every row is seen at work
+(of a ReLU's many are dead on any probe), and its rows are scaled by random factors: where each channel of the
 group's input then moves by one row's factor, at every token, that row is the channel's producer. So a scale
 passes through attention's mixing of tokens (value to output projection, with grouped queries too), through a
 product (up to down projection), and through ReLU; not through SiLU, and not from a row that enters scores.
@@ -10,8 +11,8 @@ product (up to down projection), and through ReLU; not through SiLU, and not fro
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -113,7 +114,7 @@ class _Scratch:
     def followed_rows(self, name: str, reader: str) -> Tensor | None:
         """For each channel of `reader`'s input the row of linear `name` that it follows; None if any follows none."""
         count = len(weight_of(self.module(name)))
-        before = self.input_of(reader)
+        before = self.input_of(reader, name, torch.ones(count))
         if before is None:
             return None
         chunk = count
@@ -129,11 +130,9 @@ class _Scratch:
     def _follow(self, name: str, reader: str, before: Tensor, part: slice, rows: Tensor) -> None:
         """Scale some rows of a linear by factors of their own and note in `rows` which channels moved by which."""
         factors = self.factors(part.stop - part.start)
-        scaled = self.scaled(name, part, factors)
-        try:
-            after = self.input_of(reader)
-        finally:
-            scaled()
+        scale = torch.ones(len(weight_of(self.module(name))), dtype=factors.dtype, device=factors.device)
+        scale[part] = factors
+        after = self.input_of(reader, name, scale)
         if after is None:
             return
         ratio = (before * after).sum(0) / before.square().sum(0)
@@ -141,7 +140,7 @@ class _Scratch:
             return  # these rows move more than a scale
         nearest = (ratio[:, None] - factors).abs().argmin(1)
         moved = ((ratio / factors[nearest] - 1).abs() < _SAME) & ((ratio - 1).abs() > _SAME)
-        rows[moved] = part.start + nearest[moved]
+        rows[moved.cpu()] = part.start + nearest[moved].cpu()
 
     def proves(self, found: Found, members: tuple[str, ...]) -> bool:
         """Whether random factors through producer and group leave the block's output, and alone move it."""
@@ -168,29 +167,26 @@ class _Scratch:
         moved, left = (alone - self.expected).norm(), (both - self.expected).norm()
         return bool(moved > self.seen * self.expected.norm() and left <= _KEPT * moved)
 
-    def scaled(self, name: str, part: slice, factors: Tensor) -> Callable[[], None]:
-        """Multiply rows of a linear, bias included; returns what puts them back."""
-        module = self.module(name)
-        bias = getattr(module, "bias", None)
-        tensors = [weight_of(module)] + ([bias] if isinstance(bias, Tensor) else [])
-        kept = [tensor.clone() for tensor in tensors]
-        for tensor in tensors:
-            tensor[part] *= factors[:, None] if tensor.dim() == 2 else factors
+    def input_of(self, reader: str, name: str, scale: Tensor) -> Tensor | None:
+        """The input (T, K) of linear `reader` when linear `name` gives the same noise each time, times `scale` (N,).
 
-        def restore() -> None:
-            for tensor, original in zip(tensors, kept, strict=True):
-                tensor.copy_(original)
-
-        return restore
-
-    def input_of(self, name: str) -> Tensor | None:
-        """The input (T, K) that a linear sees, None if it did not run, or more than once."""
+        None if the reader did not run, or more than once.
+        """
         seen: list[Tensor] = []
-        handle = self.module(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+
+        def noise(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            made = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
+            return made.to(output.device) * scale.to(output)
+
+        handles = [
+            self.module(name).register_forward_hook(noise),
+            self.module(reader).register_forward_pre_hook(lambda _m, args: seen.append(args[0])),
+        ]
         try:
             self.run()
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return seen[0].reshape(-1, seen[0].shape[-1]) if len(seen) == 1 else None
 
     def factors(self, count: int) -> Tensor:

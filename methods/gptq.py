@@ -131,17 +131,25 @@ def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
     mean, used = hessian.diagonal().mean(), damp
     while used <= max(_MOST_DAMP, damp):
         damped = hessian + torch.diag_embed((used * mean).expand(len(hessian)))
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        factor, failed_again = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not (failed or failed_again) and torch.isfinite(factor).all():
+        factor = _factor_of_inverse(damped)
+        if factor is not None:
             if used != damp:
                 warnings.warn(f"damp={damp:g} was raised to {used:g}, where the Hessian can be factored", stacklevel=2)
-            found: Tensor = factor
-            return found
+            return factor
         used *= _MORE_DAMP
     raise ValueError(
         f"damp={damp:g} was raised to {used / _MORE_DAMP:g} and the Hessian still has no factor; check the data"
     )
+
+
+def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
+    """Upper U with matrix^-1 = U^T U, None if `matrix` is not positive definite in its precision."""
+    lower, failed = torch.linalg.cholesky_ex(matrix)
+    if failed:  # torch.cholesky_inverse raises where the diagonal of what is left of a factor has a zero
+        return None
+    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+    found: Tensor = factor
+    return None if failed or not torch.isfinite(found).all() else found
 
 
 def _one_group(fmt: WeightFormat) -> WeightFormat:

@@ -1,0 +1,74 @@
+"""One block of a tiny model as the engine meets it: its input groups, their producers and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from harness.architecture import block_prefix, input_groups, linears, weight_of
+from harness.core.rewrite import InputGroup
+from harness.core.scheme import Scheme, WeightFormat
+from harness.core.stats import Stat, Stats
+from harness.linear import QuantLinear
+from harness.producers import Discovery
+from harness.stream import Stream
+from harness.trial import Trial
+
+TOKENS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(5))
+GROUP8 = Scheme(name="test", weight=WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"))
+
+
+class Block:
+    """Block `index` of `model` with its input groups; producers are proved on the first sequence."""
+
+    def __init__(self, model: nn.Module, index: int = 0, scheme: Scheme = GROUP8, tokens: Tensor = TOKENS) -> None:
+        self.model, self.scheme = model, scheme
+        self.prefix = f"{block_prefix(model)}.{index}."
+        self.stream = Stream(model, tokens)
+        for _ in range(index):
+            self.stream.advance()
+        found = {name: module for name, module in linears(model).items() if name.startswith(self.prefix)}
+        members = input_groups(found, lambda: self.stream.run(self.stream.states[0]))
+        self.groups = [
+            InputGroup({n: found[n] for n in names}, {n: weight_of(found[n]) for n in names}, scheme=scheme)
+            for names in members
+        ]
+        Discovery().producers(self.stream, self.groups, self.prefix)
+
+    def group(self, member: str) -> InputGroup:
+        """The group of the linear whose name ends in `member`."""
+        return next(group for group in self.groups if any(name.endswith(member) for name in group.linears))
+
+    def inputs(self, group: InputGroup) -> Tensor:
+        """What the group reads (T, K), over all sequences."""
+        seen: list[Tensor] = []
+        reader = next(iter(group.linears.values()))
+        self.stream.outputs({reader: lambda inputs: seen.append(inputs.detach().flatten(0, -2))}, keep=False)
+        return torch.cat(seen)
+
+    def stats(self, group: InputGroup, needs: Sequence[type[Stat]]) -> Stats:
+        found = Stats(needs, group.in_features)
+        self.stream.outputs({next(iter(group.linears.values())): found.update}, keep=False)
+        return found
+
+    def search(self, group: InputGroup, stats: Stats, tokens: int = 4096) -> None:
+        """Let the group answer what a scale would cost."""
+        group.trial = Trial(self.stream, self.model, group, stats, tokens)
+
+
+def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return found
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+def codes_of(model: nn.Module) -> dict[str, Tensor]:
+    """The codes of every quantized linear."""
+    return {name: module.packed.codes for name, module in model.named_modules() if isinstance(module, QuantLinear)}

@@ -1,0 +1,224 @@
+"""AWQ's searches against a naive one over whole outputs in float64, and what scaling may never cost."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness.core.clip import clipped_params
+from harness.core.qtensor import round_to_grid, round_to_nearest
+from harness.core.rewrite import InputGroup
+from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
+from harness.core.stats import AbsMean, Hessian, Stats
+from methods.awq import AWQ
+from tests.blocks import GROUP8, TOKENS, Block, logits, relative
+from tests.families import build, uneven
+from tests.reference import naive_awq_search
+
+SYMMETRIC = Scheme(name="test", weight=WeightFormat(bits=3, symmetric=True, scale_dtype="float32"))
+
+
+@pytest.fixture(autouse=True)
+def _no_grad() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+def block_of(family: str = "llama", scheme: Scheme = GROUP8) -> Block:
+    return Block(uneven(build(family)).double(), scheme=scheme)
+
+
+def stats_of(block: Block, group: InputGroup) -> Stats:
+    return block.stats(group, [AbsMean, Hessian])
+
+
+def transformed(block: Block, group: InputGroup, **options: Any) -> Tensor | None:
+    stats = stats_of(block, group)
+    block.search(group, stats)
+    AWQ(**options).transform(group, stats)
+    return group.scale
+
+
+def output_of(block: Block, group: InputGroup) -> Callable[[list[Tensor]], Tensor]:
+    """The output of the smallest module around a group of llama, from other weights, written out."""
+    inputs = block.inputs(group).double()
+    if len(group.linears) == 1:
+        return lambda weights: inputs @ weights[0].T
+    down = block.model.get_parameter(block.prefix + "mlp.down_proj.weight")
+    return lambda weights: (F.silu(inputs @ weights[0].T) * (inputs @ weights[1].T)) @ down.T
+
+
+@pytest.mark.parametrize("scheme", [GROUP8, SYMMETRIC])
+@pytest.mark.parametrize("member", ["o_proj", "up_proj", "down_proj"])
+def test_the_search_finds_what_a_naive_one_finds(member: str, scheme: Scheme) -> None:
+    block = block_of(scheme=scheme)
+    group = block.group(member)
+    assert group.producer is not None
+    tied = group.producer.rows.tolist()
+    wanted, errors = naive_awq_search(
+        block.inputs(group), list(group.weights.values()), scheme.weight, 10, output_of(block, group), tied
+    )
+    found = transformed(block, group, ratios=10)
+    assert found is not None
+    assert min(errors) < errors[0], "a search that chooses no scaling would prove little"
+    assert relative(found, wanted) < 1e-5
+
+
+@pytest.mark.parametrize("member", ["o_proj", "up_proj", "down_proj"])
+def test_the_error_of_a_group_is_that_of_its_module(member: str) -> None:
+    block = block_of()
+    group = block.group(member)
+    wanted = naive_awq_search(
+        block.inputs(group), list(group.weights.values()), GROUP8.weight, 4, output_of(block, group)
+    )[1]
+    magnitude = block.inputs(group).abs().mean(0)
+    group.producer = None  # every channel on its own
+    block.search(group, stats_of(block, group))
+    for k, error in enumerate(wanted):
+        scale = magnitude ** (k / 4)
+        scale = scale / (scale.max() * scale.min()).sqrt()
+        assert group.error(scale) == pytest.approx(error, rel=1e-3)
+
+
+def test_an_attention_module_is_run_with_its_heads() -> None:
+    block = block_of()
+    group = block.groups[0]
+    block.search(group, stats_of(block, group))
+    attention = block.model.get_submodule(block.prefix + "self_attn")
+    outputs: list[Tensor] = []
+    handle = attention.register_forward_hook(lambda _m, _a, output: outputs.append(output[0]))
+    scale = torch.linspace(0.5, 2, 32).double()
+    for states in block.stream.states:
+        block.stream.run(states)
+    for weight in group.weights.values():
+        weight.copy_(round_to_nearest(weight * scale, GROUP8.weight).dequantize(torch.float64) / scale)
+    for states in block.stream.states:
+        block.stream.run(states)
+    handle.remove()
+    wanted = float((torch.cat(outputs[:4]) - torch.cat(outputs[4:])).square().mean())
+    fresh = block_of()
+    fresh.search(fresh.groups[0], stats_of(fresh, fresh.groups[0]))
+    assert fresh.groups[0].error(scale) == pytest.approx(wanted, rel=1e-6)
+
+
+def test_a_search_takes_as_many_whole_sequences_as_fit_evenly_spread() -> None:
+    few, chosen = block_of(), Block(uneven(build("llama")).double(), tokens=TOKENS[[0, 2]])
+    scale = torch.linspace(0.5, 2, 32).double()
+    errors = []
+    for block, tokens in ((few, 47), (chosen, 4096), (block_of(), 4096)):
+        block.search(block.groups[0], stats_of(block, block.groups[0]), tokens)
+        errors.append(block.groups[0].error(scale))
+    assert errors[0] == pytest.approx(errors[1], rel=1e-9)
+    assert errors[0] != pytest.approx(errors[2], rel=1e-3)
+
+
+def test_quantized_inputs_count_where_the_scheme_has_them() -> None:
+    activation = ActivationFormat(bits=4, symmetric=True, grid="narrow", granularity="token")
+    block = block_of(scheme=Scheme(name="test", weight=GROUP8.weight, activation=activation))
+    group = block.group("down_proj")
+    block.search(group, stats_of(block, group))
+    scale = torch.linspace(0.5, 2, 64).double()
+    (weight,) = group.weights.values()
+    inputs = block.inputs(group) / scale
+    step = inputs.abs().amax(1, keepdim=True) / 7
+    seen = (inputs / step).round().clamp(-8, 7) * step
+    rounded = round_to_nearest(weight * scale, GROUP8.weight).dequantize(torch.float64)
+    wanted = (seen @ rounded.T - block.inputs(group) @ weight.T).square().mean()
+    assert group.error(scale) == pytest.approx(float(wanted), rel=1e-4)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
+def test_scaling_is_never_worse_than_rounding(family: str) -> None:
+    scaled, plain = block_of(family), block_of(family)
+    better = 0
+    for group, before in zip(scaled.groups, plain.groups, strict=True):
+        if group.producer is None:
+            continue
+        found = transformed(scaled, group, clip=False)
+        assert found is not None
+        plain.search(before, stats_of(plain, before))
+        identity = torch.ones_like(found)
+        assert before.error(found) <= before.error(identity)
+        better += before.error(found) < before.error(identity)
+        before.rescale(found)  # as the other, for the next group
+    assert better
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "opt", "gpt2", "bloom"])
+def test_the_function_stays_and_so_do_weights_while_searching(family: str) -> None:
+    block = Block(uneven(build(family)))
+    before = logits(block.model)
+    for group in block.groups:
+        block.search(group, stats_of(block, group))
+        weights = {name: weight.clone() for name, weight in group.weights.items()}
+        group.error(torch.linspace(0.5, 2, group.in_features))
+        assert all(torch.equal(weight, weights[name]) for name, weight in group.weights.items())
+        AWQ(ratios=5).transform(group, stats_of(block, group))
+    assert any(group.scale is not None and (group.scale != 1).any() for group in block.groups)
+    assert relative(logits(block.model), before) < 1e-4
+
+
+def test_one_ratio_is_no_scaling() -> None:
+    block = block_of()
+    before = {name: value.clone() for name, value in block.model.state_dict().items()}
+    for group in block.groups:
+        found = transformed(block, group, ratios=1)
+        assert found is not None
+        assert torch.equal(found, torch.ones_like(found))
+    assert all(torch.equal(value, before[name]) for name, value in block.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("family", "pairs", "scaled"),
+    [
+        ("llama", "all", [True, True, True, True]),
+        ("llama", "paper", [True, False, True, True]),
+        ("llama", "norms", [True, False, True, False]),
+        ("gpt2", "all", [True, True, True, False]),
+        ("gpt2", "paper", [True, True, True, False]),
+        ("gpt2", "norms", [True, False, True, False]),
+    ],
+)
+def test_pairs_choose_the_groups(family: str, pairs: str, scaled: list[bool]) -> None:
+    block = block_of(family)
+    assert [transformed(block, group, ratios=2, pairs=pairs) is not None for group in block.groups] == scaled
+
+
+def test_each_search_can_be_left_out() -> None:
+    block = block_of()
+    group = block.group("o_proj")
+    assert transformed(block, group, scale=False) is None
+    assert not AWQ(scale=False).searches
+    stats = stats_of(block, group)
+    (weight,) = group.weights.values()
+    plain, clipped = (AWQ(clip=on).quantize(weight, GROUP8, stats).dequantize() for on in (False, True))
+    params = clipped_params(weight, GROUP8.weight, stats[Hessian].value)
+    assert torch.equal(plain, round_to_nearest(weight, GROUP8.weight).dequantize())
+    assert torch.equal(clipped, round_to_grid(weight, *params, GROUP8.weight).dequantize())
+    assert not torch.equal(plain, clipped)
+
+
+def test_a_search_that_was_not_announced_says_so() -> None:
+    group = block_of().groups[0]
+    with pytest.raises(ValueError, match="group.error needs the block's activations; have the method's `searches`"):
+        group.error(torch.ones(32))
+
+
+def test_an_error_that_is_no_number_is_refused() -> None:
+    block = block_of()
+    group = block.group("up_proj")
+    block.search(group, stats_of(block, group))
+    assert group.trial is not None
+    block.model.get_parameter(block.prefix + "mlp.down_proj.weight")[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"gate_proj \+ .*up_proj: the output error of a trial scale is not finite"):
+        group.error(torch.ones(32).double())
+
+
+def test_no_ratio_is_refused() -> None:
+    with pytest.raises(ValueError, match="^ratios=0 is out of range; expected 1 or more"):
+        AWQ(ratios=0)

@@ -1,0 +1,115 @@
+"""Clipped ranges: never worse than the minimum-maximum grid, and the error that decides is that of the samples."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harness.core import grid
+from harness.core.clip import clipped_params, group_errors
+from harness.core.qtensor import round_to_grid
+from harness.core.scheme import WeightFormat
+from harness.core.stats import Hessian
+from tests.reference import naive_clip, naive_group_errors
+
+FORMATS = {
+    "channel": WeightFormat(bits=3, scale_dtype="float32"),
+    "group": WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"),
+    "float_zero": WeightFormat(bits=2, granularity="group", group_size=8, zero_point="float", scale_dtype="float32"),
+    "tensor": WeightFormat(bits=4, granularity="tensor", scale_dtype="float32"),
+    "narrow": WeightFormat(bits=3, symmetric=True, grid="narrow", scale_dtype="float32"),
+    "full": WeightFormat(bits=3, symmetric=True, grid="full", granularity="group", group_size=8, scale_dtype="float32"),
+    "float16": WeightFormat(bits=4, granularity="group", group_size=8),
+}
+SHARES = [1 - i / 20 for i in range(11)]  # down to half
+
+
+def weights(seed: int = 0, rows: int = 6, columns: int = 32) -> Tensor:
+    """Float64 weights with tails, of another range and offset in every group."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) ** 3 + torch.randn(rows, 1, generator=generator)
+    spread = torch.rand(rows, columns // 8, generator=generator).mul(4).exp().repeat_interleave(8, 1)
+    return (weight * spread * 0.02).double()
+
+
+def inputs(seed: int = 0, columns: int = 32) -> Tensor:
+    generator = torch.Generator().manual_seed(seed + 1)
+    mix = torch.randn(columns, columns, generator=generator) * torch.rand(columns, generator=generator).mul(3).exp()
+    return (torch.randn(40, columns, generator=generator) @ mix).double()
+
+
+def hessian_of(seen: Tensor) -> Tensor:
+    stat = Hessian(seen.shape[1])
+    stat.update(seen)
+    return stat.value
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_group_errors_are_those_of_the_samples(name: str) -> None:
+    weight, seen, fmt = weights(), inputs(), FORMATS[name]
+    scale, zero_point = grid.weight_params(weight, fmt)
+    decoded = round_to_grid(weight, scale, zero_point, fmt).dequantize(torch.float64)
+    found = group_errors(weight, scale, zero_point, fmt, hessian_of(seen))
+    expected = naive_group_errors(weight, decoded, seen, fmt)
+    assert found.shape == fmt.groups((6, 32)) == expected.shape
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+
+
+@given(seed=st.integers(0, 2**20), name=st.sampled_from(sorted(FORMATS)))
+@settings(max_examples=40)
+def test_never_worse_than_minimum_and_maximum(seed: int, name: str) -> None:
+    weight, hessian, fmt = weights(seed), hessian_of(inputs(seed)), FORMATS[name]
+    plain = group_errors(weight, *grid.weight_params(weight, fmt), fmt, hessian)
+    clipped = group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian)
+    assert (clipped <= plain).all()
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_tails_are_worth_clipping(name: str) -> None:
+    weight, hessian, fmt = weights(), hessian_of(inputs()), FORMATS[name]
+    plain = group_errors(weight, *grid.weight_params(weight, fmt), fmt, hessian).sum()
+    clipped = group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian).sum()
+    assert clipped < 0.99 * plain
+
+
+@pytest.mark.parametrize("name", ["narrow", "channel", "float_zero"])
+def test_each_group_has_the_best_of_the_shares_that_were_tried(name: str) -> None:
+    weight, hessian, fmt = weights(), hessian_of(inputs()), FORMATS[name]
+    found = group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian)
+    size = 32 // found.shape[1]
+    for g in range(found.shape[1]):
+        cells = slice(g * size, (g + 1) * size)
+        for i in range(len(weight)):
+            one = WeightFormat(
+                bits=fmt.bits, symmetric=fmt.symmetric, grid=fmt.grid, zero_point=fmt.zero_point, scale_dtype="float32"
+            )
+            best = naive_clip(weight[i : i + 1, cells], hessian[cells, cells], one, SHARES)
+            if fmt.symmetric:
+                assert float(found[i, g]) == pytest.approx(best, rel=1e-6)
+            else:  # its ends are then moved alone too
+                assert float(found[i, g]) <= best * (1 + 1e-6)
+
+
+def test_each_end_of_an_asymmetric_range_moves_alone() -> None:
+    weight = torch.tensor([[-1.0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 6.0]]).double()
+    fmt = WeightFormat(bits=2, scale_dtype="float32")
+    hessian = torch.eye(8, dtype=torch.float64)
+    hessian[7, 7] = 1e-3  # nobody sees the tail
+    found = float(group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian))
+    assert found < naive_clip(weight, hessian, fmt, SHARES)
+
+
+def test_the_scale_is_one_that_its_dtype_stores() -> None:
+    scale, zero_point = clipped_params(weights(), FORMATS["float16"], hessian_of(inputs()))
+    assert torch.equal(scale.half().double(), scale)
+    assert torch.equal(zero_point.round().clamp(0, 15), zero_point)
+
+
+def test_a_weight_that_is_not_finite_is_refused() -> None:
+    weight = weights()
+    weight[1, 3] = torch.inf
+    with pytest.raises(ValueError, match="the weight holds NaN or infinite values"):
+        clipped_params(weight, FORMATS["group"], hessian_of(inputs()))

@@ -39,8 +39,9 @@ table: $(STAMP) ## Print the table of all runs (RUNS=FOLDER for others)
 	$(BIN)/python -m harness.table runs=$(RUNS)
 
 readme: $(STAMP) ## Write the table of results/reference into README.md and results/README.md
-	$(BIN)/python -m harness.table runs=results/reference into=README.md
-	$(BIN)/python -m harness.table runs=results/reference into=results/README.md
+	for file in README.md results/README.md; do \
+	  $(BIN)/python -m harness.table runs=results/reference into=$$file && \
+	  $(BIN)/python -m harness.table runs=results/reference/wikitext2 into=$$file mark=wikitext2 || exit 1; done
 
 reference: $(STAMP) ## Run the reference rows anew and write the tables that quote them
 	$(BIN)/python -m harness experiment=bench results_dir=results/reference force=true

@@ -60,10 +60,13 @@ def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
     with _stage(found, "load", track):
         model = models.load(cfg.model, dtype, device, cfg.seed)
         found.model = models.provenance(cfg.model, model, cfg.seed)
+    unsure = measure.reset_peak_memory(device)
     with _stage(found, "quantize"):
         cache = StatCache(cache_dir() / "statistics", int(cfg.engine.cache_gib * 2**30))
         result = engine.quantize(model, cfg, stream.windows[:1] if calibration is None else calibration, track, cache)
     _note_format(found, model, result)
+    if cfg.steps and not unsure:
+        found.metrics["quantize_peak_mib"] = measure.peak_memory_mib(device)
     with _stage(found, "evaluate"):
         _evaluate(cfg, model, stream.windows, found, track)
     if cfg.measure.latency and found.execution["mode"] != "simulated":

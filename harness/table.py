@@ -1,8 +1,9 @@
 """Records to a pandas table: each figure with its ratio to the float baseline; as Markdown, CSV or Parquet.
 
-    python -m harness.table [runs=FOLDER] [format=md|csv|parquet] [output=FILE] [into=README.md]
+    python -m harness.table [runs=FOLDER] [format=md|csv|parquet] [output=FILE] [into=README.md] [mark=table]
 
-`into` replaces what stands between the two table marks of a Markdown file.
+`into` replaces what stands between two marks of a Markdown file: <!-- table:begin --> and <!-- table:end -->, or those
+of another name.
 """
 
 from __future__ import annotations
@@ -19,9 +20,8 @@ from rich.table import Table
 
 from harness.record import Record, read
 
-MARKS = ("<!-- table:begin -->", "<!-- table:end -->")
 FORMATS = ("md", "csv", "parquet")
-DEFAULTS = {"runs": "results/runs", "format": "md", "output": "", "into": ""}
+DEFAULTS = {"runs": "results/runs", "format": "md", "output": "", "into": "", "mark": "table"}
 
 _METRICS = (
     "perplexity",
@@ -38,6 +38,7 @@ _METRICS = (
     "decode_ms_p90",
     "decode_speedup",
     "quantize_s",
+    "quantize_peak_mib",
 )
 # Speedups are ratios already, measured in pairs.
 _RATIOS = ("perplexity", "bits_per_weight", "model_size_mib", "peak_memory_mib")
@@ -52,6 +53,7 @@ _SHOWN = (
     ("prefill ms", "prefill_ms_p50", "prefill_speedup", ".0f"),
     ("decode ms", "decode_ms_p50", "decode_speedup", ".1f"),
     ("quant s", "quantize_s", None, ".1f"),
+    ("quant MiB", "quantize_peak_mib", None, ".0f"),
 )
 
 
@@ -101,13 +103,14 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
 
 
 def display(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table as people read it: text cells, "value (ratio)", columns that hold one value for all rows left out."""
+    """The table as people read it: text cells, "value (ratio)", columns that say nothing left out."""
     out = pd.DataFrame(index=frame.index)
     for name in ("model", "data", "windows", "method", "scheme", "bits", "options", "dtype", "execution", "device"):
         if name in ("method", "scheme", "bits", "execution") or frame[name].nunique(dropna=False) > 1:
             out[name] = [_text(value) for value in frame[name]]
     for heading, value, ratio, digits in _SHOWN:
-        out[heading] = [_figure(row, value, ratio, digits) for _, row in frame.iterrows()]
+        if frame[value].notna().any() or value == "perplexity":
+            out[heading] = [_figure(row, value, ratio, digits) for _, row in frame.iterrows()]
     if (frame["status"] == "failed").any():
         out["status"] = frame["status"]
     return out
@@ -133,7 +136,7 @@ def show(frame: pd.DataFrame) -> None:
 
 def _drawn(shown: pd.DataFrame) -> Table:
     """The shown table for a terminal of 80 columns: what names a run in one cell, ratios below their figures."""
-    figures = [heading for heading, *_ in _SHOWN]
+    figures = [heading for heading, *_ in _SHOWN if heading in shown]
     format_of = [name for name in ("method", "scheme", "bits") if name in shown]
     rest = [name for name in shown.columns if name not in (*format_of, *figures)]
     drawn = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
@@ -146,17 +149,29 @@ def _drawn(shown: pd.DataFrame) -> Table:
     return drawn
 
 
-def write_into(path: Path, markdown: str) -> None:
-    """Replace what stands between the table marks of a Markdown file.
+def between(text: str, mark: str = DEFAULTS["mark"]) -> tuple[str, str, str]:
+    """What comes before the marked part of a Markdown text, the part, and what comes after, marks left outside it.
+
+    Raises: ValueError if the text lacks the marks.
+    """
+    begin, end = f"<!-- {mark}:begin -->", f"<!-- {mark}:end -->"
+    if begin not in text or end not in text:
+        raise ValueError(f"lacks the lines {begin} and {end}; add them where the table belongs")
+    head, _, rest = text.partition(begin)
+    part, _, tail = rest.partition(end)
+    return head + begin, part, end + tail
+
+
+def write_into(path: Path, markdown: str, mark: str = DEFAULTS["mark"]) -> None:
+    """Replace the marked part of a Markdown file.
 
     Raises: ValueError if the file lacks the marks.
     """
-    text = path.read_text() if path.is_file() else ""
-    if any(mark not in text for mark in MARKS):
-        raise ValueError(f"into={path} lacks the lines {MARKS[0]} and {MARKS[1]}; add them where the table belongs")
-    head, _, rest = text.partition(MARKS[0])
-    tail = rest.partition(MARKS[1])[2]
-    path.write_text(f"{head}{MARKS[0]}\n{markdown.strip()}\n{MARKS[1]}{tail}")
+    try:
+        head, _, tail = between(path.read_text() if path.is_file() else "", mark)
+    except ValueError as error:
+        raise ValueError(f"into={path} {error}") from error
+    path.write_text(f"{head}\n{markdown.strip()}\n{tail}")
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -175,7 +190,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _emit(frame: pd.DataFrame, options: dict[str, str]) -> None:
     if options["into"]:
-        write_into(Path(options["into"]), to_markdown(frame))
+        write_into(Path(options["into"]), to_markdown(frame), options["mark"])
     elif options["format"] == "parquet":
         target = Path(options["output"] or Path(options["runs"]) / "table.parquet")
         frame.to_parquet(target, index=False)

@@ -125,7 +125,7 @@ def test_command_line_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=x"], "error: run=x is unknown; expected KEY=VALUE with a key of runs, format, output, into\n"),
+        (["run=x"], "error: run=x is unknown; expected KEY=VALUE with a key of runs, format, output, into, mark\n"),
         (
             ["runs=/nowhere"],
             "error: runs=/nowhere is no folder; expected one with records, such as results/reference\n",
@@ -144,16 +144,25 @@ def test_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "holds no records; run `make bench`" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", ["README.md", "results/README.md"])
-def test_the_quoted_table_is_the_table_of_the_reference_records(name: str) -> None:
-    records = table.load(ROOT / "results/reference")
-    assert len(records) >= 12
-    quoted = (ROOT / name).read_text().partition(table.MARKS[0])[2].partition(table.MARKS[1])[0]
+# Which records each generated table is of: file, mark, folder.
+QUOTED = [
+    ("README.md", "table", "results/reference"),
+    ("README.md", "wikitext2", "results/reference/wikitext2"),
+    ("results/README.md", "table", "results/reference"),
+    ("results/README.md", "wikitext2", "results/reference/wikitext2"),
+]
+
+
+@pytest.mark.parametrize(("name", "mark", "folder"), QUOTED)
+def test_the_quoted_table_is_the_table_of_the_reference_records(name: str, mark: str, folder: str) -> None:
+    records = table.load(ROOT / folder)
+    assert len(records) >= 10
+    _, quoted, _ = table.between((ROOT / name).read_text(), mark)
     assert quoted.strip() == table.to_markdown(table.to_frame(records)).strip(), "run `make readme`"
 
 
 def test_reference_records_hold_no_path_of_the_machine_that_made_them() -> None:
-    paths = list((ROOT / "results/reference").glob("*.json"))
+    paths = list((ROOT / "results/reference").rglob("*.json"))
     assert paths
     for path in paths:
         for word in ("/home/", "/root/", "/work/", "/tmp/", "C:\\\\"):

@@ -268,6 +268,25 @@ def test_a_composite_is_its_steps_by_hand(tiny: Tiny, family: str, method: str) 
     assert not all(torch.equal(value, codes_of(alone)[name]) for name, value in codes.items()), first
 
 
+def test_a_step_that_rewrites_quantizes_by_statistics_of_rescaled_inputs(tiny: Tiny) -> None:
+    found, by_hand = uneven(build("llama")), uneven(build("llama"))
+    cfg = build_run(tiny("method=awq", "scheme=channel", "bits=3", "engine.propagate=float"))
+    engine.quantize(found, cfg, TOKENS)
+    (step,) = cfg.steps.values()
+    assert cfg.scheme is not None
+    with torch.no_grad():
+        for index in range(2):
+            block = Block(by_hand, index, cfg.scheme)
+            seen = [block.stats(group, step.needs) for group in block.groups]
+            for group, stats in zip(block.groups, seen, strict=True):
+                block.search(group, stats)
+                step.transform(group, stats)
+            for group in block.groups:
+                for name, weight in group.weights.items():
+                    wanted = step.quantize(weight, cfg.scheme, block.stats(group, step.needs)).dequantize()
+                    assert relative(found.get_submodule(name).packed.dequantize(), wanted) < 1e-3, name
+
+
 def test_a_step_that_only_rewrites_sees_the_float_model(tiny: Tiny) -> None:
     nosy, model = Nosy(groups=[], seen=[]), build("llama")
     plain = build("llama")

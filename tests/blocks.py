@@ -66,7 +66,8 @@ def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
 
 def relative(found: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error."""
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+    exact = expected.detach().double()
+    return float((found.detach().double() - exact).norm() / exact.norm())
 
 
 def codes_of(model: nn.Module) -> dict[str, Tensor]:

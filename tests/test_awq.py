@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from harness.core.clip import clipped_params
 from harness.core.qtensor import round_to_grid, round_to_nearest
-from harness.core.rewrite import InputGroup
+from harness.core.rewrite import InputGroup, Producer
 from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
 from harness.core.stats import AbsMean, Hessian, Stats
 from methods.awq import AWQ
@@ -63,7 +63,7 @@ def test_the_search_finds_what_a_naive_one_finds(member: str, scheme: Scheme) ->
     wanted, errors = naive_awq_search(
         block.inputs(group), list(group.weights.values()), scheme.weight, 10, output_of(block, group), tied
     )
-    found = transformed(block, group, ratios=10)
+    found = transformed(block, group, ratios=10, exhaustive=True)
     assert found is not None
     assert min(errors) < errors[0], "a search that chooses no scaling would prove little"
     assert relative(found, wanted) < 1e-5
@@ -161,6 +161,28 @@ def test_the_function_stays_and_so_do_weights_while_searching(family: str) -> No
         AWQ(ratios=5).transform(group, stats_of(block, group))
     assert any(group.scale is not None and (group.scale != 1).any() for group in block.groups)
     assert relative(logits(block.model), before) < 1e-4
+
+
+@pytest.mark.parametrize("ratios", [2, 7, 12, 20, 24])
+@pytest.mark.parametrize("best", [0.0, 0.3, 0.5, 0.77, 0.99])
+def test_from_coarse_to_fine_it_finds_the_one_valley_with_fewer_trials(ratios: int, best: float) -> None:
+    magnitude, tried = torch.linspace(0.1, 3, 16), list[float]()
+
+    def error(scale: Tensor) -> float:  # the ratio is read back from the spread of the scale
+        tried.append(float((scale.max() / scale.min()).log() / (magnitude.max() / magnitude.min()).log()))
+        return abs(tried[-1] - best)
+
+    weight, gain = torch.randn(4, 16), torch.ones(16)
+    group = InputGroup({}, {"x": weight}, producer=Producer("norm", "norm", gain, None, torch.arange(16)), trial=error)
+    stats = Stats([AbsMean], 16)
+    stats.update(magnitude[None])
+    AWQ(ratios=ratios).transform(group, stats)
+    assert group.scale is not None
+    chosen = float((group.scale.max() / group.scale.min()).log() / (magnitude.max() / magnitude.min()).log())
+    assert abs(chosen - best) == pytest.approx(min(abs(i / ratios - best) for i in range(ratios)), abs=1e-4)
+    assert min(tried) == pytest.approx(0, abs=1e-6)  # no scaling is always tried
+    assert len(tried) == len(set(tried)) <= min(ratios, 6 + ratios // 4)
+    assert torch.allclose(gain * group.scale, torch.ones(16))
 
 
 def test_one_ratio_is_no_scaling() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
 
 from harness.config import RunConfig, build, build_run, build_steps
 from harness.core.method import Method
@@ -94,13 +96,52 @@ def test_method_fields_are_the_keys_and_their_types() -> None:
         build(Fields, {"rounds": True}, "method.f")
 
 
-def test_exactly_one_step_quantizes() -> None:
-    rtn, other = {"_target_": "methods.rtn.RTN"}, {"_target_": "tests.test_config.Fields"}
-    assert list(build_steps({"first": other, "rtn": rtn})) == ["first", "rtn"]
-    with pytest.raises(ValueError, match="method=rtn\\+again has 2 steps that quantize; expected exactly one"):
-        build_steps({"rtn": rtn, "again": rtn})
-    with pytest.raises(ValueError, match="method=first has 0 steps that quantize"):
-        build_steps({"first": other})
+@dataclass(frozen=True, kw_only=True)
+class Rewrites(Method):
+    def prepare(self, model: nn.Module) -> None:
+        """Keep everything as it is."""
+
+
+def test_the_last_step_with_a_way_of_its_own_quantizes(tiny: Tiny) -> None:
+    rewrites, rtn = {"_target_": "tests.test_config.Rewrites"}, {"_target_": "methods.rtn.RTN"}
+    awq, gptq = {"_target_": "methods.awq.AWQ"}, {"_target_": "methods.gptq.GPTQ"}
+    for steps, quantizing in [
+        ({"first": rewrites, "gptq": gptq}, "gptq"),
+        ({"awq": awq, "gptq": gptq}, "gptq"),
+        ({"first": rewrites, "awq": awq}, "awq"),
+        ({"rtn": rtn}, "rtn"),
+        ({"first": rewrites}, "first"),  # which then rounds
+    ]:
+        cfg = replace(build_run(tiny()), steps=build_steps(steps))
+        assert list(cfg.steps) == list(steps)
+        assert cfg.quantizing == quantizing
+    assert replace(build_run(tiny()), steps={}).quantizing is None
+
+
+@pytest.mark.parametrize(
+    ("names", "idle", "chooser"),
+    [
+        (["gptq", "rtn"], "gptq", "rtn"),
+        (["gptq", "again"], "gptq", "again"),
+        (["awq", "gptq", "rtn"], "gptq", "rtn"),
+        (["gptq", "rewrites"], "rewrites", "gptq"),
+        (["gptq", "awq"], "gptq", "awq"),
+    ],
+)
+def test_a_step_with_nothing_to_do_is_refused(names: list[str], idle: str, chooser: str) -> None:
+    targets = {
+        "rtn": "methods.rtn.RTN",
+        "awq": "methods.awq.AWQ",
+        "gptq": "methods.gptq.GPTQ",
+        "again": "methods.gptq.GPTQ",
+        "rewrites": "tests.test_config.Rewrites",
+    }
+    message = rf"^method={re.escape('+'.join(names))}: step {idle} has nothing to do beside {chooser}, which chooses"
+    with pytest.raises(ValueError, match=message):
+        build_steps({name: {"_target_": targets[name]} for name in names})
+
+
+def test_a_method_that_is_no_mapping_of_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"method=\[1\] is no mapping of steps"):
         build_steps([1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method.rtn=3 has no _target_"):
@@ -110,12 +151,12 @@ def test_exactly_one_step_quantizes() -> None:
 def test_none_has_no_scheme(tiny: Tiny) -> None:
     cfg = build_run(tiny("method=none"))
     assert cfg.scheme is None
-    assert cfg.method == "none"
+    assert cfg.steps == {}
 
 
 def test_rtn_takes_bits_and_scheme(tiny: Tiny) -> None:
     cfg = build_run(tiny("bits=3", "scheme=group32_sym"))
-    assert isinstance(cfg.quantizer, RTN)
+    assert isinstance(cfg.steps["rtn"], RTN)
     assert cfg.scheme is not None
     weight = cfg.scheme.weight
     assert (weight.bits, weight.group_size, weight.symmetric, weight.granularity) == (3, 32, True, "group")

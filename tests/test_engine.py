@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -19,7 +20,8 @@ from harness.core.scheme import Scheme
 from harness.core.stats import MinMax, Stat, Stats
 from harness.linear import QuantLinear
 from methods.rtn import RTN
-from tests.families import build
+from tests.blocks import Block, codes_of, logits, relative
+from tests.families import build, uneven
 
 Tiny = Callable[..., dict[str, Any]]
 TOKENS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(5))
@@ -183,3 +185,220 @@ def test_minmax_streams() -> None:
     for part in (torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[-4.0, 0.5, 1.0]])):
         stat.update(part)
     assert (float(stat.low), float(stat.high)) == (-4.0, 3.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watches(Method):
+    """Keeps what it is shown and rounds to two bits, so that whoever comes later sees a difference."""
+
+    needs: ClassVar = (Rows,)
+    seen: list[Tensor]
+    one_by_one: bool = False
+
+    @property
+    def sequential(self) -> bool:
+        return self.one_by_one
+
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
+        self.seen.append(stats[Rows].rows)
+        return round_to_nearest(weight, scheme.weight)
+
+
+def round_by_hand(model: nn.Module, cfg: RunConfig, names: list[str]) -> None:
+    assert cfg.scheme is not None
+    for name in names:
+        weight = weight_of(model.get_submodule(name))
+        weight.data.copy_(round_to_nearest(weight.data, cfg.scheme.weight).dequantize())
+
+
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_inputs_are_those_that_the_quantized_prefix_gives(tiny: Tiny, one_by_one: bool) -> None:
+    watches, by_hand = Watches(seen=[], one_by_one=one_by_one), build("llama")
+    cfg = config(tiny, "scheme=channel", "bits=2", watches=watches)
+    engine.quantize(build("llama"), cfg, TOKENS)
+    names = list(linears(by_hand))
+    groups = [names[0:3], names[3:4], names[4:6], names[6:7], names[7:10], names[10:11], names[11:13], names[13:14]]
+    expected: list[Tensor] = []
+    for before, group in enumerate(groups):
+        expected += [inputs_of(by_hand, group[0])] * len(group)
+        if one_by_one:
+            round_by_hand(by_hand, cfg, group)
+        elif before == 3:  # the first block is done
+            round_by_hand(by_hand, cfg, names[:7])
+    float_model = build("llama")
+    assert len(watches.seen) == len(names) == 14
+    for name, seen, wanted in zip(names, watches.seen, expected, strict=True):
+        torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-5)
+        quantized_before = one_by_one and "q_proj" not in name and "k_proj" not in name and "v_proj" not in name
+        changes = name.startswith("model.layers.1") or quantized_before
+        assert torch.allclose(seen, inputs_of(float_model, name), rtol=1e-4, atol=1e-5) != changes, name
+
+
+def test_float_inputs_do_not_see_what_was_quantized(tiny: Tiny) -> None:
+    watches, model = Watches(seen=[], one_by_one=True), build("llama")
+    expected = [inputs_of(model, name) for name in linears(model)]
+    cfg = config(tiny, "scheme=channel", "bits=2", "engine.propagate=float", watches=watches)
+    engine.quantize(model, cfg, TOKENS)
+    for seen, wanted in zip(watches.seen, expected, strict=True):
+        torch.testing.assert_close(seen, wanted)
+
+
+@pytest.mark.parametrize("method", ["smoothquant_gptq", "awq_gptq"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_composite_is_its_steps_by_hand(tiny: Tiny, family: str, method: str) -> None:
+    composed, by_hand = uneven(build(family)), uneven(build(family))
+    cfg = build_run(tiny(f"method={method}", "scheme=channel"))
+    engine.quantize(composed, cfg, TOKENS)
+    (first, step), (_, last) = cfg.steps.items()
+    with torch.no_grad():
+        for index in range(2):
+            block = Block(by_hand, index, cfg.scheme)
+            seen = [block.stats(group, step.needs) for group in block.groups]
+            for group, stats in zip(block.groups, seen, strict=True):
+                if step.searches:
+                    block.search(group, stats)
+                step.transform(group, stats)
+    assert relative(logits(by_hand), logits(uneven(build(family)))) < 1e-4
+    engine.quantize(by_hand, replace(cfg, steps={"gptq": last}), TOKENS)
+    alone = uneven(build(family))
+    engine.quantize(alone, replace(cfg, steps={"gptq": last}), TOKENS)
+    codes = codes_of(composed)
+    assert codes.keys() == linears(build(family)).keys()
+    assert all(torch.equal(value, codes_of(by_hand)[name]) for name, value in codes.items())
+    assert not all(torch.equal(value, codes_of(alone)[name]) for name, value in codes.items()), first
+
+
+def test_a_step_that_rewrites_quantizes_by_statistics_of_rescaled_inputs(tiny: Tiny) -> None:
+    found, by_hand = uneven(build("llama")), uneven(build("llama"))
+    cfg = build_run(tiny("method=awq", "scheme=channel", "bits=3", "engine.propagate=float"))
+    engine.quantize(found, cfg, TOKENS)
+    (step,) = cfg.steps.values()
+    assert cfg.scheme is not None
+    with torch.no_grad():
+        for index in range(2):
+            block = Block(by_hand, index, cfg.scheme)
+            seen = [block.stats(group, step.needs) for group in block.groups]
+            for group, stats in zip(block.groups, seen, strict=True):
+                block.search(group, stats)
+                step.transform(group, stats)
+            for group in block.groups:
+                for name, weight in group.weights.items():
+                    wanted = step.quantize(weight, cfg.scheme, block.stats(group, step.needs)).dequantize()
+                    assert relative(found.get_submodule(name).packed.dequantize(), wanted) < 1e-3, name
+
+
+def test_a_step_that_only_rewrites_sees_the_float_model(tiny: Tiny) -> None:
+    nosy, model = Nosy(groups=[], seen=[]), build("llama")
+    plain = build("llama")
+    engine.quantize(model, config(tiny, "scheme=channel", "bits=2", nosy=nosy, rtn=RTN()), TOKENS)
+    engine.quantize(plain, config(tiny, "scheme=channel", "bits=2", rtn=RTN()), TOKENS)
+    assert nosy.seen == [], "the last step chooses the codes"
+    assert len(nosy.groups) == 8
+    assert all(torch.equal(value, codes_of(plain)[name]) for name, value in codes_of(model).items())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warns(Method):
+    """Has something to say of every group and every weight."""
+
+    needs: ClassVar = (Rows,)
+
+    def transform(self, group: InputGroup, stats: Stats) -> None:
+        warnings.warn("looked at", stacklevel=2)
+
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
+        warnings.warn(f"has {weight.shape[0]} rows", stacklevel=2)
+        return round_to_nearest(weight, scheme.weight)
+
+
+def test_what_a_method_warns_of_is_kept_with_its_linear(tiny: Tiny) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # none gets out
+        result = engine.quantize(build("llama"), config(tiny, "scheme=channel", warns=Warns()), TOKENS)
+    assert len(result.warnings) == 8 + 14
+    down = "model.layers.1.mlp.down_proj"
+    assert [note for note in result.warnings if note.startswith(down)] == [f"{down}: looked at", f"{down}: has 32 rows"]
+    gate, up = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"
+    assert f"{gate} + {up}: looked at" in result.warnings
+
+
+def test_a_skipped_member_stays_float_and_is_rescaled_with_its_group(tiny: Tiny) -> None:
+    model, plain = uneven(build("llama")), uneven(build("llama"))
+    cfg = build_run(tiny("method=smoothquant", "scheme=channel", "bits=8", "skip=[*.up_proj]"))
+    result = engine.quantize(model, cfg, TOKENS)
+    name = "model.layers.0.mlp.up_proj"
+    norm = "model.layers.0.post_attention_layernorm.weight"
+    assert isinstance(model.get_submodule(name), nn.Linear)
+    scale = plain.get_parameter(norm) / model.get_parameter(norm)
+    assert (scale / scale.mean() - 1).abs().max() > 0.1
+    down = (plain.get_parameter(f"{name}.weight") * scale) / model.get_parameter(f"{name}.weight")
+    assert (down / down[:, :1] - 1).abs().max() < 1e-4, "but for its rows, which absorb the scale of down_proj"
+    assert relative(logits(model), logits(plain)) < 0.05
+    rows = {row["name"]: row for row in result.layers}
+    assert rows[name] == {"name": name, "shape": [64, 32], "stored_bits": 32 * 64 * 32, "bits_per_weight": 32.0}
+    assert rows["model.layers.0.mlp.gate_proj"]["rescaled_by"] == "model.layers.0.post_attention_layernorm"
+    assert len(rows) == 14
+
+
+def test_a_group_that_is_skipped_whole_is_left_alone(tiny: Tiny) -> None:
+    model, plain = uneven(build("llama")), uneven(build("llama"))
+    cfg = build_run(tiny("method=smoothquant", "scheme=channel", "bits=8", "skip=[*gate_proj,*up_proj,*down_proj]"))
+    engine.quantize(model, cfg, TOKENS)
+    for name, value in plain.named_parameters():
+        if "mlp" in name or "post_attention" in name:
+            assert torch.equal(model.get_parameter(name), value), name
+
+
+def test_linears_that_are_rescaled_twice_name_both_steps_producers(tiny: Tiny) -> None:
+    cfg = build_run(tiny("method=smoothquant_gptq", "scheme=channel"))
+    twice = {"one": cfg.steps["smoothquant"], "two": cfg.steps["smoothquant"], "gptq": cfg.steps["gptq"]}
+    result = engine.quantize(build("llama"), replace(cfg, steps=twice), TOKENS)
+    assert result.layers[0]["rescaled_by"] == "model.layers.0.input_layernorm, model.layers.0.input_layernorm"
+
+
+def test_progress_names_the_block_and_the_error_so_far(tiny: Tiny) -> None:
+    shown: list[tuple[str, int | None]] = []
+
+    def track(items: Iterable[Any], label: Any, total: int | None = None) -> Iterator[Any]:
+        say = label if callable(label) else lambda: label
+        shown.append((say(), total))
+        for item in items:
+            yield item
+            shown.append((say(), total))
+
+    result = engine.quantize(
+        build("llama"), build_run(tiny("method=smoothquant_gptq", "scheme=channel")), TOKENS, track
+    )  # type: ignore[arg-type]
+    errors = [row["output_error"] for row in result.layers]
+    first, second = (sum(errors[i : i + 7]) / 7 for i in (0, 7))
+    assert shown == [
+        ("smoothquant block 1/2", 2),
+        ("smoothquant block 2/2", 2),
+        ("smoothquant block 2/2", 2),
+        ("gptq block 1/2", 2),
+        (f"gptq block 2/2, error {first:.3f}", 2),
+        (f"gptq block 2/2, error {second:.3f}", 2),
+    ]
+
+
+def test_what_data_is_needed_for(tiny: Tiny) -> None:
+    for overrides, needed in [
+        (["method=rtn"], False),
+        (["method=none"], False),
+        (["method=rtn", "scheme=w8a8_static"], True),
+        (["method=rtn", "scheme=w8a8_token"], False),
+        (["method=gptq"], True),
+        (["method=smoothquant", "scheme=w8a8_token"], True),
+    ]:
+        assert engine.needs_calibration(build_run(tiny(*overrides))) == needed, overrides
+
+
+def test_errors_are_those_of_weights_and_of_outputs_on_calibration_data(tiny: Tiny) -> None:
+    model, plain = build("llama"), build("llama")
+    result = engine.quantize(model, build_run(tiny("method=gptq", "scheme=channel", "engine.propagate=float")), TOKENS)
+    for row in result.layers:
+        linear, weight = model.get_submodule(row["name"]), weight_of(plain.get_submodule(row["name"]))
+        assert row["weight_error"] == pytest.approx(relative(linear.packed.dequantize(), weight), rel=1e-5)
+        inputs = inputs_of(plain, row["name"])  # 16 tokens a sequence: all of them are sampled
+        expected = relative(inputs @ linear.packed.dequantize().T, inputs @ weight.T)
+        assert row["output_error"] == pytest.approx(expected, rel=1e-3)

@@ -221,6 +221,17 @@ def test_clipping_lowers_the_loss(static: bool) -> None:
     assert trace_loss(weight, clipped, hessian, 0.01) < trace_loss(weight, plain, hessian, 0.01)
 
 
+def test_a_moving_group_is_clipped_by_its_own_part_of_the_hessian() -> None:
+    weight, fmt, hessian = weights(), FORMATS["group"], hessian_of(inputs())
+    for start in range(0, COLUMNS, 8):  # groups that do not see each other's errors
+        hessian[start : start + 8, :start] = hessian[start : start + 8, start + 8 :] = 0
+    static, moving = (
+        solve(weight, fmt, stats_with(hessian), clip=True, act_order=False, static_groups=on) for on in (True, False)
+    )
+    assert codes_of(static) == codes_of(moving)
+    assert torch.equal(static.dequantize(), moving.dequantize())
+
+
 @pytest.mark.parametrize(("key", "value"), [("damp", 0.0), ("damp", -1.0), ("damp", torch.nan), ("column_block", 0)])
 def test_options_out_of_range_are_refused(key: str, value: float) -> None:
     with pytest.raises(ValueError, match=rf"^{key}={value} is out of range; expected"):

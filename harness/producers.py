@@ -138,7 +138,7 @@ class _Scratch:
         ratio = (before * after).sum(0) / before.square().sum(0)
         if not (after - before * ratio).norm() <= _SAME * after.norm():
             return  # these rows move more than a scale
-        nearest = (ratio[:, None] - factors).abs().argmin(1)
+        nearest = _nearest(factors, ratio)
         moved = ((ratio / factors[nearest] - 1).abs() < _SAME) & ((ratio - 1).abs() > _SAME)
         rows[moved.cpu()] = part.start + nearest[moved].cpu()
 
@@ -207,6 +207,16 @@ def _bind(block: nn.Module, found: Found, prefix: str) -> Producer:
     assert isinstance(weight, Tensor)
     rows = found.rows.to(weight.device)
     return Producer(prefix + found.name, found.kind, weight, bias if isinstance(bias, Tensor) else None, rows)
+
+
+def _nearest(factors: Tensor, ratio: Tensor) -> Tensor:
+    """Index of the factor (N,) next to each ratio (K,)."""
+    ordered, index = factors.sort()
+    above = torch.searchsorted(ordered, ratio.contiguous()).clamp(1, max(len(ordered) - 1, 1))
+    above = above.clamp(max=len(ordered) - 1)
+    below = (above - 1).clamp(min=0)
+    closer = (ratio - ordered[below]).abs() <= (ordered[above] - ratio).abs()
+    return index[torch.where(closer, below, above)]
 
 
 def _is_norm(module: nn.Module) -> bool:

@@ -40,11 +40,14 @@ class Shortcut:
             output = self.linear(self.inputs[index])
             return (output, *[None] * (self.as_tuple - 1)) if self.as_tuple else output
 
+        own = vars(self.module).get("forward")  # accelerate's hooks are such
         self.module.forward = forward
         try:
             yield
         finally:
-            del self.module.forward  # the class's own is seen again
+            del self.module.forward  # the class's is seen again
+            if own is not None:
+                self.module.forward = own
 
 
 def shortcuts(block: nn.Module, run: Any) -> list[Shortcut]:

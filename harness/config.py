@@ -122,7 +122,7 @@ class EngineConfig:
     """
 
     propagate: Literal["quantized", "float"] = "quantized"
-    search_tokens: int = 4096
+    search_tokens: int = 2048
     cache_gib: float = 4.0
 
     def __post_init__(self) -> None:

@@ -31,8 +31,9 @@ class Observer:
         always: bool,
     ) -> None:
         self.stream, self.cache, self.needs, self.keep = stream, cache, needs, keep
+        self.device = stream.states[0].device
         first = tensor_digest(*stream.states, *_tensors(stream.calls[0]))
-        self._chain = digest(first, *names)
+        self._chain = digest(first, str(self.device), *names)
         self._block = ""  # the digest of the block as it was when it was first observed
         self._outputs: list[Tensor] | None = None
         # Kept outputs are of blocks as they were: a pass over them is left out for all blocks, or for none.
@@ -92,7 +93,7 @@ class Observer:
             return False
         for i, seen in enumerate(stats):
             own = {name.removeprefix(f"{i}."): value for name, value in found.items() if name.startswith(f"{i}.")}
-            seen[cls].restore(own)
+            seen[cls].restore(own, self.device)
         return True
 
 

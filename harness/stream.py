@@ -114,6 +114,24 @@ class Stream:
                     stack.enter_context(cut.taken(index))
             yield
 
+    @torch.no_grad()
+    def call_of(self, module: nn.Module, states: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments of the first call of a module within the block, for input states (1, T, D)."""
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+        def note(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+            seen.append((args, options))
+            raise _Enough
+
+        handle = module.register_forward_pre_hook(note, with_kwargs=True)
+        try:
+            self.run(states)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
     def advance(self, outputs: list[Tensor] | None = None) -> None:
         """Move on to the next block, with this one's `outputs`, or by what it gives as it is when they are needed."""
         self.position += 1

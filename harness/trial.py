@@ -71,20 +71,9 @@ class Trial:
             states = self.stream.states
             wanted = max(1, min(len(states), self.tokens // states[0].shape[1]))
             chosen = [states[i * len(states) // wanted] for i in range(wanted)]
-            self._calls = [self._call(each) for each in chosen]
+            self._calls = [self.stream.call_of(self.module, each) for each in chosen]
             self._expected = [_first(self.module(*args, **options)) for args, options in self._calls]
         return self._calls
-
-    def _call(self, states: Tensor) -> Call:
-        seen: list[Call] = []
-        handle = self.module.register_forward_pre_hook(
-            lambda _module, args, options: seen.append((args, options)), with_kwargs=True
-        )
-        try:
-            self.stream.run(states)
-        finally:
-            handle.remove()
-        return seen[0]
 
     @contextmanager
     def _replaced(self, rounded: dict[str, Tensor], scale: Tensor) -> Iterator[None]:

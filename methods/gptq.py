@@ -38,7 +38,8 @@ class GPTQ(Method):
     damp             added to the Hessian's diagonal, as a share of its mean
     act_order        columns in order of decreasing diagonal of the Hessian
     static_groups    all ranges from the weight as it was; false: from updated weights, when a group is entered
-    true_sequential  a block's groups one after another, each seeing the ones before quantized
+    true_sequential  a block's groups one after another, each seeing the ones before quantized; without effect under
+                     engine.propagate=float
     column_block     columns between two updates of all that follow; decides speed alone
     clip             clip ranges where that lowers the error of their group; false: the paper's grid
     """

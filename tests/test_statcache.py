@@ -65,7 +65,7 @@ def test_a_statistic_is_restored_and_goes_on(cls: type[Stat]) -> None:
     for part in parts:
         whole.update(part)
     first.update(parts[0])
-    second.restore(first.state())
+    second.restore(first.state(), torch.device("cpu"))
     second.update(parts[1])
     assert first.state()
     for name, value in whole.state().items():

@@ -40,9 +40,9 @@ class Stat(ABC):
         """Its tensors by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
-    def restore(self, state: dict[str, Tensor]) -> None:
-        """Become what `state` was taken from."""
-        vars(self).update(state)
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        """Become what `state` was taken from, on `device`."""
+        vars(self).update({name: value.to(device) for name, value in state.items()})
 
 
 class MinMax(Stat):
@@ -56,11 +56,11 @@ class MinMax(Stat):
         self.highs = torch.zeros(in_features)
 
     def update(self, inputs: Tensor) -> None:
-        self.lows = torch.minimum(self.lows, inputs.amin(0).float().cpu())
-        self.highs = torch.maximum(self.highs, inputs.amax(0).float().cpu())
+        self.lows = torch.minimum(self.lows.to(inputs.device), inputs.amin(0).float())
+        self.highs = torch.maximum(self.highs.to(inputs.device), inputs.amax(0).float())
 
     def rescale(self, scale: Tensor) -> None:
-        self.lows, self.highs = self.lows / scale.cpu(), self.highs / scale.cpu()
+        self.lows, self.highs = (end.to(scale.device) / scale for end in (self.lows, self.highs))
 
     @property
     def low(self) -> Tensor:
@@ -91,7 +91,7 @@ class AbsMean(Stat):
         self.tokens = self.tokens + len(inputs)
 
     def rescale(self, scale: Tensor) -> None:
-        self.total = self.total / scale
+        self.total = self.total.to(scale.device) / scale
 
     @property
     def value(self) -> Tensor:
@@ -121,7 +121,7 @@ class Hessian(Stat):
         self.tokens = self.tokens + len(inputs)
 
     def rescale(self, scale: Tensor) -> None:
-        self.total = self.total / (scale[:, None] * scale)
+        self.total = self.total.to(scale.device) / (scale[:, None] * scale)
 
     @property
     def value(self) -> Tensor:
@@ -145,7 +145,7 @@ class Sample(Stat):
         self.inputs = torch.cat([self.inputs.to(picked), picked])
 
     def rescale(self, scale: Tensor) -> None:
-        self.inputs = (self.inputs / scale).to(self.inputs.dtype)
+        self.inputs = (self.inputs.to(scale.device) / scale).to(self.inputs.dtype)
 
 
 class Stats:

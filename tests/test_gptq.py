@@ -57,7 +57,8 @@ def stats_with(hessian: Tensor) -> Stats:
 
 
 def solve(weight: Tensor, fmt: WeightFormat, stats: Stats, **options: Any) -> QTensor:
-    return GPTQ(**options).quantize(weight, Scheme(name="test", weight=fmt), stats)
+    """The paper's algorithm: its clipping search is asked for by name."""
+    return GPTQ(**{"clip": False, **options}).quantize(weight, Scheme(name="test", weight=fmt), stats)
 
 
 def hessian_of(seen: Tensor) -> Tensor:

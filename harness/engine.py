@@ -31,7 +31,7 @@ from harness.trial import Trial
 
 Row = dict[str, Any]
 
-_PROBE_TOKENS = 64
+_PROBE_TOKENS = 32  # enough to prove a rewrite on, few enough to cost nothing beside calibration
 # How far a block's output, or the logits, may move under a rewrite that keeps the function: relative Frobenius error.
 _SAME_FUNCTION = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 _NO_CACHE = StatCache(Path(), 0)

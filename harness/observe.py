@@ -48,7 +48,8 @@ class Observer:
         label = "" if self.keep else " ".join(group.name for group in groups)
         keys = {cls: _key(state, cls, label) for cls in self.needs if cls.cached}
         missing = {cls for cls in self.needs if cls not in keys or not self._load(keys[cls], cls, stats)}
-        keeping = self.keep and self._running and self._outputs is None
+        last = self.stream.position == len(self.stream.blocks) - 1  # whose outputs enter no block
+        keeping = self.keep and self._running and self._outputs is None and not last
         if missing or keeping:
             self._running = True
             self._run(groups, stats, missing, keeping)

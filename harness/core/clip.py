@@ -16,6 +16,7 @@ from harness.core.scheme import WeightFormat
 # The two ends of a range shrink together first, then each alone.
 _TOGETHER = tuple(1 - i / 20 for i in range(1, 11))
 _ALONE = (1.05, 0.95, 0.9, 0.85)
+_CACHED = 2**19  # values of a weight that are searched at once
 
 
 def clipped_params(weight: Tensor, fmt: WeightFormat, hessian: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,17 +27,26 @@ def clipped_params(weight: Tensor, fmt: WeightFormat, hessian: Tensor) -> tuple[
     """
     grid.check_finite(weight)
     values = weight.to(grid.compute_dtype(weight))
+    if fmt.granularity == "tensor":
+        return _search(values, fmt, hessian)
+    rows = max(1, _CACHED // values.shape[1])  # rows are apart; a few at a time stay in the processor's cache
+    found = [_search(part, fmt, hessian) for part in values.split(rows)]
+    return torch.cat([scale for scale, _ in found]), torch.cat([zero_point for _, zero_point in found])
+
+
+def _search(values: Tensor, fmt: WeightFormat, hessian: Tensor) -> tuple[Tensor, Tensor]:
     groups = grid.to_groups(values, fmt)
     low, high = groups.amin(-1), groups.amax(-1)
     scale, zero_point = grid.stored_params(low, high, fmt)
-    best = group_errors(values, scale, zero_point, fmt, hessian)
+    blocks = _blocks(hessian.to(values), fmt, groups.shape)
+    best = _errors(values, scale, zero_point, fmt, blocks)
     ends = low, high
     for stage in _stages(fmt):
         start = ends
         for shrink_low, shrink_high in stage:
             tried_ends = start[0] * shrink_low, start[1] * shrink_high
             tried = grid.stored_params(*tried_ends, fmt)
-            error = group_errors(values, *tried, fmt, hessian)
+            error = _errors(values, *tried, fmt, blocks)
             better = error < best
             best = torch.where(better, error, best)
             scale, zero_point = torch.where(better, tried[0], scale), torch.where(better, tried[1], zero_point)
@@ -46,15 +56,26 @@ def clipped_params(weight: Tensor, fmt: WeightFormat, hessian: Tensor) -> tuple[
 
 def group_errors(weight: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat, hessian: Tensor) -> Tensor:
     """Error of rounding a weight (N, K) to a grid, for each group that has a scale: (N, G), or (1, 1) per tensor."""
+    shape = grid.to_groups(weight, fmt).shape
+    return _errors(weight, scale, zero_point, fmt, _blocks(hessian.to(weight), fmt, shape))
+
+
+def _blocks(hessian: Tensor, fmt: WeightFormat, shape: torch.Size) -> Tensor:
+    """The diagonal blocks (G, g, g) that groups of `shape` (N, G, g) meet; all of the Hessian per tensor."""
+    if fmt.granularity == "tensor":
+        return hessian
+    _, count, size = shape
+    return torch.stack([hessian[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
+
+
+def _errors(weight: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat, blocks: Tensor) -> Tensor:
     groups = grid.to_groups(weight, fmt)
-    error = grid.snap(groups, scale[..., None], zero_point[..., None], fmt) - groups
+    error = grid.snap(groups, scale[..., None], zero_point[..., None], fmt).sub_(groups)
     if fmt.granularity == "tensor":
         delta = error.view(weight.shape)
-        return ((delta @ hessian.to(delta.dtype)) * delta).sum().view(1, 1)
-    count, size = groups.shape[1], groups.shape[2]
-    blocks = torch.stack([hessian[i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)])
+        return ((delta @ blocks) * delta).sum().view(1, 1)
     delta = error.transpose(0, 1)  # (G, N, g)
-    return ((delta @ blocks.to(delta.dtype)) * delta).sum(-1).T
+    return ((delta @ blocks).mul_(delta)).sum(-1).T
 
 
 def _stages(fmt: WeightFormat) -> list[list[tuple[float, float]]]:

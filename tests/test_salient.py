@@ -33,7 +33,7 @@ def stats() -> Stats:
 
 @pytest.mark.parametrize(("choose", "share", "columns"), [("activation", 0.03, [11]), ("activation", 0.05, [5, 11])])
 def test_columns_follow_the_inputs(choose: str, share: float, columns: list[int]) -> None:
-    found = Salient(choose=choose, share=0.04).quantize(weights(), SCHEME, stats())  # type: ignore[arg-type]
+    found = Salient(choose=choose, share=share).quantize(weights(), SCHEME, stats())  # type: ignore[arg-type]
     assert isinstance(found, MixedQTensor)
     assert found.columns.tolist() == columns
 

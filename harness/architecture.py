@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers.pytorch_utils import Conv1D
 
 
@@ -84,15 +86,40 @@ def input_groups(modules: dict[str, nn.Module], run: Callable[[], object]) -> li
     def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, args: seen.append((name, args[0]))
 
-    handles = [module.register_forward_pre_hook(note(name)) for name, module in modules.items()]
-    try:
+    with hooked(module.register_forward_pre_hook(note(name)) for name, module in modules.items()):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     grouped: dict[int, list[str]] = {}
     for name, inputs in seen:  # `seen` keeps every input alive, so that no two share an id
         members = grouped.setdefault(id(inputs), [])
         members += [name] if name not in members else []
     ran = {name for members in grouped.values() for name in members}
     return [*grouped.values(), *([name] for name in modules if name not in ran)]
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that are gone afterwards, whatever happens inside."""
+    attached = list(handles)
+    try:
+        yield
+    finally:
+        for handle in attached:
+            handle.remove()
+
+
+@contextmanager
+def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Let `forward` answer for a module's own, be that its class's or one set on the instance (accelerate's are)."""
+    own = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward  # the class's is seen again
+        if own is not None:
+            module.forward = own
+
+
+def first_of(output: Any) -> Any:
+    """What a module hands on: its output, or the first item of a tuple."""
+    return output[0] if isinstance(output, tuple) else output

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from harness import record, table
 from harness.errors import one_line
-from harness.progress import Label
+from harness.progress import Label, text
 from harness.run import execute
 
 T = TypeVar("T")
@@ -65,10 +65,10 @@ def _track(items: Iterable[T], label: Label, total: int | None = None) -> Genera
     """A progress bar with the time left on a terminal, nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as progress:
-        task = progress.add_task(label if isinstance(label, str) else label(), total=total)
+        task = progress.add_task(text(label), total=total)
         for item in items:
             yield item
-            progress.update(task, advance=1, description=label if isinstance(label, str) else label())
+            progress.update(task, advance=1, description=text(label))
 
 
 def _report(found: record.Record, skipped: bool) -> None:

@@ -19,14 +19,14 @@ from harness.architecture import block_prefix, input_groups, linears, split_skip
 from harness.config import RunConfig
 from harness.core.method import InputGroup, Method, overrides
 from harness.core.stats import MinMax, Sample, Stat, Stats
-from harness.install import float_row, install, recorded, static
+from harness.install import float_row, install, recorded
 from harness.linear import QuantLinear
 from harness.observe import Observer
 from harness.producers import Discovery
 from harness.progress import Track, silent
 from harness.shortcut import shortcuts
 from harness.statcache import StatCache
-from harness.stream import Stream, verify
+from harness.stream import Stream, logits, moved_by, verify
 from harness.trial import Trial
 
 Row = dict[str, Any]
@@ -50,6 +50,11 @@ class Result:
         """Stored bits over weights, of all linears in decoder blocks, those left float included."""
         bits = sum(layer["stored_bits"] for layer in self.layers)
         return float(bits / sum(layer["shape"][0] * layer["shape"][1] for layer in self.layers))
+
+
+def static(cfg: RunConfig) -> bool:
+    """Whether the scheme's activation ranges come from calibration."""
+    return cfg.scheme is not None and cfg.scheme.activation is not None and not cfg.scheme.activation.dynamic
 
 
 def needs_calibration(cfg: RunConfig) -> bool:
@@ -109,9 +114,10 @@ def quantize(
 
 
 def _prepare(model: nn.Module, label: str, step: Method, tokens: Tensor) -> None:
-    before = _logits(model, tokens)
+    probe = tokens[:1, :_PROBE_TOKENS]
+    before = logits(model, probe)
     step.prepare(model)
-    _same_function(label, before, _logits(model, tokens), "logits")
+    _same_function(label, before, logits(model, probe), "logits")
 
 
 @dataclass
@@ -250,8 +256,7 @@ class _Pass:
 
 
 def _same_function(label: str, before: Tensor, after: Tensor, what: str) -> None:
-    moved = float((after - before).double().norm() / before.double().norm())
-    limit = _SAME_FUNCTION[before.dtype]
+    moved, limit = moved_by(after, before), _SAME_FUNCTION[before.dtype]
     if not moved <= limit:
         raise ValueError(
             f"method.{label} changed the float model's function: {what} moved by {moved:.2g} relative; "
@@ -270,9 +275,3 @@ def _ranges(numbers: list[int]) -> str:
     if numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1:
         text = f"{numbers[0]}-{numbers[-1]}"
     return text
-
-
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    logits: Tensor = model(input_ids=tokens[:1, :_PROBE_TOKENS].to(device), use_cache=False).logits
-    return logits

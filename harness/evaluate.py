@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.architecture import standing_in
 from harness.progress import Track, silent
 
 _LOGIT_ELEMENTS = 2**24  # logits that may exist at once: 64 MiB of float32
@@ -85,12 +86,9 @@ def _tail(model: Any, output: Any) -> Callable[[Tensor], Tensor]:
 
     def logits(states: Tensor) -> Tensor:
         given = type(output)(last_hidden_state=states[None])
-        body.forward = lambda *_args, **_options: given
-        try:
-            tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+        tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
+        with standing_in(body, lambda *_args, **_options: given):
             found: Tensor = model(input_ids=tokens, use_cache=False).logits[0]
-        finally:
-            del body.forward  # the class's own is seen again
         return found
 
     return logits

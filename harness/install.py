@@ -12,18 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.architecture import weight_of
-from harness.config import RunConfig
 from harness.core.grid import compute_dtype
 from harness.core.method import Method
 from harness.core.qtensor import QTensor
 from harness.core.scheme import Scheme
 from harness.core.stats import MinMax, Sample, Stats
 from harness.linear import InputQuantizer, QuantLinear, replace
-
-
-def static(cfg: RunConfig) -> bool:
-    """Whether the scheme's activation ranges come from calibration."""
-    return cfg.scheme is not None and cfg.scheme.activation is not None and not cfg.scheme.activation.dynamic
 
 
 def install(

@@ -59,8 +59,8 @@ class Observer:
 
     def advance(self) -> None:
         """Move the stream to the next block."""
-        now = module_digest(self.stream.blocks[self.stream.position])
-        self._chain = digest(self._chain, (self._block or now) if self.keep else now)
+        block = self._block if self.keep else ""  # hashed before, and it is what later blocks follow from
+        self._chain = digest(self._chain, block or module_digest(self.stream.blocks[self.stream.position]))
         self.stream.advance(self._outputs)
         self._outputs, self._block = None, ""
         if self._running and self.stream.position < len(self.stream.blocks):

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.architecture import weight_of
+from harness.architecture import hooked, weight_of
 from harness.core.rewrite import InputGroup, Kind, Producer
 from harness.stream import Stream
 
@@ -104,11 +104,8 @@ class _Scratch:
             self.module(norm).register_forward_hook(lambda _m, _a, output: made.append(output)),
             self.module(members[0]).register_forward_pre_hook(lambda _m, args: read.append(args[0])),
         ]
-        try:
+        with hooked(handles):
             self.run()
-        finally:
-            for handle in handles:
-                handle.remove()
         return any(output is inputs for output in made for inputs in read)
 
     def followed_rows(self, name: str, reader: str) -> Tensor | None:
@@ -182,11 +179,8 @@ class _Scratch:
             self.module(name).register_forward_hook(noise),
             self.module(reader).register_forward_pre_hook(lambda _m, args: seen.append(args[0])),
         ]
-        try:
+        with hooked(handles):
             self.run()
-        finally:
-            for handle in handles:
-                handle.remove()
         return seen[0].reshape(-1, seen[0].shape[-1]) if len(seen) == 1 else None
 
     def factors(self, count: int) -> Tensor:

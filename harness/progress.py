@@ -9,6 +9,11 @@ T = TypeVar("T")
 Label = str | Callable[[], str]
 
 
+def text(label: Label) -> str:
+    """What a label says by now."""
+    return label if isinstance(label, str) else label()
+
+
 class Track(Protocol):
     """Iterate over `items` while showing how far along it is, and `label`: a function is asked after each item."""
 

@@ -7,14 +7,14 @@ Every linear then runs about once a block, at the price of one linear's inputs i
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
 
-from harness.architecture import linears_of
+from harness.architecture import first_of, hooked, linears_of, standing_in
 
 
 @dataclass
@@ -40,36 +40,26 @@ class Shortcut:
             output = self.linear(self.inputs[index])
             return (output, *[None] * (self.as_tuple - 1)) if self.as_tuple else output
 
-        own = vars(self.module).get("forward")  # accelerate's hooks are such
-        self.module.forward = forward
-        try:
+        with standing_in(self.module, forward):
             yield
-        finally:
-            del self.module.forward  # the class's is seen again
-            if own is not None:
-                self.module.forward = own
 
 
-def shortcuts(block: nn.Module, run: Any) -> list[Shortcut]:
+def shortcuts(block: nn.Module, run: Callable[[], object]) -> list[Shortcut]:
     """The shortcuts in a block, as seen while `run` runs it: the outermost module of each, never the block itself."""
     made: list[tuple[str, Any]] = []
 
-    def note(name: str) -> Any:
+    def note(name: str) -> Callable[..., None]:
         return lambda _module, _args, output: made.append((name, output))
 
-    handles = [module.register_forward_hook(note(name)) for name, module in block.named_modules() if name]
-    try:
+    with hooked(module.register_forward_hook(note(name)) for name, module in block.named_modules() if name):
         run()
-    finally:
-        for handle in handles:
-            handle.remove()
     found: dict[str, Shortcut] = {}
     outputs = {name: output for name, output in made if isinstance(output, Tensor)}
     for last in linears_of(block):
         for name, output in made:  # inner modules end before outer ones, so the outermost is found last
-            first = output[0] if isinstance(output, tuple) else output
-            others = output[1:] if isinstance(output, tuple) else ()
-            if last.startswith(f"{name}.") and first is outputs.get(last) and all(item is None for item in others):
-                size = len(output) if isinstance(output, tuple) else 0
+            if not last.startswith(f"{name}.") or first_of(output) is not outputs.get(last):
+                continue
+            size = len(output) if isinstance(output, tuple) else 0
+            if size == 0 or all(item is None for item in output[1:]):
                 found[last] = Shortcut(block.get_submodule(name), last.removeprefix(f"{name}."), size)
     return list(found.values())

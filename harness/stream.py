@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.architecture import block_prefix
+from harness.architecture import block_prefix, first_of, hooked
 from harness.shortcut import Shortcut
 
 # How far replayed logits may be from the model's own, as a relative Frobenius error: the same kernels ran.
@@ -37,7 +38,7 @@ class Stream:
         blocks = model.get_submodule(block_prefix(model))
         self.blocks: list[nn.Module] = list(blocks.children())
         self.position = 0
-        self.calls = _calls(model, self.blocks, tokens[:1], _without_states)
+        self.calls = _calls(partial(logits, model, tokens[:1]), self.blocks, _without_states)
         if len(self.calls) != len(self.blocks):
             raise ValueError(
                 f"{type(model).__name__} calls {len(self.calls)} of its {len(self.blocks)} blocks; expected each once"
@@ -46,7 +47,7 @@ class Stream:
         self._reached = 0
         self.shortcuts: Sequence[Shortcut] = ()  # of the block at `position`
         for sequence in tokens:
-            ((states, rest),) = _calls(model, self.blocks[:1], sequence[None], _split_call)
+            ((states, rest),) = _calls(partial(logits, model, sequence[None]), self.blocks[:1], _split_call)
             if not _equal(rest, self.calls[0]):
                 raise ValueError(
                     f"{type(model).__name__} hands its blocks inputs that depend on the tokens, beside the hidden "
@@ -62,8 +63,7 @@ class Stream:
     def _run(self, position: int, states: Tensor, block: nn.Module | None = None) -> Tensor:
         args, options = self.calls[position]
         args, options = _cast(args, states.dtype), _cast(options, states.dtype)
-        output = (block or self.blocks[position])(states, *args, **options)
-        found: Tensor = output[0] if isinstance(output, tuple) else output
+        found: Tensor = first_of((block or self.blocks[position])(states, *args, **options))
         return found
 
     @property
@@ -117,20 +117,9 @@ class Stream:
     @torch.no_grad()
     def call_of(self, module: nn.Module, states: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the first call of a module within the block, for input states (1, T, D)."""
-        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-        def note(_module: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
-            seen.append((args, options))
-            raise _Enough
-
-        handle = module.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            self.run(states)
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
+        found: tuple[tuple[Any, ...], dict[str, Any]]
+        (found,) = _calls(lambda: self.run(states), [module], lambda args, options: (args, options))
+        return found
 
     def advance(self, outputs: list[Tensor] | None = None) -> None:
         """Move on to the next block, with this one's `outputs`, or by what it gives as it is when they are needed."""
@@ -149,17 +138,18 @@ def verify(model: nn.Module, tokens: Tensor) -> None:
     stream = Stream(model, tokens)
     for _ in stream.blocks:
         stream.advance()
-    expected = _logits(model, tokens)
+    expected = logits(model, tokens)
     last, states = stream.blocks[-1], stream.states[0]
 
-    def replayed(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return (states, *output[1:]) if isinstance(output, tuple) else states
+    def logits_from(given: Tensor) -> Tensor:
+        def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
+            return (given, *output[1:]) if isinstance(output, tuple) else given
 
-    def zeroed(_module: nn.Module, _args: Any, output: Any) -> Any:
-        return (torch.zeros_like(states), *output[1:]) if isinstance(output, tuple) else torch.zeros_like(states)
+        with hooked([last.register_forward_hook(hook)]):
+            return logits(model, tokens)
 
-    found, without = (_hooked_logits(model, tokens, last, hook) for hook in (replayed, zeroed))
-    moved, limit = float((found - expected).norm() / expected.norm()), _SAME_LOGITS[states.dtype]
+    found, without = logits_from(states), logits_from(torch.zeros_like(states))
+    moved, limit = moved_by(found, expected), _SAME_LOGITS[states.dtype]
     if not moved <= limit or torch.equal(without, expected):
         raise ValueError(
             f"replaying the {len(stream.blocks)} blocks of {type(model).__name__} does not reproduce its logits: they "
@@ -168,38 +158,30 @@ def verify(model: nn.Module, tokens: Tensor) -> None:
         )
 
 
-def _hooked_logits(model: nn.Module, tokens: Tensor, module: nn.Module, hook: Callable[..., Any]) -> Tensor:
-    handle = module.register_forward_hook(hook)
-    try:
-        return _logits(model, tokens)
-    finally:
-        handle.remove()
+@torch.no_grad()
+def logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """The model's own logits (B, T, V) on `tokens` (B, T)."""
+    found: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
+    return found
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    device = next(model.parameters()).device
-    logits: Tensor = model(input_ids=tokens.to(device), use_cache=False).logits
-    return logits.double()
+def moved_by(after: Tensor, before: Tensor) -> float:
+    """How far a tensor moved: relative Frobenius error."""
+    return float((after.double() - before.double()).norm() / before.double().norm())
 
 
 @torch.no_grad()
-def _calls(model: nn.Module, blocks: list[nn.Module], tokens: Tensor, keep: Callable[..., Any]) -> list[Any]:
-    """What `keep` makes of the arguments of each call of `blocks`, in order; the last of them ends the forward."""
+def _calls(run: Callable[[], object], modules: list[nn.Module], keep: Callable[..., Any]) -> list[Any]:
+    """What `keep` makes of the arguments of each call of `modules` in `run`, in order; the last of them ends it."""
     seen: list[Any] = []
 
     def note(_module: nn.Module, args: Any, options: Any) -> None:
         seen.append(keep(args, options))
-        if len(seen) == len(blocks):
+        if len(seen) == len(modules):
             raise _Enough
 
-    handles = [block.register_forward_pre_hook(note, with_kwargs=True) for block in blocks]
-    try:
-        model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False)
-    except _Enough:
-        pass
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(module.register_forward_pre_hook(note, with_kwargs=True) for module in modules), suppress(_Enough):
+        run()
     return seen
 
 
@@ -215,12 +197,8 @@ def _watched(watchers: Mapping[nn.Module, Watcher], noting: Mapping[nn.Module, W
         if stop and not waiting:
             raise _Enough
 
-    handles = [module.register_forward_pre_hook(shown) for module in watchers]
-    try:
+    with hooked(module.register_forward_pre_hook(shown) for module in watchers):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _split_call(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.architecture import first_of, hooked
 from harness.core.grid import snap_weight
 from harness.core.rewrite import InputGroup
 from harness.core.stats import Hessian, Stats
@@ -61,7 +62,7 @@ class Trial:
         total, count = 0.0, 0
         with self._replaced(rounded, scale):
             for (args, options), expected in zip(calls, self._expected, strict=True):
-                total += float((_first(self.module(*args, **options)) - expected).double().square().sum())
+                total += float((first_of(self.module(*args, **options)) - expected).double().square().sum())
                 count += expected.numel()
         return total / count
 
@@ -72,7 +73,7 @@ class Trial:
             wanted = max(1, min(len(states), self.tokens // states[0].shape[1]))
             chosen = [states[i * len(states) // wanted] for i in range(wanted)]
             self._calls = [self.stream.call_of(self.module, each) for each in chosen]
-            self._expected = [_first(self.module(*args, **options)) for args, options in self._calls]
+            self._expected = [first_of(self.module(*args, **options)) for args, options in self._calls]
         return self._calls
 
     @contextmanager
@@ -80,14 +81,13 @@ class Trial:
         """The module with quantized weights and inputs, undone at the end."""
         weights = self.group.weights
         kept = {name: weights[name].clone() for name in rounded}
-        handles = [module.register_forward_pre_hook(self._scaled(scale)) for module in self.group.linears.values()]
+        hook = self._scaled(scale)
         try:
             for name, weight in rounded.items():
                 weights[name].copy_(weight)
-            yield
+            with hooked(module.register_forward_pre_hook(hook) for module in self.group.linears.values()):
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
             for name, weight in kept.items():
                 weights[name].copy_(weight)
 
@@ -126,8 +126,3 @@ def _smallest_module(model: nn.Module, names: list[str]) -> nn.Module:
     while isinstance(model.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
         shared.pop()
     return model.get_submodule(".".join(shared))
-
-
-def _first(output: Any) -> Tensor:
-    found: Tensor = output[0] if isinstance(output, tuple) else output
-    return found

@@ -11,6 +11,16 @@ from torch import Tensor, nn
 
 from harness.core.scheme import WeightFormat
 
+# Schemes of every kind, whose scales are stored as they are computed.
+FORMATS = {
+    "channel": WeightFormat(bits=3, scale_dtype="float32"),
+    "group": WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"),
+    "float_zero": WeightFormat(bits=2, granularity="group", group_size=8, zero_point="float", scale_dtype="float32"),
+    "tensor": WeightFormat(bits=4, granularity="tensor", scale_dtype="float32"),
+    "narrow": WeightFormat(bits=4, symmetric=True, grid="narrow", scale_dtype="float32"),
+    "full": WeightFormat(bits=3, symmetric=True, grid="full", granularity="group", group_size=8, scale_dtype="float32"),
+}
+
 
 def naive_rtn(weight: Tensor, fmt: WeightFormat) -> tuple[list[list[int]], Tensor]:
     """Codes and decoded values of round-to-nearest, one group and one value at a time, float32 scales."""

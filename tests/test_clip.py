@@ -13,15 +13,12 @@ from harness.core.clip import clipped_params, group_errors
 from harness.core.qtensor import round_to_grid
 from harness.core.scheme import WeightFormat
 from harness.core.stats import Hessian
+from tests.reference import FORMATS as EXACT
 from tests.reference import naive_clip, naive_group_errors
 
 FORMATS = {
-    "channel": WeightFormat(bits=3, scale_dtype="float32"),
-    "group": WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"),
-    "float_zero": WeightFormat(bits=2, granularity="group", group_size=8, zero_point="float", scale_dtype="float32"),
-    "tensor": WeightFormat(bits=4, granularity="tensor", scale_dtype="float32"),
+    **EXACT,
     "narrow": WeightFormat(bits=3, symmetric=True, grid="narrow", scale_dtype="float32"),
-    "full": WeightFormat(bits=3, symmetric=True, grid="full", granularity="group", group_size=8, scale_dtype="float32"),
     "float16": WeightFormat(bits=4, granularity="group", group_size=8),
 }
 SHARES = [1 - i / 20 for i in range(11)]  # down to half

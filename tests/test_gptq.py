@@ -15,17 +15,9 @@ from harness.core.qtensor import IntQTensor, PermutedQTensor, QTensor, round_to_
 from harness.core.scheme import Scheme, WeightFormat
 from harness.core.stats import Hessian, Stats
 from methods.gptq import GPTQ, inverse_factor
-from tests.reference import Solved, naive_damped, naive_gptq, naive_ldlq
+from tests.reference import FORMATS, Solved, naive_damped, naive_gptq, naive_ldlq
 
 ROWS, COLUMNS = 5, 24
-FORMATS = {
-    "channel": WeightFormat(bits=3, scale_dtype="float32"),
-    "group": WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"),
-    "float_zero": WeightFormat(bits=2, granularity="group", group_size=8, zero_point="float", scale_dtype="float32"),
-    "tensor": WeightFormat(bits=4, granularity="tensor", scale_dtype="float32"),
-    "narrow": WeightFormat(bits=4, symmetric=True, grid="narrow", scale_dtype="float32"),
-    "full": WeightFormat(bits=3, symmetric=True, grid="full", granularity="group", group_size=8, scale_dtype="float32"),
-}
 
 
 def weights() -> Tensor:

@@ -12,12 +12,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.architecture import weight_of
+from harness.core.activation import InputQuantizer
 from harness.core.grid import compute_dtype
 from harness.core.method import Method
 from harness.core.qtensor import QTensor
 from harness.core.scheme import Scheme
 from harness.core.stats import MinMax, Sample, Stats
-from harness.linear import InputQuantizer, QuantLinear, replace
+from harness.linear import QuantLinear, replace
 
 
 def install(

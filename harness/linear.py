@@ -6,49 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.core import grid
+from harness.core.activation import InputQuantizer
 from harness.core.qtensor import QTensor
-from harness.core.scheme import ActivationFormat
-
-
-class InputQuantizer(nn.Module):
-    """Moves a linear's input to the grid of an activation format, found at run time or calibrated.
-
-    A static format takes `bounds`, the smallest and largest input that calibration saw.
-    """
-
-    scale: Tensor
-    zero_point: Tensor
-
-    def __init__(self, fmt: ActivationFormat, bounds: tuple[Tensor, Tensor] | None = None) -> None:
-        super().__init__()
-        self.fmt = fmt
-        if bounds is not None:
-            scale, zero_point = grid.range_params(*bounds, fmt)
-            self.register_buffer("scale", scale)
-            self.register_buffer("zero_point", zero_point)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` (..., K) snapped to the grid, in their dtype."""
-        values = inputs.to(grid.compute_dtype(inputs))
-        if self.fmt.threshold is not None:
-            outliers = (values.abs() >= self.fmt.threshold).any(-2 if values.dim() > 1 else 0, keepdim=True)
-            rest = values.masked_fill(outliers, 0)
-            snapped = grid.snap(rest, *grid.range_params(*self._bounds(rest), self.fmt), self.fmt)
-            return torch.where(outliers, values, snapped).to(inputs.dtype)
-        if self.fmt.dynamic:
-            scale, zero_point = grid.range_params(*self._bounds(values), self.fmt)
-        else:
-            scale, zero_point = self.scale.to(values.dtype), self.zero_point.to(values.dtype)
-        return grid.snap(values, scale, zero_point, self.fmt).to(inputs.dtype)
-
-    def _bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value a token, or a sequence: all axes but the batch's."""
-        if self.fmt.granularity == "token":
-            axes: tuple[int, ...] = (-1,)
-        else:
-            axes = tuple(range(1 if values.dim() > 2 else 0, values.dim()))
-        return values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
 
 
 class QuantLinear(nn.Module):

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from harness.architecture import first_of, hooked
+from harness.core.activation import InputQuantizer
 from harness.core.grid import snap_weight
 from harness.core.rewrite import InputGroup
 from harness.core.stats import Hessian, Stats
-from harness.linear import InputQuantizer
 from harness.stream import Stream
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.core.activation import InputQuantizer
 from harness.core.qtensor import round_to_nearest
 from harness.core.scheme import ActivationFormat, WeightFormat
-from harness.linear import InputQuantizer, QuantLinear, stored_bytes
+from harness.linear import QuantLinear, stored_bytes
 
 
 def naive_symmetric(values: Tensor, bits: int) -> Tensor:

@@ -13,10 +13,11 @@ from torch import Tensor
 
 from harness import run
 from harness.config import build
+from harness.core.activation import InputQuantizer
 from harness.core.qtensor import round_to_nearest
 from harness.core.scheme import Scheme
 from harness.core.stats import Stats
-from harness.linear import InputQuantizer, QuantLinear
+from harness.linear import QuantLinear
 from methods.peers.bitsandbytes import Bnb4Bit, Bnb4BitQTensor, BnbFP4, BnbInt8, BnbInt8QTensor, BnbNF4
 from tests.conftest import TINY, Done, resolve
 

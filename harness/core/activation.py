@@ -1,0 +1,65 @@
+"""A linear's input on the grid of an activation format: as codes with a scale, or as the values they stand for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from harness.core import grid
+from harness.core.scheme import ActivationFormat
+
+
+class InputQuantizer(nn.Module):
+    """Quantizes a linear's input by an activation format, whose ranges are found at run time or calibrated.
+
+    A static format takes `bounds`, the smallest and largest input that calibration saw.
+    """
+
+    scale: Tensor
+    zero_point: Tensor
+
+    def __init__(self, fmt: ActivationFormat, bounds: tuple[Tensor, Tensor] | None = None) -> None:
+        super().__init__()
+        self.fmt = fmt
+        if bounds is not None:
+            scale, zero_point = grid.range_params(*bounds, fmt)
+            self.register_buffer("scale", scale)
+            self.register_buffer("zero_point", zero_point)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """`inputs` (..., K) snapped to the grid, in their dtype; outlier channels as they are."""
+        values = inputs.to(grid.compute_dtype(inputs))
+        outliers = self.outliers(values)
+        if outliers is None:
+            return grid.snap(values, *self._params(values), self.fmt).to(inputs.dtype)
+        rest = values.masked_fill(outliers, 0)
+        snapped = grid.snap(rest, *self._params(rest), self.fmt)
+        return torch.where(outliers, values, snapped).to(inputs.dtype)
+
+    def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Codes of `inputs` (..., K), which are to have no outliers left.
+
+        Returns: uint8 codes (..., K); scale and zero point, of shapes that broadcast against them.
+        """
+        values = inputs.to(grid.compute_dtype(inputs))
+        scale, zero_point = self._params(values)
+        return grid.encode(values, scale, zero_point, self.fmt), scale, zero_point
+
+    def outliers(self, inputs: Tensor) -> Tensor | None:
+        """Channels of `inputs` (..., T, K) in which any token of the sequence reaches the threshold: (..., 1, K)."""
+        if self.fmt.threshold is None:
+            return None
+        return (inputs.abs() >= self.fmt.threshold).any(-2 if inputs.dim() > 1 else 0, keepdim=True)
+
+    def _params(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        if self.fmt.dynamic:
+            return grid.range_params(*self._bounds(values), self.fmt)
+        return self.scale.to(values.dtype), self.zero_point.to(values.dtype)
+
+    def _bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Smallest and largest value a token, or a sequence: all axes but the batch's."""
+        if self.fmt.granularity == "token":
+            axes: tuple[int, ...] = (-1,)
+        else:
+            axes = tuple(range(1 if values.dim() > 2 else 0, values.dim()))
+        return values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)

@@ -8,13 +8,15 @@ from torch.nn import functional as F
 
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import QTensor
+from harness.kernels.base import Kernel
+from harness.kernels.table import choose
 
 
 class QuantLinear(nn.Module):
-    """y = x' W'^T + b with W' (N out, K in) of a QTensor.
+    """y = x' W'^T + b with W' (N out, K in) of a QTensor and x' the inputs, quantized where the scheme says so.
 
-    It starts with the decoded weight in memory (execution=simulated). `pack` drops that and runs from the stored
-    bits alone (execution=packed), by the QTensor's own kernel. Both give the same result.
+    It starts with the QTensor and its decoded weight in memory. `pack` keeps what a kernel reads, and nothing else
+    (execution=packed); `simulate` keeps the decoded weight (execution=simulated). Both give the same result.
     """
 
     bias: Tensor | None
@@ -25,16 +27,25 @@ class QuantLinear(nn.Module):
     ) -> None:
         super().__init__()
         self.shape = weight.shape
+        self.dtype = dtype
         self.stored_bits = weight.stored_bits
-        self.kernel = weight.kernel
         self.input_quantizer = input_quantizer
         self.register_buffer("bias", bias)
-        self.packed: QTensor | None = weight
+        self.packed: QTensor | Kernel | None = weight
         self.register_buffer("decoded", None if weight.quantizes_inputs else weight.dequantize(dtype))
 
+    @property
+    def kernel(self) -> str:
+        """Name of what runs once packed."""
+        assert self.packed is not None
+        return self.packed.name if isinstance(self.packed, Kernel) else self.packed.kernel
+
     def pack(self) -> QuantLinear:
-        """Keep the stored bits alone."""
+        """Keep the weight in the order of the kernel that runs it, or the QTensor where none does."""
         self.decoded = None
+        assert isinstance(self.packed, QTensor)
+        device = next(self.packed.buffers()).device
+        self.packed = choose(self.packed, self.input_quantizer, self.dtype, device) or self.packed
         return self
 
     def simulate(self) -> QuantLinear:
@@ -44,12 +55,16 @@ class QuantLinear(nn.Module):
         return self
 
     def forward(self, inputs: Tensor) -> Tensor:
-        if self.input_quantizer is not None:
+        itself = self.decoded is None and self.packed is not None and self.packed.quantizes_inputs
+        if self.input_quantizer is not None and not itself:
             inputs = self.input_quantizer(inputs)
         if self.decoded is not None:
             return F.linear(inputs, self.decoded, self.bias)
+        if isinstance(self.packed, QTensor):
+            return self.packed.linear(inputs, self.bias)
         assert self.packed is not None
-        return self.packed.linear(inputs, self.bias)
+        found: Tensor = self.packed(inputs, self.bias)
+        return found
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
@@ -72,3 +87,14 @@ def stored_bytes(model: nn.Module) -> int:
     for parameter in model.parameters():
         seen[id(parameter)] = parameter.nbytes
     return sum(seen.values())
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers as they are in memory, in the order of the kernels that run them."""
+    strided, other = dict[int, int](), 0
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.layout == torch.strided:
+            strided[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+        else:  # a kernel's own, which shares nothing
+            other += tensor.nbytes
+    return sum(strided.values()) + other

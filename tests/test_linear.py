@@ -62,10 +62,22 @@ def test_packed_equals_simulated_equals_decoded(bits: int, dtype: torch.dtype) -
     quantized = round_to_nearest(weight, fmt)
     packed = QuantLinear(quantized, bias, dtype).pack()
     simulated = QuantLinear(quantized, bias, dtype).simulate()
+    assert packed.kernel == "reference"
     assert torch.equal(packed(inputs), simulated(inputs))
     assert torch.equal(packed(inputs), F.linear(inputs, quantized.dequantize(dtype), bias))
     assert packed.decoded is None
     assert sum(buffer.nbytes for buffer in packed.buffers()) == quantized.stored_bits // 8 + bias.nbytes
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_weights_of_several_slabs_decode_and_multiply_as_one(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    quantized = round_to_nearest(
+        torch.randn(43, 24) * torch.rand(43, 1), WeightFormat(bits=bits, granularity="channel")
+    )
+    whole, inputs, bias = quantized.dequantize(), torch.randn(2, 3, 24), torch.randn(43)
+    monkeypatch.setattr("harness.core.qtensor._SLAB_VALUES", 24 * 17)  # slabs of 16 rows, the last shorter
+    assert torch.equal(quantized.dequantize(), whole)
+    torch.testing.assert_close(quantized.linear(inputs, bias), F.linear(inputs, whole, bias))
 
 
 def test_stored_bytes_counts_bits_once_and_tied_weights_once() -> None:

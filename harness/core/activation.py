@@ -36,14 +36,17 @@ class InputQuantizer(nn.Module):
         snapped = grid.snap(rest, *self._params(rest), self.fmt)
         return torch.where(outliers, values, snapped).to(inputs.dtype)
 
-    def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Codes of `inputs` (..., K), which are to have no outliers left.
+    def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
+        """Codes of `inputs` (..., K) of a symmetric format, which are to have no outliers left.
 
-        Returns: uint8 codes (..., K); scale and zero point, of shapes that broadcast against them.
+        Returns: uint8 codes (..., K), in which mid_code is 0, and a scale of a shape that broadcasts against them.
         """
         values = inputs.to(grid.compute_dtype(inputs))
-        scale, zero_point = self._params(values)
-        return grid.encode(values, scale, zero_point, self.fmt), scale, zero_point
+        if self.fmt.dynamic:
+            scale = grid.symmetric_scale(values.abs().amax(self._axes(values), keepdim=True), self.fmt)
+        else:
+            scale = self.scale.to(values.dtype)
+        return grid.encode(values, scale, self.fmt.mid_code, self.fmt), scale
 
     def outliers(self, inputs: Tensor) -> Tensor | None:
         """Channels of `inputs` (..., T, K) in which any token of the sequence reaches the threshold: (..., 1, K)."""
@@ -57,9 +60,12 @@ class InputQuantizer(nn.Module):
         return self.scale.to(values.dtype), self.zero_point.to(values.dtype)
 
     def _bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value a token, or a sequence: all axes but the batch's."""
-        if self.fmt.granularity == "token":
-            axes: tuple[int, ...] = (-1,)
-        else:
-            axes = tuple(range(1 if values.dim() > 2 else 0, values.dim()))
+        """Smallest and largest value of what shares a scale."""
+        axes = self._axes(values)
         return values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
+
+    def _axes(self, values: Tensor) -> tuple[int, ...]:
+        """A token's axis, or a sequence's: all but the batch's."""
+        if self.fmt.granularity == "token":
+            return (-1,)
+        return tuple(range(1 if values.dim() > 2 else 0, values.dim()))

@@ -39,14 +39,18 @@ def range_params(low: Tensor, high: Tensor, fmt: IntFormat) -> tuple[Tensor, Ten
     gets scale 1, so that it decodes to zeros.
     """
     if fmt.symmetric:
-        absmax = torch.maximum(high.abs(), low.abs())
-        steps = fmt.max_code / 2 if fmt.grid == "full" else fmt.mid_code - 1
-        scale = _positive(absmax / steps)
+        scale = symmetric_scale(torch.maximum(high, -low), fmt)
         return scale, torch.full_like(scale, fmt.mid_code)
     if fmt.zero_point == "integer":
         low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _positive((high - low) / fmt.max_code)
     return scale, zero_point_of(low, scale, fmt)
+
+
+def symmetric_scale(absmax: Tensor, fmt: IntFormat) -> Tensor:
+    """Scale of groups whose largest magnitude is `absmax`, in its shape and dtype; 1 for a group of zeros."""
+    steps = fmt.max_code / 2 if fmt.grid == "full" else fmt.mid_code - 1
+    return _positive(absmax / steps)
 
 
 def zero_point_of(low: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:
@@ -56,9 +60,10 @@ def zero_point_of(low: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:
     return torch.round(-low / scale).clamp(0, fmt.max_code)
 
 
-def encode(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Tensor:
+def encode(value: Tensor, scale: Tensor, zero_point: Tensor | float, fmt: IntFormat) -> Tensor:
     """Nearest codes of `value`, as uint8; scale and zero_point broadcast against it."""
-    return torch.round(value / scale + zero_point).clamp(0, fmt.max_code).to(torch.uint8)
+    codes = (value / scale).add_(zero_point).round_()
+    return codes.clamp_(0, fmt.max_code).to(torch.uint8)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -142,4 +147,4 @@ def store_scale(scale: Tensor, fmt: WeightFormat) -> Tensor:
 
 
 def _positive(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
+    return torch.where(scale > 0, scale, 1.0)

@@ -42,10 +42,17 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
     count = torch.Size(shape).numel()
     if bits == 8:
         return packed.view(shape)
+    mask = (1 << bits) - 1
+    if 8 % bits == 0:
+        lanes = [
+            packed & mask,
+            *((packed >> shift) & mask for shift in range(bits, 8 - bits, bits)),
+            packed >> 8 - bits,
+        ]
+        return torch.stack(lanes, -1).view(-1)[:count].view(shape)
     rows = -(-count // _LANES)
     source = F.pad(packed, (0, rows * bits - packed.numel())).view(rows, bits)
     out = torch.empty(rows, _LANES, dtype=torch.uint8, device=packed.device)
-    mask = (1 << bits) - 1
     for lane in range(_LANES):
         byte, shift = divmod(lane * bits, 8)
         code = source[:, byte] >> shift

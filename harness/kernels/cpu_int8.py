@@ -1,0 +1,69 @@
+"""W8A16 on a CPU: torch's int8 kernel for few rows, a cast of the codes for many.
+
+The kernel is `aten._weight_int8pack_mm`, which has no matrix instructions. From some number of rows on, the codes are
+cast to bfloat16, in which they are exact, multiplied, and the scale is applied to the result.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness.core.qtensor import IntQTensor
+from harness.kernels.base import Kernel
+
+MAX_DIRECT_ROWS = 8  # rows of x from which casting wins; measured by `python -m harness.kernels.bench`
+_COLUMNS = 16  # input columns it wants multiples of: it reads past the end of others, as of torch 2.13
+_MID_CODE = 128
+
+
+def supports(weight: IntQTensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel can hold this weight: 8 bits, one scale a row or for all, columns in sixteens, bfloat16."""
+    fits = weight.fmt.bits == 8 and weight.scale.shape[1] == 1 and weight.shape[1] % _COLUMNS == 0
+    return fits and dtype == torch.bfloat16
+
+
+class CpuInt8(Kernel):
+    """An 8-bit IntQTensor for inputs in bfloat16.
+
+    qweight  (N, K) int8, code - 128
+    scale    (N,) bfloat16
+    shift    (N,) bfloat16, (128 - zero_point) * scale, which the sum of a token's inputs is multiplied by; or None
+    """
+
+    name = "cpu_w8a16"
+
+    qweight: Tensor
+    scale: Tensor
+    shift: Tensor | None
+
+    def __init__(self, weight: IntQTensor) -> None:
+        super().__init__(weight.shape)
+        scale = weight.scale.float()
+        shift = None if weight.fmt.symmetric else of_rows((_MID_CODE - weight.zero_points()) * scale, weight)
+        self.register_buffer("qweight", signed(weight))
+        self.register_buffer("scale", of_rows(scale, weight).to(torch.bfloat16))
+        self.register_buffer("shift", shift if shift is None else shift.to(torch.bfloat16))
+
+    def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        flat = inputs.reshape(-1, self.shape[1])
+        found: Tensor
+        if flat.shape[0] <= MAX_DIRECT_ROWS:
+            found = torch.ops.aten._weight_int8pack_mm(flat, self.qweight, self.scale)
+        else:
+            found = F.linear(flat, self.qweight.to(flat.dtype)).mul_(self.scale)
+        if self.shift is not None:
+            found = found.addr_(flat.sum(-1), self.shift)
+        found = found if bias is None else found + bias
+        return found.view(*inputs.shape[:-1], self.shape[0])
+
+
+def signed(weight: IntQTensor) -> Tensor:
+    """Codes of 8 bits (N, K) as int8, moved so that 128 is 0."""
+    return (weight.codes ^ _MID_CODE).view(torch.int8)
+
+
+def of_rows(values: Tensor, weight: IntQTensor) -> Tensor:
+    """One value a row, (N,), of (N, 1) or (1, 1)."""
+    return values.expand(weight.shape[0], 1)[:, 0].contiguous()

@@ -1,0 +1,63 @@
+"""Which kernel runs a weight: one table, read from the top.
+
+A rule holds for a device and a kind of format; its `make` gives the kernel, or None where the weight's shape, groups or
+dtype are not for it, and the next rule is asked. Where none holds, the weight is decoded at every call (`reference`).
+Within a kernel, the number of rows decides the path; its module says where.
+
+    device  codes   inputs            kernel           rows of x
+    cuda    4       float16, bfloat16 triton_w4a16     few: split-K; many: tensor cores; most: decode and cuBLAS
+    cuda    8       float16, bfloat16 triton_w8a16     likewise
+    cuda    8       int8              triton_w8a8      few: split-K; many: tensor cores
+    cuda    8       int8, outliers    triton_llm_int8  likewise
+    cpu     4       bfloat16          cpu_w4a16        few: torch's int4 kernel; many: decode and matmul
+    cpu     8       bfloat16          cpu_w8a16        few: torch's int8 kernel; many: cast and matmul
+    cpu     8       int8              cpu_w8a8         oneDNN
+    cpu     8       int8, outliers    cpu_llm_int8     int8 matmul, outlier columns apart
+    any     2 to 8  any               reference        decode in slabs of rows and matmul
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from harness.core.activation import InputQuantizer
+from harness.core.qtensor import IntQTensor, PermutedQTensor, QTensor
+from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
+from harness.kernels.base import Kernel
+from harness.kernels.reordered import Reordered
+
+Make = Callable[[IntQTensor, InputQuantizer | None, torch.dtype], Kernel | None]
+
+
+def choose(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype, device: torch.device) -> Kernel | None:
+    """The kernel that runs `weight` for inputs of `dtype`; None where it is decoded at every call.
+
+    `inputs` quantizes them first, unless the kernel does it itself.
+    """
+    if isinstance(weight, PermutedQTensor):
+        base = choose(weight.base, inputs, dtype, device)
+        return None if base is None else Reordered(base, weight.order)
+    if not isinstance(weight, IntQTensor):
+        return None
+    found = (make(weight, inputs, dtype) for make in _RULES.get(device.type, ()))
+    return next((kernel for kernel in found if kernel is not None), None)
+
+
+def _cpu_w8a8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    if inputs is None or not cpu_w8a8.supports(weight, inputs, dtype):
+        return None
+    kind = cpu_w8a8.CpuW8A8 if inputs.fmt.threshold is None else cpu_w8a8.CpuLLMInt8
+    return kind(weight, inputs)
+
+
+def _cpu_int8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    return cpu_int8.CpuInt8(weight) if cpu_int8.supports(weight, dtype) else None
+
+
+def _cpu_int4(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    return cpu_int4.CpuInt4(weight) if cpu_int4.supports(weight, dtype) else None
+
+
+_RULES: dict[str, tuple[Make, ...]] = {"cpu": (_cpu_w8a8, _cpu_int8, _cpu_int4)}

@@ -1,0 +1,187 @@
+"""CPU kernels against float64 of the QTensor that they hold, and the table that chooses them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.core.activation import InputQuantizer
+from harness.core.qtensor import IntQTensor, PermutedQTensor, round_to_nearest
+from harness.core.scheme import ActivationFormat, WeightFormat
+from harness.kernels import cpu_int4, cpu_int8
+from harness.kernels.base import Kernel
+from harness.kernels.table import choose
+from harness.linear import QuantLinear, resident_bytes
+
+CPU = torch.device("cpu")
+INT8_ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow")
+ROWS = (1, 3, 65, 130)  # of inputs: below and above where the kernels change their path
+vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")
+
+
+def weights(rows: int, columns: int, fmt: WeightFormat) -> IntQTensor:
+    """A weight whose groups differ in size and position, so that a wrong group index shows."""
+    spread = torch.rand(fmt.groups((rows, columns))).mul(4).exp()[..., None]
+    offset = torch.randn(fmt.groups((rows, columns)))[..., None]
+    groups = torch.randn(*spread.shape[:2], columns * rows // spread[..., 0].numel()) + offset
+    return round_to_nearest((groups * spread).view(rows, columns) * 0.01, fmt)
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def exact(weight: IntQTensor, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+    found = inputs.double() @ weight.dequantize(torch.float64).t()
+    return found if bias is None else found + bias.double()
+
+
+@pytest.mark.parametrize("tokens", ROWS)
+@pytest.mark.parametrize(("rows", "columns"), [(16, 64), (80, 96), (576, 192), (592, 128)])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "group", "group_size": 32},
+        {"granularity": "group", "group_size": 32, "symmetric": True, "grid": "narrow"},
+        {"granularity": "group", "group_size": 32, "zero_point": "float"},
+        {"granularity": "channel"},
+        {"granularity": "tensor"},
+    ],
+)
+def test_int4(tokens: int, rows: int, columns: int, options: dict[str, Any]) -> None:
+    weight = weights(rows, columns, WeightFormat(bits=4, **options))
+    kernel = choose(weight, None, torch.bfloat16, CPU)
+    assert isinstance(kernel, cpu_int4.CpuInt4)
+    inputs, bias = torch.randn(1, tokens, columns).bfloat16(), torch.randn(rows).bfloat16()
+    found = kernel(inputs, bias)
+    assert found.shape == (1, tokens, rows)
+    assert found.dtype == torch.bfloat16
+    assert error(found, exact(weight, inputs, bias)) < 0.006  # bfloat16: 2^-9 for scale, zero and result
+
+
+@pytest.mark.parametrize("size", [64, 128, 256, 512])
+def test_int4_groups_of_the_format_may_span_several_of_the_kernel(size: int) -> None:
+    weight = weights(32, 1024, WeightFormat(bits=4, granularity="group", group_size=size))
+    kernel = choose(weight, None, torch.bfloat16, CPU)
+    inputs = torch.randn(2, 1024).bfloat16()
+    assert kernel is not None
+    assert error(kernel(inputs, None), exact(weight, inputs)) < 0.006
+    assert sum(buffer.nbytes for buffer in kernel.buffers()) == 32 * 1024 // 2 + 32 * 1024 // min(size, 256) * 4
+
+
+def test_int4_rows_are_found_in_whatever_order_torch_packs_them() -> None:
+    for rows in (16, 32, 48, 64, 80, 176):
+        codes = torch.randint(0, 16, (rows, 32), dtype=torch.uint8)
+        packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
+        assert torch.equal(cpu_int4._unpack(packed, 32), codes.t().bfloat16())
+
+
+@pytest.mark.parametrize("tokens", ROWS)
+@pytest.mark.parametrize("options", [{"symmetric": True}, {}, {"zero_point": "float"}, {"granularity": "tensor"}])
+def test_int8_weights_alone(tokens: int, options: dict[str, Any]) -> None:
+    weight = weights(40, 112, WeightFormat(bits=8, **options))
+    kernel = choose(weight, None, torch.bfloat16, CPU)
+    assert isinstance(kernel, cpu_int8.CpuInt8)
+    inputs, bias = torch.randn(tokens, 112).bfloat16(), torch.randn(40).bfloat16()
+    assert error(kernel(inputs, bias), exact(weight, inputs, bias)) < 0.01  # the shift cancels most of a large product
+
+
+ACTIVATIONS = {
+    "token": ActivationFormat(bits=8, symmetric=True, grid="narrow"),
+    "token full": ActivationFormat(bits=8, symmetric=True),
+    "tensor": ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor"),
+    "static": ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False),
+    "llm_int8": ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0),
+    "no outlier": ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=1e9),
+}
+
+
+def quantizer(kind: str) -> InputQuantizer:
+    fmt = ACTIVATIONS[kind]
+    return InputQuantizer(fmt, None if fmt.dynamic else (torch.tensor(-9.0), torch.tensor(7.0)))
+
+
+@vnni
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 5), (1, 130)])
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+@pytest.mark.parametrize("granularity", ["channel", "tensor"])
+def test_int8_inputs(dtype: torch.dtype, shape: tuple[int, int], kind: str, granularity: Any) -> None:
+    weight = weights(48, 100, WeightFormat(bits=8, symmetric=True, grid="narrow", granularity=granularity))
+    inputs = torch.randn(*shape, 100) * torch.rand(*shape, 1).mul(2).exp()
+    inputs[..., 7] *= 10  # above the threshold in most sequences
+    inputs, rounding = inputs.to(dtype), quantizer(kind)
+    kernel = choose(weight, rounding, dtype, CPU)
+    assert kernel is not None
+    assert kernel.quantizes_inputs
+    assert kernel.name == ("cpu_w8a8" if rounding.fmt.threshold is None else "cpu_llm_int8")
+    bias = torch.randn(48).to(dtype)
+    expected = exact(weight, rounding(inputs.float()), bias)
+    assert error(kernel(inputs, bias), expected) < (1e-5 if dtype == torch.float32 else 0.006)
+
+
+@vnni
+def test_zeros_stay_zeros() -> None:
+    weight = weights(16, 32, INT8_ROWS)
+    for kind in ("token", "llm_int8"):
+        kernel = choose(weight, quantizer(kind), torch.float32, CPU)
+        assert kernel is not None
+        assert not kernel(torch.zeros(1, 3, 32), None).any()
+
+
+def test_columns_in_another_order() -> None:
+    base, order = weights(32, 64, WeightFormat(bits=4, granularity="group", group_size=32)), torch.randperm(64)
+    weight = PermutedQTensor(base, order)
+    kernel = choose(weight, None, torch.bfloat16, CPU)
+    assert kernel is not None
+    assert kernel.name == "cpu_w4a16"
+    inputs = torch.randn(3, 64).bfloat16()
+    assert error(kernel(inputs, None), inputs.double() @ weight.dequantize(torch.float64).t()) < 0.006
+
+
+@pytest.mark.parametrize(
+    ("fmt", "dtype", "name"),
+    [
+        (
+            WeightFormat(bits=4, granularity="group", group_size=32),
+            torch.float32,
+            None,
+        ),  # vectorised for bfloat16 alone
+        (WeightFormat(bits=3, granularity="group", group_size=32), torch.bfloat16, None),
+        (WeightFormat(bits=4, granularity="group", group_size=16), torch.bfloat16, None),
+        (WeightFormat(bits=8, granularity="group", group_size=32), torch.bfloat16, None),
+        (WeightFormat(bits=8), torch.float32, None),
+        (WeightFormat(bits=8), torch.bfloat16, "cpu_w8a16"),
+        (WeightFormat(bits=4), torch.bfloat16, "cpu_w4a16"),
+    ],
+)
+def test_the_table_leaves_to_the_reference_what_it_has_no_kernel_for(
+    fmt: WeightFormat, dtype: torch.dtype, name: str | None
+) -> None:
+    kernel = choose(weights(32, 64, fmt), None, dtype, CPU)
+    assert (kernel.name if kernel else None) == name
+
+
+def test_shapes_that_torch_refuses_or_reads_past_the_end_of_are_decoded() -> None:
+    assert choose(weights(24, 64, WeightFormat(bits=4)), None, torch.bfloat16, CPU) is None
+    assert choose(weights(32, 100, WeightFormat(bits=8)), None, torch.bfloat16, CPU) is None
+
+
+@vnni
+def test_inputs_that_the_kernel_cannot_quantize_are_quantized_before_it() -> None:
+    weight = weights(48, 64, INT8_ROWS)
+    rounding = InputQuantizer(ActivationFormat(bits=8))  # asymmetric
+    linear = QuantLinear(weight, None, torch.bfloat16, rounding).pack()
+    assert linear.kernel == "cpu_w8a16"
+    inputs = torch.rand(3, 64).bfloat16()
+    assert error(linear(inputs), exact(weight, rounding(inputs))) < 0.01
+
+
+def test_packed_keeps_what_the_kernel_reads_and_nothing_else() -> None:
+    weight = weights(64, 128, WeightFormat(bits=4, granularity="group", group_size=64))
+    linear = QuantLinear(weight, torch.zeros(64).bfloat16(), torch.bfloat16).pack()
+    assert isinstance(linear.packed, Kernel)
+    assert resident_bytes(linear) == 64 * 128 // 2 + 64 * 2 * 4 + 64 * 2

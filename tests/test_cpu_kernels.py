@@ -11,7 +11,7 @@ from torch import Tensor
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import IntQTensor, PermutedQTensor, round_to_nearest
 from harness.core.scheme import ActivationFormat, WeightFormat
-from harness.kernels import cpu_int4, cpu_int8
+from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
 from harness.kernels.table import choose
 from harness.linear import QuantLinear, resident_bytes
@@ -62,6 +62,13 @@ def test_int4(tokens: int, rows: int, columns: int, options: dict[str, Any]) -> 
     assert error(found, exact(weight, inputs, bias)) < 0.006  # bfloat16: 2^-9 for scale, zero and result
 
 
+def test_int4_rows_of_several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight = weights(176, 64, WeightFormat(bits=4, granularity="group", group_size=32))
+    monkeypatch.setattr(cpu_int4, "_SLAB", 128)
+    kernel, inputs = cpu_int4.CpuInt4(weight), torch.randn(100, 64).bfloat16()
+    assert error(kernel(inputs, None), exact(weight, inputs)) < 0.006
+
+
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 def test_int4_groups_of_the_format_may_span_several_of_the_kernel(size: int) -> None:
     weight = weights(32, 1024, WeightFormat(bits=4, granularity="group", group_size=size))
@@ -76,7 +83,7 @@ def test_int4_rows_are_found_in_whatever_order_torch_packs_them() -> None:
     for rows in (16, 32, 48, 64, 80, 176):
         codes = torch.randint(0, 16, (rows, 32), dtype=torch.uint8)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes.int(), 1)
-        assert torch.equal(cpu_int4._unpack(packed, 32), codes.t().bfloat16())
+        assert torch.equal(cpu_int4._centred(packed, 32), codes.t().bfloat16() - 8)
 
 
 @pytest.mark.parametrize("tokens", ROWS)
@@ -121,6 +128,17 @@ def test_int8_inputs(dtype: torch.dtype, shape: tuple[int, int], kind: str, gran
     bias = torch.randn(48).to(dtype)
     expected = exact(weight, rounding(inputs.float()), bias)
     assert error(kernel(inputs, bias), expected) < (1e-5 if dtype == torch.float32 else 0.006)
+
+
+@vnni
+@pytest.mark.parametrize("kind", ["token", "tensor", "static"])
+def test_a_large_weight_goes_to_onednn_and_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, inputs, bias = weights(48, 100, INT8_ROWS), torch.randn(3, 5, 100), torch.randn(48)
+    small = cpu_w8a8.build(weight, quantizer(kind))
+    monkeypatch.setattr(cpu_w8a8, "MAX_PLAIN_WEIGHTS", 4799)
+    large = cpu_w8a8.build(weight, quantizer(kind))
+    assert type(small) is not type(large)
+    torch.testing.assert_close(large(inputs, bias), small(inputs, bias), rtol=1e-5, atol=1e-5)
 
 
 @vnni

@@ -39,14 +39,14 @@ class InputQuantizer(nn.Module):
     def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
         """Codes of `inputs` (..., K) of a symmetric format, which are to have no outliers left.
 
-        Returns: uint8 codes (..., K), in which mid_code is 0, and a scale of a shape that broadcasts against them.
+        Returns: int8 codes (..., K) less the zero point, and a scale of a shape that broadcasts against them.
         """
         values = inputs.to(grid.compute_dtype(inputs))
         if self.fmt.dynamic:
             scale = grid.symmetric_scale(values.abs().amax(self._axes(values), keepdim=True), self.fmt)
         else:
             scale = self.scale.to(values.dtype)
-        return grid.encode(values, scale, self.fmt.mid_code, self.fmt), scale
+        return grid.encode_centred(values, scale, self.fmt), scale
 
     def outliers(self, inputs: Tensor) -> Tensor | None:
         """Channels of `inputs` (..., T, K) in which any token of the sequence reaches the threshold: (..., 1, K)."""

@@ -10,6 +10,7 @@ that is widened to hold 0.0 wherever the zero point is an integer:
 
     code = clip(round(value / scale + zero_point), 0, Q)     value' = (code - zero_point) * scale
 
+Symmetric formats add their zero point after rounding, which is the same but for sums that float32 cannot hold.
 `full` is GPTQ's symmetric grid (IST-DASLab/gptq quant.py), `narrow` that of AWQ and SmoothQuant. Rounding is
 to nearest, ties to even. Scales are rounded to the dtype that stores them before any code is chosen, so that
 what is stored is what was optimised.
@@ -60,10 +61,16 @@ def zero_point_of(low: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:
     return torch.round(-low / scale).clamp(0, fmt.max_code)
 
 
-def encode(value: Tensor, scale: Tensor, zero_point: Tensor | float, fmt: IntFormat) -> Tensor:
+def encode(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Tensor:
     """Nearest codes of `value`, as uint8; scale and zero_point broadcast against it."""
-    codes = (value / scale).add_(zero_point).round_()
-    return codes.clamp_(0, fmt.max_code).to(torch.uint8)
+    if fmt.symmetric:
+        return encode_centred(value, scale, fmt).add_(fmt.mid_code).view(torch.uint8)  # int8 wraps around as wanted
+    return (value / scale).add_(zero_point).round_().clamp_(0, fmt.max_code).to(torch.uint8)
+
+
+def encode_centred(value: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:
+    """Nearest codes of `value` in a symmetric format less its zero point, as int8."""
+    return (value / scale).round_().clamp_(-fmt.mid_code, fmt.mid_code - 1).to(torch.int8)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
@@ -73,6 +80,8 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
 
 def snap(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Tensor:
     """`value` moved to the nearest point of the grid: `decode(encode(value))` without the integer tensor."""
+    if fmt.symmetric:
+        return (value / scale).round_().clamp_(-fmt.mid_code, fmt.mid_code - 1).mul_(scale)
     codes = torch.round(value / scale + zero_point).clamp_(0, fmt.max_code)
     return codes.sub_(zero_point).mul_(scale)
 
@@ -147,4 +156,4 @@ def store_scale(scale: Tensor, fmt: WeightFormat) -> Tensor:
 
 
 def _positive(scale: Tensor) -> Tensor:
-    return torch.where(scale > 0, scale, 1.0)
+    return scale.masked_fill_(scale <= 0, 1)

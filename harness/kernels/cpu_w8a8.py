@@ -1,9 +1,9 @@
 """W8A8 on a CPU: int8 rows times inputs quantized to 8 bits on the way in, and LLM.int8()'s decomposition.
 
-The product is oneDNN's (`onednn.qlinear_pointwise`). Inputs are uint8 codes with zero point 128: oneDNN has that in
-vector and matrix instructions, where int8 inputs fall to a reference loop on processors without AMX. LLM.int8() reads
-single columns of the weight, so it keeps its rows in plain order and multiplies by `torch._int_mm`. Both products are
-exact in int32; the scales of tokens and rows are applied to the result.
+Large weights go through oneDNN's product (`onednn.qlinear_pointwise`) in an order of its own. Its inputs are uint8
+codes with zero point 128, which it has in vector and matrix instructions, where int8 inputs fall to a reference loop on
+processors without AMX. It takes some 40 us to set out, so small weights stay in plain order for `torch._int_mm`, and
+so do LLM.int8()'s, whose single columns are read. Both products are exact; scales are applied to the result.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from harness.core.qtensor import IntQTensor
 from harness.kernels.base import Kernel
 from harness.kernels.cpu_int8 import of_rows, signed
 
+MAX_PLAIN_WEIGHTS = 1 << 21  # N K up to which `torch._int_mm` wins at one row of x
 _MID_CODE = 128
 
 
@@ -24,6 +25,14 @@ def supports(weight: IntQTensor, inputs: InputQuantizer, dtype: torch.dtype) -> 
     symmetric = all(fmt.bits == 8 and fmt.symmetric for fmt in (weight.fmt, inputs.fmt))
     known = dtype in (torch.float32, torch.bfloat16)
     return symmetric and known and weight.scale.shape[1] == 1 and torch.cpu._is_vnni_supported()
+
+
+def build(weight: IntQTensor, inputs: InputQuantizer) -> Kernel:
+    """The kernel for a weight that is supported: by its size, and by whether outlier channels stay float."""
+    if inputs.fmt.threshold is not None:
+        return CpuLLMInt8(weight, inputs)
+    rows, columns = weight.shape
+    return (CpuW8A8Plain if rows * columns <= MAX_PLAIN_WEIGHTS else CpuW8A8)(weight, inputs)
 
 
 class CpuW8A8(Kernel):
@@ -45,13 +54,12 @@ class CpuW8A8(Kernel):
         self.inputs = inputs
         self.register_buffer("qweight", torch.ops.onednn.qlinear_prepack(signed(weight), None))
         self.register_buffer("scale", of_rows(weight.scale.float(), weight))
-        zero = torch.zeros(1, dtype=torch.int64)  # oneDNN asks for one a row; stored once
-        self.register_buffer("zero_point", zero.expand(weight.shape[0]))
+        self.register_buffer("zero_point", torch.zeros(1, dtype=torch.int64))
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         codes, scale = self.inputs.encode(inputs)
         found: Tensor = torch.ops.onednn.qlinear_pointwise(
-            codes.view(-1, self.shape[1]),
+            codes.view(-1, self.shape[1]).view(torch.uint8).bitwise_xor_(_MID_CODE),  # code + 128, in one step
             1.0,
             _MID_CODE,
             self.qweight,
@@ -68,14 +76,14 @@ class CpuW8A8(Kernel):
         return _scaled(found, scale, inputs, bias)
 
 
-class CpuLLMInt8(Kernel):
-    """A symmetric 8-bit IntQTensor for inputs whose outlier channels stay float (LLM.int8(), equation 8).
+class CpuW8A8Plain(Kernel):
+    """A small symmetric 8-bit IntQTensor beside the quantizer of its inputs.
 
     qweight  (N, K) int8
     scale    (N,) float32
     """
 
-    name = "cpu_llm_int8"
+    name = "cpu_w8a8"
     quantizes_inputs = True
 
     qweight: Tensor
@@ -88,19 +96,25 @@ class CpuLLMInt8(Kernel):
         self.register_buffer("scale", of_rows(weight.scale.float(), weight))
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        codes, scale = self.inputs.encode(inputs)
+        found = torch._int_mm(codes.view(-1, self.shape[1]), self.qweight.t()).mul(self.scale)
+        return _scaled(found, scale, inputs, bias)
+
+
+class CpuLLMInt8(CpuW8A8Plain):
+    """The same for inputs whose outlier channels stay float (LLM.int8(), equation 8)."""
+
+    name = "cpu_llm_int8"
+
+    def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         outliers = self.inputs.outliers(inputs)
         assert outliers is not None
-        codes, scale = self.inputs.encode(inputs.masked_fill(outliers, 0))
-        centred = (codes.view(-1, self.shape[1]) ^ _MID_CODE).view(torch.int8)  # code - 128, in one step
-        found = torch._int_mm(centred, self.qweight.t()).mul(self.scale)
         columns = outliers.view(-1, self.shape[1]).any(0).nonzero().flatten()
-        found = _scaled(found, scale, inputs, bias)
-        return found if not len(columns) else found.add_(self._kept(inputs * outliers, columns))
-
-    def _kept(self, inputs: Tensor, columns: Tensor) -> Tensor:
-        """The product of some columns, as floats."""
-        weight = self.qweight[:, columns].float().mul_(self.scale[:, None])
-        return inputs[..., columns] @ weight.to(inputs.dtype).t()
+        if not len(columns):
+            return super().forward(inputs, bias)
+        weight = self.qweight[:, columns].float().mul_(self.scale[:, None]).to(inputs.dtype)
+        kept = (inputs[..., columns] * outliers[..., columns]) @ weight.t()
+        return kept.add_(super().forward(inputs.masked_fill(outliers, 0), bias))
 
 
 def _scaled(found: Tensor, scale: Tensor, inputs: Tensor, bias: Tensor | None) -> Tensor:

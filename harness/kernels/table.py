@@ -11,8 +11,8 @@ Within a kernel, the number of rows decides the path; its module says where.
     cuda    8       int8, outliers    triton_llm_int8  likewise
     cpu     4       bfloat16          cpu_w4a16        few: torch's int4 kernel; many: decode and matmul
     cpu     8       bfloat16          cpu_w8a16        few: torch's int8 kernel; many: cast and matmul
-    cpu     8       int8              cpu_w8a8         oneDNN
-    cpu     8       int8, outliers    cpu_llm_int8     int8 matmul, outlier columns apart
+    cpu     8       int8              cpu_w8a8         (small weights: torch's int8 product; large: oneDNN's)
+    cpu     8       int8, outliers    cpu_llm_int8     torch's int8 product, outlier columns apart
     any     2 to 8  any               reference        decode in slabs of rows and matmul
 """
 
@@ -48,8 +48,7 @@ def choose(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype, d
 def _cpu_w8a8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
     if inputs is None or not cpu_w8a8.supports(weight, inputs, dtype):
         return None
-    kind = cpu_w8a8.CpuW8A8 if inputs.fmt.threshold is None else cpu_w8a8.CpuLLMInt8
-    return kind(weight, inputs)
+    return cpu_w8a8.build(weight, inputs)
 
 
 def _cpu_int8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:

@@ -83,11 +83,10 @@ def _report(found: record.Record, skipped: bool) -> None:
     if found.status == "failed":
         _fail(f"{table.label(found)}: {found.error}")
     else:
+        shown = next((name for name in ("perplexity", "nll", "decode_ms_p50") if name in found.metrics), "")
+        figure = f"{shown} {found.metrics[shown]:.4g} in " if shown else ""
         seconds = sum(found.stages.values())
-        figure = found.metrics.get("perplexity", float("inf"))
-        _console.print(
-            f"[green]done[/]  {label}: perplexity {figure:.4g} in {seconds:.1f} s", highlight=False, soft_wrap=True
-        )
+        _console.print(f"[green]done[/]  {label}: {figure}{seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 def _show_table(shown: list[record.Record]) -> None:

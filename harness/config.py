@@ -29,6 +29,7 @@ class ModelConfig:
     architecture  fields of a transformers config, for random weights and a byte tokenizer
     dtype         float type of the run; auto is the checkpoint's own
     baseline_dtype  float type of the model that ratios refer to
+    scored        whether text is scored; false for random weights at a real shape, which are there to be timed
     """
 
     name: str
@@ -39,6 +40,7 @@ class ModelConfig:
     architecture: dict[str, Any] | None = None
     dtype: Dtype = "auto"
     baseline_dtype: Dtype = "auto"
+    scored: bool = True
 
     def __post_init__(self) -> None:
         sources = [key for key in ("package", "id", "architecture") if getattr(self, key) is not None]
@@ -149,10 +151,16 @@ class RunConfig:
     seed: int = 0
     device: str = "auto"
     results_dir: str = "results/runs"
+    save: str | None = None
     force: bool = False
     warnings: tuple[str, ...] = field(default=())
 
     def __post_init__(self) -> None:
+        if not (self.model.scored or self.measure.latency):
+            raise ValueError(
+                f"measure.latency=False leaves nothing to do: model={self.model.name} has random weights, whose "
+                "perplexity means nothing; expected measure=default or quick, or a trained model"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is out of range; expected 0 to 2^63 - 1")
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from harness.architecture import block_prefix, input_groups, linears, split_skipped, uncovered, weight_of
 from harness.config import RunConfig
 from harness.core.method import InputGroup, Method, overrides
+from harness.core.qtensor import QTensor
 from harness.core.stats import MinMax, Sample, Stat, Stats
 from harness.install import float_row, install, recorded
 from harness.linear import QuantLinear
@@ -39,11 +40,15 @@ _NO_CACHE = StatCache(Path(), 0)
 
 @dataclass
 class Result:
-    """What the record keeps of a quantization: a row for each linear of the blocks, and warnings."""
+    """What the record keeps of a quantization: a row for each linear of the blocks, warnings, names of kernels.
+
+    `weights` are the QTensors by their linear's name, where the run is to save them.
+    """
 
     layers: list[Row] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     kernels: set[str] = field(default_factory=set)
+    weights: dict[str, QTensor] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -230,6 +235,8 @@ class _Pass:
     def _finish(self, done: Iterable[tuple[QuantLinear, Row]]) -> None:
         """Keep what the execution asks for, now that the block has been replayed."""
         for linear, row in done:
+            if self.cfg.save is not None and isinstance(linear.packed, QTensor):
+                self.result.weights[row["name"]] = linear.packed
             if self.cfg.execution == "packed":
                 self.result.kernels.add(linear.pack().kernel)
             else:

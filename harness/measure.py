@@ -32,16 +32,19 @@ def latency(model: nn.Module, baseline: nn.Module, cfg: MeasureConfig, seed: int
     Returns: p50, p10 and p90 in milliseconds, of the baseline too, and the speedups.
     """
     device = next(model.parameters()).device
-    generator = torch.Generator().manual_seed(seed)
-    shape = (cfg.batch_size, cfg.prompt_len + cfg.warmup + cfg.decode_tokens)
-    tokens = torch.randint(_vocabulary(model), shape, generator=generator).to(device)
-    prompt, rest = tokens[:, : cfg.prompt_len], tokens[:, cfg.prompt_len :]
+    prompt, rest = _tokens(model, cfg, seed)
     both = (model, baseline)
 
     prefills = [_prefill(each, prompt) for each in both]
     metrics = _summary("prefill", _interleave(prefills, cfg.warmup, cfg.repeats, device, track))
     steps = [_decoder(each, prefill(), rest) for each, prefill in zip(both, prefills, strict=True)]
     return metrics | _summary("decode", _interleave(steps, cfg.warmup, cfg.decode_tokens, device, track))
+
+
+@torch.inference_mode()
+def prefill(model: nn.Module, cfg: MeasureConfig, seed: int) -> None:
+    """Run the prefill that is timed once, untimed."""
+    _prefill(model, _tokens(model, cfg, seed)[0])()
 
 
 def reset_peak_memory(device: torch.device) -> str | None:
@@ -71,6 +74,14 @@ def peak_memory_mib(device: torch.device) -> float:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (_MIB if sys.platform == "darwin" else 1024)
+
+
+def _tokens(model: nn.Module, cfg: MeasureConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """Random tokens: the prompt, and those that are decoded after it."""
+    shape = (cfg.batch_size, cfg.prompt_len + cfg.warmup + cfg.decode_tokens)
+    tokens = torch.randint(_vocabulary(model), shape, generator=torch.Generator().manual_seed(seed))
+    prompt, rest = tokens.to(next(model.parameters()).device).tensor_split([cfg.prompt_len], dim=1)
+    return prompt, rest
 
 
 def _prefill(model: nn.Module, prompt: Tensor) -> Callable[[], Any]:

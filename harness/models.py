@@ -114,9 +114,10 @@ def load(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) 
     _quiet()
     model: nn.Module
     if cfg.source == "architecture":
-        with torch.random.fork_rng(devices=[]):
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(seed)
-            model = AutoModelForCausalLM.from_config(config(cfg)).to(dtype)
+            # Rows that are compared by perplexity share weights whatever their float type; large ones save the memory.
+            model = AutoModelForCausalLM.from_config(config(cfg), dtype=None if cfg.scored else dtype).to(dtype)
     else:
         model = _from_pretrained(AutoModelForCausalLM, cfg, dtype=dtype)
     for name, parameter in model.named_parameters():
@@ -126,7 +127,7 @@ def load(cfg: ModelConfig, dtype: torch.dtype, device: torch.device, seed: int) 
                 f"model={cfg.name}: {name} holds {bad} NaN or infinite values in {dtype}; "
                 "expected finite weights, check the checkpoint or use model.dtype=float32"
             )
-        parameter.data = parameter.data.to(device, copy=True)
+        parameter.data = parameter.data.to(device, copy=cfg.source != "architecture")
         parameter.requires_grad_(False)
     return model.to(device).eval()
 

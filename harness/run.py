@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import data, engine, evaluate, linear, measure, models, record, text
+from harness import checkpoint, data, engine, evaluate, linear, measure, models, record, text
 from harness.config import RunConfig, build_run, changed_options, source_files
 from harness.embedded import cache_dir
 from harness.errors import one_line
@@ -39,7 +39,10 @@ _ARITHMETIC = (
     "text.py",
     "trial.py",
 )
-_SOURCES = (*sorted((_HERE / "core").glob("*.py")), *(_HERE / name for name in _ARITHMETIC))
+_SOURCES = (
+    *(file for part in ("core", "kernels") for file in sorted((_HERE / part).glob("*.py"))),
+    *(_HERE / name for name in _ARITHMETIC),
+)
 
 
 def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
@@ -47,6 +50,8 @@ def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
 
     Raises: ValueError for whatever the configuration, the text or the weights do not allow.
     """
+    if cfg.save is not None:
+        checkpoint.check(Path(cfg.save))
     with _stage(found, "load", track):  # the first time, this converts the embedded model
         shape = models.config(cfg.model)
         _check(cfg, shape, found)
@@ -65,6 +70,9 @@ def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
         cache = StatCache(cache_dir() / "statistics", int(cfg.engine.cache_gib * 2**30))
         result = engine.quantize(model, cfg, stream.windows[:1] if calibration is None else calibration, track, cache)
     _note_format(found, model, result)
+    if cfg.save is not None and cfg.scheme is not None:
+        checkpoint.save(model, result.weights, cfg.scheme, found.model, Path(cfg.save))
+        result.weights.clear()
     if cfg.steps and not unsure:
         found.metrics["quantize_peak_mib"] = measure.peak_memory_mib(device)
     with _stage(found, "evaluate"):
@@ -90,7 +98,7 @@ def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> t
     try:
         cfg = build_run(raw)
         found.run_id, found.options = run_id(cfg, raw), changed_options(cfg)
-        done = None if cfg.force else record.finished(folder, found.run_id)
+        done = None if cfg.force or cfg.save else record.finished(folder, found.run_id)
         if done is not None:
             return done, True
         found.environment = record.environment()
@@ -179,6 +187,8 @@ def _note_format(found: record.Record, model: nn.Module, result: engine.Result) 
     found.warnings += result.warnings
     found.metrics["bits_per_weight"] = result.bits_per_weight
     found.metrics["model_size_mib"] = linear.stored_bytes(model) / 2**20
+    if found.execution["mode"] != "simulated":
+        found.metrics["resident_mib"] = linear.resident_bytes(model) / 2**20
     if result.kernels:
         found.execution["kernel"] = ", ".join(sorted(result.kernels))
     if found.execution["mode"] != "float":
@@ -186,16 +196,22 @@ def _note_format(found: record.Record, model: nn.Module, result: engine.Result) 
 
 
 def _evaluate(cfg: RunConfig, model: nn.Module, windows: Tensor, found: record.Record, track: Track) -> None:
-    """Perplexity, and the peak of memory on the way.
+    """Perplexity, and the peak of memory on the way; of a model that is not scored, the peak of one prefill.
 
     A simulated run holds decoded floats: its memory says nothing of the format, and is not reported.
     """
     device = next(model.parameters()).device
     unsure = measure.reset_peak_memory(device)
-    scored = evaluate.perplexity(model, windows, cfg.data.batch_size, track)
+    if cfg.model.scored:
+        scored = evaluate.perplexity(model, windows, cfg.data.batch_size, track)
+    else:
+        measure.prefill(model, cfg.measure, cfg.seed)
     if found.execution["mode"] != "simulated":
         found.metrics["peak_memory_mib"] = measure.peak_memory_mib(device)
         found.warnings += [unsure] if unsure else []
+    if not cfg.model.scored:
+        found.warnings.append(f"model={cfg.model.name} has random weights: no perplexity is computed, it means nothing")
+        return
     found.window_nll, found.metrics["nll"] = scored.window_nll, scored.nll
     if scored.perplexity is None:
         found.warnings.append(f"perplexity is beyond the range of a float; nll={scored.nll:.6g} says how far")
@@ -225,7 +241,7 @@ def _device(wanted: str) -> torch.device:
 
 def _neutral(raw: Json) -> Json:
     """The configuration without what cannot change a result."""
-    return {key: value for key, value in raw.items() if key not in ("bits", "results_dir", "force")}
+    return {key: value for key, value in raw.items() if key not in ("bits", "results_dir", "force", "save")}
 
 
 @contextmanager

@@ -28,6 +28,7 @@ _METRICS = (
     "nll",
     "bits_per_weight",
     "model_size_mib",
+    "resident_mib",
     "peak_memory_mib",
     "prefill_ms_p50",
     "prefill_ms_p10",
@@ -41,7 +42,7 @@ _METRICS = (
     "quantize_peak_mib",
 )
 # Speedups are ratios already, measured in pairs.
-_RATIOS = ("perplexity", "bits_per_weight", "model_size_mib", "peak_memory_mib")
+_RATIOS = ("perplexity", "bits_per_weight", "model_size_mib", "resident_mib", "peak_memory_mib")
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
 
 # Shown columns: heading, value, its ratio, digits of each.
@@ -49,6 +50,7 @@ _SHOWN = (
     ("perplexity", "perplexity", "perplexity_ratio", ".2f"),
     ("bits / weight", "bits_per_weight", "bits_per_weight_ratio", ".3f"),
     ("size MiB", "model_size_mib", "model_size_mib_ratio", ".1f"),
+    ("resident MiB", "resident_mib", "resident_mib_ratio", ".1f"),
     ("peak MiB", "peak_memory_mib", "peak_memory_mib_ratio", ".0f"),
     ("prefill ms", "prefill_ms_p50", "prefill_speedup", ".0f"),
     ("decode ms", "decode_ms_p50", "decode_speedup", ".1f"),
@@ -105,7 +107,19 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
 def display(frame: pd.DataFrame) -> pd.DataFrame:
     """The table as people read it: text cells, "value (ratio)", columns that say nothing left out."""
     out = pd.DataFrame(index=frame.index)
-    for name in ("model", "data", "windows", "method", "scheme", "bits", "options", "dtype", "execution", "device"):
+    for name in (
+        "model",
+        "data",
+        "windows",
+        "method",
+        "scheme",
+        "bits",
+        "options",
+        "dtype",
+        "execution",
+        "kernel",
+        "device",
+    ):
         if name in ("method", "scheme", "bits", "execution") or frame[name].nunique(dropna=False) > 1:
             out[name] = [_text(value) for value in frame[name]]
     for heading, value, ratio, digits in _SHOWN:
@@ -221,6 +235,7 @@ def _columns() -> list[str]:
     placed = [
         "baseline_dtype",
         "execution",
+        "kernel",
         "device",
         "data",
         "protocol",
@@ -251,6 +266,7 @@ def _row(record: Record) -> dict[str, Any]:
         "dtype": record.execution.get("dtype"),
         "baseline_dtype": record.execution.get("baseline_dtype"),
         "execution": record.execution.get("mode"),
+        "kernel": record.execution.get("kernel"),
         "device": record.execution.get("device"),
         "data": stream.get("source") or _at(config, "data", "source"),
         "protocol": record.data.get("protocol"),

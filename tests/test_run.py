@@ -16,7 +16,7 @@ from hydra.errors import MissingConfigException
 
 from harness import models, record, run
 from harness.config import build_run
-from tests.conftest import ROOT, TINY, Done, harness
+from tests.conftest import ROOT, TINY, Done, harness, resolve
 
 Tiny = Callable[..., dict[str, Any]]
 Command = Callable[..., Done]
@@ -53,6 +53,27 @@ def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:
     assert not [name for name in simulated.metrics if "_ms_" in name or "speedup" in name or name == "peak_memory_mib"]
     for name in ("perplexity", "bits_per_weight", "model_size_mib"):
         assert simulated.metrics[name] == packed.metrics[name]
+
+
+def test_a_model_that_is_not_scored_is_measured_alone(tiny: Tiny) -> None:
+    found = run.execute(tiny("model.scored=false", "measure=quick", "measure.prompt_len=8"))[0]
+    assert found.status == "ok", found.error
+    assert "perplexity" not in found.metrics
+    assert found.window_nll == []
+    assert found.metrics["decode_ms_p50"] > 0
+    assert found.metrics["peak_memory_mib"] > found.metrics["resident_mib"]
+    assert any("has random weights: no perplexity is computed" in warning for warning in found.warnings)
+    refused = run.execute(tiny("model.scored=false"))[0]
+    assert "measure.latency=False leaves nothing to do" in str(refused.error)
+
+
+@pytest.mark.parametrize("name", ["llama3_2_1b", "llama3_8b", "llama3_70b", "mistral_7b", "qwen3_8b"])
+def test_real_shapes_with_random_weights_have_their_parameters(name: str) -> None:
+    billions = {"llama3_2_1b": 1.24, "llama3_8b": 8.03, "llama3_70b": 70.6, "mistral_7b": 7.24, "qwen3_8b": 8.19}
+    cfg = build_run(resolve(f"model={name}_random")).model
+    skeleton = models.skeleton(models.config(cfg))
+    assert sum(p.numel() for p in skeleton.parameters()) / 1e9 == pytest.approx(billions[name], rel=0.005)
+    assert not cfg.scored
 
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float64", 64), ("float32", 32), ("float16", 16), ("bfloat16", 16)])

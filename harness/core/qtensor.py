@@ -84,6 +84,16 @@ class IntQTensor(QTensor):
         self.register_buffer("scale", stored)
         self.register_buffer("zero_point", self._stored_zero_point(zero_point))
 
+    @classmethod
+    def stored(cls, buffers: dict[str, Tensor], shape: tuple[int, int], fmt: WeightFormat) -> IntQTensor:
+        """The QTensor of buffers that one of this shape and format had."""
+        found = cls.__new__(cls)
+        QTensor.__init__(found, shape)
+        found.fmt = fmt
+        for name in ("qweight", "scale", "zero_point"):
+            found.register_buffer(name, buffers.get(name))
+        return found
+
     def _stored_zero_point(self, zero_point: Tensor) -> Tensor | None:
         if self.fmt.symmetric:
             if not bool((zero_point == self.fmt.mid_code).all()):

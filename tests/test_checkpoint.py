@@ -1,0 +1,92 @@
+"""A quantized model on disk takes the bytes that bits_per_weight says, and runs as the one that wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from harness import checkpoint, models, run
+from harness.config import build_run
+from harness.stream import logits
+from tests.conftest import resolve
+
+CPU = torch.device("cpu")
+TOKENS = torch.arange(40).view(1, -1)
+LONG = ("data.seq_len=64", "data.max_windows=1", "data.num_samples=2", "data.calibration_seq_len=32", "measure=off")
+
+
+def saved(tmp_path: Path, *overrides: str) -> tuple[run.record.Record, Path]:
+    place = tmp_path / "saved"
+    raw = resolve(
+        "model=tiny", *LONG, f"results_dir={tmp_path}", f"save={place}", "scheme.weight.group_size=16", *overrides
+    )
+    found = run.execute(raw)[0]
+    return found, place
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("scheme=group64",),
+        ("scheme=group64_sym", "bits=3"),
+        ("scheme=w8a8_token", "scheme.weight.group_size=-1"),
+        ("scheme=w8a8_static", "scheme.weight.group_size=-1"),
+        ("method=gptq", "scheme=group64"),
+    ],
+)
+def test_what_is_loaded_runs_as_what_was_saved(tmp_path: Path, options: tuple[str, ...], dtype: str) -> None:
+    found, place = saved(tmp_path, *options, f"model.dtype={dtype}")
+    assert found.status == "ok", found.error
+    cfg = build_run(found.config)
+    loaded = checkpoint.load(models.load(cfg.model, getattr(torch, dtype), CPU, 1), place)  # other random weights
+    again = run.evaluate.perplexity(loaded, run.data.evaluation(cfg.data, models.tokenizer(cfg.model)).windows, 1)
+    assert again.nll == pytest.approx(found.metrics["nll"], rel=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["group64", "group64_sym"])
+def test_the_file_takes_the_bytes_that_bits_per_weight_says(tmp_path: Path, scheme: str) -> None:
+    found, place = saved(tmp_path, f"scheme={scheme}", "bits=4")
+    parts = {"qweight", "scale", "zero_point"}
+    with safe_open(place / "model.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+        sizes = {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
+    stored = sum(size for name, size in sizes.items() if name.rpartition(".")[2] in parts)
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in found.layers)
+    assert 8 * stored == found.metrics["bits_per_weight"] * weights
+    assert sum(sizes.values()) == found.metrics["model_size_mib"] * 2**20
+
+
+def test_a_finished_run_runs_again_to_save_and_nothing_is_overwritten(tmp_path: Path) -> None:
+    first, place = saved(tmp_path, "scheme=group64")
+    before = (place / "model.safetensors").read_bytes()
+    second, _ = saved(tmp_path, "scheme=group64")
+    assert second.status == "failed"
+    assert "holds a model already; name another folder" in str(second.error)
+    assert (place / "model.safetensors").read_bytes() == before
+    again, skipped = run.execute(first.config | {"save": str(tmp_path / "other")})
+    assert not skipped
+    assert again.run_id == first.run_id
+    assert (tmp_path / "other/model.safetensors").read_bytes() == before
+
+
+def test_a_kind_that_has_no_place_in_the_file_is_refused(tmp_path: Path) -> None:
+    found, place = saved(tmp_path, "method=gptq", "scheme=group64", "method.gptq.static_groups=false")
+    assert found.status == "failed"
+    assert "is a PermutedQTensor; expected integer codes with scale and zero point" in str(found.error)
+    assert not place.exists()
+
+
+def test_a_folder_that_is_none_and_a_model_that_does_not_fit_are_refused(tmp_path: Path) -> None:
+    model = models.load(build_run(resolve("model=tiny")).model, torch.float32, CPU, 0)
+    with pytest.raises(ValueError, match="is no quantized model"):
+        checkpoint.load(model, tmp_path)
+    _, place = saved(tmp_path, "scheme=group64")
+    other = models.load(
+        build_run(resolve("model=tiny", "model.architecture.num_hidden_layers=1")).model, torch.float32, CPU, 0
+    )
+    with pytest.raises((ValueError, AttributeError)):
+        checkpoint.load(other, place)
+    assert torch.isfinite(logits(model, TOKENS)).all()

@@ -13,15 +13,15 @@ import triton.language as tl
 
 @triton.jit
 def load_words(packed, first, last, block, blocks, BITS: tl.constexpr, HALF: tl.constexpr, TILES: tl.constexpr):
-    """The 16-bit words of TILES tiles at `block` of K, as (chunk, tile, lane): each lane's 16 bytes are contiguous.
+    """The 16-bit words of TILES tiles at `block` of K, as (tile, chunk, lane): each lane's 16 bytes are contiguous.
 
-    Tiles from `first` on; past `last` that one again, so that no load needs a mask.
+    The axes are in the order in which the compiler gives them to warps. Tiles from `first` on; past `last` that one again, so that no load needs a mask.
     """
     WORDS: tl.constexpr = 8 * HALF * BITS
     CHUNK: tl.constexpr = WORDS if WORDS < 1024 else 1024
     CHUNKS: tl.constexpr = WORDS // CHUNK
-    chunk = tl.arange(0, CHUNKS)[:, None, None]
-    tile = tl.minimum(first + tl.arange(0, TILES), last)[None, :, None]
+    chunk = tl.arange(0, CHUNKS)[None, :, None]
+    tile = tl.minimum(first + tl.arange(0, TILES), last)[:, None, None]
     lane = tl.arange(0, CHUNK)[None, None, :]
     start = (tile.to(tl.int64) * blocks + block) * WORDS
     return tl.load(packed + (start + chunk * CHUNK + lane), eviction_policy="evict_first")
@@ -41,18 +41,18 @@ def split_words(words, BITS: tl.constexpr, HALF: tl.constexpr, TILES: tl.constex
 
 @triton.jit
 def _rows(codes, HALF: tl.constexpr, TILES: tl.constexpr):
-    """Codes of 4 bits (chunk, tile, lane, r) as (row, input)."""
+    """Codes of 4 bits (tile, chunk, lane, r) as (row, input)."""
     STEPS: tl.constexpr = HALF // 16
     CHUNK: tl.constexpr = STEPS if STEPS < 2 else 2
-    parts = tl.reshape(codes, (STEPS // CHUNK, TILES, 4, 8, 4, CHUNK, 2, 2, 2))  # c tile w g t s h p r
-    return tl.reshape(tl.permute(parts, (1, 2, 8, 3, 0, 5, 6, 4, 7)), (64 * TILES, HALF))
+    parts = tl.reshape(codes, (TILES, STEPS // CHUNK, 4, 8, 4, CHUNK, 2, 2, 2))  # tile c w g t s h p r
+    return tl.reshape(tl.permute(parts, (0, 2, 8, 3, 1, 5, 6, 4, 7)), (64 * TILES, HALF))
 
 
 @triton.jit
 def _pairs(codes, HALF: tl.constexpr, TILES: tl.constexpr):
-    """Codes of 8 bits (chunk, tile, lane) as (row, input)."""
-    parts = tl.reshape(codes, (HALF // 16, TILES, 4, 8, 4, 2, 2, 2))  # s tile w g t h r p
-    return tl.reshape(tl.permute(parts, (1, 2, 6, 3, 0, 5, 4, 7)), (64 * TILES, HALF))
+    """Codes of 8 bits (tile, chunk, lane) as (row, input)."""
+    parts = tl.reshape(codes, (TILES, HALF // 16, 4, 8, 4, 2, 2, 2))  # tile s w g t h r p
+    return tl.reshape(tl.permute(parts, (0, 2, 6, 3, 1, 5, 4, 7)), (64 * TILES, HALF))
 
 
 @triton.jit

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Triton decides when a kernel is decorated whether it is interpreted, so before anything imports one.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import subprocess
 import sys
 from collections.abc import Callable

@@ -56,34 +56,46 @@ def _pairs(codes, HALF: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def centre(codes, zero, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """codes (R, HALF) - zero (R), exactly, in DTYPE; `zero` holds whole numbers in 0 .. 2^BITS - 1, as fp32."""
+def centre(codes, zero, BITS: tl.constexpr, DTYPE: tl.constexpr, WORK: tl.constexpr):
+    """codes (R, HALF) - zero (R), exactly, in WORK; `zero` holds whole numbers in 0 .. 2^BITS - 1, as fp32.
+
+    WORK is DTYPE, fp16 or bf16, or fp32 for the interpreter, whose bf16 is no number.
+    """
     if DTYPE == tl.float16:
-        value = (codes | 0x6400).to(tl.float16, bitcast=True) - (zero + 1024).to(tl.float16)[:, None]
+        value = (codes | 0x6400).to(tl.float16, bitcast=True).to(WORK) - (zero + 1024).to(WORK)[:, None]
     elif BITS == 4:
-        value = (codes | 0x4300).to(tl.bfloat16, bitcast=True) - (zero + 128).to(tl.bfloat16)[:, None]
+        value = (codes | 0x4300).to(tl.bfloat16, bitcast=True).to(WORK) - (zero + 128).to(WORK)[:, None]
     else:
         # Seven bits are all that bf16 adds exactly to 128; the eighth decides whether 256 or 128 is taken off again.
-        seven = ((codes & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True)
-        signed = seven - ((codes & 0x80) ^ 0x4380).to(tl.bfloat16, bitcast=True)
-        value = signed + (128 - zero).to(tl.bfloat16)[:, None]
+        seven = ((codes & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True).to(WORK)
+        signed = seven - ((codes & 0x80) ^ 0x4380).to(tl.bfloat16, bitcast=True).to(WORK)
+        value = signed + (128 - zero).to(WORK)[:, None]
     return value
 
 
 @triton.jit
-def weights(codes, scale, zero, BITS: tl.constexpr, ZERO: tl.constexpr, HOIST: tl.constexpr, DTYPE: tl.constexpr):
-    """What is multiplied with the inputs: (codes - zero) scale in DTYPE, or codes - zero where HOIST, of (R, HALF).
+def weights(
+    codes,
+    scale,
+    zero,
+    BITS: tl.constexpr,
+    ZERO: tl.constexpr,
+    HOIST: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WORK: tl.constexpr,
+):
+    """What is multiplied with the inputs: (codes - zero) scale, or codes - zero where HOIST, of (R, HALF), in WORK.
 
     A float zero point is split: its nearest code is subtracted exactly, and what is left goes in with the scale.
     """
     nearest = zero
     if ZERO == "float":
         nearest = tl.minimum(tl.maximum(tl.floor(zero + 0.5), 0.0), (1 << BITS) - 1.0)
-    value = centre(codes, nearest, BITS, DTYPE)
+    value = centre(codes, nearest, BITS, DTYPE, WORK)
     if not HOIST:
-        value = value * scale.to(DTYPE)[:, None]
+        value = value * scale.to(WORK)[:, None]
         if ZERO == "float":
-            value += ((nearest - zero) * scale).to(DTYPE)[:, None]
+            value += ((nearest - zero) * scale).to(WORK)[:, None]
     return value
 
 

@@ -15,23 +15,13 @@ from harness.kernels.decode import load_params, load_words, split_words, weights
 
 
 @triton.jit
-def load_inputs(x, at, M, K, columns, HALF: tl.constexpr, EVEN_K: tl.constexpr):
-    """Inputs `at` .. `at` + HALF of rows `columns` of x, transposed: (HALF, BLOCK_M), zeros outside."""
+def load_inputs(x, at, M, K, columns, HALF: tl.constexpr, EVEN_K: tl.constexpr, WORK: tl.constexpr):
+    """Inputs `at` .. `at` + HALF of rows `columns` of x, transposed: (HALF, BLOCK_M), zeros outside; in WORK."""
     k = at + tl.arange(0, HALF)
     mask = (columns < M)[None, :]
     if not EVEN_K:
         mask = mask & (k < K)[:, None]
-    return tl.load(x + (columns.to(tl.int64)[None, :] * K + k[:, None]), mask=mask, other=0.0)
-
-
-@triton.jit
-def product(w, x, acc, WIDE: tl.constexpr):
-    """acc + w x; in fp32 where WIDE, as the interpreter has no bf16 dot."""
-    if WIDE:
-        out = tl.dot(w.to(tl.float32), x.to(tl.float32), acc, input_precision="ieee")
-    else:
-        out = tl.dot(w, x, acc)
-    return out
+    return tl.load(x + (columns.to(tl.int64)[None, :] * K + k[:, None]), mask=mask, other=0.0).to(WORK)
 
 
 @triton.jit
@@ -56,11 +46,12 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
-    WIDE: tl.constexpr,
+    WORK: tl.constexpr,
 ):
     """Out (SPLIT_K, M, N): the sum over each part of K, in the dtype of `out`; grid (tiles of N and M, SPLIT_K).
 
     GROUP is the group size, 0 for whole rows. ZERO is "none", "integer" or "float".
+    WORK is the dtype of x; the interpreter, which has no bf16, takes fp32.
     """
     grid_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -88,22 +79,22 @@ def matmul_kernel(
         s1, z1 = load_params(scale, zero, first, groups, rows, width, BITS, ZERO)
     for block in range(start, tl.minimum(start + share, blocks)):
         at = block * (2 * HALF)
-        x0 = load_inputs(x, at, M, K, columns, HALF, EVEN_K)
-        x1 = load_inputs(x, at + HALF, M, K, columns, HALF, EVEN_K)
+        x0 = load_inputs(x, at, M, K, columns, HALF, EVEN_K, WORK)
+        x1 = load_inputs(x, at + HALF, M, K, columns, HALF, EVEN_K, WORK)
         words = load_words(packed, pid_n * TILES, last, block, blocks, BITS, HALF, TILES)
         low, high = split_words(words, BITS, HALF, TILES)
-        w0 = weights(low, s0, z0, BITS, ZERO, HOIST, DTYPE)
-        w1 = weights(high, s1, z1, BITS, ZERO, HOIST, DTYPE)
+        w0 = weights(low, s0, z0, BITS, ZERO, HOIST, DTYPE, WORK)
+        w1 = weights(high, s1, z1, BITS, ZERO, HOIST, DTYPE, WORK)
         if HOIST and GROUP:
-            part = product(w0, x0, none, WIDE)
+            part = tl.dot(w0, x0, none)
             if SHARED:
-                acc += product(w1, x1, part, WIDE) * s0[:, None]
+                acc += tl.dot(w1, x1, part) * s0[:, None]
             else:
                 acc += part * s0[:, None]
-                acc += product(w1, x1, none, WIDE) * s1[:, None]
+                acc += tl.dot(w1, x1, none) * s1[:, None]
         else:
-            acc = product(w0, x0, acc, WIDE)
-            acc = product(w1, x1, acc, WIDE)
+            acc = tl.dot(w0, x0, acc)
+            acc = tl.dot(w1, x1, acc)
         if GROUP:
             s0, z0 = load_params(scale, zero, (at + 2 * HALF) // GROUP, groups, rows, width, BITS, ZERO)
             s1, z1 = s0, z0

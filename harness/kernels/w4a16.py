@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,7 +55,7 @@ def matmul(
         BLOCK_N=config.block_n,
         BLOCK_M=config.block_m,
         SPLIT_K=config.split_k,
-        WIDE=bool(triton.knobs.runtime.interpret),
+        WORK=_work(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -84,6 +85,13 @@ def _format(layout: Layout, zero_point: Tensor | None) -> dict[str, object]:
     kind = "none" if zero_point is None else "float" if zero_point.is_floating_point() else "integer"
     group = layout.group_size if layout.groups > 1 else 0
     return {"BITS": layout.bits, "HALF": layout.half, "GROUP": group, "ZERO": kind}
+
+
+def _work(dtype: torch.dtype) -> object:
+    """Triton's name of what weights are computed in."""
+    if dtype == torch.float16:
+        return tl.float16
+    return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
 
 
 def _hoists(config: Config, zero_point: Tensor | None) -> bool:

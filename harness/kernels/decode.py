@@ -10,6 +10,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+_LOGIC = "lop3.b32 $0, {}, $2, $3, 0xea;"  # (a & b) | c
+_SHIFTED = "{{ .reg .b32 word; shr.b32 word, $1, {}; " + _LOGIC.format("word") + " }}"
+_FIELD = tl.constexpr(_LOGIC.format("$1"))
+_FIELD_4, _FIELD_8, _FIELD_12 = (tl.constexpr(_SHIFTED.format(shift)) for shift in (4, 8, 12))
+
 
 @triton.jit
 def load_words(packed, first, last, block, blocks, BITS: tl.constexpr, HALF: tl.constexpr, TILES: tl.constexpr):
@@ -28,14 +33,45 @@ def load_words(packed, first, last, block, blocks, BITS: tl.constexpr, HALF: tl.
 
 
 @triton.jit
-def split_words(words, BITS: tl.constexpr, HALF: tl.constexpr, TILES: tl.constexpr):
-    """The codes (64 TILES, HALF) of both halves of K, uint16, from `load_words`. Moves nothing between threads."""
-    if BITS == 4:
-        low = _rows(tl.join(words & 0xF, (words >> 8) & 0xF), HALF, TILES)
-        high = _rows(tl.join((words >> 4) & 0xF, words >> 12), HALF, TILES)
+def field(words, SHIFT: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr):
+    """((words >> SHIFT) & MASK) | MAGIC, in assembly two words at a time: the compiler splits some pairs, slowly."""
+    if ASM:
+        mask = tl.full((1, 1, 1), MASK, tl.uint16)
+        magic = tl.full((1, 1, 1), MAGIC, tl.uint16)
+        if SHIFT == 0:
+            asm: tl.constexpr = _FIELD
+        elif SHIFT == 4:
+            asm: tl.constexpr = _FIELD_4
+        elif SHIFT == 8:
+            asm: tl.constexpr = _FIELD_8
+        else:
+            asm: tl.constexpr = _FIELD_12
+        out = tl.inline_asm_elementwise(asm, "=r,r,r,r", [words, mask, magic], dtype=tl.uint16, is_pure=True, pack=2)
     else:
-        low = _pairs(words & 0xFF, HALF, TILES)
-        high = _pairs(words >> 8, HALF, TILES)
+        out = ((words >> SHIFT) & MASK) | MAGIC
+    return out
+
+
+@triton.jit
+def split_words(
+    words,
+    MASK: tl.constexpr,
+    MAGIC: tl.constexpr,
+    BITS: tl.constexpr,
+    HALF: tl.constexpr,
+    TILES: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """(codes & MASK) | MAGIC of both halves of K, uint16 (64 TILES, HALF), from `load_words`.
+
+    Nothing moves between threads.
+    """
+    if BITS == 4:
+        low = _rows(tl.join(field(words, 0, MASK, MAGIC, ASM), field(words, 8, MASK, MAGIC, ASM)), HALF, TILES)
+        high = _rows(tl.join(field(words, 4, MASK, MAGIC, ASM), field(words, 12, MASK, MAGIC, ASM)), HALF, TILES)
+    else:
+        low = _pairs(field(words, 0, MASK, MAGIC, ASM), HALF, TILES)
+        high = _pairs(field(words, 8, MASK, MAGIC, ASM), HALF, TILES)
     return low, high
 
 
@@ -56,26 +92,44 @@ def _pairs(codes, HALF: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def centre(codes, zero, BITS: tl.constexpr, DTYPE: tl.constexpr, WORK: tl.constexpr):
-    """codes (R, HALF) - zero (R), exactly, in WORK; `zero` holds whole numbers in 0 .. 2^BITS - 1, as fp32.
+def split_floats(
+    words,
+    BITS: tl.constexpr,
+    HALF: tl.constexpr,
+    TILES: tl.constexpr,
+    DTYPE: tl.constexpr,
+    WORK: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """The codes of both halves of K as floats (64 TILES, HALF) in WORK, `offset` too large, exactly.
 
     WORK is DTYPE, fp16 or bf16, or fp32 for the interpreter, whose bf16 is no number.
     """
     if DTYPE == tl.float16:
-        value = (codes | 0x6400).to(tl.float16, bitcast=True).to(WORK) - (zero + 1024).to(WORK)[:, None]
-    elif BITS == 4:
-        value = (codes | 0x4300).to(tl.bfloat16, bitcast=True).to(WORK) - (zero + 128).to(WORK)[:, None]
+        low, high = split_words(words, (1 << BITS) - 1, 0x6400, BITS, HALF, TILES, ASM)
+        low = low.to(tl.float16, bitcast=True).to(WORK)
+        high = high.to(tl.float16, bitcast=True).to(WORK)
     else:
-        # Seven bits are all that bf16 adds exactly to 128; the eighth decides whether 256 or 128 is taken off again.
-        seven = ((codes & 0x7F) | 0x4300).to(tl.bfloat16, bitcast=True).to(WORK)
-        signed = seven - ((codes & 0x80) ^ 0x4380).to(tl.bfloat16, bitcast=True).to(WORK)
-        value = signed + (128 - zero).to(WORK)[:, None]
-    return value
+        low, high = split_words(words, (1 << (BITS - BITS // 8)) - 1, 0x4300, BITS, HALF, TILES, ASM)
+        low = low.to(tl.bfloat16, bitcast=True).to(WORK)
+        high = high.to(tl.bfloat16, bitcast=True).to(WORK)
+        if BITS == 8:
+            # Seven bits are all that bf16 adds exactly to 128; the eighth is 256 or 128, less 256.
+            low8, high8 = split_words(words, 0x80, 0x4300, BITS, HALF, TILES, ASM)
+            low += low8.to(tl.bfloat16, bitcast=True).to(WORK) - 256
+            high += high8.to(tl.bfloat16, bitcast=True).to(WORK) - 256
+    return low, high
+
+
+@triton.jit
+def offset(BITS: tl.constexpr, DTYPE: tl.constexpr):
+    """What `split_floats` adds to the codes; with a zero point added to it, still exact in DTYPE."""
+    return 1024.0 if DTYPE == tl.float16 else 128.0 if BITS == 4 else 0.0
 
 
 @triton.jit
 def weights(
-    codes,
+    value,
     scale,
     zero,
     BITS: tl.constexpr,
@@ -84,14 +138,15 @@ def weights(
     DTYPE: tl.constexpr,
     WORK: tl.constexpr,
 ):
-    """What is multiplied with the inputs: (codes - zero) scale, or codes - zero where HOIST, of (R, HALF), in WORK.
+    """What is multiplied with the inputs: (codes - zero) scale, or codes - zero where HOIST, in WORK.
 
-    A float zero point is split: its nearest code is subtracted exactly, and what is left goes in with the scale.
+    `value` (R, HALF) is of `split_floats`; scale and zero are (R) fp32. Whole zero points are subtracted exactly. A
+    float one is split: its nearest code is subtracted exactly, and what is left goes in with the scale.
     """
     nearest = zero
     if ZERO == "float":
         nearest = tl.minimum(tl.maximum(tl.floor(zero + 0.5), 0.0), (1 << BITS) - 1.0)
-    value = centre(codes, nearest, BITS, DTYPE, WORK)
+    value = value - (nearest + offset(BITS, DTYPE)).to(WORK)[:, None]
     if not HOIST:
         value = value * scale.to(WORK)[:, None]
         if ZERO == "float":

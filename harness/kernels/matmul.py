@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from harness.kernels.decode import load_params, load_words, split_words, weights
+from harness.kernels.decode import load_params, load_words, split_floats, split_words, weights
 
 
 @triton.jit
@@ -47,11 +47,12 @@ def matmul_kernel(
     BLOCK_M: tl.constexpr,
     SPLIT_K: tl.constexpr,
     WORK: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Out (SPLIT_K, M, N): the sum over each part of K, in the dtype of `out`; grid (tiles of N and M, SPLIT_K).
 
     GROUP is the group size, 0 for whole rows. ZERO is "none", "integer" or "float".
-    WORK is the dtype of x; the interpreter, which has no bf16, takes fp32.
+    WORK is the dtype of x; the interpreter, which has no bf16, takes fp32. ASM allows assembly.
     """
     grid_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -82,7 +83,7 @@ def matmul_kernel(
         x0 = load_inputs(x, at, M, K, columns, HALF, EVEN_K, WORK)
         x1 = load_inputs(x, at + HALF, M, K, columns, HALF, EVEN_K, WORK)
         words = load_words(packed, pid_n * TILES, last, block, blocks, BITS, HALF, TILES)
-        low, high = split_words(words, BITS, HALF, TILES)
+        low, high = split_floats(words, BITS, HALF, TILES, DTYPE, WORK, ASM)
         w0 = weights(low, s0, z0, BITS, ZERO, HOIST, DTYPE, WORK)
         w1 = weights(high, s1, z1, BITS, ZERO, HOIST, DTYPE, WORK)
         if HOIST and GROUP:
@@ -136,6 +137,7 @@ def dequantize_kernel(
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
+    ASM: tl.constexpr,
 ):
     """Out (N, K) in its dtype from fp32 arithmetic, one tile a program; grid (tiles of N, blocks of K)."""
     tile = tl.program_id(0)
@@ -144,7 +146,7 @@ def dequantize_kernel(
     width = tl.cdiv(N, 64) * 64
     rows = tile * 64 + tl.arange(0, 64)
     words = load_words(packed, tile, tile, block, blocks, BITS, HALF, 1)
-    low, high = split_words(words, BITS, HALF, 1)
+    low, high = split_words(words, (1 << BITS) - 1, 0, BITS, HALF, 1, ASM)
     at = block * (2 * HALF)
     for half in tl.static_range(2):
         group = (at + half * HALF) // GROUP if GROUP else 0

@@ -84,7 +84,7 @@ def _format(layout: Layout, zero_point: Tensor | None) -> dict[str, object]:
     """The kernels' constants that say how a weight is stored."""
     kind = "none" if zero_point is None else "float" if zero_point.is_floating_point() else "integer"
     group = layout.group_size if layout.groups > 1 else 0
-    return {"BITS": layout.bits, "HALF": layout.half, "GROUP": group, "ZERO": kind}
+    return {"BITS": layout.bits, "HALF": layout.half, "GROUP": group, "ZERO": kind, "ASM": not triton.knobs.runtime.interpret}
 
 
 def _work(dtype: torch.dtype) -> object:

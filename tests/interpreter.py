@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from triton.runtime import interpreter
-
 
 def mend() -> None:
-    """Let kernels loop up to a bound known at run time, which triton 3.6 reads by int() of an array: numpy 2.4 refuses."""
+    """Let kernels loop up to a bound known at run time, which triton 3.6 reads by int() of an array: numpy 2.4 refuses.
+
+    Nothing happens without triton, which is an extra.
+    """
+    try:
+        from triton.runtime import interpreter
+    except ImportError:
+        return
     patch = interpreter._patch_lang_tensor
     if getattr(patch, "mended", False):
         return

@@ -49,7 +49,9 @@ class Layout:
         if self.bits not in (4, 8):
             raise ValueError(f"bits={self.bits} has no tiles; expected 4 or 8")
         if self.group_size < self.K and self.group_size % _STEP:
-            raise ValueError(f"group_size={self.group_size} has no tiles; expected a multiple of {_STEP}, or whole rows")
+            raise ValueError(
+                f"group_size={self.group_size} has no tiles; expected a multiple of {_STEP}, or whole rows"
+            )
 
     @property
     def groups(self) -> int:

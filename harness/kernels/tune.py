@@ -55,7 +55,9 @@ class Problem:
         """Name of this problem in the cache; M counts by its power of two."""
         dtype = str(self.dtype).removeprefix("torch.")
         M = bucket(self.M)
-        return f"{_device_name(device)}|{_triton_version()}|{self.kernel}|{self.N}|{self.K}|{M}|{self.group_size}|{dtype}"
+        return (
+            f"{_device_name(device)}|{_triton_version()}|{self.kernel}|{self.N}|{self.K}|{M}|{self.group_size}|{dtype}"
+        )
 
 
 def bucket(M: int) -> int:
@@ -131,7 +133,9 @@ def read_cache() -> dict[str, Config]:
     try:
         return {key: Config(**fields) for key, fields in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no cache of kernel configurations ({error}); delete it, and autotune anew") from error
+        raise ValueError(
+            f"{path} is no cache of kernel configurations ({error}); delete it, and autotune anew"
+        ) from error
 
 
 def write_cache(configs: dict[str, Config]) -> None:

@@ -17,16 +17,24 @@ from harness.core.qtensor import IntQTensor
 from harness.core.scheme import WeightFormat
 from harness.kernels import tiles, tune
 from harness.kernels.base import Kernel
+from harness.kernels.case import Case
 from harness.kernels.matmul import dequantize_kernel, matmul_kernel, reduce_kernel
 from harness.kernels.tiles import Layout
 from harness.kernels.tune import Config
 
 _DTYPES = (torch.float16, torch.bfloat16)
+_POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _REDUCE_BLOCK = 1024
 
 
 def matmul(
-    x: Tensor, packed: Tensor, scale: Tensor, zero_point: Tensor | None, bias: Tensor | None, layout: Layout, config: Config
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bias: Tensor | None,
+    layout: Layout,
+    config: Config,
 ) -> Tensor:  # noqa: PLR0913 - a matmul's operands
     """y (M, N) = x W^T + b of contiguous x (M, K) and what `tiles` packed, as `config` says."""
     if config.path == "dequantize":
@@ -67,9 +75,7 @@ def matmul(
     return y
 
 
-def dequantize(
-    packed: Tensor, scale: Tensor, zero_point: Tensor | None, layout: Layout, dtype: torch.dtype
-) -> Tensor:
+def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:
     """The weight (N, K) in `dtype` from what `tiles` packed, through fp32."""
     out = packed.new_empty(layout.N, layout.K, dtype=dtype)
     grid = (layout.padded_N // tiles.ROWS, layout.padded_K // (2 * layout.half))
@@ -84,7 +90,13 @@ def _format(layout: Layout, zero_point: Tensor | None) -> dict[str, object]:
     """The kernels' constants that say how a weight is stored."""
     kind = "none" if zero_point is None else "float" if zero_point.is_floating_point() else "integer"
     group = layout.group_size if layout.groups > 1 else 0
-    return {"BITS": layout.bits, "HALF": layout.half, "GROUP": group, "ZERO": kind, "ASM": not triton.knobs.runtime.interpret}
+    return {
+        "BITS": layout.bits,
+        "HALF": layout.half,
+        "GROUP": group,
+        "ZERO": kind,
+        "ASM": not triton.knobs.runtime.interpret,
+    }
 
 
 def _work(dtype: torch.dtype) -> object:
@@ -184,6 +196,58 @@ class TritonInt(Kernel):
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         N, K = self.shape
         y = weight_only_linear(
-            inputs.reshape(-1, K), self.packed, self.scale, self.zero_point, bias, N, self.layout.bits, self.layout.group_size
+            inputs.reshape(-1, K),
+            self.packed,
+            self.scale,
+            self.zero_point,
+            bias,
+            N,
+            self.layout.bits,
+            self.layout.group_size,
         )
         return y.view(*inputs.shape[:-1], N)
+
+
+def cases() -> list[Case]:
+    """Variants worth looking at: few rows and many, both dtypes, the group sizes, and the decoding kernel."""
+    few = Config(64, 16, 2, num_warps=4, num_stages=5, path="split")
+    middle = Config(64, 64, 1, num_warps=4, num_stages=4, path="tensor")
+    many = Config(128, 128, 1, num_warps=8, num_stages=3, path="tensor")
+    found = [
+        _matmul_case(dtype, 4, group_size, config)
+        for dtype in _DTYPES
+        for group_size in (128, 64, 32)
+        for config in (few, middle, many)
+    ]
+    found += [_matmul_case(torch.bfloat16, 8, 4096, config) for config in (few, many)]
+    return found + [_dequantize_case(dtype) for dtype in _DTYPES]
+
+
+def _matmul_case(dtype: torch.dtype, bits: int, group_size: int, config: Config) -> Case:
+    layout = Layout(4096, 4096, bits, group_size)
+    zero_point = torch.empty(0, dtype=torch.uint8)
+    constexprs: dict[str, object] = {
+        **_format(layout, zero_point),
+        "ASM": True,
+        "EVEN_K": True,
+        "BIAS": False,
+        "HOIST": _hoists(config, zero_point),
+        "BLOCK_N": config.block_n,
+        "BLOCK_M": config.block_m,
+        "SPLIT_K": config.split_k,
+        "WORK": tl.float16 if dtype == torch.float16 else tl.bfloat16,
+    }
+    kind = _POINTERS[dtype]
+    types = {"x": kind, "packed": "*u16", "scale": "*fp16", "zero": "*u8", "bias": kind}
+    types |= {"out": "*fp32" if config.split_k > 1 else kind, "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
+    name = f"{_name(bits)} {config.path} {config.block_n}x{config.block_m} {kind[1:]} group {group_size}"
+    signature = {argument: types.get(argument, "constexpr") for argument in matmul_kernel.arg_names}
+    return Case(name, matmul_kernel, signature, constexprs, config.num_warps, config.num_stages)
+
+
+def _dequantize_case(dtype: torch.dtype) -> Case:
+    constexprs = {**_format(Layout(4096, 4096, 4, 128), torch.empty(0, dtype=torch.uint8)), "ASM": True}
+    types = {"packed": "*u16", "scale": "*fp16", "zero": "*u8", "out": _POINTERS[dtype]}
+    types |= {"N": "i32", "K": "i32", "groups": "i32"}
+    signature = {argument: types.get(argument, "constexpr") for argument in dequantize_kernel.arg_names}
+    return Case(f"dequantize {_POINTERS[dtype][1:]}", dequantize_kernel, signature, constexprs, 4, 2)

@@ -43,7 +43,7 @@ def random_weight(N: int, K: int, group_size: int = -1, kind: str = "integer", b
 
 
 def run(kernel: TritonInt, x: Tensor, bias: Tensor | None, config: Config) -> Tensor:
-    return matmul(x, kernel.packed, kernel.scale, kernel.zero_point, bias, kernel.layout, config)
+    return matmul(x, kernel.weight(), bias, config)
 
 
 def error(y: Tensor, weight: IntQTensor, x: Tensor, bias: Tensor | None = None) -> float:
@@ -59,7 +59,7 @@ def bound(config: Config, dtype: torch.dtype, kind: str) -> float:
 
 
 @pytest.mark.parametrize("config", PATHS, ids=("split", "parts", "tensor", "dequantize"))
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("fp16", "bf16"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=("fp16", "bf16"))
 @pytest.mark.parametrize(
     ("N", "K", "group_size", "kind", "bits", "M"),
     [
@@ -99,12 +99,12 @@ def test_dequantized_weights_are_those_of_the_reference(N: int, K: int, group_si
     weight = random_weight(N, K, group_size, kind, bits)
     kernel = TritonInt(weight, torch.float16)
     for dtype in (torch.float32, torch.float16):
-        decoded = dequantize(kernel.packed, kernel.scale, kernel.zero_point, kernel.layout, dtype)
+        decoded = dequantize(kernel.weight(), dtype)
         assert torch.equal(decoded, weight.dequantize(dtype))
 
 
-@pytest.mark.parametrize("config", (SPLIT, TENSOR), ids=("split", "tensor"))
-@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=("fp16", "bf16"))
+@pytest.mark.parametrize("config", [SPLIT, TENSOR], ids=("split", "tensor"))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=("fp16", "bf16"))
 def test_large_constant_inputs_cancel_exactly(dtype: torch.dtype, config: Config) -> None:
     """With 1024 in the codes that enter the dot, sums would be thousands of times what is left of them."""
     codes = torch.tensor([7, 9], dtype=torch.uint8).repeat(64, 64)  # about a zero point of 8: every sum is 0

@@ -5,6 +5,10 @@ An integer below the mantissa's length becomes a float by setting an exponent: f
 logical operation and one subtraction, both on pairs, and no rounding.
 """
 
+# Triton reads these functions itself: their arguments have its types, and are as many as a kernel needs.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+# ruff: noqa: PLR0913, SIM300
+
 from __future__ import annotations
 
 import triton
@@ -12,7 +16,7 @@ import triton.language as tl
 
 _LOGIC = "lop3.b32 $0, {}, $2, $3, 0xea;"  # (a & b) | c
 _SHIFTED = "{{ .reg .b32 word; shr.b32 word, $1, {}; " + _LOGIC.format("word") + " }}"
-_FIELD = tl.constexpr(_LOGIC.format("$1"))
+_FIELD_0 = tl.constexpr(_LOGIC.format("$1"))
 _FIELD_4, _FIELD_8, _FIELD_12 = (tl.constexpr(_SHIFTED.format(shift)) for shift in (4, 8, 12))
 
 
@@ -20,7 +24,8 @@ _FIELD_4, _FIELD_8, _FIELD_12 = (tl.constexpr(_SHIFTED.format(shift)) for shift 
 def load_words(packed, first, last, block, blocks, BITS: tl.constexpr, HALF: tl.constexpr, TILES: tl.constexpr):
     """The 16-bit words of TILES tiles at `block` of K, as (tile, chunk, lane): each lane's 16 bytes are contiguous.
 
-    The axes are in the order in which the compiler gives them to warps. Tiles from `first` on; past `last` that one again, so that no load needs a mask.
+    The axes are in the order in which the compiler gives them to warps. Tiles are those from `first` on; past `last`
+    comes that one again, so that no load needs a mask.
     """
     WORDS: tl.constexpr = 8 * HALF * BITS
     CHUNK: tl.constexpr = WORDS if WORDS < 1024 else 1024
@@ -38,14 +43,9 @@ def field(words, SHIFT: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr, A
     if ASM:
         mask = tl.full((1, 1, 1), MASK, tl.uint16)
         magic = tl.full((1, 1, 1), MAGIC, tl.uint16)
-        if SHIFT == 0:
-            asm: tl.constexpr = _FIELD
-        elif SHIFT == 4:
-            asm: tl.constexpr = _FIELD_4
-        elif SHIFT == 8:
-            asm: tl.constexpr = _FIELD_8
-        else:
-            asm: tl.constexpr = _FIELD_12
+        asm: tl.constexpr = (
+            _FIELD_0 if SHIFT == 0 else _FIELD_4 if SHIFT == 4 else _FIELD_8 if SHIFT == 8 else _FIELD_12
+        )
         out = tl.inline_asm_elementwise(asm, "=r,r,r,r", [words, mask, magic], dtype=tl.uint16, is_pure=True, pack=2)
     else:
         out = ((words >> SHIFT) & MASK) | MAGIC

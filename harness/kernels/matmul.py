@@ -6,6 +6,10 @@ groups are scaled in fp32 after it: no weight is rounded at all. Otherwise weigh
 which takes fewer registers and leaves the tensor cores uninterrupted.
 """
 
+# Triton reads these functions itself: their arguments have its types, and are as many as a kernel needs.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+# ruff: noqa: PLR0913
+
 from __future__ import annotations
 
 import triton
@@ -22,6 +26,44 @@ def load_inputs(x, at, M, K, columns, HALF: tl.constexpr, EVEN_K: tl.constexpr, 
     if not EVEN_K:
         mask = mask & (k < K)[:, None]
     return tl.load(x + (columns.to(tl.int64)[None, :] * K + k[:, None]), mask=mask, other=0.0).to(WORK)
+
+
+@triton.jit
+def load_halves(
+    scale,
+    zero,
+    block,
+    groups,
+    rows,
+    width,
+    BITS: tl.constexpr,
+    HALF: tl.constexpr,
+    GROUP: tl.constexpr,
+    ZERO: tl.constexpr,
+):
+    """Scales and zero points of both halves of a block, loaded once where they lie in one group."""
+    at = block * (2 * HALF)
+    s0, z0 = load_params(scale, zero, at // GROUP if GROUP else 0, groups, rows, width, BITS, ZERO)
+    s1, z1 = s0, z0
+    if GROUP % (2 * HALF):
+        s1, z1 = load_params(scale, zero, (at + HALF) // GROUP, groups, rows, width, BITS, ZERO)
+    return s0, z0, s1, z1
+
+
+@triton.jit
+def add_products(acc, w0, x0, w1, x1, s0, s1, HALF: tl.constexpr, GROUP: tl.constexpr, HOIST: tl.constexpr):
+    """acc + w0 x0 + w1 x1, each times its scale where HOIST and groups are smaller than rows."""
+    if HOIST and GROUP:
+        none = tl.zeros_like(acc)
+        part = tl.dot(w0, x0, none)
+        if GROUP % (2 * HALF):
+            acc += part * s0[:, None]
+            acc += tl.dot(w1, x1, none) * s1[:, None]
+        else:
+            acc += tl.dot(w1, x1, part) * s0[:, None]
+    else:
+        acc = tl.dot(w1, x1, tl.dot(w0, x0, acc))
+    return acc
 
 
 @triton.jit
@@ -60,7 +102,6 @@ def matmul_kernel(
     split = tl.program_id(1)
     DTYPE: tl.constexpr = x.dtype.element_ty
     TILES: tl.constexpr = BLOCK_N // 64
-    SHARED: tl.constexpr = GROUP % (2 * HALF) == 0  # both halves of a tile share their scales
     last = tl.cdiv(N, 64) - 1
     width = (last + 1) * 64
     rows = tl.minimum(pid_n * BLOCK_N + tl.arange(0, BLOCK_N), width - 1)
@@ -70,14 +111,8 @@ def matmul_kernel(
     start = split * share
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    none = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Scales are loaded one iteration ahead: rows are too narrow for the asynchronous copies that fetch the rest.
-    first = start * (2 * HALF) // GROUP if GROUP else 0
-    s0, z0 = load_params(scale, zero, first, groups, rows, width, BITS, ZERO)
-    s1, z1 = s0, z0
-    if not SHARED:
-        first = (start * (2 * HALF) + HALF) // GROUP
-        s1, z1 = load_params(scale, zero, first, groups, rows, width, BITS, ZERO)
+    s0, z0, s1, z1 = load_halves(scale, zero, start, groups, rows, width, BITS, HALF, GROUP, ZERO)
     for block in range(start, tl.minimum(start + share, blocks)):
         at = block * (2 * HALF)
         x0 = load_inputs(x, at, M, K, columns, HALF, EVEN_K, WORK)
@@ -86,21 +121,9 @@ def matmul_kernel(
         low, high = split_floats(words, BITS, HALF, TILES, DTYPE, WORK, ASM)
         w0 = weights(low, s0, z0, BITS, ZERO, HOIST, DTYPE, WORK)
         w1 = weights(high, s1, z1, BITS, ZERO, HOIST, DTYPE, WORK)
-        if HOIST and GROUP:
-            part = tl.dot(w0, x0, none)
-            if SHARED:
-                acc += tl.dot(w1, x1, part) * s0[:, None]
-            else:
-                acc += part * s0[:, None]
-                acc += tl.dot(w1, x1, none) * s1[:, None]
-        else:
-            acc = tl.dot(w0, x0, acc)
-            acc = tl.dot(w1, x1, acc)
+        acc = add_products(acc, w0, x0, w1, x1, s0, s1, HALF, GROUP, HOIST)
         if GROUP:
-            s0, z0 = load_params(scale, zero, (at + 2 * HALF) // GROUP, groups, rows, width, BITS, ZERO)
-            s1, z1 = s0, z0
-            if not SHARED:
-                s1, z1 = load_params(scale, zero, (at + 3 * HALF) // GROUP, groups, rows, width, BITS, ZERO)
+            s0, z0, s1, z1 = load_halves(scale, zero, block + 1, groups, rows, width, BITS, HALF, GROUP, ZERO)
     if HOIST and not GROUP:
         acc = acc * s0[:, None]
 

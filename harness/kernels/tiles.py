@@ -58,11 +58,11 @@ class Layout:
         return self.K // self.group_size
 
     @property
-    def padded_N(self) -> int:
+    def padded_N(self) -> int:  # noqa: N802 - N and K are the weight's letters
         return -(-self.N // ROWS) * ROWS
 
     @property
-    def padded_K(self) -> int:
+    def padded_K(self) -> int:  # noqa: N802
         return -(-self.K // (2 * _STEP)) * 2 * _STEP
 
     @property
@@ -120,7 +120,7 @@ def unpack_params(packed: Tensor, layout: Layout) -> Tensor:
 
 
 def pack_zero_points(zero_points: Tensor, layout: Layout) -> Tensor:
-    """Integer zero points (N, G) or (1, 1), uint8: (G, padded N / 2), the even row low, for 4 bits, else (G, padded N)."""
+    """Integer zero points (N, G) or (1, 1), uint8, as (G, padded N); of 4 bits two in a byte, the even row low."""
     params = pack_params(zero_points, layout)
     return params if layout.bits == 8 else _join_nibbles(params.view(layout.groups, -1, 2))
 
@@ -129,6 +129,23 @@ def unpack_zero_points(packed: Tensor, layout: Layout) -> Tensor:
     """The (N, G) uint8 that `pack_zero_points` was given; a single one comes back once a row."""
     params = packed if layout.bits == 8 else _split_nibbles(packed).view(layout.groups, -1)
     return unpack_params(params, layout)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as the kernels take it: `pack_codes`, `pack_params` and, unless symmetric, zero points in `layout`."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    layout: Layout
+
+    @property
+    def zero_kind(self) -> str:
+        """Kind of zero point: "none", "integer" or "float"."""
+        if self.zero_point is None:
+            return "none"
+        return "float" if self.zero_point.is_floating_point() else "integer"
 
 
 def _join_nibbles(codes: Tensor) -> Tensor:

@@ -89,7 +89,7 @@ def heuristic(M: int, N: int, K: int, count: int) -> Config:
 def _split(programs: int, K: int, count: int) -> int:
     """Parts of K, a power of two, so that about two programs run on each processor and each has 4 blocks of K."""
     split = 1
-    while split < 32 and programs * split * 2 <= 2 * count and K >= split * 2 * 4 * _BLOCK_K:
+    while split < 32 and programs * split <= count and split * 8 * _BLOCK_K <= K:
         split *= 2
     return split
 

@@ -19,7 +19,7 @@ from harness.kernels import tiles, tune
 from harness.kernels.base import Kernel
 from harness.kernels.case import Case
 from harness.kernels.matmul import dequantize_kernel, matmul_kernel, reduce_kernel
-from harness.kernels.tiles import Layout
+from harness.kernels.tiles import Layout, Packed
 from harness.kernels.tune import Config
 
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -27,88 +27,71 @@ _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 _REDUCE_BLOCK = 1024
 
 
-def matmul(
-    x: Tensor,
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bias: Tensor | None,
-    layout: Layout,
-    config: Config,
-) -> Tensor:  # noqa: PLR0913 - a matmul's operands
-    """y (M, N) = x W^T + b of contiguous x (M, K) and what `tiles` packed, as `config` says."""
+def matmul(x: Tensor, weight: Packed, bias: Tensor | None, config: Config) -> Tensor:
+    """y (M, N) = x W^T + b of contiguous x (M, K), as `config` says."""
     if config.path == "dequantize":
-        weight = dequantize(packed, scale, zero_point, layout, x.dtype)
-        return F.linear(x, weight, bias)
-    M, (N, K) = x.shape[0], (layout.N, layout.K)
-    y = x.new_empty(M, N)
+        return F.linear(x, dequantize(weight, x.dtype), bias)
+    M, layout = x.shape[0], weight.layout
+    y = x.new_empty(M, layout.N)
     whole = config.split_k == 1
-    out = y if whole else x.new_empty(config.split_k, M, N, dtype=torch.float32)
-    grid = (triton.cdiv(N, config.block_n) * triton.cdiv(M, config.block_m), config.split_k)
+    out = y if whole else x.new_empty(config.split_k, M, layout.N, dtype=torch.float32)
+    grid = (triton.cdiv(layout.N, config.block_n) * triton.cdiv(M, config.block_m), config.split_k)
     matmul_kernel[grid](
         x,
-        packed.view(torch.uint16),
-        scale,
-        scale if zero_point is None else zero_point,
+        weight.codes.view(torch.uint16),
+        weight.scale,
+        weight.scale if weight.zero_point is None else weight.zero_point,
         x if bias is None else bias,
         out,
         M,
-        N,
-        K,
+        layout.N,
+        layout.K,
         layout.groups,
-        **_format(layout, zero_point),
-        EVEN_K=layout.padded_K == K,
+        **_format(layout, weight.zero_kind),
+        **_tiling(config, weight.zero_kind, x.dtype),
+        EVEN_K=layout.padded_K == layout.K,
         BIAS=whole and bias is not None,
-        HOIST=_hoists(config, zero_point),
-        BLOCK_N=config.block_n,
-        BLOCK_M=config.block_m,
-        SPLIT_K=config.split_k,
-        WORK=_work(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    if not whole:
-        blocks = (triton.cdiv(M * N, _REDUCE_BLOCK),)
-        reduce_kernel[blocks](
-            out, y if bias is None else bias, y, M * N, N, config.split_k, bias is not None, _REDUCE_BLOCK
-        )
+    return y if whole else _reduce(out, bias, y)
+
+
+def _reduce(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
+    """Y (M, N), filled with the sum of `parts` (SPLIT_K, M, N) and the bias."""
+    grid = (triton.cdiv(y.numel(), _REDUCE_BLOCK),)
+    given = y if bias is None else bias
+    reduce_kernel[grid](parts, given, y, y.numel(), y.shape[1], len(parts), bias is not None, _REDUCE_BLOCK)
     return y
 
 
-def dequantize(packed: Tensor, scale: Tensor, zero_point: Tensor | None, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) in `dtype` from what `tiles` packed, through fp32."""
-    out = packed.new_empty(layout.N, layout.K, dtype=dtype)
+def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
+    """The weight (N, K) in `dtype`, through fp32."""
+    layout = weight.layout
+    out = weight.codes.new_empty(layout.N, layout.K, dtype=dtype)
     grid = (layout.padded_N // tiles.ROWS, layout.padded_K // (2 * layout.half))
-    zero = scale if zero_point is None else zero_point
-    dequantize_kernel[grid](
-        packed.view(torch.uint16), scale, zero, out, layout.N, layout.K, layout.groups, **_format(layout, zero_point)
-    )
+    zero = weight.scale if weight.zero_point is None else weight.zero_point
+    words, constants = weight.codes.view(torch.uint16), _format(layout, weight.zero_kind)
+    dequantize_kernel[grid](words, weight.scale, zero, out, layout.N, layout.K, layout.groups, **constants)
     return out
 
 
-def _format(layout: Layout, zero_point: Tensor | None) -> dict[str, object]:
+def _format(layout: Layout, zero_kind: str) -> dict[str, object]:
     """The kernels' constants that say how a weight is stored."""
-    kind = "none" if zero_point is None else "float" if zero_point.is_floating_point() else "integer"
     group = layout.group_size if layout.groups > 1 else 0
-    return {
-        "BITS": layout.bits,
-        "HALF": layout.half,
-        "GROUP": group,
-        "ZERO": kind,
-        "ASM": not triton.knobs.runtime.interpret,
-    }
+    compiled = not triton.knobs.runtime.interpret
+    return {"BITS": layout.bits, "HALF": layout.half, "GROUP": group, "ZERO": zero_kind, "ASM": compiled}
 
 
-def _work(dtype: torch.dtype) -> object:
-    """Triton's name of what weights are computed in."""
-    if dtype == torch.float16:
-        return tl.float16
-    return tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+def _tiling(config: Config, zero_kind: str, dtype: torch.dtype) -> dict[str, object]:
+    """The matmul's constants that say how it runs.
 
-
-def _hoists(config: Config, zero_point: Tensor | None) -> bool:
-    """Whether groups are scaled after the dot: not for float zero points, which no 16-bit code less them holds."""
-    return config.path == "split" and not (zero_point is not None and zero_point.is_floating_point())
+    Groups are scaled after the dot where rows are few, but not with float zero points: 16 bits do not hold a code
+    less one of them.
+    """
+    work = tl.float16 if dtype == torch.float16 else tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
+    blocks = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SPLIT_K": config.split_k}
+    return {**blocks, "HOIST": config.path == "split" and zero_kind != "float", "WORK": work}
 
 
 @torch.library.custom_op("ptqbench::weight_only_linear", mutates_args=())
@@ -128,7 +111,7 @@ def weight_only_linear(  # noqa: PLR0913 - torch operators take tensors and numb
     if M == 0:
         return x.new_empty(0, N)
     config = tune.choose(_name(bits), M, N, K, group_size, x.dtype, x.device)
-    return matmul(x.contiguous(), packed, scale, zero_point, bias, layout, config)
+    return matmul(x.contiguous(), Packed(packed, scale, zero_point, layout), bias, config)
 
 
 @weight_only_linear.register_fake
@@ -193,18 +176,14 @@ class TritonInt(Kernel):
             return tiles.pack_params(weight.zero_point, self.layout)
         return tiles.pack_zero_points(weight.zero_points().to(torch.uint8), self.layout)
 
+    def weight(self) -> Packed:
+        """The buffers as the kernels take them."""
+        return Packed(self.packed, self.scale, self.zero_point, self.layout)
+
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        N, K = self.shape
-        y = weight_only_linear(
-            inputs.reshape(-1, K),
-            self.packed,
-            self.scale,
-            self.zero_point,
-            bias,
-            N,
-            self.layout.bits,
-            self.layout.group_size,
-        )
+        (N, K), layout = self.shape, self.layout
+        rows, stored = inputs.reshape(-1, K), (self.packed, self.scale, self.zero_point)
+        y: Tensor = weight_only_linear(rows, *stored, bias, N, layout.bits, layout.group_size)
         return y.view(*inputs.shape[:-1], N)
 
 
@@ -225,18 +204,9 @@ def cases() -> list[Case]:
 
 def _matmul_case(dtype: torch.dtype, bits: int, group_size: int, config: Config) -> Case:
     layout = Layout(4096, 4096, bits, group_size)
-    zero_point = torch.empty(0, dtype=torch.uint8)
-    constexprs: dict[str, object] = {
-        **_format(layout, zero_point),
-        "ASM": True,
-        "EVEN_K": True,
-        "BIAS": False,
-        "HOIST": _hoists(config, zero_point),
-        "BLOCK_N": config.block_n,
-        "BLOCK_M": config.block_m,
-        "SPLIT_K": config.split_k,
-        "WORK": tl.float16 if dtype == torch.float16 else tl.bfloat16,
-    }
+    work = tl.float16 if dtype == torch.float16 else tl.bfloat16
+    compiled = {"EVEN_K": True, "BIAS": False, "ASM": True, "WORK": work}
+    constexprs = {**_format(layout, "integer"), **_tiling(config, "integer", dtype), **compiled}
     kind = _POINTERS[dtype]
     types = {"x": kind, "packed": "*u16", "scale": "*fp16", "zero": "*u8", "bias": kind}
     types |= {"out": "*fp32" if config.split_k > 1 else kind, "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
@@ -246,7 +216,7 @@ def _matmul_case(dtype: torch.dtype, bits: int, group_size: int, config: Config)
 
 
 def _dequantize_case(dtype: torch.dtype) -> Case:
-    constexprs = {**_format(Layout(4096, 4096, 4, 128), torch.empty(0, dtype=torch.uint8)), "ASM": True}
+    constexprs = {**_format(Layout(4096, 4096, 4, 128), "integer"), "ASM": True}
     types = {"packed": "*u16", "scale": "*fp16", "zero": "*u8", "out": _POINTERS[dtype]}
     types |= {"N": "i32", "K": "i32", "groups": "i32"}
     signature = {argument: types.get(argument, "constexpr") for argument in dequantize_kernel.arg_names}

@@ -66,7 +66,7 @@ def add_products(acc, w0, x0, w1, x1, s0, s1, HALF: tl.constexpr, GROUP: tl.cons
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])  # so that no new number of rows is compiled anew
 def matmul_kernel(
     x,
     packed,
@@ -134,7 +134,7 @@ def matmul_kernel(
     tl.store(to, acc.to(out.dtype.element_ty), mask=(rows < N)[:, None] & (columns < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])
 def reduce_kernel(parts, bias, out, count, N, SPLIT_K: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """Out (M, N) from `parts` (SPLIT_K, M, N) fp32, summed in their order; `count` is M N."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

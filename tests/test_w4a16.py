@@ -7,6 +7,8 @@ The interpreter truncates to bf16 rather than rounding, which makes one of those
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor
@@ -167,6 +169,20 @@ def test_the_operator_keeps_torchs_rules(monkeypatch: pytest.MonkeyPatch) -> Non
     rest = (kernel.packed, kernel.scale, kernel.zero_point, torch.randn(70).half(), 70, 4, 32)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(weight_only_linear, (torch.randn(3, 96).half(), *rest), test_utils=tests)
+
+
+@pytest.mark.parametrize("M", [3, 40])
+def test_autotuning_runs_every_candidate_and_is_obeyed(M: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PTQBENCH_KERNEL_CACHE", str(tmp_path / "kernels.json"))
+    tune.read_cache.cache_clear()
+    ran: list[Config] = []
+    monkeypatch.setattr(w4a16, "matmul", lambda x, weight, bias, config: ran.append(config))
+    monkeypatch.setattr(tune, "_graph_time", lambda call: (call(), -len(ran))[1])  # the last is the quickest
+    kernel = TritonInt(random_weight(64, 128, 64), torch.float16)
+    best = w4a16.autotune(kernel, M)
+    assert ran == w4a16.candidates(M)
+    assert best == ran[-1] == tune.choose(kernel.name, M, 64, 128, 64, torch.float16, torch.device("cpu"))
+    tune.read_cache.cache_clear()
 
 
 def test_every_case_names_each_argument_once() -> None:

@@ -187,6 +187,30 @@ class TritonInt(Kernel):
         return y.view(*inputs.shape[:-1], N)
 
 
+def candidates(M: int) -> list[Config]:
+    """Configurations that `autotune` tries for M rows."""
+    parts = (1, 2, 4, 8)
+    if M <= 32:
+        tiles_and_warps = ((64, 4), (128, 8))
+        stages = (4, 6, 8)
+        return [Config(n, max(tune.bucket(M), 16), k, w, s) for n, w in tiles_and_warps for k in parts for s in stages]
+    shapes = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8)]
+    found = [Config(n, m, k, w, s, "tensor") for n, m, w in shapes for k in parts[:2] for s in (2, 3, 4)]
+    return [*found, Config(path="dequantize")]
+
+
+def autotune(kernel: TritonInt, M: int) -> Config:
+    """Time the candidates for M rows of inputs to `kernel`, and keep the quickest for all like it."""
+    weight, (N, K) = kernel.weight(), kernel.shape
+    x = torch.randn(M, K, device=weight.codes.device, dtype=kernel.dtype)
+    problem = tune.Problem(kernel.name, M, N, K, weight.layout.group_size, kernel.dtype)
+
+    def run(config: Config) -> None:
+        matmul(x, weight, None, config)
+
+    return tune.autotune(problem, candidates(M), run, x.device)
+
+
 def cases() -> list[Case]:
     """Variants worth looking at: few rows and many, both dtypes, the group sizes, and the decoding kernel."""
     few = Config(64, 16, 2, num_warps=4, num_stages=5, path="split")

@@ -171,6 +171,13 @@ def test_the_operator_keeps_torchs_rules(monkeypatch: pytest.MonkeyPatch) -> Non
     torch.library.opcheck(weight_only_linear, (torch.randn(3, 96).half(), *rest), test_utils=tests)
 
 
+def test_a_compiled_model_calls_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tune, "read_cache", lambda: {})
+    kernel, x = TritonInt(random_weight(64, 128, 64), torch.float16), torch.randn(3, 128).half()
+    compiled = torch.compile(kernel, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, None), kernel(x, None))
+
+
 @pytest.mark.parametrize("M", [3, 40])
 def test_autotuning_runs_every_candidate_and_is_obeyed(M: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PTQBENCH_KERNEL_CACHE", str(tmp_path / "kernels.json"))

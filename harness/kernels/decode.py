@@ -3,6 +3,10 @@
 An integer below the mantissa's length becomes a float by setting an exponent: fp16 0x6400 | q is 1024 + q, bf16
 0x4300 | q is 128 + q. Subtracting 1024 or 128, and the zero point with it, is exact, so a code of 4 bits costs one
 logical operation and one subtraction, both on pairs, and no rounding.
+
+On sm_90 the order of bytes is that of wgmma's register operand, and nothing moves between threads. On sm_80 triton
+takes four neighbouring inputs a register pair behind a join, not two, so that there int4 codes are shuffled within
+a warp; int8 codes, which need no join, are not. A broadcast in place of the join went through shared memory on both.
 """
 
 # Triton reads these functions itself: their arguments have its types, and are as many as a kernel needs.
@@ -63,8 +67,6 @@ def split_words(
     ASM: tl.constexpr,
 ):
     """(codes & MASK) | MAGIC of both halves of K, uint16 (64 TILES, HALF), from `load_words`.
-
-    Nothing moves between threads.
     """
     if BITS == 4:
         low = _rows(tl.join(field(words, 0, MASK, MAGIC, ASM), field(words, 8, MASK, MAGIC, ASM)), HALF, TILES)

@@ -66,8 +66,7 @@ def split_words(
     TILES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """(codes & MASK) | MAGIC of both halves of K, uint16 (64 TILES, HALF), from `load_words`.
-    """
+    """(codes & MASK) | MAGIC of both halves of K, uint16 (64 TILES, HALF), from `load_words`."""
     if BITS == 4:
         low = _rows(tl.join(field(words, 0, MASK, MAGIC, ASM), field(words, 8, MASK, MAGIC, ASM)), HALF, TILES)
         high = _rows(tl.join(field(words, 4, MASK, MAGIC, ASM), field(words, 12, MASK, MAGIC, ASM)), HALF, TILES)

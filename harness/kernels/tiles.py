@@ -1,0 +1,156 @@
+"""The one packed layout of int4 and int8 weights, read by decode and prefill alike.
+
+A weight (N out, K in) is cut into tiles of 64 output rows and 2 `half` inputs, stored one after another along K.
+Within a tile, input k and input k + half lie together: in the low and the high nibble of one byte (4 bits), or in
+two neighbouring bytes (8 bits), so that one load feeds two dots over contiguous inputs.
+
+The bytes of a tile are in the order of the left operand of a 16-bit tensor-core instruction (m64k16 on sm_90,
+m16k16 on sm_80, which agree). For four warps w, lanes 4 g + t, the steps s of 16 inputs, and bits that say which
+of two it is, a code is that of
+
+    row = 16 w + 8 r + g        input = 16 s + 8 h + 2 t + p  (+ half in the high nibble, or the second byte)
+
+and the 32-bit word of fixed (w, g, t, s, h) holds what one or two registers of that lane decode from:
+
+    4 bits: bytes (p r) = 00, 01, 10, 11                8 bits: r picks the word, its bytes (p, + half)
+
+so `word & 0x000f000f` is the pair of inputs that a register wants, with no byte permuted. 16 bytes of one lane are
+contiguous, then come the lanes, then the warps: a warp reads 512 contiguous bytes at a time. Rows and inputs that
+do not fill a tile are padded with codes 0, whose inputs the kernel masks; nothing else is added, so where tiles are
+full the layout is a permutation of what `harness.core.packing` stores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+ROWS = 64
+_HALVES = (64, 32, 16)
+_STEP = 16  # inputs of one tensor-core instruction
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the codes of a weight (N, K) of `bits` 4 or 8 and groups of `group_size` inputs are cut into tiles.
+
+    Raises: ValueError if no tile fits: other bits, or groups that 16 inputs do not divide (a whole row may be any).
+    """
+
+    N: int
+    K: int
+    bits: int
+    group_size: int
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8):
+            raise ValueError(f"bits={self.bits} has no tiles; expected 4 or 8")
+        if self.group_size < self.K and self.group_size % _STEP:
+            raise ValueError(
+                f"group_size={self.group_size} has no tiles; expected a multiple of {_STEP}, or whole rows"
+            )
+
+    @property
+    def groups(self) -> int:
+        return self.K // self.group_size
+
+    @property
+    def padded_N(self) -> int:  # noqa: N802 - N and K are the weight's letters
+        return -(-self.N // ROWS) * ROWS
+
+    @property
+    def padded_K(self) -> int:  # noqa: N802
+        return -(-self.K // (2 * _STEP)) * 2 * _STEP
+
+    @property
+    def half(self) -> int:
+        """Inputs between a tile's two halves: the largest that divides the groups, twice of which divides K."""
+        group = self.group_size if self.groups > 1 else self.padded_K
+        return next(half for half in _HALVES if self.padded_K % (2 * half) == 0 and group % half == 0)
+
+    @property
+    def nbytes(self) -> int:
+        return self.padded_N * self.padded_K * self.bits // 8
+
+    @property
+    def _source(self) -> tuple[int, ...]:
+        """Codes (N, K) as (tile, w, r, g, block, half, chunk, step, h, t, p); a chunk fills 16 bytes of each lane."""
+        steps = self.half // _STEP
+        chunk = min(steps, 8 // self.bits)
+        blocks = self.padded_K // (2 * self.half)
+        return self.padded_N // ROWS, 4, 2, 8, blocks, 2, steps // chunk, chunk, 2, 4, 2
+
+    @property
+    def _order(self) -> tuple[int, ...]:
+        """Axes of `_source` in the order of memory; the last, the half, shares a byte where codes have 4 bits."""
+        if self.bits == 4:
+            return 0, 4, 6, 1, 3, 9, 7, 8, 10, 2, 5
+        return 0, 4, 6, 1, 3, 9, 7, 8, 2, 10, 5
+
+
+def pack_codes(codes: Tensor, layout: Layout) -> Tensor:
+    """Codes (N, K) uint8, in tiles: flat uint8 of `layout.nbytes`."""
+    padded = F.pad(codes, (0, layout.padded_K - layout.K, 0, layout.padded_N - layout.N))
+    ordered = padded.view(layout._source).permute(layout._order)
+    if layout.bits == 8:
+        return ordered.reshape(-1)
+    return _join_nibbles(ordered).reshape(-1)
+
+
+def unpack_codes(packed: Tensor, layout: Layout) -> Tensor:
+    """The codes (N, K) uint8 that `pack_codes` put into `packed`."""
+    codes = packed if layout.bits == 8 else _split_nibbles(packed)
+    source = [layout._source[axis] for axis in layout._order]
+    back = [layout._order.index(axis) for axis in range(len(source))]
+    padded = codes.view(source).permute(back).reshape(layout.padded_N, layout.padded_K)
+    return padded[: layout.N, : layout.K].contiguous()
+
+
+def pack_params(params: Tensor, layout: Layout) -> Tensor:
+    """Scales or float zero points (N, G), or (1, 1) of the whole tensor, as (G, padded N), dtype unchanged."""
+    return F.pad(params.expand(layout.N, layout.groups), (0, 0, 0, layout.padded_N - layout.N)).t().contiguous()
+
+
+def unpack_params(packed: Tensor, layout: Layout) -> Tensor:
+    """The (N, G) that `pack_params` was given; a single one comes back once a row."""
+    return packed[:, : layout.N].t().contiguous()
+
+
+def pack_zero_points(zero_points: Tensor, layout: Layout) -> Tensor:
+    """Integer zero points (N, G) or (1, 1), uint8, as (G, padded N); of 4 bits two in a byte, the even row low."""
+    params = pack_params(zero_points, layout)
+    return params if layout.bits == 8 else _join_nibbles(params.view(layout.groups, -1, 2))
+
+
+def unpack_zero_points(packed: Tensor, layout: Layout) -> Tensor:
+    """The (N, G) uint8 that `pack_zero_points` was given; a single one comes back once a row."""
+    params = packed if layout.bits == 8 else _split_nibbles(packed).view(layout.groups, -1)
+    return unpack_params(params, layout)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight as the kernels take it: `pack_codes`, `pack_params` and, unless symmetric, zero points in `layout`."""
+
+    codes: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+    layout: Layout
+
+    @property
+    def zero_kind(self) -> str:
+        """Kind of zero point: "none", "integer" or "float"."""
+        if self.zero_point is None:
+            return "none"
+        return "float" if self.zero_point.is_floating_point() else "integer"
+
+
+def _join_nibbles(codes: Tensor) -> Tensor:
+    return codes[..., 0] | codes[..., 1] << 4
+
+
+def _split_nibbles(packed: Tensor) -> Tensor:
+    return torch.stack((packed & 0xF, packed >> 4), dim=-1)

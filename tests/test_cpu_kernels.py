@@ -203,3 +203,21 @@ def test_packed_keeps_what_the_kernel_reads_and_nothing_else() -> None:
     linear = QuantLinear(weight, torch.zeros(64).bfloat16(), torch.bfloat16).pack()
     assert isinstance(linear.packed, Kernel)
     assert resident_bytes(linear) == 64 * 128 // 2 + 64 * 2 * 4 + 64 * 2
+
+
+@pytest.mark.parametrize(
+    ("fmt", "inputs", "name"),
+    [
+        (WeightFormat(bits=4, granularity="group", group_size=32), None, "triton_w4a16"),
+        (WeightFormat(bits=8), None, "triton_w8a16"),
+        (WeightFormat(bits=3), None, None),
+        (INT8_ROWS, "token", "triton_w8a8"),
+        (INT8_ROWS, "llm_int8", "triton_llm_int8"),
+    ],
+)
+def test_the_table_of_a_gpu(fmt: WeightFormat, inputs: str | None, name: str | None) -> None:
+    pytest.importorskip("triton")
+    rounding = quantizer(inputs) if inputs else None
+    kernel = choose(weights(64, 128, fmt), rounding, torch.float16, torch.device("cuda"))
+    assert (kernel.name if kernel else None) == name
+    assert choose(weights(64, 128, fmt), rounding, torch.float64, torch.device("cuda")) is None

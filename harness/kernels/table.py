@@ -18,6 +18,7 @@ Within a kernel, the number of rows decides the path; its module says where.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 
 import torch
@@ -59,4 +60,19 @@ def _cpu_int4(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dt
     return cpu_int4.CpuInt4(weight) if cpu_int4.supports(weight, dtype) else None
 
 
-_RULES: dict[str, tuple[Make, ...]] = {"cpu": (_cpu_w8a8, _cpu_int8, _cpu_int4)}
+def _triton_int(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    from harness.kernels import w4a16
+
+    return w4a16.TritonInt(weight, dtype) if w4a16.supports(weight, dtype) else None
+
+
+def _triton_w8a8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    from harness.kernels import w8a8
+
+    return w8a8.TritonW8A8(weight, inputs, dtype) if inputs and w8a8.supports(weight, inputs, dtype) else None
+
+
+_RULES: dict[str, tuple[Make, ...]] = {
+    "cuda": (_triton_w8a8, _triton_int) if importlib.util.find_spec("triton") else (),
+    "cpu": (_cpu_w8a8, _cpu_int8, _cpu_int4),
+}

@@ -1,0 +1,7 @@
+"""Starts the kernel benchmark."""
+
+import sys
+
+from harness.kernels.bench.race import main
+
+main(sys.argv[1:])

@@ -1,0 +1,90 @@
+"""The kernel benchmark: what is wrong is not timed, what is absent has a reason, what is written reads well."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.kernels.bench import clock, race
+from harness.kernels.bench.contenders import Contender, Entry, contenders
+from harness.kernels.bench.report import markdown
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "roofline", lambda device: clock.Roofline(1e10, 1e11))
+    monkeypatch.setattr(clock, "copies", lambda nbytes, device: 2)
+    monkeypatch.setitem(race.SHAPES, "smollm2", {"k, v": (192, 64)})
+
+
+def test_a_run_writes_a_record_and_its_table(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    race.main(["--models", "smollm2", "--rows", "1,70", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path)])
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    kernels = {row["kernel"] for row in found["rows"]}
+    assert {"bf16", "fp32", "int4 g64", "int4 g64 sym", "int8"} <= kernels
+    for row in found["rows"]:
+        assert row["us_p10"] <= row["us_p50"] <= row["us_p90"]
+        assert row["error"] < 0.03
+        assert row["share"] == pytest.approx(row["floor_us"] / row["us_p50"])
+    assert {row["ratio"] for row in found["rows"] if row["kernel"] == "bf16"} == {1.0}
+    shown = capsys.readouterr().out
+    assert next(tmp_path.glob("*.md")).read_text() == markdown(found)
+    assert "### smollm2 k, v: N = 192, K = 64" in shown
+    assert "Targets" not in shown
+
+
+def test_every_kernel_that_the_table_has_for_this_device_is_right() -> None:
+    weight = torch.randn(64, 128) * 0.02
+    for contender in contenders(CPU, 64, torch.bfloat16):
+        try:
+            entry = contender.prepare(weight)()
+        except (ImportError, ValueError):  # a peer that is not installed, a processor without VNNI
+            continue
+        for M in (1, 70):
+            race.check(entry, torch.randn(M, 128).bfloat16(), contender.bound)
+
+
+def test_a_wrong_kernel_is_named_and_not_timed(quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def swapped(weight: Tensor) -> Entry:
+        return Entry(lambda x: x @ weight.bfloat16().flip(0).t(), weight.double, weight.nbytes)
+
+    def missing(weight: Tensor) -> Entry:
+        raise ImportError("no module named fast")
+
+    raced = [
+        Contender("bf16", lambda weight: lambda: Entry(lambda x: x @ weight.bfloat16().t(), weight.double, 1), 8e-3),
+        Contender("swapped", lambda weight: lambda: swapped(weight), 8e-3),
+        Contender("fast", lambda weight: lambda: missing(weight), 8e-3),
+    ]
+    monkeypatch.setattr(race, "contenders", lambda *_: raced)
+    race.main(["--models", "smollm2", "--rows", "3", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path)])
+    found = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert [row["kernel"] for row in found["rows"]] == ["bf16"]
+    assert "relative error 1.4 at M=3" in found["absent"]["swapped"]
+    assert found["absent"]["fast"] == "192 x 64: no module named fast"
+    assert "- fast: 192 x 64: no module named fast" in markdown(found)
+
+
+def test_targets_are_of_the_slowest_shape() -> None:
+    row = {"kernel": "int4 g128", "model": "m", "layer": "a", "N": 1, "K": 2, "M": 1, "us_p50": 9.0, "share": 0.5}
+    rows = [row | {"ratio": 3.0}, row | {"layer": "b", "N": 8, "ratio": 2.0}]
+    environment = {"device": "GPU", "cuda": "13", "threads": None}
+    record = {"rows": rows, "environment": environment, "absent": {}, "command": "c", "dtype": "bfloat16"}
+    text = markdown(record | {"group_size": 128, "roofline": {"bandwidth": 4e12, "rate": 8e14}})
+    assert "| int4 g128 | 1 | 2.6x | 2.00x | 8 x 2 | missed, 50% of the roofline |" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--models", "gpt5"], "gpt5 is unknown; expected some of smollm2"), (["--rows", "0"], "has a number below 1")],
+)
+def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        race.main(arguments)
+    assert message in capsys.readouterr().err

@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 RUNS ?= results/runs
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test lint check table readme reference overhead
+.PHONY: help setup bench test lint check table readme reference kernels overhead
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,11 +41,16 @@ table: $(STAMP) ## Print the table of all runs (RUNS=FOLDER for others)
 readme: $(STAMP) ## Write the table of results/reference into README.md and results/README.md
 	for file in README.md results/README.md; do \
 	  $(BIN)/python -m harness.table runs=results/reference into=$$file && \
-	  $(BIN)/python -m harness.table runs=results/reference/wikitext2 into=$$file mark=wikitext2 || exit 1; done
+	  $(BIN)/python -m harness.table runs=results/reference/wikitext2 into=$$file mark=wikitext2 && \
+	  $(BIN)/python -m harness.table runs=results/reference/packed into=$$file mark=packed || exit 1; done
 
 reference: $(STAMP) ## Run the reference rows anew and write the tables that quote them
 	$(BIN)/python -m harness experiment=bench results_dir=results/reference force=true engine.cache_gib=0
+	$(BIN)/python -m harness experiment=packed results_dir=results/reference/packed force=true
 	$(MAKE) readme
+
+kernels: $(STAMP) ## Race the kernels on this device, GPU or CPU, and write results/kernels
+	$(BIN)/python -m harness.kernels.bench
 
 overhead: $(STAMP) ## Time the perplexity stage beside a plain loop over the model's logits
 	$(BIN)/python -m benchmarks.perplexity_overhead

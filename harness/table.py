@@ -122,6 +122,8 @@ def display(frame: pd.DataFrame) -> pd.DataFrame:
     ):
         if name in ("method", "scheme", "bits", "execution") or frame[name].nunique(dropna=False) > 1:
             out[name] = [_text(value) for value in frame[name]]
+    kernels = zip(out["execution"], frame["kernel"], strict=True)
+    out["execution"] = [mode if pd.isna(kernel) else f"{mode}: {kernel}" for mode, kernel in kernels]
     for heading, value, ratio, digits in _SHOWN:
         if frame[value].notna().any() or value == "perplexity":
             out[heading] = [_figure(row, value, ratio, digits) for _, row in frame.iterrows()]

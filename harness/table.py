@@ -117,7 +117,6 @@ def display(frame: pd.DataFrame) -> pd.DataFrame:
         "options",
         "dtype",
         "execution",
-        "kernel",
         "device",
     ):
         if name in ("method", "scheme", "bits", "execution") or frame[name].nunique(dropna=False) > 1:

@@ -1,0 +1,154 @@
+"""Other libraries' matmuls against float64 of what they stored, and what they say where they cannot run."""
+
+from __future__ import annotations
+
+import importlib.util
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.core.qtensor import round_to_nearest
+from harness.core.scheme import WeightFormat
+from harness.kernels import peers
+from harness.kernels.peers import PEERS, Peer
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]
+MODULES = {
+    "gemlite": "gemlite",
+    "torchao": "torchao",
+    "bitsandbytes nf4": "bitsandbytes",
+    "humming": "humming",
+    "fbgemm": "fbgemm_gpu",
+}
+BY_NAME = {peer.name: peer for peer in PEERS}
+# Of the norm of y. bfloat16 rounds the decoded weight and y, each by 2^-9 at most; float32 rounds each of K = 1024
+# products and sums by 2^-24.
+BOUNDS = {torch.bfloat16: 2**-8, torch.float32: 1024 * 2**-24}
+SPLIT_BOUND = 2**-7  # kernels that split K among blocks may add up to eight parts in bfloat16
+
+
+def error(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def weights(rows: int, columns: int, device: str = "cpu") -> Tensor:
+    """Rows and groups of 128 of different sizes, so that a wrong order shows."""
+    spread = torch.rand(rows, columns // 64, 1).mul(2).exp()
+    return (torch.randn(rows, columns // 64, 64) * spread).view(rows, columns).mul(0.01).to(device)
+
+
+def check(peer: Peer, weight: Tensor, dtype: torch.dtype, bound: float) -> None:
+    """What is built multiplies by what it says it stored, which is the weight at 4 bits."""
+    call, decoded, nbytes = peer.build(weight, 128, dtype)
+    stored = decoded()
+    assert stored.dtype == torch.float64
+    assert stored.shape == weight.shape
+    assert 0 < error(stored, weight.double()) < 0.2  # 4 bits in groups lose about a tenth of normal values
+    assert 0.5 < nbytes / weight.numel() < 0.6
+    for rows in (1, 5, 40):
+        inputs = torch.randn(rows, weight.shape[1], device=weight.device).to(dtype)
+        found = call(inputs)
+        assert found.dtype == dtype
+        assert found.shape == (rows, weight.shape[0])
+        assert error(found, inputs.double() @ stored.t()) < bound
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_bitsandbytes_on_a_cpu(dtype: torch.dtype) -> None:
+    pytest.importorskip("bitsandbytes")
+    check(BY_NAME["bitsandbytes nf4"], weights(96, 1024), dtype, BOUNDS[dtype])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+def test_right_or_refused(peer: Peer, device: str) -> None:
+    try:
+        check(peer, weights(256, 1024, device), torch.bfloat16, SPLIT_BOUND)
+    except ImportError:
+        return
+    except ValueError as refused:
+        reason = str(refused)
+    else:
+        return
+    assert peer.name in reason
+    assert device not in peer.devices or peer.name == "fbgemm"  # which takes one kind of GPU
+
+
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.name in MODULES], ids=lambda peer: peer.name)
+def test_a_missing_library_is_named(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ModuleNotFoundError, match=MODULES[peer.name]) as raised:
+        peer.build(weights(16, 128), 128, torch.bfloat16)
+    assert raised.value.name == MODULES[peer.name]
+
+
+def test_names_are_unique() -> None:
+    assert len(BY_NAME) == len(PEERS)
+
+
+def test_refusals_say_what_was_expected() -> None:
+    pytest.importorskip("bitsandbytes")
+    build = BY_NAME["bitsandbytes nf4"].build
+    with pytest.raises(ValueError, match=r"\(N, K\)=\(16, 96\); expected multiples of \(1, 64\)"):
+        build(torch.zeros(16, 96), 128, torch.bfloat16)
+    with pytest.raises(ValueError, match="does not take torch.float64; expected torch.float16 or"):
+        build(torch.zeros(16, 64), 128, torch.float64)
+    with pytest.raises(ValueError, match="torch int4pack does not run on cpu; expected cuda"):
+        BY_NAME["torch int4pack"].build(torch.zeros(16, 128), 128, torch.bfloat16)
+
+
+def test_groups_are_checked() -> None:
+    weight = torch.zeros(8, 96)
+    with pytest.raises(ValueError, match="x does not take group_size=48; expected one of"):
+        peers._check_group("x", weight, 48, (32, 64))
+    for wrong in (-1, 0, 64):
+        with pytest.raises(ValueError, match=f"group_size={wrong}; expected a divisor of K=96"):
+            peers._check_group("x", weight, wrong)
+    peers._check_group("x", weight, 32, (32, 64))
+
+
+def test_int4pack_parts_hold_the_weight() -> None:
+    fmt = WeightFormat(bits=4, granularity="group", group_size=64, scale_dtype="bfloat16")
+    rounded = round_to_nearest(weights(24, 256), fmt)
+    halves, pairs = peers._int4pack_parts(rounded)
+    assert halves.shape == (24, 128)
+    assert pairs.shape == (4, 24, 2)
+    assert torch.equal(halves[:, 0] >> 4, rounded.codes[:, 0])  # the even column is the upper half
+    # (8 - zero point) * scale is rounded to bfloat16: by 2^-9 of at most 8 steps, where a value has half a step's error
+    assert error(peers._int4pack_decoded(halves, pairs), rounded.dequantize(torch.float64)) < 2**-8
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gemlite_words_are_decoded(groups: int) -> None:
+    codes, scale, zero = torch.randint(16, (24, 256)), torch.rand(24, groups), torch.rand(24, groups) * 15
+    expected = ((codes.view(24, groups, -1) - zero[..., None]) * scale[..., None]).view(24, 256).double()
+    words = sum(codes[:, place::8] << 4 * place for place in range(8))
+    assert isinstance(words, Tensor)
+    stored = -zero * scale if groups > 1 else zero
+    layer = SimpleNamespace(
+        W_q=words.to(torch.int32).t().contiguous(),
+        scales=scale.t().contiguous(),
+        zeros=stored.t().contiguous(),
+        elements_per_sample=8,
+        W_group_mode=4 if groups > 1 else 3,
+    )
+    assert error(peers._gemlite_decoded(layer), expected) < 1e-6
+
+
+def test_fbgemm_codes_are_decoded() -> None:
+    codes, scale, zero = torch.randint(-8, 8, (6, 8), dtype=torch.int8), torch.rand(2, 6), torch.randn(2, 6)
+    found = peers._fbgemm_decoded(codes, scale, zero)
+    for row in range(6):
+        for column in range(8):
+            group = column // 4
+            value = int(codes[row, column]) * float(scale[group, row]) + float(zero[group, row])
+            assert found[row, column] == pytest.approx(value)
+
+
+def test_unit_vectors_show_the_weight() -> None:
+    weight = torch.randn(40, 1500)
+    seen = peers._seen_by(lambda units: units @ weight.t(), 1500, torch.float32, torch.device("cpu"))
+    assert torch.equal(seen, weight.double())

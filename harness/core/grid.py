@@ -40,13 +40,17 @@ def range_params(low: Tensor, high: Tensor, fmt: IntFormat) -> tuple[Tensor, Ten
     """
     if fmt.symmetric:
         absmax = torch.maximum(high.abs(), low.abs())
-        steps = fmt.max_code / 2 if fmt.grid == "full" else fmt.mid_code - 1
-        scale = _positive(absmax / steps)
+        scale = _positive(absmax / symmetric_steps(fmt))
         return scale, torch.full_like(scale, fmt.mid_code)
     if fmt.zero_point == "integer":
         low, high = low.clamp(max=0), high.clamp(min=0)
     scale = _positive((high - low) / fmt.max_code)
     return scale, zero_point_of(low, scale, fmt)
+
+
+def symmetric_steps(fmt: IntFormat) -> float:
+    """Code steps from 0.0 to the largest magnitude that a symmetric format covers."""
+    return fmt.max_code / 2 if fmt.grid == "full" else fmt.mid_code - 1
 
 
 def zero_point_of(low: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:

@@ -21,9 +21,10 @@ from torch.nn import functional as F
 from harness.kernels.case import Case
 
 BLOCK_K = 128  # bytes of a row of weights, the width of the swizzle in shared memory
+_OUTLIER_K = 64  # channels that share a flag
 _GROUP = 8  # tiles of N that share one sweep of x out of L2
 _REDUCE_BLOCK, _REDUCE_WARPS = 256, 2
-_SMS_UNKNOWN = 132
+_H100 = 132, 90  # multiprocessors, compute capability
 # The interpreter's dot of bfloat16 is wrong.
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
@@ -40,14 +41,16 @@ class Config:
     path: str
 
 
-def _config(M: int, N: int, K: int, sm_count: int) -> Config:
+def _config(M: int, N: int, K: int, sm_count: int, arch: int) -> Config:
     """The launch for y (M, N) of x (M, K): small tiles where the weights' bytes count, large ones where the dots do."""
     if M <= 64:
         block_n, block_m, warps, stages, blocks_a_sm = 64, max(16, triton.next_power_of_2(M)), 4, 5, 2
-    elif M <= 256:
-        block_n, block_m, warps, stages, blocks_a_sm = 128, 64 if M <= 128 else 128, 4, 4, 1
-    else:
-        block_n, block_m, warps, stages, blocks_a_sm = 128, 256, 8, 3, 1
+    elif M <= 128:
+        block_n, block_m, warps, stages, blocks_a_sm = 128, 64, 4, 4, 1
+    elif M <= 256 or arch < 90:
+        block_n, block_m, warps, stages, blocks_a_sm = 128, 128, 8, 3, 1
+    else:  # too large for the registers of a warp that multiplies out of them
+        block_n, block_m, warps, stages, blocks_a_sm = 128, 256, 8, 4, 1
     tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
     split_k = max(1, min(blocks_a_sm * sm_count // tiles, triton.cdiv(K, BLOCK_K) // 4))
     return Config(block_n, block_m, split_k, warps, stages, "split_k" if split_k > 1 else "tiles")
@@ -103,7 +106,7 @@ def matmul_kernel(
     bias_ptr,  # (N,) or None
     float_ptr,  # x (M, K) before its quantization, or None if no outliers are looked for
     outlier_ptr,  # bytes (B, K): 1 where the channel stays float
-    flag_ptr,  # bytes, one a block of K: 1 where it has such a channel
+    flag_ptr,  # bytes, one each OUTLIER_K channels: 1 where it has such a channel
     out_ptr,  # (M, N); split: (parts, M, N), int32 or, with outliers, fp32 that w_scale is yet to multiply
     M,
     N,
@@ -114,6 +117,7 @@ def matmul_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    OUTLIER_K: tl.constexpr,
     GROUP: tl.constexpr,
     SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,  # whether BLOCK_K divides K
@@ -129,18 +133,15 @@ def matmul_kernel(
     last = tl.minimum(first + blocks_a_part, tl.cdiv(K, BLOCK_K))
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.int32)
-    w_ptrs = w_ptr + first * BLOCK_K + n[:, None] * K + k[None, :]
-    x_ptrs = x_ptr + first * BLOCK_K + m[None, :] * K + k[:, None]
+    w_at, x_at = n[:, None] * K + k[None, :], m[None, :] * K + k[:, None]
     for block in range(first, last):
         w_inside, x_inside = (n < n_left)[:, None], (m < m_left)[None, :]
         if not EVEN_K:
             left = K - block * BLOCK_K
             w_inside, x_inside = w_inside & (k < left)[None, :], x_inside & (k < left)[:, None]
-        w = tl.load(w_ptrs, mask=w_inside, other=0)
-        x = tl.load(x_ptrs, mask=x_inside, other=0)
+        w = tl.load(w_ptr + block * BLOCK_K + w_at, mask=w_inside, other=0)
+        x = tl.load(x_ptr + block * BLOCK_K + x_at, mask=x_inside, other=0)
         acc = tl.dot(w, x, acc, out_dtype=tl.int32)
-        w_ptrs += BLOCK_K
-        x_ptrs += BLOCK_K
 
     value = acc
     rows = tile_m * BLOCK_M + m
@@ -152,7 +153,8 @@ def matmul_kernel(
         float_ptr += tile_m.to(tl.int64) * BLOCK_M * K
         value = _add_outliers(
             value, w_ptr, float_ptr, outlier_ptr, flag_ptr, n, m, n_left, m_left, rows // rows_per_outlier, K,
-            first, last, BLOCK_K, UPCAST,
+            first * (BLOCK_K // OUTLIER_K), tl.minimum(last * (BLOCK_K // OUTLIER_K), tl.cdiv(K, OUTLIER_K)),
+            OUTLIER_K, UPCAST,
         )  # fmt: skip
     inside = (n < n_left)[:, None] & (m < m_left)[None, :]
     if SPLIT:
@@ -233,7 +235,7 @@ def int8_matmul(  # noqa: PLR0913
     if out.numel() == 0:
         return out
     operands = _Operands(codes, x_scale, weight, w_scale, bias, floats, outliers, out)
-    config = _config(*operands.sizes, _sm_count(codes.device))
+    config = _config(*operands.sizes, *_gpu(codes.device))
     with torch.cuda.device_of(codes):
         if config.path == "tiles":
             _matmul(operands, config, out)
@@ -257,9 +259,12 @@ def _(  # noqa: PLR0913
 
 
 @lru_cache
-def _sm_count(device: torch.device) -> int:
-    """Multiprocessors of a GPU; those of an H100 where there is none and the interpreter runs."""
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else _SMS_UNKNOWN
+def _gpu(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors and compute capability; those of an H100 where there is no GPU and the interpreter runs."""
+    if device.type != "cuda":
+        return _H100
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, 10 * found.major + found.minor
 
 
 def _matmul(operands: _Operands, config: Config, out: Tensor) -> None:
@@ -285,6 +290,7 @@ def _matmul(operands: _Operands, config: Config, out: Tensor) -> None:
         BLOCK_N=config.block_n,
         BLOCK_M=config.block_m,
         BLOCK_K=BLOCK_K,
+        OUTLIER_K=_OUTLIER_K,
         GROUP=_GROUP,
         SPLIT=config.path == "split_k",
         EVEN_K=K % BLOCK_K == 0,
@@ -315,25 +321,22 @@ def _split_matmul(operands: _Operands, config: Config) -> None:
 
 
 def _flags(outliers: Tensor) -> Tensor:
-    """Bytes, one a block of K: 1 where any sequence has an outlier channel in it."""
-    padded = F.pad(outliers.any(0), (0, -outliers.shape[1] % BLOCK_K))
-    return padded.view(-1, BLOCK_K).any(1).view(torch.uint8)
+    """Bytes, one each _OUTLIER_K channels: 1 where any sequence has an outlier channel in it."""
+    padded = F.pad(outliers.any(0), (0, -outliers.shape[1] % _OUTLIER_K))
+    return padded.view(-1, _OUTLIER_K).any(1).view(torch.uint8)
 
 
 def cases() -> list[Case]:
-    """Both paths with and without outliers, in both 16-bit dtypes, and the sum of the parts."""
-    small, large = _config(1, 8192, 8192, _SMS_UNKNOWN), _config(4096, 8192, 8192, _SMS_UNKNOWN)
-    middle = _config(128, 8192, 8192, _SMS_UNKNOWN)
-    found = []
-    for kind in ("bf16", "fp16"):
-        for outliers in (False, True):
-            label = f"{kind}_outliers" if outliers else kind
-            found += [
-                _matmul_case(f"small_{label}", kind, small, outliers),
-                _matmul_case(f"middle_{label}", kind, middle, outliers),
-                _matmul_case(f"large_{label}", kind, large, outliers),
-            ]
-    return [*found, _reduce_case("reduce_bf16", "bf16", small.split_k)]
+    """Every size of tile with and without outliers, in both 16-bit dtypes, and the sum of the parts."""
+    sizes = {"small": (1, _H100), "middle": (128, _H100), "large": (4096, (108, 80)), "large_sm90": (4096, _H100)}
+    configs = {label: _config(rows, 8192, 8192, *gpu) for label, (rows, gpu) in sizes.items()}
+    found = [
+        _matmul_case(f"{kind}{'_outliers' if outliers else ''}_{label}", kind, config, outliers)
+        for kind in ("bf16", "fp16")
+        for outliers in (False, True)
+        for label, config in configs.items()
+    ]
+    return [*found, _reduce_case("bf16_reduce", "bf16", configs["small"].split_k)]
 
 
 def _matmul_case(name: str, kind: str, config: Config, outliers: bool) -> Case:
@@ -356,6 +359,7 @@ def _matmul_case(name: str, kind: str, config: Config, outliers: bool) -> Case:
         "BLOCK_N": config.block_n,
         "BLOCK_M": config.block_m,
         "BLOCK_K": BLOCK_K,
+        "OUTLIER_K": _OUTLIER_K,
         "GROUP": _GROUP,
         "SPLIT": split,
         "EVEN_K": True,

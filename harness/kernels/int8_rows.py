@@ -42,7 +42,9 @@ def quantize_rows_kernel(
         scale = tl.where(scale > 0, scale, 1.0)
     else:
         scale = tl.load(given_ptr + row // rows_per_scale)
-    level = tl.div_rn(x, scale) + 128.0
+    # Multiplied, for an exact division of each value would take longer than to read it. A scale under 2^-128 has no
+    # finite inverse.
+    level = x * tl.minimum(tl.div_rn(1.0, scale), 3.4e38) + 128.0
     level = tl.minimum(tl.maximum(level, 0.0), 255.0)
     # Half to even: at 1.5 * 2^23 a float32 has no digits below one.
     level = (level + 12582912.0) - 12582912.0
@@ -98,8 +100,8 @@ def _warps(block: int) -> int:
 def cases() -> list[Case]:
     """A row of 4096 and one of 28672, in both 16-bit dtypes, and with outliers."""
     return [
-        *(_case(f"quantize_{kind}_{size}", kind, size) for kind in ("bf16", "fp16") for size in (4096, 28672)),
-        _case("quantize_outliers_bf16", "bf16", 8192, outliers=True),
+        *(_case(f"{kind}_quantize_{size}", kind, size) for kind in ("bf16", "fp16") for size in (4096, 28672)),
+        _case("bf16_outliers_quantize_8192", "bf16", 8192, outliers=True),
     ]
 
 

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import os
+
+# Triton decides when a kernel is decorated whether it is interpreted, so before anything imports one.
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
 import subprocess
 import sys
 from collections.abc import Callable
@@ -17,9 +21,12 @@ from hypothesis import settings
 from omegaconf import OmegaConf
 
 from harness.cli import main
+from tests import interpreter
 
 ROOT = Path(__file__).parent.parent
 TINY = ("model=tiny", "data.seq_len=64", "data.max_windows=2", "data.num_samples=4", "data.calibration_seq_len=32")
+
+interpreter.mend()
 
 # One seed and no deadline: the same examples everywhere, however slow the machine.
 settings.register_profile("ptqbench", deadline=None, derandomize=True, max_examples=60)

@@ -1,23 +1,18 @@
-"""What a kernel module gives to be compiled and looked at, on a machine that need not have a GPU."""
+"""One compiled variant of a kernel, as the tests and the resource table want it."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+
+from triton.runtime.jit import JITFunction
 
 
 @dataclass(frozen=True)
 class Case:
-    """One kernel at the types and constants that some shape runs it with.
-
-    name         short, unique within its module
-    kernel       the function that triton.jit returned
-    signature    type of each argument as triton writes it: "*bf16", "i32", "constexpr"
-    constexprs   value of each argument whose type is "constexpr"
-    """
+    """`signature` maps each argument to its triton type, "constexpr" for those that `constexprs` holds."""
 
     name: str
-    kernel: Any
+    kernel: JITFunction
     signature: dict[str, str]
     constexprs: dict[str, object]
     num_warps: int

@@ -23,7 +23,7 @@ from typing import Any
 
 from harness.kernels.case import Case
 
-MODULES = ("w8a8", "w4a16")
+MODULES = ("w8a8",)
 ARCHES = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have, by the CUDA programming guide
 _BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}

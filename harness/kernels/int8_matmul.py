@@ -9,7 +9,7 @@ block of K whose flag says that it has none. It starts from acc * scale_x, so th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -22,6 +22,7 @@ from harness.kernels.case import Case
 
 BLOCK_K = 128  # bytes of a row of weights, the width of the swizzle in shared memory
 _OUTLIER_K = 64  # channels that share a flag
+_MIN_BLOCKS = 4  # of K for a program, so that its loads have something to overlap with
 _GROUP = 8  # tiles of N that share one sweep of x out of L2
 _REDUCE_BLOCK, _REDUCE_WARPS = 256, 2
 _H100 = 132, 90  # multiprocessors, compute capability
@@ -31,7 +32,12 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 @dataclass(frozen=True)
 class Config:
-    """Sizes of one launch. `path` is "tiles", or "split_k" where a second kernel sums `split_k` parts."""
+    """How a matmul is launched.
+
+    block_n, block_m   rows of the weight and of the input that a program computes
+    split_k            programs that share the sum over K
+    path               "split" (memory-bound) or "tensor" (tensor cores busy)
+    """
 
     block_n: int
     block_m: int
@@ -44,16 +50,17 @@ class Config:
 def _config(M: int, N: int, K: int, sm_count: int, arch: int) -> Config:
     """The launch for y (M, N) of x (M, K): small tiles where the weights' bytes count, large ones where the dots do."""
     if M <= 64:
-        block_n, block_m, warps, stages, blocks_a_sm = 64, max(16, triton.next_power_of_2(M)), 4, 5, 2
+        found = Config(64, max(16, triton.next_power_of_2(M)), 1, num_warps=4, num_stages=5, path="split")
     elif M <= 128:
-        block_n, block_m, warps, stages, blocks_a_sm = 128, 64, 4, 4, 1
+        found = Config(128, 64, 1, num_warps=4, num_stages=4, path="tensor")
     elif M <= 256 or arch < 90:
-        block_n, block_m, warps, stages, blocks_a_sm = 128, 128, 8, 3, 1
-    else:  # too large for the registers of a warp that multiplies out of them
-        block_n, block_m, warps, stages, blocks_a_sm = 128, 256, 8, 4, 1
-    tiles = triton.cdiv(M, block_m) * triton.cdiv(N, block_n)
-    split_k = max(1, min(blocks_a_sm * sm_count // tiles, triton.cdiv(K, BLOCK_K) // 4))
-    return Config(block_n, block_m, split_k, warps, stages, "split_k" if split_k > 1 else "tiles")
+        found = Config(128, 128, 1, num_warps=8, num_stages=3, path="tensor")
+    else:  # too large for the registers of an sm_80
+        found = Config(128, 256, 1, num_warps=8, num_stages=4, path="tensor")
+    tiles = triton.cdiv(M, found.block_m) * triton.cdiv(N, found.block_n)
+    programs = 2 * sm_count if found.path == "split" else sm_count
+    most = triton.cdiv(K, BLOCK_K) // _MIN_BLOCKS
+    return replace(found, split_k=max(1, min(programs // tiles, most)))
 
 
 @triton.jit
@@ -93,7 +100,7 @@ def _add_outliers(
             marks = tl.load(outlier_ptr + k[:, None] + sequence[None, :] * K, mask=inside, other=0)
             dtype: tl.constexpr = tl.float32 if UPCAST else x.dtype
             x = tl.where(marks != 0, x.to(dtype), 0.0)
-            acc = tl.dot(w.to(dtype), x, acc, input_precision="ieee")
+            acc = tl.dot(w.to(dtype), x, acc, input_precision="tf32x3")  # of float32 alone
     return acc
 
 
@@ -237,7 +244,7 @@ def int8_matmul(  # noqa: PLR0913
     operands = _Operands(codes, x_scale, weight, w_scale, bias, floats, outliers, out)
     config = _config(*operands.sizes, *_gpu(codes.device))
     with torch.cuda.device_of(codes):
-        if config.path == "tiles":
+        if config.split_k == 1:
             _matmul(operands, config, out)
         else:
             _split_matmul(operands, config)
@@ -292,7 +299,7 @@ def _matmul(operands: _Operands, config: Config, out: Tensor) -> None:
         BLOCK_K=BLOCK_K,
         OUTLIER_K=_OUTLIER_K,
         GROUP=_GROUP,
-        SPLIT=config.path == "split_k",
+        SPLIT=config.split_k > 1,
         EVEN_K=K % BLOCK_K == 0,
         UPCAST=_INTERPRETED,
         num_warps=config.num_warps,
@@ -340,7 +347,7 @@ def cases() -> list[Case]:
 
 
 def _matmul_case(name: str, kind: str, config: Config, outliers: bool) -> Case:
-    split = config.path == "split_k"
+    split = config.split_k > 1
     part = "fp32" if outliers else "i32"
     types = {
         "w_ptr": "*i8",

@@ -17,6 +17,19 @@ _MAX_WARPS = 32
 
 
 @triton.jit
+def _divide(x, scale):
+    """x / scale as IEEE rounds it, without a division of each value, which would take longer than to read it.
+
+    The inverse's rounding shows in the last bit, and one Newton step puts that right (where fma rounds once, which it
+    does not in the interpreter). On the full grid it counts: the largest value of a row lies half-way between codes.
+    """
+    inverse = tl.div_rn(1.0, scale)
+    guess = tl.minimum(tl.maximum(x * inverse, -256.0), 256.0)  # of finite values: past every code, short of infinity
+    rest = tl.fma(-guess, tl.full(x.shape, scale, tl.float32), x)
+    return tl.fma(rest, tl.full(x.shape, inverse, tl.float32), guess)
+
+
+@triton.jit
 def quantize_rows_kernel(
     x_ptr,  # (M, K) float
     given_ptr,  # scales (S,) fp32, of rows_per_scale rows each, or None to find one a row
@@ -42,10 +55,8 @@ def quantize_rows_kernel(
         scale = tl.where(scale > 0, scale, 1.0)
     else:
         scale = tl.load(given_ptr + row // rows_per_scale)
-    # Multiplied, for an exact division of each value would take longer than to read it. A scale under 2^-128 has no
-    # finite inverse.
-    level = x * tl.minimum(tl.div_rn(1.0, scale), 3.4e38) + 128.0
-    level = tl.minimum(tl.maximum(level, 0.0), 255.0)
+    scale = tl.maximum(scale, 1.1754943508222875e-38)  # the smallest normal number, whose inverse is finite
+    level = tl.minimum(tl.maximum(_divide(x, scale) + 128.0, 0.0), 255.0)
     # Half to even: at 1.5 * 2^23 a float32 has no digits below one.
     level = (level + 12582912.0) - 12582912.0
     tl.store(code_ptr + start + k, (level - 128.0).to(tl.int8), mask=k < K)

@@ -75,7 +75,8 @@ class TritonW8A8(Kernel):
             return None, self.quantizer.scale.reshape(1)
         if fmt.granularity == "token" and fmt.threshold is None:
             return None, None
-        largest = torch.linalg.vector_norm(inputs, math.inf, -2 if inputs.dim() > 1 else 0, keepdim=True).float()
+        tokens = inputs if inputs.dim() > 1 else inputs[None]
+        largest = torch.linalg.vector_norm(tokens, math.inf, -2, keepdim=True).float()
         outliers = None
         if fmt.threshold is not None:
             outliers = largest >= fmt.threshold
@@ -83,7 +84,7 @@ class TritonW8A8(Kernel):
             outliers = outliers.reshape(-1, self.shape[1])
         if fmt.granularity == "token":
             return outliers, None
-        absmax = largest.reshape(inputs.shape[0] if inputs.dim() > 2 else 1, -1).amax(1)
+        absmax = largest.reshape(len(inputs) if inputs.dim() > 2 else 1, -1).amax(1)
         return outliers, grid.range_params(-absmax, absmax, fmt)[0]
 
 

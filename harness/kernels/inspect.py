@@ -2,8 +2,9 @@
 
     python -m harness.kernels.inspect [--arch 80,90] [--kernel w8a8] [--format md|json]
 
-Pointers and integers are taken as multiples of 16, which those of a model's shapes are: it decides how wide the
-loads are. A case whose name ends in _sm90 is of a launch that older GPUs never get, and is not compiled for them.
+Pointers and integers are taken as multiples of 16, as a model's shapes are, where triton looks whether they are: it
+decides how wide the loads are. A case whose name ends in _sm90 is of a launch that older GPUs never get, and is not
+compiled for them.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _divisible(case: Case) -> dict[tuple[int], list[list[object]]]:
-    positions = enumerate(case.signature.values())
-    return {(i,): [["tt.divisibility", 16]] for i, kind in positions if kind.startswith(("*", "i"))}
+    looked_at = [i for i, parameter in enumerate(case.kernel.params) if not parameter.do_not_specialize]
+    kinds = [case.signature[name] for name in case.kernel.arg_names]
+    return {(i,): [["tt.divisibility", 16]] for i in looked_at if kinds[i].startswith(("*", "i"))}
 
 
 def _tensor_core(ptx: str) -> str:

@@ -3,6 +3,10 @@
 The grid is that of `harness.core.grid` for symmetric 8-bit formats; codes are centred, so that 0 decodes to 0.0.
 """
 
+# Triton reads its functions itself: their arguments have its types, and are as many as a kernel needs.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
+# ruff: noqa: PLR0913
+
 from __future__ import annotations
 
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor
 
 from harness.kernels.case import Case
 
-_ELEMENTS_A_WARP = 1024  # 32 a thread; up to 64 more than that still fit its registers
+_ELEMENTS_A_WARP = 1024  # 32 a thread
 _MAX_WARPS = 32
 
 
@@ -29,7 +33,7 @@ def _divide(x, scale):
     return tl.fma(rest, tl.full(x.shape, inverse, tl.float32), guess)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows_per_scale", "rows_per_outlier"])
 def quantize_rows_kernel(
     x_ptr,  # (M, K) float
     given_ptr,  # scales (S,) fp32, of rows_per_scale rows each, or None to find one a row

@@ -62,7 +62,7 @@ class TritonW8A8(Kernel):
         floats = inputs.reshape(-1, self.shape[1])
         codes, scale = rows.quantize_rows(floats, grid.symmetric_steps(self.quantizer.fmt), given, outliers)
         kept = (None, None) if outliers is None else (floats.contiguous(), outliers)
-        out = matmul.int8_matmul(codes, scale, self.weight, self.scale, bias, inputs.dtype, *kept)
+        out: Tensor = matmul.int8_matmul(codes, scale, self.weight, self.scale, bias, inputs.dtype, *kept)
         return out.view(*inputs.shape[:-1], self.shape[0])
 
     def _ranges(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:

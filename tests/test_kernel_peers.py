@@ -11,8 +11,8 @@ from torch import Tensor
 
 from harness.core.qtensor import round_to_nearest
 from harness.core.scheme import WeightFormat
-from harness.kernels import peers
-from harness.kernels.peers import PEERS, Peer
+from harness.kernels.bench import peers
+from harness.kernels.bench.peers import PEERS, Peer
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=NEEDS_GPU)]

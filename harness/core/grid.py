@@ -50,8 +50,12 @@ def range_params(low: Tensor, high: Tensor, fmt: IntFormat) -> tuple[Tensor, Ten
 
 def symmetric_scale(absmax: Tensor, fmt: IntFormat) -> Tensor:
     """Scale of groups whose largest magnitude is `absmax`, in its shape and dtype; 1 for a group of zeros."""
-    steps = fmt.max_code / 2 if fmt.grid == "full" else fmt.mid_code - 1
-    return _positive(absmax / steps)
+    return _positive(absmax / symmetric_steps(fmt))
+
+
+def symmetric_steps(fmt: IntFormat) -> float:
+    """Code steps from 0.0 to the largest magnitude that a symmetric format covers."""
+    return fmt.max_code / 2 if fmt.grid == "full" else fmt.mid_code - 1
 
 
 def zero_point_of(low: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:

@@ -98,7 +98,7 @@ def test_values_too_small_for_a_finite_inverse_still_decode_to_themselves() -> N
     assert scale.max() < 1.2e-38
 
 
-SHAPES = [(1, 100, 96), (3, 192, 130), (17, 100, 576), (65, 192, 576), (1, 192, 1600)]
+SHAPES = [(1, 100, 96), (3, 192, 130), (17, 100, 576), (65, 192, 576), (1, 192, 1600), (100, 1100, 96), (260, 300, 130)]
 
 
 @pytest.mark.parametrize(("rows", "columns", "inner"), SHAPES)
@@ -138,12 +138,15 @@ def test_formats(fmt: ActivationFormat, granularity: Any) -> None:
     assert_close(found, exact(weight, rounding, x, None), torch.float32)
 
 
-def spiky(fmt_outliers: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Three sequences (B, T, K) of calm tokens, with other outlier channels in each and none in the last."""
+def spiky(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Three sequences (B, T, K) of calm tokens, with other outlier channels in each and none in the last.
+
+    The smallest outlier just reaches the threshold.
+    """
     x = torch.randn(3, 5, 200).clamp(-3, 3) * torch.linspace(0.2, 1.5, 5)[:, None]
     for sequence in (0, 1):
-        channels = torch.randperm(200)[:fmt_outliers]
-        x[sequence, sequence, channels] = 40.0 + torch.arange(fmt_outliers)
+        channels = torch.randperm(200)[:count]
+        x[sequence, sequence, channels] = 6.0 + 8 * torch.arange(count)
     return x.to(dtype)
 
 

@@ -60,10 +60,10 @@ def quantize_rows_kernel(
     else:
         scale = tl.load(given_ptr + row // rows_per_scale)
     scale = tl.maximum(scale, 1.1754943508222875e-38)  # the smallest normal number, whose inverse is finite
-    level = tl.minimum(tl.maximum(_divide(x, scale) + 128.0, 0.0), 255.0)
+    level = tl.minimum(tl.maximum(_divide(x, scale), -128.0), 127.0)
     # Half to even: at 1.5 * 2^23 a float32 has no digits below one.
     level = (level + 12582912.0) - 12582912.0
-    tl.store(code_ptr + start + k, (level - 128.0).to(tl.int8), mask=k < K)
+    tl.store(code_ptr + start + k, level.to(tl.int8), mask=k < K)
     # A maximum passes over NaN, and no code stands for one: the scale carries it on.
     broken = tl.max((x != x).to(tl.int32), 0) > 0
     tl.store(scale_ptr + row, tl.where(broken, float("nan"), scale))

@@ -18,6 +18,7 @@ from harness import checkpoint, data, engine, evaluate, linear, measure, models,
 from harness.config import RunConfig, build_run, changed_options, source_files
 from harness.embedded import cache_dir
 from harness.errors import one_line
+from harness.kernels import table
 from harness.progress import Track, silent
 from harness.statcache import StatCache
 
@@ -39,10 +40,7 @@ _ARITHMETIC = (
     "text.py",
     "trial.py",
 )
-_SOURCES = (
-    *(file for part in ("core", "kernels") for file in sorted((_HERE / part).glob("*.py"))),
-    *(_HERE / name for name in _ARITHMETIC),
-)
+_SOURCES = (*sorted((_HERE / "core").glob("*.py")), *(_HERE / name for name in _ARITHMETIC))
 
 
 def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
@@ -140,7 +138,8 @@ def run_id(cfg: RunConfig, raw: Json) -> str:
         del decides["engine"]
     for key in ("skip", "scheme", "execution") if not cfg.steps else ():
         del decides[key]
-    files = set(_SOURCES).union(*map(source_files, cfg.steps.values()))
+    kernels = {_HERE / "kernels" / f"{name}.py" for name in table.MODULES[_device(cfg.device).type]}
+    files = kernels.union(_SOURCES, *map(source_files, cfg.steps.values()))
     decides["source"] = sorted(text.sha256(file.read_bytes()) for file in files)
     return record.run_id(decides)
 

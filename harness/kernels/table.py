@@ -29,6 +29,11 @@ from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
 from harness.kernels.reordered import Reordered
 
+_SHARED = ("base", "reordered", "table")
+_TRITON = ("decode", "int8_kernels", "int8_matmul", "int8_rows", "matmul", "tiles", "tune", "w4a16", "w8a8")
+# Modules whose source decides what a run on a device gives.
+MODULES = {"cpu": (*_SHARED, "cpu_int4", "cpu_int8", "cpu_w8a8"), "cuda": (*_SHARED, *_TRITON)}
+
 Make = Callable[[IntQTensor, InputQuantizer | None, torch.dtype], Kernel | None]
 
 

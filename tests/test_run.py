@@ -55,6 +55,28 @@ def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:
         assert simulated.metrics[name] == packed.metrics[name]
 
 
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        (("scheme=group32", "model.dtype=bfloat16"), "cpu_w4a16"),
+        (("scheme=group32_sym", "model.dtype=bfloat16"), "cpu_w4a16"),
+        (("scheme=channel", "bits=8", "model.dtype=bfloat16"), "cpu_w8a16"),
+        (("scheme=group64", "bits=3", "model.dtype=bfloat16"), "reference"),
+        (("scheme=w8a8_token",), "cpu_w8a8"),
+        (("scheme=w8a8_tensor",), "cpu_w8a8"),
+        (("scheme=w8a8_static",), "cpu_w8a8"),
+        (("method=llm_int8", "scheme.activation.threshold=2"), "cpu_llm_int8"),
+        (("method=gptq", "scheme=group32", "method.gptq.static_groups=false", "model.dtype=bfloat16"), "cpu_w4a16"),
+    ],
+)
+def test_packed_and_simulated_runs_agree(tiny: Tiny, options: tuple[str, ...], kernel: str) -> None:
+    packed, simulated = (run.execute(tiny(*options, f"execution={how}"))[0] for how in ("packed", "simulated"))
+    assert packed.status == "ok", packed.error
+    assert packed.execution["kernel"] == kernel
+    assert packed.metrics["perplexity"] == pytest.approx(simulated.metrics["perplexity"], rel=1e-3)
+    assert packed.metrics["bits_per_weight"] == simulated.metrics["bits_per_weight"]
+
+
 def test_a_model_that_is_not_scored_is_measured_alone(tiny: Tiny) -> None:
     found = run.execute(tiny("model.scored=false", "measure=quick", "measure.prompt_len=8"))[0]
     assert found.status == "ok", found.error

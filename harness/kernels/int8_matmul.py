@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from harness.kernels.case import Case
 from harness.kernels.int8_kernels import matmul_kernel, reduce_kernel
+from harness.kernels.tune import Config
 
 BLOCK_K = 128  # bytes of a row of weights, the width of the swizzle in shared memory
 _OUTLIER_K = 64  # channels that share a flag
@@ -24,23 +25,6 @@ _REDUCE_BLOCK, _REDUCE_WARPS = 256, 2
 _H100 = 132, 90  # multiprocessors, compute capability
 # The interpreter's dot of bfloat16 is wrong.
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
-
-
-@dataclass(frozen=True)
-class Config:
-    """How a matmul is launched.
-
-    block_n, block_m   rows of the weight and of the input that a program computes
-    split_k            programs that share the sum over K
-    path               "split" (memory-bound) or "tensor" (tensor cores busy)
-    """
-
-    block_n: int
-    block_m: int
-    split_k: int
-    num_warps: int
-    num_stages: int
-    path: str
 
 
 def _config(M: int, N: int, K: int, sm_count: int, arch: int) -> Config:

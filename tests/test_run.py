@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from hydra.errors import MissingConfigException
 
 from harness import models, record, run
@@ -70,6 +71,8 @@ def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:
     ],
 )
 def test_packed_and_simulated_runs_agree(tiny: Tiny, options: tuple[str, ...], kernel: str) -> None:
+    if kernel in ("cpu_w8a8", "cpu_llm_int8") and not torch.cpu._is_vnni_supported():
+        pytest.skip("this processor has no VNNI")
     packed, simulated = (run.execute(tiny(*options, f"execution={how}"))[0] for how in ("packed", "simulated"))
     assert packed.status == "ok", packed.error
     assert packed.execution["kernel"] == kernel

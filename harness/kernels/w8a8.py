@@ -72,7 +72,7 @@ class TritonW8A8(Kernel):
         """
         fmt = self.quantizer.fmt
         if not fmt.dynamic:
-            return None, self.quantizer.scale.reshape(1)
+            return None, self.quantizer.scale.float().reshape(1)
         if fmt.granularity == "token" and fmt.threshold is None:
             return None, None
         tokens = inputs if inputs.dim() > 1 else inputs[None]

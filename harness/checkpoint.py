@@ -75,13 +75,13 @@ def load(model: nn.Module, folder: Path) -> nn.Module:
     if about["version"] != VERSION:
         raise ValueError(f"{folder} has version {about['version']}; expected {VERSION}")
     scheme = build(Scheme, about["scheme"], "scheme")
+    modules = dict(model.named_modules())
+    _fits(folder, [name for name in about["linears"] if name not in modules])
     for name in about["linears"]:
         own = {key: tensors.pop(f"{name}.{key}") for key in _parts(name, tensors)}
         replace(model, name, _linear(name, own, tuple(about["linears"][name]), scheme, model))
     missing, unknown = model.load_state_dict(tensors, strict=False)
-    absent = [name for name in missing if name in dict(model.named_parameters()) and not _tied(name, missing, model)]
-    if unknown or absent:
-        raise ValueError(f"{folder} does not fit the model: {(list(unknown) + absent)[0]} is in one of them alone")
+    _fits(folder, [*unknown, *_absent(model, set(missing))])
     return model
 
 
@@ -113,7 +113,14 @@ def _unshared(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def _tied(name: str, missing: list[str], model: nn.Module) -> bool:
-    """Whether a parameter that the file lacks shares its memory with one that it has."""
+def _absent(model: nn.Module, missing: set[str]) -> list[str]:
+    """Parameters that the file lacks, and that share their memory with none that it has."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    return any(other is parameters[name] and key not in missing for key, other in parameters.items())
+    present = {id(parameter) for name, parameter in parameters.items() if name not in missing}
+    return [name for name, parameter in parameters.items() if name in missing and id(parameter) not in present]
+
+
+def _fits(folder: Path, alone: list[str]) -> None:
+    """Raises: ValueError if there are names that either the file or the model has `alone`."""
+    if alone:
+        raise ValueError(f"{folder} does not fit the model: {alone[0]} is in one of them alone")

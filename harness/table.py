@@ -107,18 +107,7 @@ def to_frame(records: Sequence[Record]) -> pd.DataFrame:
 def display(frame: pd.DataFrame) -> pd.DataFrame:
     """The table as people read it: text cells, "value (ratio)", columns that say nothing left out."""
     out = pd.DataFrame(index=frame.index)
-    for name in (
-        "model",
-        "data",
-        "windows",
-        "method",
-        "scheme",
-        "bits",
-        "options",
-        "dtype",
-        "execution",
-        "device",
-    ):
+    for name in ("model", "data", "windows", "method", "scheme", "bits", "options", "dtype", "execution", "device"):
         if name in ("method", "scheme", "bits", "execution") or frame[name].nunique(dropna=False) > 1:
             out[name] = [_text(value) for value in frame[name]]
     kernels = zip(out["execution"], frame["kernel"], strict=True)

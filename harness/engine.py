@@ -20,7 +20,8 @@ from harness.config import RunConfig
 from harness.core.method import InputGroup, Method, overrides
 from harness.core.qtensor import QTensor
 from harness.core.stats import MinMax, Sample, Stat, Stats
-from harness.install import float_row, install, recorded
+from harness.finetune import finetune
+from harness.install import float_row, install, recorded, row_of
 from harness.linear import QuantLinear
 from harness.observe import Observer
 from harness.producers import Discovery
@@ -175,6 +176,7 @@ class _Pass:
             keep=not self.follows,
             always=self.transforms and self.step.searches,
         )
+        teacher = Stream(self.model, tokens) if self.step.finetune and self.quantizes else None
         discovery, unscaled = Discovery(), dict[str, list[int]]()
         total, shown = len(stream.blocks), [f"{self.label} block 1/{len(stream.blocks)}"]
         for index in track(range(total), lambda: shown[0], total):
@@ -188,7 +190,11 @@ class _Pass:
                 for group in groups:
                     if group.producer is None:
                         unscaled.setdefault(group.name.replace(prefix, ""), []).append(index)
+            targets = teacher.outputs({}, keep=True) if teacher else []
             done = self._block(observer, groups, probe, expected)
+            if teacher:
+                self._finetune(stream, targets, groups, done)
+                teacher.advance(targets)
             observer.advance()
             probe.advance([expected])
             self._finish(done)
@@ -227,6 +233,21 @@ class _Pass:
             for name in group.linears:
                 known = self.rescaled.get(name)
                 self.rescaled[name] = f"{known}, {group.producer.name}" if known else group.producer.name
+
+    def _finetune(
+        self, stream: Stream, targets: list[Tensor], groups: list[InputGroup], done: list[tuple[QuantLinear, Row]]
+    ) -> None:
+        """Train the block that has just been quantized, and bring its rows up to date."""
+        assert self.step.finetune is not None
+        block = stream.blocks[stream.position]
+        found = finetune(block, stream.run_to_train, stream.states, targets, self.step.finetune)
+        if found is None:
+            return
+        weights = {name: weight for group in groups for name, weight in group.weights.items()}
+        for linear, row in done:
+            assert isinstance(linear.packed, QTensor)
+            row |= row_of(row["name"], weights[row["name"]], linear.packed)
+            row |= {"block_error": found.after, "block_error_untuned": found.before}
 
     def _install(self, name: str, stats: Stats) -> tuple[QuantLinear, Row]:
         assert self.cfg.scheme is not None

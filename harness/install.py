@@ -35,7 +35,7 @@ def install(
     try:
         with recorded(name, notes):
             qtensor = _checked(step.quantize, weight, scheme, stats)
-        row = _row(name, weight, qtensor)
+        row = row_of(name, weight, qtensor)
         rounding = None if qtensor.quantizes_inputs else _rounding(scheme, stats)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -82,7 +82,7 @@ def _checked(quantize: Callable[..., Any], weight: Tensor, scheme: Scheme, stats
     return found
 
 
-def _row(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
+def row_of(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
     """What the record says of a quantized linear; weight_error is |W' - W| / |W| in the Frobenius norm."""
     exact = weight.to(compute_dtype(weight))
     decoded = qtensor.dequantize(exact.dtype)

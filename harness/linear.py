@@ -40,6 +40,13 @@ class QuantLinear(nn.Module):
         assert self.packed is not None
         return self.packed.name if isinstance(self.packed, Kernel) else self.packed.kernel
 
+    def refresh(self) -> None:
+        """Take note that the QTensor's floats have changed; before `pack` and `simulate`."""
+        assert isinstance(self.packed, QTensor)
+        self.stored_bits = self.packed.stored_bits
+        if self.decoded is not None:
+            self.decoded = self.packed.dequantize(self.dtype)
+
     def pack(self) -> QuantLinear:
         """Keep the weight in the order of the kernel that runs it, or the QTensor where none does."""
         self.decoded = None

@@ -60,6 +60,10 @@ class Stream:
         """Output states of the block at `position` (or a copy of it) for input states (1, T, D)."""
         return self._run(self.position, states, block)
 
+    def run_to_train(self, states: Tensor) -> Tensor:
+        """As `run`, with gradients where the caller asks for them."""
+        return self._run(self.position, states)
+
     def _run(self, position: int, states: Tensor, block: nn.Module | None = None) -> Tensor:
         args, options = self.calls[position]
         args, options = _cast(args, states.dtype), _cast(options, states.dtype)

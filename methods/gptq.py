@@ -20,15 +20,13 @@ from torch import Tensor
 
 from harness.core import grid
 from harness.core.clip import clipped_params
+from harness.core.damping import cholesky, damped_factor
 from harness.core.method import Method
 from harness.core.qtensor import PermutedQTensor, QTensor, round_to_grid, round_to_nearest
 from harness.core.scheme import Scheme, WeightFormat
 from harness.core.stats import Hessian, Stats
 
 Params = tuple[Tensor, Tensor]  # scale and zero point
-
-_MORE_DAMP = 10.0
-_MOST_DAMP = 10.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,33 +123,17 @@ class GPTQ(Method):
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U, (K, K).
-
-    `damp` times the mean of the diagonal is added to it, ten times more whenever it does not suffice, with a warning.
-    Raises: ValueError if no damping up to 10 makes it positive definite.
-    """
-    mean, used = hessian.diagonal().mean(), damp
-    while used <= max(_MOST_DAMP, damp):
-        damped = hessian + torch.diag_embed((used * mean).expand(len(hessian)))
-        factor = _factor_of_inverse(damped)
-        if factor is not None:
-            if used != damp:
-                warnings.warn(f"damp={damp:g} was raised to {used:g}, where the Hessian can be factored", stacklevel=2)
-            return factor
-        used *= _MORE_DAMP
-    raise ValueError(
-        f"damp={damp:g} was raised to {used / _MORE_DAMP:g} and the Hessian still has no factor; check the data"
-    )
+    """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U, (K, K)."""
+    return damped_factor(hessian, damp, _factor_of_inverse)[0]
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
     """Upper U with matrix^-1 = U^T U, None if `matrix` is not positive definite in its precision."""
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    if failed:  # torch.cholesky_inverse raises where the diagonal of what is left of a factor has a zero
+    lower = cholesky(matrix)
+    if lower is None:  # torch.cholesky_inverse raises where the diagonal of what is left of a factor has a zero
         return None
-    factor, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-    found: Tensor = factor
-    return None if failed or not torch.isfinite(found).all() else found
+    found = cholesky(torch.cholesky_inverse(lower))
+    return None if found is None else found.T.contiguous()
 
 
 def _one_group(fmt: WeightFormat) -> WeightFormat:

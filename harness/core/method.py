@@ -19,6 +19,26 @@ from harness.core.stats import Stat, Stats
 
 
 @dataclass(frozen=True, kw_only=True)
+class Finetune:
+    """How the floats of a quantized block are trained to give the float model's output of it.
+
+    epochs  passes over the calibration data
+    lr      step of Adam, as a share of the root mean square of the tensor that it moves
+    batch   sequences a step
+    """
+
+    epochs: int
+    lr: float
+    batch: int = 4
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1 or self.batch < 1 or not self.lr > 0:
+            raise ValueError(
+                f"epochs={self.epochs}, batch={self.batch}, lr={self.lr}: one is out of range; expected more than 0"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """Base of all methods; override what the idea needs and inherit the rest.
 
@@ -34,6 +54,11 @@ class Method:
     def sequential(self) -> bool:
         """Whether a group's inputs are observed after the groups before it in its block were quantized."""
         return False
+
+    @property
+    def finetune(self) -> Finetune | None:
+        """How a block is fine-tuned once its linears are quantized, by the tuners of their QTensors; None for not."""
+        return None
 
     @property
     def searches(self) -> bool:

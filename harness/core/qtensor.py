@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,20 @@ from harness.core.packing import pack, packed_bytes, unpack
 from harness.core.scheme import WeightFormat
 
 _SLAB_VALUES = 1 << 18  # 1 MiB of float32
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """The floats of a quantized weight that fine-tuning may move, while its codes stay.
+
+    values  copies of them in float32, by name
+    weight  the weight (N, K) float32 that given values and the codes decode to; differentiable in the values
+    accept  store given values, in the dtypes in which they are kept
+    """
+
+    values: dict[str, Tensor]
+    weight: Callable[[dict[str, Tensor]], Tensor]
+    accept: Callable[[dict[str, Tensor]], None]
 
 
 class QTensor(nn.Module, ABC):
@@ -41,6 +56,10 @@ class QTensor(nn.Module, ABC):
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """y = x W^T + b of inputs (..., K), from the stored bits."""
         return F.linear(inputs, self.dequantize(inputs.dtype), bias)
+
+    def tuner(self) -> Tuner | None:
+        """What fine-tuning may move; None where it is nothing."""
+        return None
 
     @property
     def stored_bits(self) -> int:

@@ -1,0 +1,192 @@
+"""Codebooks on the E8 lattice for vectors of 8 weights: E8P with 2^16 points, and a small one for what it leaves.
+
+Paper: Tseng et al. 2024, arXiv 2402.04396, section 4. E8P is a set of points D8^ + 1/4 and D8^ - 1/4, where D8^ are the
+vectors of half-odd numbers with an even sum. A point of D8^ is its magnitudes, one of 256 patterns, and its signs, of
+which the sum's parity leaves 7 free; so its 16 bits are, from the highest,
+
+    pattern (8)   signs of coordinates 0 to 6 (7, a set bit is negative)   shift (1, set: - 1/4)
+
+The patterns are the 227 with a squared norm of up to 10 and 29 of those with 12. The paper lists its 29; here they are
+the lexicographically first of the 56 with five coordinates 3/2, which are as good: a normal source tells no coordinate
+from another. The small codebook has the 240 shortest vectors of E8 (squared norm 2), 15 of squared norm 4, and 0.
+
+Nearest points are exact. For magnitudes a and a pattern s, the score is s a - |s|^2 / 2 if the signs of the
+vector have the parity that s asks for, and less by twice the smallest s_i a_i if one sign has to change. With every
+arrangement of a pattern's values at hand the best is in the order of the magnitudes, with a 1/2 at the smallest, whose
+sign it then is.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WIDTH = 8  # coordinates of a point
+SHIFT = 0.25
+_COMPLETE, _PATTERNS = 227, 256  # patterns of squared norms up to 10, and all
+_INCOMPLETE_NORM = 12
+_CHUNK = 1 << 15  # vectors that are searched at once: bounds memory to some 100 MiB
+
+
+@functools.lru_cache(maxsize=8)
+def patterns(device: torch.device) -> Tensor:
+    """Magnitudes (256, 8) of D8^ points, by squared norm; the last 29 are incomplete in theirs."""
+    found = [s for s in itertools.product((0.5, 1.5, 2.5), repeat=WIDTH) if sum(x * x for x in s) <= 10]
+    found.sort(key=lambda s: sum(x * x for x in s))
+    padding = [s for s in itertools.product((0.5, 1.5), repeat=WIDTH) if sum(x * x for x in s) == _INCOMPLETE_NORM]
+    return torch.tensor(found + padding[: _PATTERNS - _COMPLETE], device=device)
+
+
+@functools.lru_cache(maxsize=8)
+def table(device: torch.device) -> Tensor:
+    """Every E8P point in the order of its code, (65536, 8) int8, in quarters: all are odd."""
+    codes = torch.arange(1 << 16, device=device)
+    magnitudes = patterns(device)[codes >> 8]
+    negative = (codes[:, None] >> torch.arange(WIDTH - 1, 0, -1, device=device)) & 1
+    # An even sum: flipping the sign of s_i moves it by 2 s_i, which is odd.
+    last = (magnitudes.sum(1).long() + negative.sum(1)) % 2
+    signs = 1 - 2 * torch.cat([negative, last[:, None]], 1)
+    points = magnitudes * signs + torch.where(codes & 1 == 1, -SHIFT, SHIFT)[:, None]
+    return (points * 4).to(torch.int8)
+
+
+@functools.lru_cache(maxsize=8)
+def small_table(device: torch.device) -> Tensor:
+    """The points of the small codebook, (256, 8) int8, in halves."""
+    whole = [p for p in itertools.product((-2, 0, 2), repeat=WIDTH) if sum(map(abs, p)) == 4]
+    half = [p for p in itertools.product((-1, 1), repeat=WIDTH) if sum(p) % 4 == 0]
+    longer = [tuple(4 * sign * (i == j) for j in range(WIDTH)) for sign in (1, -1) for i in range(WIDTH)][:15]
+    return torch.tensor([(0,) * WIDTH, *whole, *half, *longer], dtype=torch.int8, device=device)
+
+
+def nearest(vectors: Tensor) -> Tensor:
+    """The E8P points nearest to `vectors` (8, n) float, coordinates first, in their shape and dtype."""
+    return torch.cat([_nearest(part) for part in vectors.split(_CHUNK, 1)], 1)
+
+
+def encode(points: Tensor) -> Tensor:
+    """Codes (n,) int32 of E8P points (8, n), as `nearest` gives them."""
+    quarters = (points * 4).round().to(torch.int32)
+    minus = quarters[0] % 4 == 1  # twice a half-odd number is odd: 4 (x - 1/4) is 2 modulo 4, so 4 x is 3
+    doubled = (quarters - torch.where(minus, -1, 1)) // 2
+    digits = (doubled.abs() - 1) // 2  # 0, 1, 2 for 1/2, 3/2, 5/2
+    place = _place_of(points.device)[(digits * _base3(points.device)[:, None]).sum(0)]
+    bits = torch.arange(WIDTH - 1, 0, -1, device=points.device, dtype=torch.int32)[:, None]
+    signs = ((doubled[:-1] < 0).int() << bits).sum(0, dtype=torch.int32)
+    return (place << 8) | signs | minus.int()
+
+
+def nearest_small(vectors: Tensor) -> Tensor:
+    """The points of the small codebook nearest to `vectors` (8, n), in their shape and dtype."""
+    points = small_table(vectors.device).to(vectors.dtype) / 2
+    return points[encode_small(vectors).long()].T
+
+
+def encode_small(vectors: Tensor) -> Tensor:
+    """Codes (n,) int32 of the points of the small codebook nearest to `vectors` (8, n)."""
+    points = small_table(vectors.device).to(vectors.dtype) / 2
+    offset = -points.square().sum(1, keepdim=True) / 2
+    parts = [torch.addmm(offset, points, part).argmax(0) for part in vectors.split(_CHUNK, 1)]
+    return torch.cat(parts).int()
+
+
+def _nearest(vectors: Tensor) -> Tensor:
+    count = vectors.shape[1]
+    shifted = torch.cat([vectors - SHIFT, vectors + SHIFT], 1)
+    magnitude, negative = shifted.abs(), shifted < 0
+    odd = negative.sum(0) % 2
+    score, found = _best_complete(magnitude, odd)
+    _try_incomplete(magnitude, odd, score, found)
+    distance = shifted.square().sum(0) - 2 * score
+    minus = distance[count:] < distance[:count]
+    found, magnitude, negative, odd = (
+        torch.where(minus, both[..., count:], both[..., :count]) for both in (found, magnitude, negative, odd)
+    )
+    signed = torch.where(negative, -found, found)
+    cheapest = (found * magnitude).argmin(0, keepdim=True)
+    changed = torch.where(odd == found.sum(0) % 2, 1, -1)
+    return signed.scatter(0, cheapest, signed.gather(0, cheapest) * changed) + torch.where(minus, -SHIFT, SHIFT)
+
+
+def _best_complete(magnitude: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+    """The best of the 227 patterns for columns of `magnitude` (8, n) with an odd (1) or even (0) number of signs.
+
+    A pattern's values are best in the order of the magnitudes, so it is enough to sort these and try each multiset.
+    Returns: scores (n,) and patterns (8, n).
+    """
+    ordered, order = magnitude.sort(0, descending=True)
+    steps, offset, parity = _multisets(magnitude.device, magnitude.dtype)
+    base = ordered.sum(0) / 2 - torch.where(odd == parity, 0, ordered[-1:])
+    score, best = (torch.addmm(offset, steps, ordered) + base).max(0)
+    values = steps.T[:, best] + 0.5
+    return score, values.scatter(0, order, values)
+
+
+@functools.lru_cache(maxsize=8)
+def _multisets(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """The kinds of complete patterns in descending order of values: these less 1/2 (7, 8), -|s|^2 / 2 and parity."""
+    ordered = patterns(device)[:_COMPLETE].sort(1, descending=True).values.unique(dim=0).to(dtype)
+    return ordered - 0.5, -ordered.square().sum(1, keepdim=True) / 2, ordered.sum(1, keepdim=True) % 2
+
+
+def _try_incomplete(magnitude: Tensor, odd: Tensor, score: Tensor, found: Tensor) -> None:
+    """Take the best of the 29 incomplete patterns, in place, for columns where it has a better score."""
+    points, halves = _incomplete(magnitude.device, magnitude.dtype)
+    bound = magnitude.sum(0) * 1.5 - magnitude.topk(3, 0, largest=False).values.sum(0) - _INCOMPLETE_NORM / 2
+    columns = (bound > score).nonzero()[:, 0]  # few: with any arrangement allowed they could be better
+    tried = magnitude[:, columns]
+    # The least of 2 s_i a_i: among the three 1/2, or with 3/2 where the magnitude is smallest.
+    among_halves = tried[halves.flatten()].unflatten(0, halves.shape).amin(1)
+    change = torch.minimum(among_halves, 3 * tried.amin(0))
+    scores = points @ tried - _INCOMPLETE_NORM / 2 - torch.where(odd[columns] == 1, 0, change)
+    best, index = scores.max(0)
+    better = best > score[columns]
+    score[columns[better]] = best[better]
+    found[:, columns[better]] = points[index[better]].T
+
+
+@functools.lru_cache(maxsize=8)
+def _incomplete(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The incomplete patterns (29, 8), of odd sum, and the places of their three 1/2: (29, 3)."""
+    points = patterns(device)[_COMPLETE:].to(dtype)
+    return points, (points == 0.5).nonzero()[:, 1].view(len(points), -1)
+
+
+@functools.lru_cache(maxsize=8)
+def _place_of(device: torch.device) -> Tensor:
+    """Place of each pattern by its digits in base 3, coordinate 0 first: (6561,) int32."""
+    found = torch.zeros(3**WIDTH, dtype=torch.int32, device=device)
+    digits = (patterns(device) - 0.5).long()
+    found[(digits * _base3(device)).sum(1)] = torch.arange(_PATTERNS, dtype=torch.int32, device=device)
+    return found
+
+
+def _base3(device: torch.device) -> Tensor:
+    return 3 ** torch.arange(WIDTH - 1, -1, -1, device=device)
+
+
+@dataclass(frozen=True)
+class Codebook:
+    """2^`bits` points for 8 weights: a `table` (2^bits, 8) int8 in units of `step`, and how to search it."""
+
+    bits: int
+    step: float
+    table: Callable[[torch.device], Tensor]
+    nearest: Callable[[Tensor], Tensor]
+    encode: Callable[[Tensor], Tensor]
+
+    def decode(self, codes: Tensor) -> Tensor:
+        """Points in units of `step`, (..., 8) int8, of integer codes (...)."""
+        points = self.table(codes.device).view(torch.int64)[:, 0]  # eight int8 at once
+        index = codes.int() & (1 << self.bits) - 1
+        found = points.index_select(0, index.flatten()).view(torch.int8)
+        return found.view(*codes.shape, WIDTH)
+
+
+E8P = Codebook(16, 1 / 4, table, nearest, encode)
+SMALL = Codebook(8, 1 / 2, small_table, nearest_small, encode_small)

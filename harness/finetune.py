@@ -1,7 +1,7 @@
 """Train the floats of one quantized block so that it gives what the float model's block gives.
 
 Codes stay; what moves are the values that the QTensors' tuners name (codebooks, scales, sign vectors) and the block's
-norms and biases. The block sees the inputs that quantized blocks before it hand on, and its target is the float
+norms. The block sees the inputs that quantized blocks before it hand on, and its target is the float
 model's output of float inputs, so that it makes up for their errors as well. Some sequences are held out: the epoch
 with the lowest error on them is kept, the state before training included.
 """
@@ -78,6 +78,8 @@ def finetune(
             if error < lowest:
                 lowest, best = error, task.state()
         task.restore(best)
+    if lowest == before:  # sign vectors that stayed as they were need no more bits
+        return Tuned(before, before)
     for tuning in tunings:
         tuning.tuner.accept({name: value.detach() for name, value in tuning.values.items()})
         tuning.linear.refresh()

@@ -30,6 +30,7 @@ _ARITHMETIC = (
     "data.py",
     "engine.py",
     "evaluate.py",
+    "finetune.py",
     "install.py",
     "linear.py",
     "measure.py",

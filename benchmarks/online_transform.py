@@ -1,0 +1,75 @@
+"""What an online Hadamard transform costs: QuIP#'s layer beside the same one without its two transforms.
+
+    python -m benchmarks.online_transform [repeats]
+
+Layers of the embedded model and of a 1B model, for one token and for 128. Times are medians, taken in turn within
+one run. Written to results/benchmarks/online_transform.json: milliseconds of the float32 linear, of the packed one, of
+its transforms alone, and the transforms' share of the packed one.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness import record
+from harness.core.hadamard import random_signs, rotate, unrotate
+from harness.core.incoherent import IncoherentQTensor
+
+OUTPUT = Path(__file__).parent.parent / "results/benchmarks/online_transform.json"
+SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (8192, 2048))
+TOKENS = (1, 128)
+
+
+@torch.inference_mode()
+def measure(shape: tuple[int, int], tokens: int, repeats: int) -> dict[str, float]:
+    """Median milliseconds of each part for a weight of `shape` (N, K) and inputs (tokens, K)."""
+    rows, columns = shape
+    generator = torch.Generator().manual_seed(0)
+    left, right = random_signs(rows, generator), random_signs(columns, generator)
+    codes = torch.randint(0, 1 << 16, (rows, columns // 8), generator=generator, dtype=torch.int32)
+    packed = IncoherentQTensor([codes], 2, torch.tensor([0.02]), left, right)
+    weight, inputs = packed.dequantize(), torch.randn(tokens, columns, generator=generator)
+    product = F.linear(inputs, weight)
+
+    def transforms() -> Tensor:
+        rotate(inputs * right)
+        return unrotate(product) * left
+
+    calls: dict[str, Callable[[], Tensor]] = {
+        "float": lambda: F.linear(inputs, weight),
+        "packed": lambda: packed.linear(inputs, None),
+        "transforms": transforms,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats + 2):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - start)
+    return {f"{name}_ms": statistics.median(taken[2:]) * 1e3 for name, taken in seconds.items()}
+
+
+def main(repeats: int = 30) -> None:
+    """Measure, print and write."""
+    layers = []
+    for shape in SHAPES:
+        for tokens in TOKENS:
+            found = measure(shape, tokens, repeats)
+            share = found["transforms_ms"] / found["packed_ms"]
+            layers.append({"shape": list(shape), "tokens": tokens} | found | {"transforms_share": share})
+            print(json.dumps(layers[-1]))
+    OUTPUT.parent.mkdir(parents=True, exist_ok=True)
+    OUTPUT.write_text(json.dumps({"layers": layers, "environment": record.environment()}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(*map(int, sys.argv[1:]))

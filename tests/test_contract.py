@@ -146,6 +146,8 @@ def test_nan_raises(method: str) -> None:
 def test_output_error_is_no_worse_than_rtn(method: str, scheme: str) -> None:
     if type(quantizer(method)).__module__.startswith("methods.peers."):
         pytest.skip("a peer has a grid of its own")
+    if scheme == "native":
+        pytest.skip("the method has a format of its own, and what `native` says of a grid is a placeholder")
     weight, seen = weights(), inputs()
     nearest = round_to_nearest(weight, SCHEMES[scheme].weight).dequantize()
     found = run(method, weight, scheme).dequantize()

@@ -98,7 +98,7 @@ def encode_blocks(values: Tensor, levels: Tensor, block_size: int) -> tuple[Tens
 
 
 def decode_blocks(values: Tensor, scales: Tensor, block_size: int) -> Tensor:
-    """Flat levels (n,) times the scales (blocks,) of their blocks; may be done in place."""
+    """Flat levels (n,) times the scales (blocks,) of their blocks, in place."""
     whole = len(values) // block_size
     values[: whole * block_size].view(whole, block_size).mul_(scales[:whole, None])
     if whole < len(scales):

@@ -23,7 +23,7 @@ from harness.core.qtensor import QTensor
 BITS = 4
 NESTED_BLOCK = 256  # scales that share a scale of their own
 _SMALLEST = 1e-38  # a block of zeros is divided by it
-_SLAB_VALUES = 1 << 18  # values decoded at once: 1 MiB of float32, which stays in a processor's cache
+_SLAB_VALUES = 1 << 17  # values decoded at once: 512 KiB of float32, which stay in a processor's cache
 
 
 class LevelsQTensor(QTensor):

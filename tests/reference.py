@@ -234,3 +234,42 @@ def naive_clip(weight: Tensor, hessian: Tensor, fmt: WeightFormat, shares: list[
         error = torch.tensor([[_nearest(float(w), scale, zero_point, fmt)[1] - float(w) for w in exact[0]]])
         best = min(best, float(error.double() @ hessian.double() @ error.double().T))
     return best
+
+
+def naive_shrink(error: float, beta: float, norm: float) -> float:
+    """The shrinkage of HQQ on one value."""
+    return math.copysign(max(abs(error) - abs(error) ** (norm - 1) / beta, 0.0), error) if error else 0.0
+
+
+def naive_hqq(weight: Tensor, fmt: WeightFormat, norm: float, beta: float, growth: float, iterations: int) -> Solved:
+    """Half-quadratic quantization from whole zero points, one group at a time; the loss is the mean |W - W'|.
+
+    Badri and Shaji 2023: e = shrink(W - W'), then zero_point = mean(code - (W - e) / scale), or, where zero points are
+    integers, the scale that fits W - e best to the codes. A group stops when its mean |W - W'| does not fall.
+    """
+    rows, columns = weight.shape
+    codes, decoded = [[0] * columns for _ in range(rows)], torch.zeros(rows, columns, dtype=torch.float64)
+    for cells in _groups(rows, columns, fmt):
+        exact, now = [float(weight[i, j]) for i, j in cells], beta
+        scale, zero_point = _params(exact, fmt)
+        zero_point = float(round(zero_point))
+        found = [_nearest(w, scale, zero_point, fmt) for w in exact]
+        for _ in range(iterations):
+            wanted = [w - naive_shrink(w - d, now, norm) for w, (_, d) in zip(exact, found, strict=True)]
+            pairs = list(zip(wanted, (code for code, _ in found), strict=True))
+            tried = scale, zero_point
+            if fmt.zero_point == "float":
+                tried = scale, _stored(sum(code - target / scale for target, code in pairs) / len(pairs))
+            elif (power := sum((code - zero_point) ** 2 for _, code in pairs)) > 0:
+                tried = _stored(sum(target * (code - zero_point) for target, code in pairs) / power), zero_point
+            candidate = [_nearest(w, *tried, fmt) for w in exact]
+            if _mean_off(candidate, exact) >= _mean_off(found, exact):
+                break
+            (scale, zero_point), found, now = tried, candidate, now * growth
+        for (i, j), (code, value) in zip(cells, found, strict=True):
+            codes[i][j], decoded[i, j] = code, value
+    return Solved(codes, decoded, float((decoded - weight.double()).abs().mean()))
+
+
+def _mean_off(found: list[tuple[int, float]], exact: list[float]) -> float:
+    return sum(abs(value - w) for (_, value), w in zip(found, exact, strict=True)) / len(exact)

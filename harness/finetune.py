@@ -41,10 +41,15 @@ class _Tuning:
         self.weight = torch.empty(0)
 
     def decode(self) -> None:
-        self.weight = self.tuner.weight(self.values).to(self.linear.dtype)
+        """Follow the values as they are now; once a step, for all of its sequences."""
+        if self.tuner.linear is None:
+            self.weight = self.tuner.weight(self.values).to(self.linear.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        return F.linear(inputs, self.weight, self.linear.bias)
+        if self.tuner.linear is None:
+            return F.linear(inputs, self.weight, self.linear.bias)
+        found = self.tuner.linear(self.values, inputs.float()).to(inputs.dtype)
+        return found if self.linear.bias is None else found + self.linear.bias
 
 
 def finetune(

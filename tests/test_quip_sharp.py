@@ -181,6 +181,8 @@ def test_the_tuner_decodes_as_stored_and_stores_what_it_is_given() -> None:
         name: (value * (1 + 0.1 * torch.rand_like(value))).requires_grad_() for name, value in tuner.values.items()
     }
     tuner.weight(values).square().sum().backward()  # type: ignore[no-untyped-call]
+    assert tuner.linear is not None
+    torch.testing.assert_close(tuner.linear(values, seen), seen @ tuner.weight(values).T, rtol=1e-4, atol=1e-4)
     assert all(value.grad is not None and bool((value.grad != 0).all()) for value in values.values())
     tuner.accept({name: value.detach() for name, value in values.items()})
     expected = tuner.weight({name: value.detach().half().float() for name, value in values.items()})

@@ -76,11 +76,14 @@ class IncoherentQTensor(QTensor):
         def weight(given: dict[str, Tensor]) -> Tensor:
             return given["left"][:, None] * between * given["right"]
 
+        def linear(given: dict[str, Tensor], inputs: Tensor) -> Tensor:
+            return F.linear(inputs * given["right"], between) * given["left"]
+
         def accept(given: dict[str, Tensor]) -> None:
             for name, value in given.items():
                 self.register_buffer(name, value.to(torch.float16))
 
-        return Tuner(values, weight, accept)
+        return Tuner(values, weight, accept, linear)
 
     def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
         stored, count = self.get_buffer(name), self.shape[name == "right"]

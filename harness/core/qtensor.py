@@ -25,11 +25,13 @@ class Tuner:
     values  copies of them in float32, by name
     weight  the weight (N, K) float32 that given values and the codes decode to; differentiable in the values
     accept  store given values, in the dtypes in which they are kept
+    linear  x W^T for given values and float32 inputs x, where that has a quicker gradient than by the weight
     """
 
     values: dict[str, Tensor]
     weight: Callable[[dict[str, Tensor]], Tensor]
     accept: Callable[[dict[str, Tensor]], None]
+    linear: Callable[[dict[str, Tensor], Tensor], Tensor] | None = None
 
 
 class QTensor(nn.Module, ABC):

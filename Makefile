@@ -42,15 +42,18 @@ readme: $(STAMP) ## Write the table of results/reference into README.md and resu
 	for file in README.md results/README.md; do \
 	  $(BIN)/python -m harness.table runs=results/reference into=$$file && \
 	  $(BIN)/python -m harness.table runs=results/reference/wikitext2 into=$$file mark=wikitext2 && \
+	  $(BIN)/python -m harness.table runs=results/reference/low_bits into=$$file mark=low_bits && \
 	  $(BIN)/python -m harness.table runs=results/reference/packed into=$$file mark=packed || exit 1; done
 
 reference: $(STAMP) ## Run the reference rows anew and write the tables that quote them
 	$(BIN)/python -m harness experiment=bench results_dir=results/reference force=true engine.cache_gib=0
 	$(BIN)/python -m harness experiment=packed results_dir=results/reference/packed force=true
+	$(BIN)/python -m harness experiment=low_bits results_dir=results/reference/low_bits force=true engine.cache_gib=0
 	$(MAKE) readme
 
 kernels: $(STAMP) ## Race the kernels on this device, GPU or CPU, and write results/kernels
 	$(BIN)/python -m harness.kernels.bench
 
-overhead: $(STAMP) ## Time the perplexity stage beside a plain loop over the model's logits
+overhead: $(STAMP) ## Time the perplexity stage beside a plain loop, and online transforms beside their layers
 	$(BIN)/python -m benchmarks.perplexity_overhead
+	$(BIN)/python -m benchmarks.online_transform

@@ -148,9 +148,11 @@ def test_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 QUOTED = [
     ("README.md", "table", "results/reference"),
     ("README.md", "wikitext2", "results/reference/wikitext2"),
+    ("README.md", "low_bits", "results/reference/low_bits"),
     ("README.md", "packed", "results/reference/packed"),
     ("results/README.md", "table", "results/reference"),
     ("results/README.md", "wikitext2", "results/reference/wikitext2"),
+    ("results/README.md", "low_bits", "results/reference/low_bits"),
     ("results/README.md", "packed", "results/reference/packed"),
 ]
 

@@ -29,7 +29,8 @@ class Rotate(Method):
 
     seed    of the random signs or of the random matrix
     kind    hadamard: random signs, then a Hadamard transform; orthogonal: a random matrix, from every one alike
-    online  turn the inputs of linears that read no norm (output and down projections) at run time too
+    online  turn the inputs of linears that read no norm (output and down projections) at run time too; they are then
+            called NAME.linear in the record. `skip` goes by the names of the float model; what it skips is turned too
     """
 
     seed: int = 0

@@ -161,6 +161,12 @@ class RunConfig:
                 f"measure.latency=False leaves nothing to do: model={self.model.name} has random weights, whose "
                 "perplexity means nothing; expected measure=default or quick, or a trained model"
             )
+        rotating = next((name for name, step in self.steps.items() if overrides(step, "rotate")), None)
+        if self.save is not None and rotating is not None:
+            raise ValueError(
+                f"save={self.save} cannot keep what method.{rotating} does to modules beside the linears; "
+                "expected save=null, or a method that rotates nothing"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is out of range; expected 0 to 2^63 - 1")
 
@@ -218,7 +224,7 @@ def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
     own = [name for name, step in steps.items() if overrides(step, "quantize")]
     last = list(steps).index(own[-1]) if own else len(steps)
     for i, (name, step) in enumerate(steps.items()):
-        rewrites = overrides(step, "prepare") or overrides(step, "transform")
+        rewrites = any(overrides(step, hook) for hook in ("prepare", "rotate", "transform"))
         if (i < last and not rewrites and len(steps) > 1) or i > last:
             other = own[-1] if own else "rounding"
             raise ValueError(

@@ -7,7 +7,7 @@ as GPTQ's authors) or those of the float model (`float`, as AWQ's).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from harness.linear import QuantLinear
 from harness.observe import Observer
 from harness.producers import Discovery
 from harness.progress import Track, silent
+from harness.residual import discover, untied
 from harness.shortcut import shortcuts
 from harness.statcache import StatCache
 from harness.stream import Stream, logits, moved_by, verify
@@ -36,6 +37,8 @@ Row = dict[str, Any]
 _PROBE_TOKENS = 32  # enough to prove a rewrite on, few enough to cost nothing beside calibration
 # How far a block's output, or the logits, may move under a rewrite that keeps the function: relative Frobenius error.
 _SAME_FUNCTION = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
+# And a rotation, which is exact but for rounding.
+_SAME_TURNED = _SAME_FUNCTION | {torch.float32: 1e-4}
 _NO_CACHE = StatCache(Path(), 0)
 
 
@@ -107,7 +110,12 @@ def quantize(
     rescaled: dict[str, str] = {}
     for label, step in cfg.steps.items():
         if overrides(step, "prepare"):
-            _prepare(model, label, step, tokens)
+            _prepare(model, label, step, tokens, result.warnings)
+        if overrides(step, "rotate"):
+            renamed = _rotate(model, label, step, tokens, result.warnings)
+            found = linears(model)
+            names, skipped = ([renamed.get(name, name) for name in some] for some in (names, skipped))
+            rescaled = {renamed.get(name, name): by for name, by in rescaled.items()}
         part = _Pass(model, cfg, label, names, result, rescaled)
         if overrides(step, "transform") or (part.quantizes and (step.needs or static(cfg))):
             part.by_blocks(tokens, track, cache)
@@ -119,11 +127,27 @@ def quantize(
     return result
 
 
-def _prepare(model: nn.Module, label: str, step: Method, tokens: Tensor) -> None:
+def _prepare(model: nn.Module, label: str, step: Method, tokens: Tensor, notes: list[str]) -> None:
     probe = tokens[:1, :_PROBE_TOKENS]
     before = logits(model, probe)
-    step.prepare(model)
+    with recorded(f"method.{label}", notes):
+        step.prepare(model)
     _same_function(label, before, logits(model, probe), "logits")
+
+
+def _rotate(model: nn.Module, label: str, step: Method, tokens: Tensor, notes: list[str]) -> dict[str, str]:
+    """Let a step turn the residual stream; returns the linears that it gave another name, old name to new."""
+    probe = tokens[:1, :_PROBE_TOKENS]
+    before = logits(model, probe)
+    try:
+        residual = discover(model, probe)
+    except ValueError as error:
+        raise ValueError(f"method.{label}: {error}") from error
+    with recorded(f"method.{label}", notes):
+        step.rotate(residual)
+    untied(model)
+    _same_function(label, before, logits(model, probe), "logits", _SAME_TURNED)
+    return residual.renamed
 
 
 @dataclass
@@ -283,12 +307,14 @@ class _Pass:
         return groups
 
 
-def _same_function(label: str, before: Tensor, after: Tensor, what: str) -> None:
-    moved, limit = moved_by(after, before), _SAME_FUNCTION[before.dtype]
+def _same_function(
+    label: str, before: Tensor, after: Tensor, what: str, limits: Mapping[torch.dtype, float] = _SAME_FUNCTION
+) -> None:
+    moved, limit = moved_by(after, before), limits[before.dtype]
     if not moved <= limit:
         raise ValueError(
             f"method.{label} changed the float model's function: {what} moved by {moved:.2g} relative; "
-            f"expected at most {limit:g}, prepare and transform must keep it"
+            f"expected at most {limit:g}, a rewrite must keep it"
         )
 
 

@@ -103,6 +103,8 @@ ACTIVATIONS = {
     "tensor": ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor"),
     "static": ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False),
     "llm_int8": ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0),
+    "clipped": ActivationFormat(bits=8, symmetric=True, grid="narrow", clip=0.8),
+    "clipped llm_int8": ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0, clip=0.8),
     "no outlier": ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=1e9),
 }
 

@@ -16,6 +16,7 @@ from harness.architecture import linears, weight_of
 from harness.config import RunConfig, build_run
 from harness.core.method import InputGroup, Method
 from harness.core.qtensor import QTensor, round_to_nearest
+from harness.core.residual import Residual
 from harness.core.scheme import Scheme
 from harness.core.stats import MinMax, Stat, Stats
 from harness.linear import QuantLinear
@@ -320,6 +321,25 @@ def test_what_a_method_warns_of_is_kept_with_its_linear(tiny: Tiny) -> None:
     assert [note for note in result.warnings if note.startswith(down)] == [f"{down}: looked at", f"{down}: has 32 rows"]
     gate, up = "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"
     assert f"{gate} + {up}: looked at" in result.warnings
+
+
+@dataclass(frozen=True, kw_only=True)
+class WarnsOnce(Method):
+    """Has something to say of the model as a whole, before and after its stream is known."""
+
+    def prepare(self, model: nn.Module) -> None:
+        warnings.warn("prepared", stacklevel=2)
+
+    def rotate(self, residual: Residual) -> None:
+        warnings.warn(f"is {residual.width} wide", stacklevel=2)
+
+
+def test_what_a_method_warns_of_the_model_is_kept(tiny: Tiny) -> None:
+    cfg = config(tiny, "scheme=channel", once=WarnsOnce())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = engine.quantize(build("llama"), cfg, TOKENS)
+    assert result.warnings == ["method.once: prepared", "method.once: is 32 wide"]
 
 
 def test_a_skipped_member_stays_float_and_is_rescaled_with_its_group(tiny: Tiny) -> None:

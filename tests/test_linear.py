@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -53,6 +54,55 @@ def test_asymmetric_activations_use_both_ends() -> None:
 def test_token_granularity_has_no_static_form() -> None:
     with pytest.raises(ValueError, match="dynamic=False has no meaning with granularity=token"):
         ActivationFormat(bits=8, granularity="token", dynamic=False)
+
+
+@pytest.mark.parametrize("granularity", ["token", "tensor"])
+def test_a_clipped_range_ends_the_grid_early(granularity: Any) -> None:
+    inputs = torch.randn(3, 5, 16)
+    fmt = ActivationFormat(bits=4, symmetric=True, grid="narrow", granularity=granularity, clip=0.7)
+    quantizer = InputQuantizer(fmt)
+    sets = inputs.view(-1, 16) if granularity == "token" else inputs.view(3, -1)
+    expected = []
+    for values in sets.double():
+        scale = 0.7 * values.abs().max() / 7
+        expected.append((values / scale).round().clamp(-8, 7) * scale)
+    found = quantizer(inputs)
+    torch.testing.assert_close(found.double(), torch.stack(expected).view(inputs.shape), rtol=1e-5, atol=1e-7)
+    codes, scale = quantizer.encode(inputs)
+    torch.testing.assert_close(codes * scale, found)
+    assert int(codes.max()) == 7
+    assert float(found.abs().max()) < 0.9 * float(inputs.abs().max())
+
+
+def test_a_clipped_asymmetric_range_shrinks_at_both_ends() -> None:
+    inputs = torch.tensor([[-4.0, -1.0, 0.5, 8.0]])
+    found = InputQuantizer(ActivationFormat(bits=8, clip=0.5))(inputs)
+    torch.testing.assert_close(found, torch.tensor([[-2.0, -1.0, 0.5, 4.0]]), rtol=0, atol=0.02)
+
+
+def test_a_clipped_static_range_is_a_share_of_what_calibration_saw() -> None:
+    fmt = ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False, clip=0.5)
+    quantizer = InputQuantizer(fmt, (torch.tensor(-2.54), torch.tensor(0.5)))
+    torch.testing.assert_close(quantizer.scale, torch.tensor(0.01))
+    torch.testing.assert_close(quantizer(torch.tensor([[0.018, -0.6, 9.0]])), torch.tensor([[0.02, -0.60, 1.27]]))
+
+
+@pytest.mark.parametrize("clip", [0.0, -0.5, 1.1])
+def test_a_clip_is_a_share(clip: float) -> None:
+    with pytest.raises(ValueError, match=f"clip={clip} is out of range; expected a share of the range above 0, and 1"):
+        ActivationFormat(bits=8, clip=clip)
+
+
+def test_a_weight_kernel_gets_inputs_that_were_quantized() -> None:
+    fmt = WeightFormat(bits=4, symmetric=True, granularity="group", group_size=64)
+    rounding = InputQuantizer(ActivationFormat(bits=4, symmetric=True, grid="narrow", clip=0.9))
+    quantized = round_to_nearest(torch.randn(64, 128), fmt)
+    packed = QuantLinear(quantized, None, torch.bfloat16, rounding).pack()
+    inputs = torch.randn(3, 5, 128).bfloat16()
+    assert packed.kernel == "cpu_w4a16"
+    wanted = rounding(inputs).double() @ quantized.dequantize().double().T
+    assert (packed(inputs) - wanted).norm() < 0.02 * wanted.norm()
+    assert (packed(inputs) - inputs.double() @ quantized.dequantize().double().T).norm() > 0.05 * wanted.norm()
 
 
 @pytest.mark.parametrize(("bits", "dtype"), list(itertools.product((2, 3, 4, 8), (torch.float32, torch.bfloat16))))

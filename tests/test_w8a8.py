@@ -238,6 +238,7 @@ def test_other_formats_are_refused() -> None:
         assert not supports(weights(8, 32, fmt), rounding, torch.bfloat16)
     assert not supports(fine, quantizer(replace(TOKENS, bits=4)), torch.bfloat16)
     assert not supports(fine, quantizer(replace(TOKENS, symmetric=False, grid="full")), torch.bfloat16)
+    assert not supports(fine, quantizer(replace(TOKENS, clip=0.9)), torch.bfloat16)
     assert not supports(fine, rounding, torch.float64)
     with pytest.raises(ValueError, match=r"kernel triton_w8a8 does not run .*bits=4.*expected symmetric 8-bit"):
         TritonW8A8(weights(8, 32, replace(ROWS, bits=4)), rounding, torch.bfloat16)

@@ -22,7 +22,7 @@ class InputQuantizer(nn.Module):
         super().__init__()
         self.fmt = fmt
         if bounds is not None:
-            scale, zero_point = grid.range_params(*bounds, fmt)
+            scale, zero_point = grid.range_params(*self._clipped(*bounds), fmt)
             self.register_buffer("scale", scale)
             self.register_buffer("zero_point", zero_point)
 
@@ -43,7 +43,8 @@ class InputQuantizer(nn.Module):
         """
         values = inputs.to(grid.compute_dtype(inputs))
         if self.fmt.dynamic:
-            scale = grid.symmetric_scale(values.abs().amax(self._axes(values), keepdim=True), self.fmt)
+            absmax = values.abs().amax(self._axes(values), keepdim=True)
+            scale = grid.symmetric_scale(absmax if self.fmt.clip == 1 else absmax * self.fmt.clip, self.fmt)
         else:
             scale = self.scale.to(values.dtype)
         return grid.encode_centred(values, scale, self.fmt), scale
@@ -62,7 +63,11 @@ class InputQuantizer(nn.Module):
     def _bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest value of what shares a scale."""
         axes = self._axes(values)
-        return values.amin(axes, keepdim=True), values.amax(axes, keepdim=True)
+        return self._clipped(values.amin(axes, keepdim=True), values.amax(axes, keepdim=True))
+
+    def _clipped(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
+        """The range that the grid covers, of one that was seen."""
+        return (low, high) if self.fmt.clip == 1 else (low * self.fmt.clip, high * self.fmt.clip)
 
     def _axes(self, values: Tensor) -> tuple[int, ...]:
         """A token's axis, or a sequence's: all but the batch's."""

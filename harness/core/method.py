@@ -1,4 +1,4 @@
-"""The contract between the harness and a quantization method: three optional hooks.
+"""The contract between the harness and a quantization method: four optional hooks.
 
 A method is a frozen, keyword-only dataclass. Its fields are its YAML's keys and the command line's options.
 A hook is a pure function of its arguments and fields: no printing, globals, devices or global seeds. What a
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from harness.core.qtensor import QTensor, round_to_nearest
+from harness.core.residual import Residual as Residual
 from harness.core.rewrite import InputGroup as InputGroup
 from harness.core.scheme import NATIVE, Scheme
 from harness.core.stats import Stat, Stats
@@ -77,6 +78,12 @@ class Method:
 
     def prepare(self, model: nn.Module) -> None:
         """Rewrite the float model once, without data (rotations). Must keep the function that it computes."""
+
+    def rotate(self, residual: Residual) -> None:
+        """Rewrite the float model once around its residual stream, by `fold`, `turn` and `online`; needs no data.
+
+        Must keep the model's function. A model whose stream cannot be turned is refused before.
+        """
 
     def transform(self, group: InputGroup, stats: Stats) -> None:
         """Rewrite the weights around one input group, by `group.rescale`. Must keep the model's function."""

@@ -95,15 +95,19 @@ class ActivationFormat(IntFormat):
     Granularity `tensor` and `dynamic` shares one scale over all tokens of a sequence, never over the
     sequences of a batch, so that a result does not depend on the batch size. With `threshold`, channels in
     which any token of the sequence reaches it in magnitude stay float, and have no part in the ranges of the
-    others (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, equation 8).
+    others (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, equation 8). Ranges, found or calibrated, are
+    multiplied by `clip`: larger values go to the end of the grid, and the others get finer steps.
     """
 
     granularity: Literal["token", "tensor"] = "token"
     dynamic: bool = True
     threshold: float | None = None
+    clip: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not 0 < self.clip <= 1:
+            raise ValueError(f"clip={self.clip} is out of range; expected a share of the range above 0, and 1 at most")
         if self.granularity == "token" and not self.dynamic:
             raise ValueError(
                 "dynamic=False has no meaning with granularity=token, whose ranges are known at run time alone; "

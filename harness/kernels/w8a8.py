@@ -27,10 +27,11 @@ _SIGN_BIT = 0x80
 
 
 def supports(weight: IntQTensor, quantizer: InputQuantizer, dtype: torch.dtype) -> bool:
-    """Whether TritonW8A8 computes exactly this format: symmetric 8-bit codes, a scale a row or one for all."""
+    """Whether TritonW8A8 computes exactly this format: symmetric 8-bit codes, a scale a row or one for all, no clip."""
     formats: tuple[IntFormat, ...] = (weight.fmt, quantizer.fmt)
     return (
         all(fmt.bits == 8 and fmt.symmetric for fmt in formats)
+        and quantizer.fmt.clip == 1  # rows find their largest magnitude themselves
         and weight.scale.shape[1] == 1
         and weight.shape[1] <= _MAX_K
         and dtype in _DTYPES
@@ -50,7 +51,7 @@ class TritonW8A8(Kernel):
         if not supports(weight, quantizer, dtype):
             raise ValueError(
                 f"kernel triton_w8a8 does not run {weight.fmt} with {quantizer.fmt} in {dtype}; expected symmetric "
-                f"8-bit weights and activations, a scale a row or a tensor, and at most {_MAX_K} inputs"
+                f"8-bit weights and activations, a scale a row or a tensor, clip=1, and at most {_MAX_K} inputs"
             )
         self.name = "triton_w8a8" if quantizer.fmt.threshold is None else "triton_llm_int8"
         self.quantizer = quantizer

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -15,6 +16,20 @@ from harness.core.packing import pack, packed_bytes, unpack
 from harness.core.scheme import WeightFormat
 
 _SLAB_VALUES = 1 << 18  # 1 MiB of float32
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """What of a QTensor can be trained, its codes as they are.
+
+    values  float32 copies of the stored floats that take part, by name
+    weight  of such values: the weight (N, K) float32 that they and the codes decode to; differentiable
+    accept  of such values: store them, rounded to the dtypes of the buffers; ValueError where one does not fit
+    """
+
+    values: dict[str, Tensor]
+    weight: Callable[[dict[str, Tensor]], Tensor]
+    accept: Callable[[dict[str, Tensor]], None]
 
 
 class QTensor(nn.Module, ABC):
@@ -41,6 +56,10 @@ class QTensor(nn.Module, ABC):
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """y = x W^T + b of inputs (..., K), from the stored bits."""
         return F.linear(inputs, self.dequantize(inputs.dtype), bias)
+
+    def tuner(self) -> Tuner | None:
+        """What fine-tuning may change, as of now, on the device it is on; None: nothing."""
+        return None
 
     @property
     def stored_bits(self) -> int:

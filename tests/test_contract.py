@@ -35,6 +35,7 @@ SCHEMES = {
         name="llm_int8", weight=WeightFormat(bits=8, symmetric=True, grid="narrow"), activation=INT8_TOKENS
     ),
     "native": Scheme(name="native", weight=WeightFormat(bits=4)),
+    "native_2": Scheme(name="native", weight=WeightFormat(bits=2)),
 }
 ROWS, COLUMNS, TOKENS = 24, 64, 200
 

@@ -1,13 +1,13 @@
 """AQLM: groups of eight weights as sums of vectors, from codebooks that are fitted to the weight and its inputs.
 
-Paper: Egiazarian et al. 2024, arXiv 2401.06118, section 3 and algorithm 1: of a layer, phase 1 (codes) and phase 2
-    (codebooks and scales).
+Paper: Egiazarian et al. 2024, arXiv 2401.06118, section 3 and algorithm 1: phase 1 (codes), phase 2 (codebooks and
+    scales) and phase 3 (fine-tuning of a block).
 Differs: codebooks follow by preconditioned conjugate gradients on the least squares problem that they solve, where the
     authors take 100 steps of Adam, and scales in closed form: fewer passes, and no learning rate. k-means weighs each
     coordinate by the Hessian's diagonal and the row's scale, where theirs is plain, and trains on a sample. The beam
     holds combinations of one group's codes, all rows at once, and replaces one codebook's code after another. Floats
-    are rounded to float16 before the last choice of codes. The Hessian is damped. Fine-tuning (phase 3) is no part of
-    choosing codes.
+    are rounded to float16 before the last choice of codes. The Hessian is damped. A block is fine-tuned towards the
+    float model's output of float inputs, where theirs is that of the inputs which the quantized blocks before give.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from harness.core import grid
 from harness.core.additive import AdditiveQTensor, half
 from harness.core.additive_fit import Fit, Problem
 from harness.core.kmeans import assign, kmeans
-from harness.core.method import Method
+from harness.core.method import Finetune, Method
 from harness.core.qtensor import QTensor
 from harness.core.scheme import NATIVE, Scheme
 from harness.core.stats import Hessian, Stats
@@ -48,6 +48,8 @@ class AQLM(Method):
     kmeans_iterations  of each codebook's start
     damp               added to the Hessian's diagonal, as a share of its mean
     seed               of the k-means and of the order in which groups are searched
+    epochs             of training codebooks, scales and norms, block by block; 0 for none
+    lr                 step of that training, as a share of what it moves
     """
 
     needs: ClassVar = (Hessian,)
@@ -62,20 +64,27 @@ class AQLM(Method):
     kmeans_iterations: int = 25
     damp: float = 0.01
     seed: int = 0
+    epochs: int = 2
+    lr: float = 0.005
 
     def __post_init__(self) -> None:
         for key in ("codebooks", "group_size", "beam", "codebook_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key}={getattr(self, key)} is out of range; expected 1 or more")
-        for key in ("iterations", "kmeans_iterations"):
+        for key in ("iterations", "kmeans_iterations", "epochs", "seed"):
             if getattr(self, key) < 0:
                 raise ValueError(f"{key}={getattr(self, key)} is out of range; expected 0 or more")
         if not 1 <= self.code_bits <= 16:
             raise ValueError(f"code_bits={self.code_bits} is out of range; expected 1 to 16")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance} is out of range; expected 0 or more, and less than 1")
-        if not self.damp > 0:
-            raise ValueError(f"damp={self.damp} is out of range; expected more than 0")
+        for key in ("damp", "lr"):
+            if not getattr(self, key) > 0:
+                raise ValueError(f"{key}={getattr(self, key)} is out of range; expected more than 0")
+
+    @property
+    def finetune(self) -> Finetune | None:
+        return Finetune(epochs=self.epochs, lr=self.lr) if self.epochs else None
 
     def check(self, scheme: Scheme) -> None:
         if scheme.name != NATIVE:

@@ -267,6 +267,11 @@ def test_without_tokens_all_inputs_count_alike_and_it_says_so() -> None:
     assert (found - alike).norm() <= 1e-3 * alike.norm()
 
 
+def test_a_hessian_that_is_not_positive_definite_is_refused() -> None:
+    with pytest.raises(ValueError, match="the damped Hessian is not positive definite in float32; use a larger damp"):
+        Problem(weights(), -hessian(), SIZE)
+
+
 def test_a_float64_weight_and_an_input_that_is_always_zero() -> None:
     seen = inputs()
     seen[:, 3] = 0

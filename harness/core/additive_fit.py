@@ -16,7 +16,7 @@ from harness.core.additive import Gather
 from harness.core.kmeans import smallest
 
 _COLUMNS = 64  # columns between two updates of all that follow; decides speed alone
-_SCORES = 1 << 18  # scores of candidates that are held at once, 1 MiB
+_SCORES = 1 << 20  # scores of candidates that are held at once, 4 MiB
 _LEAST_ROWS = 64  # but no fewer rows than this
 _CONVERGED = 1e-9  # of the squared gradient: what float32 resolves, beyond which directions are noise
 
@@ -46,7 +46,9 @@ class Problem:
         groups = weight.shape[1] // group_size
         own = hessian.view(groups, group_size, groups, group_size)
         self.diagonal = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # (G, g, g)
-        self.lower = torch.linalg.cholesky(self.diagonal)
+        self.lower, failed = torch.linalg.cholesky_ex(self.diagonal)
+        if failed.any():
+            raise ValueError("the damped Hessian is not positive definite in float32; use a larger damp")
         eye = torch.eye(group_size, dtype=weight.dtype, device=weight.device).expand_as(self.lower)
         self.inverse = torch.linalg.solve_triangular(self.lower, eye, upper=False)  # of `lower`
 
@@ -154,23 +156,36 @@ class _Run:
     def _beam(self, i: int, gap: Tensor, codes: Tensor, beam: int) -> tuple[Tensor, Tensor]:
         """Replace the codes (M, n) of one group in turn, keeping the `beam` best: codes (M, n), the gap left (n, g)."""
         kept, gaps = codes[:, :, None], gap[:, None]  # (M, n, P), (n, P, g)
-        for m in range(len(codes)):
-            entries = self.entries[i, m]
-            wanted = gaps + _pick(entries, kept[m])
-            scores = torch.addmm(self.norms[i, m], wanted.view(-1, self.size), self.tables[i, m])
+        for m, entries in enumerate(self.entries[i]):
+            wanted, last = gaps + _pick(entries, kept[m]), m + 1 == len(codes)
+            if last and wanted.shape[1] > 1:
+                origin = self._best(i, m, wanted)
+                wanted, kept = _take(wanted, origin), kept.gather(2, origin.expand(len(kept), -1, -1))
+            scores = self._scores(i, m, wanted)
             if wanted.shape[1] > 1:
-                scores += wanted.view(-1, self.size).square().sum(1, keepdim=True)
-            count = 1 if m + 1 == len(codes) else min(beam, wanted.shape[1] * len(entries))
-            best = smallest(scores.view(len(gap), -1), count)
-            if wanted.shape[1] == count == 1:
-                code = best
-            else:
-                origin, code = best // len(entries), best % len(entries)
-                wanted = wanted.gather(1, origin[:, :, None].expand(-1, -1, self.size))
-                kept = kept.gather(2, origin.expand(len(kept), -1, -1))
+                scores += wanted.square().sum(2, keepdim=True)
+            count = 1 if last else min(beam, wanted.shape[1] * len(entries))
+            code = smallest(scores.view(len(gap), -1), count)
+            if not wanted.shape[1] == count == 1:
+                origin, code = code // len(entries), code % len(entries)
+                wanted, kept = _take(wanted, origin), kept.gather(2, origin.expand(len(kept), -1, -1))
             gaps = wanted - _pick(entries, code)
             kept = torch.cat([kept[:m], code[None], kept[m + 1 :]])
         return kept[:, :, 0], gaps[:, 0]
+
+    def _scores(self, i: int, m: int, wanted: Tensor) -> Tensor:
+        """Squared distances of `wanted` (n, P, g) to all entries, less its own square, (n, P, E)."""
+        found = torch.addmm(self.norms[i, m], wanted.view(-1, self.size), self.tables[i, m])
+        return found.view(*wanted.shape[:2], -1)
+
+    def _best(self, i: int, m: int, wanted: Tensor) -> Tensor:
+        """Which of P `wanted` (n, P, g) has the nearest entry, (n, 1). To find that entry again costs 1 / P of this."""
+        return (self._scores(i, m, wanted).amin(2) + wanted.square().sum(2)).argmin(1, keepdim=True)
+
+
+def _take(wanted: Tensor, origin: Tensor) -> Tensor:
+    """Of `wanted` (n, P, g) those that `origin` (n, Q) names, (n, Q, g)."""
+    return wanted.gather(1, origin[:, :, None].expand(-1, -1, wanted.shape[2]))
 
 
 def _pick(entries: Tensor, codes: Tensor) -> Tensor:

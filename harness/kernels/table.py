@@ -14,6 +14,7 @@ Within a kernel, the number of rows decides the path; its module says where.
     cpu     8       int8              cpu_w8a8         (small weights: torch's int8 product; large: oneDNN's)
     cpu     8       int8, outliers    cpu_llm_int8     torch's int8 product, outlier columns apart
     any     2 to 8  any               reference        decode in slabs of rows and matmul
+    any     vectors any               additive         few: a table of products; many: likewise (harness.core.additive)
 """
 
 from __future__ import annotations

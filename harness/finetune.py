@@ -22,11 +22,12 @@ from harness.core.qtensor import QTensor, Tuner
 from harness.linear import QuantLinear
 
 _HELD_OUT = 8  # one sequence of so many
+_TINY = 1e-12  # of a token's square
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Relative squared error of the block's output on held-out sequences, before training and of what was kept."""
+    """Mean relative squared error of a token on held-out sequences, before training and of what was kept."""
 
     before: float
     after: float
@@ -114,11 +115,10 @@ class _Task:
             tensor.copy_(kept)
 
     def loss(self, indices: Sequence[int]) -> Tensor:
-        """Squared distance of the outputs of some sequences from their targets, as a share of the targets' squares."""
+        """Mean over the tokens of some sequences of their relative squared error."""
         for tuning in self.tunings:
             tuning.decode()
-        far = [(self.run(self.inputs[i]) - self.targets[i]).float().square().sum() for i in indices]
-        return torch.stack(far).sum() / sum(self.targets[i].float().square().sum() for i in indices)
+        return torch.stack([_far(self.run(self.inputs[i]), self.targets[i]) for i in indices]).mean()
 
     @torch.no_grad()
     def error(self, indices: Sequence[int]) -> float:
@@ -140,6 +140,17 @@ class _Steps:
             self.task.loss(indices).backward()
         self.optimizer.step()
         self.schedule.step()
+
+
+def _far(found: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of |found - target|^2 / |larger of the two|^2, states (1, T, D) in float32.
+
+    What reads the stream divides each token by its size. Without that, training would be for the few tokens of massive
+    activations alone, or for those that quantization made or unmade.
+    """
+    exact, given = target.float(), found.float()
+    size = torch.maximum(exact.square().sum(-1), given.detach().square().sum(-1)).clamp(min=_TINY)
+    return ((given - exact).square().sum(-1) / size).mean()
 
 
 def _size(tensor: Tensor) -> float:

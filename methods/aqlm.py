@@ -64,8 +64,8 @@ class AQLM(Method):
     kmeans_iterations: int = 25
     damp: float = 0.01
     seed: int = 0
-    epochs: int = 2
-    lr: float = 0.005
+    epochs: int = 1
+    lr: float = 0.01
 
     def __post_init__(self) -> None:
         for key in ("codebooks", "group_size", "beam", "codebook_steps"):

@@ -49,11 +49,11 @@ class QuIPSharp(Method):
     needs: ClassVar = (Hessian,)
 
     damp: float = 0.01
-    passes: int = 2
+    passes: int = 1
     spread: float = 1.0
     seed: int = 0
-    epochs: int = 2
-    lr: float = 0.005
+    epochs: int = 1
+    lr: float = 0.01
 
     def __post_init__(self) -> None:
         for key in ("damp", "spread", "lr"):

@@ -76,7 +76,12 @@ def task(off: float = 1.3, count: int = 16) -> tuple[Block, list[Tensor], list[T
 
 
 def error(block: Block, inputs: list[Tensor], targets: list[Tensor]) -> float:
-    return relative(torch.cat([block(states) for states in inputs]), torch.cat(targets)) ** 2
+    """Mean over tokens of the squared error, relative to the larger of output and target."""
+    with torch.no_grad():
+        pairs = [(block(x)[0].double(), y[0].double()) for x, y in zip(inputs, targets, strict=True)]
+    far = [float((y - t).square().sum() / max(y.square().sum(), t.square().sum())) for a, b in pairs
+           for y, t in zip(a, b, strict=True)]  # fmt: skip
+    return sum(far) / len(far)
 
 
 def test_it_finds_the_scales_and_gains_that_were_off() -> None:
@@ -87,7 +92,7 @@ def test_it_finds_the_scales_and_gains_that_were_off() -> None:
     assert found.before == pytest.approx(before, rel=1e-4)
     assert found.after < 0.02 * found.before
     held_out = error(block, inputs[7::8], targets[7::8])  # from what was stored, in float16
-    assert held_out == pytest.approx(found.after, rel=0.05)
+    assert held_out < 1e-4 * before
 
 
 def test_what_was_lent_is_given_back() -> None:

@@ -100,31 +100,39 @@ def _nearest(vectors: Tensor) -> Tensor:
     shifted = torch.cat([vectors - SHIFT, vectors + SHIFT], 1)
     magnitude, negative = shifted.abs(), shifted < 0
     odd = negative.sum(0) % 2
-    score, found = _best_complete(magnitude, odd)
-    _try_incomplete(magnitude, odd, score, found)
-    distance = shifted.square().sum(0) - 2 * score
+    best = _best_complete(magnitude, odd)
+    _try_incomplete(magnitude, odd, best)
+    distance = shifted.square().sum(0) - 2 * best.score
     minus = distance[count:] < distance[:count]
-    found, magnitude, negative, odd = (
-        torch.where(minus, both[..., count:], both[..., :count]) for both in (found, magnitude, negative, odd)
+    found, changed, negative, odd = (
+        torch.where(minus, both[..., count:], both[..., :count]) for both in (best.pattern, best.change, negative, odd)
     )
     signed = torch.where(negative, -found, found)
-    cheapest = (found * magnitude).argmin(0, keepdim=True)
-    changed = torch.where(odd == found.sum(0) % 2, 1, -1)
-    return signed.scatter(0, cheapest, signed.gather(0, cheapest) * changed) + torch.where(minus, -SHIFT, SHIFT)
+    sign = torch.where(odd == found.sum(0) % 2, 1, -1)
+    return signed.scatter(0, changed, signed.gather(0, changed) * sign) + torch.where(minus, -SHIFT, SHIFT)
 
 
-def _best_complete(magnitude: Tensor, odd: Tensor) -> tuple[Tensor, Tensor]:
+@dataclass
+class _Best:
+    """Scores (n,), patterns (8, n), and whose sign changes if one has to, (1, n), of the best patterns so far."""
+
+    score: Tensor
+    pattern: Tensor
+    change: Tensor
+    ordered: Tensor
+
+
+def _best_complete(magnitude: Tensor, odd: Tensor) -> _Best:
     """The best of the 227 patterns for columns of `magnitude` (8, n) with an odd (1) or even (0) number of signs.
 
     A pattern's values are best in the order of the magnitudes, so it is enough to sort these and try each multiset.
-    Returns: scores (n,) and patterns (8, n).
     """
     ordered, order = magnitude.sort(0, descending=True)
     steps, offset, parity = _multisets(magnitude.device, magnitude.dtype)
     base = ordered.sum(0) / 2 - torch.where(odd == parity, 0, ordered[-1:])
-    score, best = (torch.addmm(offset, steps, ordered) + base).max(0)
-    values = steps.T[:, best] + 0.5
-    return score, values.scatter(0, order, values)
+    score, kind = (torch.addmm(offset, steps, ordered) + base).max(0)
+    values = steps.T[:, kind] + 0.5
+    return _Best(score, values.scatter(0, order, values), order[-1:].clone(), ordered)
 
 
 @functools.lru_cache(maxsize=8)
@@ -134,20 +142,20 @@ def _multisets(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return ordered - 0.5, -ordered.square().sum(1, keepdim=True) / 2, ordered.sum(1, keepdim=True) % 2
 
 
-def _try_incomplete(magnitude: Tensor, odd: Tensor, score: Tensor, found: Tensor) -> None:
+def _try_incomplete(magnitude: Tensor, odd: Tensor, best: _Best) -> None:
     """Take the best of the 29 incomplete patterns, in place, for columns where it has a better score."""
     points, halves = _incomplete(magnitude.device, magnitude.dtype)
-    bound = magnitude.sum(0) * 1.5 - magnitude.topk(3, 0, largest=False).values.sum(0) - _INCOMPLETE_NORM / 2
-    columns = (bound > score).nonzero()[:, 0]  # few: with any arrangement allowed they could be better
+    bound = best.ordered[:5].sum(0) * 1.5 + best.ordered[5:].sum(0) / 2 - _INCOMPLETE_NORM / 2
+    columns = (bound > best.score).nonzero()[:, 0]  # few: with any arrangement allowed they could be better
     tried = magnitude[:, columns]
     # The least of 2 s_i a_i: among the three 1/2, or with 3/2 where the magnitude is smallest.
     among_halves = tried[halves.flatten()].unflatten(0, halves.shape).amin(1)
-    change = torch.minimum(among_halves, 3 * tried.amin(0))
-    scores = points @ tried - _INCOMPLETE_NORM / 2 - torch.where(odd[columns] == 1, 0, change)
-    best, index = scores.max(0)
-    better = best > score[columns]
-    score[columns[better]] = best[better]
-    found[:, columns[better]] = points[index[better]].T
+    cost = torch.minimum(among_halves, 3 * best.ordered[-1, columns])
+    score, index = (points @ tried - _INCOMPLETE_NORM / 2 - torch.where(odd[columns] == 1, 0, cost)).max(0)
+    better = score > best.score[columns]
+    columns, pattern = columns[better], points[index[better]].T
+    best.score[columns], best.pattern[:, columns] = score[better], pattern
+    best.change[0, columns] = (pattern * magnitude[:, columns]).argmin(0)
 
 
 @functools.lru_cache(maxsize=8)

@@ -30,7 +30,7 @@ class Finetune:
 
     epochs: int
     lr: float
-    batch: int = 4
+    batch: int = 1
 
     def __post_init__(self) -> None:
         if self.epochs < 1 or self.batch < 1 or not self.lr > 0:

@@ -64,7 +64,7 @@ class AQLM(Method):
     kmeans_iterations: int = 25
     damp: float = 0.01
     seed: int = 0
-    epochs: int = 1
+    epochs: int = 4
     lr: float = 0.01
 
     def __post_init__(self) -> None:

@@ -65,7 +65,7 @@ class IncoherentQTensor(QTensor):
         exact = torch.promote_types(inputs.dtype, torch.float32)
         turned = rotate(inputs.to(exact) * self._vector("right", exact)).to(inputs.dtype)
         products = [F.linear(turned, slab) for slab in self._slabs(inputs.dtype)]
-        found = unrotate(torch.cat(products, -1).to(exact)) * self._vector("left", exact)
+        found = unrotate(torch.cat(products, -1).to(exact)) * (self._vector("left", exact) * self._step)
         return (found if bias is None else found + bias).to(inputs.dtype)
 
     def tuner(self) -> Tuner:
@@ -93,18 +93,24 @@ class IncoherentQTensor(QTensor):
 
     def _turned_back(self, dtype: torch.dtype) -> Tensor:
         """Q_N V Q_K^T, (N, K)."""
-        rows = unrotate(torch.cat(list(self._slabs(dtype))))
+        rows = unrotate(torch.cat(list(self._slabs(dtype))).mul_(self._step))
         return unrotate(rows.T).T.contiguous()
 
+    @property
+    def _step(self) -> Tensor:
+        """What one unit of the first codebook's table stands for, ()."""
+        return self.scale[0] * self.books[0].step
+
     def _slabs(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """V decoded, so many rows at a time that their floats stay in a processor's cache; on a GPU, all."""
+        """V in units of `_step`, so many rows at a time that they stay in a processor's cache; on a GPU, all."""
         rows, columns = self.shape
         height = rows if self.scale.is_cuda else max(_SLAB_VALUES // columns, 1)
-        parts = self.codes
-        steps = [book.step * scale for book, scale in zip(self.books, self.scale.tolist(), strict=True)]
+        first, *rest = self.books
+        codes, *more = self.codes
+        shares = [book.step * scale / self._step for book, scale in zip(rest, self.scale[1:], strict=True)]
         for start in range(0, rows, height):
-            points = [book.decode(part[start : start + height]) for book, part in zip(self.books, parts, strict=True)]
-            values = points[0].flatten(1).to(dtype).mul_(steps[0])
-            for more, step in zip(points[1:], steps[1:], strict=True):
-                values.add_(more.flatten(1).to(dtype), alpha=step)
+            slab = slice(start, start + height)
+            values = first.decode(codes[slab]).flatten(1).to(dtype)
+            for book, part, share in zip(rest, more, shares, strict=True):
+                values += book.decode(part[slab]).flatten(1).to(dtype) * share.to(dtype)
             yield values

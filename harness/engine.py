@@ -264,6 +264,7 @@ class _Pass:
         """Train the block that has just been quantized, and bring its rows up to date."""
         assert self.step.finetune is not None
         block = stream.blocks[stream.position]
+        stream.shortcuts = ()  # they answer for the block as it was
         found = finetune(block, stream.run_to_train, stream.states, targets, self.step.finetune)
         if found is None:
             return

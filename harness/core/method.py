@@ -58,7 +58,10 @@ class Method:
 
     @property
     def finetune(self) -> Finetune | None:
-        """How a block is fine-tuned once its linears are quantized, by the tuners of their QTensors; None for not."""
+        """How a block is fine-tuned once its linears are quantized, by the tuners of their QTensors; None for not.
+
+        Only where `needs` asks for calibration data.
+        """
         return None
 
     @property

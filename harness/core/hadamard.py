@@ -56,8 +56,8 @@ def factors(size: int) -> tuple[Tensor, ...]:
         )
         found.append(_hartley(odd) if first is None else first / math.sqrt(odd << used))
         twos -= used
-    while twos > 0:
-        part = min(twos, _CHUNK)
+    for parts in range(-(-twos // _CHUNK), 0, -1):  # even parts: a factor of 2 by itself costs as much as one of 64
+        part = twos // parts
         found.append(_sylvester(part) / math.sqrt(1 << part))
         twos -= part
     return tuple(found) or (torch.ones(1, 1, dtype=torch.float64),)

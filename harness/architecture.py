@@ -123,3 +123,15 @@ def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 def first_of(output: Any) -> Any:
     """What a module hands on: its output, or the first item of a tuple."""
     return output[0] if isinstance(output, tuple) else output
+
+
+def tensors_of(nest: Any) -> Iterator[Tensor]:
+    """Every tensor in a nest of arguments."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, tuple | list):
+        for item in nest:
+            yield from tensors_of(item)
+    elif isinstance(nest, dict):
+        for item in nest.values():
+            yield from tensors_of(item)

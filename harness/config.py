@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from harness.core.method import Method, overrides
+from harness.core.ranges import at_least
 from harness.core.scheme import Scheme
 from harness.errors import choices
 
@@ -81,11 +82,10 @@ class DataConfig:
     allow_overlap: bool = False
 
     def __post_init__(self) -> None:
-        for key in ("num_samples", "calibration_seq_len", "batch_size"):
-            _at_least(key, getattr(self, key), 1)
-        _at_least("seq_len", self.seq_len, 2)
+        at_least(self, 1, "num_samples", "calibration_seq_len", "batch_size")
+        at_least(self, 2, "seq_len")
         if self.max_windows is not None:
-            _at_least("max_windows", self.max_windows, 1)
+            at_least(self, 1, "max_windows")
         if self.source == "text_file" and self.path is None:
             raise ValueError("path=None; expected a text file to evaluate on, as data=text_file data.path=FILE")
 
@@ -109,9 +109,8 @@ class MeasureConfig:
     repeats: int = 10
 
     def __post_init__(self) -> None:
-        for key in ("batch_size", "prompt_len", "decode_tokens", "repeats"):
-            _at_least(key, getattr(self, key), 1)
-        _at_least("warmup", self.warmup, 0)
+        at_least(self, 1, "batch_size", "prompt_len", "decode_tokens", "repeats")
+        at_least(self, 0, "warmup")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,9 +127,8 @@ class EngineConfig:
     cache_gib: float = 4.0
 
     def __post_init__(self) -> None:
-        _at_least("search_tokens", self.search_tokens, 1)
-        if not self.cache_gib >= 0:
-            raise ValueError(f"cache_gib={self.cache_gib} is out of range; expected 0 or more")
+        at_least(self, 1, "search_tokens")
+        at_least(self, 0, "cache_gib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -328,8 +326,3 @@ def _convert_scalar(value: Any, hint: type, key: str) -> Any:
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
         raise ValueError(f"{key}={value!r} has type {type(value).__name__}; expected {hint.__name__}")
     return value
-
-
-def _at_least(key: str, value: int, low: int) -> None:
-    if value < low:
-        raise ValueError(f"{key}={value} is out of range; expected {low} or more")

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from harness.architecture import hooked, linears_of
+from harness.architecture import hooked, linears_of, tensors_of
 
 _ADD = frozenset({"add", "iadd", "radd"})
 _SCALE = frozenset({"mul", "imul", "rmul", "div", "truediv", "true_divide"})
@@ -94,7 +94,7 @@ class Flow(TorchFunctionMode):
             self._inside.pop()
             self._steps -= single
             if single and not self._steps:
-                self._step(name, next(_tensors((args, options)), None), output)
+                self._step(name, next(tensors_of((args, options)), None), output)
 
         return hook
 
@@ -118,7 +118,7 @@ class Flow(TorchFunctionMode):
         found = func(*args, **(kwargs or {}))
         if not self._steps:
             name = getattr(func, "__name__", str(func)).strip("_")
-            self._function(name, list(_tensors((args, kwargs or {}))), list(_tensors(found)))
+            self._function(name, list(tensors_of((args, kwargs or {}))), list(tensors_of(found)))
         return found
 
     def _function(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
@@ -162,13 +162,3 @@ def _has_gain(module: nn.Module) -> bool:
     """A module with a gain a channel; what it really does is measured."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 1
-
-
-def _tensors(nest: Any) -> Iterator[Tensor]:
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, tuple | list):
-        for item in nest:
-            yield from _tensors(item)
-    elif isinstance(nest, dict):
-        yield from _tensors(list(nest.values()))

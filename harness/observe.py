@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 from torch import Tensor, nn
 
+from harness.architecture import tensors_of
 from harness.core.rewrite import InputGroup
 from harness.core.stats import Stat, Stats
 from harness.statcache import StatCache, digest, module_digest, stat_identity, tensor_digest
@@ -32,7 +32,7 @@ class Observer:
     ) -> None:
         self.stream, self.cache, self.needs, self.keep = stream, cache, needs, keep
         self.device = stream.states[0].device
-        first = tensor_digest(*stream.states, *_tensors(stream.calls[0]))
+        first = tensor_digest(*stream.states, *tensors_of(stream.calls[0]))
         self._chain = digest(first, str(self.device), *names)
         self._block = ""  # the digest of the block as it was when it was first observed
         self._outputs: list[Tensor] | None = None
@@ -106,15 +106,3 @@ def _states(cls: type[Stat], stats: list[Stats]) -> Iterator[tuple[int, str, Ten
     for i, seen in enumerate(stats):
         for name, value in seen[cls].state().items():
             yield i, name, value
-
-
-def _tensors(nest: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of arguments."""
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, tuple | list):
-        for item in nest:
-            yield from _tensors(item)
-    elif isinstance(nest, dict):
-        for item in nest.values():
-            yield from _tensors(item)

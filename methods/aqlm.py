@@ -24,9 +24,10 @@ from harness.core import grid
 from harness.core.additive import AdditiveQTensor, half
 from harness.core.additive_fit import Fit, Problem
 from harness.core.kmeans import assign, kmeans
-from harness.core.method import Finetune, Method
+from harness.core.method import Finetuned
 from harness.core.qtensor import QTensor
-from harness.core.scheme import NATIVE, Scheme
+from harness.core.ranges import above_zero, at_least
+from harness.core.scheme import Scheme, require_native
 from harness.core.stats import Hessian, Stats
 
 _SAMPLE = 64  # vectors for each entry that k-means sees
@@ -35,7 +36,7 @@ _EXTREME = 10  # powers of two from 1 at which float16 needs help
 
 
 @dataclass(frozen=True, kw_only=True)
-class AQLM(Method):
+class AQLM(Finetuned):
     """Additive codebooks under the Hessian of the inputs.
 
     codebooks          vectors that are added up for each group
@@ -49,7 +50,6 @@ class AQLM(Method):
     damp               added to the Hessian's diagonal, as a share of its mean
     seed               of the k-means and of the order in which groups are searched
     epochs             of training codebooks, scales and norms, block by block; 0 for none
-    lr                 step of that training, as a share of what it moves
     """
 
     needs: ClassVar = (Hessian,)
@@ -65,30 +65,19 @@ class AQLM(Method):
     damp: float = 0.01
     seed: int = 0
     epochs: int = 4
-    lr: float = 0.01
 
     def __post_init__(self) -> None:
-        for key in ("codebooks", "group_size", "beam", "codebook_steps"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key}={getattr(self, key)} is out of range; expected 1 or more")
-        for key in ("iterations", "kmeans_iterations", "epochs", "seed"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key}={getattr(self, key)} is out of range; expected 0 or more")
+        super().__post_init__()
+        at_least(self, 1, "codebooks", "group_size", "beam", "codebook_steps")
+        at_least(self, 0, "iterations", "kmeans_iterations", "seed")
+        above_zero(self, "damp")
         if not 1 <= self.code_bits <= 16:
             raise ValueError(f"code_bits={self.code_bits} is out of range; expected 1 to 16")
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance} is out of range; expected 0 or more, and less than 1")
-        for key in ("damp", "lr"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}={getattr(self, key)} is out of range; expected more than 0")
-
-    @property
-    def finetune(self) -> Finetune | None:
-        return Finetune(epochs=self.epochs, lr=self.lr) if self.epochs else None
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.name != NATIVE:
-            raise ValueError(f"scheme={scheme.name} is another format than additive codebooks; use scheme={NATIVE}")
+        require_native(scheme, "additive codebooks")
         bits = max(_FEWEST_BITS, math.ceil(self.codebooks * self.code_bits / self.group_size))
         if bits > _MOST_BITS:
             raise ValueError(

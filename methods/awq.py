@@ -21,6 +21,7 @@ from torch import Tensor
 from harness.core.clip import clipped_params
 from harness.core.method import InputGroup, Method
 from harness.core.qtensor import QTensor, round_to_grid, round_to_nearest
+from harness.core.ranges import at_least
 from harness.core.scheme import Scheme
 from harness.core.stats import AbsMean, Hessian, Stats
 
@@ -46,8 +47,7 @@ class AWQ(Method):
     pairs: Literal["all", "paper", "norms"] = "all"
 
     def __post_init__(self) -> None:
-        if self.ratios < 1:
-            raise ValueError(f"ratios={self.ratios} is out of range; expected 1 or more")
+        at_least(self, 1, "ratios")
 
     @property
     def searches(self) -> bool:

@@ -23,6 +23,7 @@ from harness.core.clip import clipped_params
 from harness.core.damping import cholesky, damped_factor
 from harness.core.method import Method
 from harness.core.qtensor import PermutedQTensor, QTensor, round_to_grid, round_to_nearest
+from harness.core.ranges import above_zero, at_least
 from harness.core.scheme import Scheme, WeightFormat
 from harness.core.stats import Hessian, Stats
 
@@ -52,10 +53,8 @@ class GPTQ(Method):
     clip: bool = True
 
     def __post_init__(self) -> None:
-        if not self.damp > 0:
-            raise ValueError(f"damp={self.damp} is out of range; expected more than 0")
-        if self.column_block < 1:
-            raise ValueError(f"column_block={self.column_block} is out of range; expected 1 or more")
+        above_zero(self, "damp")
+        at_least(self, 1, "column_block")
 
     @property
     def sequential(self) -> bool:

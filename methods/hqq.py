@@ -20,6 +20,7 @@ from torch import Tensor
 from harness.core import grid
 from harness.core.method import Method
 from harness.core.qtensor import QTensor, round_to_grid
+from harness.core.ranges import above_zero, at_least
 from harness.core.scheme import Scheme, WeightFormat
 from harness.core.stats import Stats
 
@@ -48,12 +49,9 @@ class HQQ(Method):
     def __post_init__(self) -> None:
         if not 0 < self.norm <= 1:
             raise ValueError(f"norm={self.norm} is out of range; expected more than 0, up to 1")
-        if not self.beta > 0:
-            raise ValueError(f"beta={self.beta} is out of range; expected more than 0")
-        if not self.beta_growth >= 1:
-            raise ValueError(f"beta_growth={self.beta_growth} is out of range; expected 1 or more")
-        if self.iterations < 0:
-            raise ValueError(f"iterations={self.iterations} is out of range; expected 0 or more")
+        above_zero(self, "beta")
+        at_least(self, 1, "beta_growth")
+        at_least(self, 0, "iterations")
 
     def check(self, scheme: Scheme) -> None:
         super().check(scheme)

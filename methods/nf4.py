@@ -19,7 +19,8 @@ from torch import Tensor
 from harness.core.codebook import BITS, LevelsQTensor
 from harness.core.method import Method
 from harness.core.qtensor import QTensor
-from harness.core.scheme import NATIVE, Scheme
+from harness.core.ranges import at_least
+from harness.core.scheme import Scheme, require_native
 from harness.core.stats import Stats
 
 # Outermost probability: between those that would leave 1/32 and 1/30 outside. Rounded as in the authors' code.
@@ -41,8 +42,7 @@ class Codebook(Method, ABC):
     block_size: int = 64
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ValueError(f"block_size={self.block_size} is out of range; expected 1 or more")
+        at_least(self, 1, "block_size")
 
     @staticmethod
     @abstractmethod
@@ -50,10 +50,7 @@ class Codebook(Method, ABC):
         """The codebook (16,) in float32, by code, with the largest magnitude 1."""
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.name != NATIVE:
-            raise ValueError(
-                f"scheme={scheme.name} is another format than the blocks of {self.label}; use scheme={NATIVE}"
-            )
+        require_native(scheme, f"the blocks of {self.label}")
         if scheme.weight.bits != BITS:
             raise ValueError(f"bits={scheme.weight.bits} is not what {self.label} has; use bits={BITS}")
 

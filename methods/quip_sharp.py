@@ -21,9 +21,10 @@ from harness.core import e8, grid
 from harness.core.damping import cholesky, damped_factor
 from harness.core.hadamard import random_signs, rotate
 from harness.core.incoherent import STAGES, IncoherentQTensor
-from harness.core.method import Finetune, Method
+from harness.core.method import Finetuned
 from harness.core.qtensor import QTensor
-from harness.core.scheme import NATIVE, Scheme
+from harness.core.ranges import above_zero, at_least
+from harness.core.scheme import Scheme, require_native
 from harness.core.stats import Hessian, Stats
 
 Round = Callable[[Tensor], Tensor]  # (8, n) vectors to (stages, 8, n) points that sum up to near them
@@ -35,7 +36,7 @@ _MAGNIFIED = {2: (), 3: (2.04,), 4: (3.45,)}
 
 
 @dataclass(frozen=True, kw_only=True)
-class QuIPSharp(Method):
+class QuIPSharp(Finetuned):
     """Two, three or four bits a weight (`bits`), in a format of its own.
 
     damp    added to the Hessian's diagonal, as a share of its mean
@@ -43,7 +44,6 @@ class QuIPSharp(Method):
     spread  share of the codebook's best spread that weights are scaled to; under 1 leaves room for error feedback
     seed    of the random signs
     epochs  of training the signs as real vectors, and the norms, block by block; 0 for none
-    lr      step of that training, as a share of what it moves
     """
 
     needs: ClassVar = (Hessian,)
@@ -52,26 +52,16 @@ class QuIPSharp(Method):
     passes: int = 1
     spread: float = 1.0
     seed: int = 0
-    epochs: int = 1
-    lr: float = 0.01
 
     def __post_init__(self) -> None:
-        for key in ("damp", "spread", "lr"):
-            if not getattr(self, key) > 0:
-                raise ValueError(f"{key}={getattr(self, key)} is out of range; expected more than 0")
-        for key in ("passes", "seed", "epochs"):
-            if getattr(self, key) < 0:
-                raise ValueError(f"{key}={getattr(self, key)} is out of range; expected 0 or more")
+        super().__post_init__()
+        above_zero(self, "damp", "spread")
+        at_least(self, 0, "passes", "seed")
 
     def check(self, scheme: Scheme) -> None:
-        if scheme.name != NATIVE:
-            raise ValueError(f"scheme={scheme.name} is another format than lattice codes; use scheme={NATIVE}")
+        require_native(scheme, "lattice codes")
         if scheme.weight.bits not in STAGES:
             raise ValueError(f"bits={scheme.weight.bits} has no codebooks; expected one of {sorted(STAGES)}")
-
-    @property
-    def finetune(self) -> Finetune | None:
-        return Finetune(epochs=self.epochs, lr=self.lr) if self.epochs else None
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         grid.check_finite(weight)

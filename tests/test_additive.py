@@ -72,7 +72,7 @@ def test_slabs_of_rows_meet_the_rows_of_the_whole(monkeypatch: pytest.MonkeyPatc
     quantized = AdditiveQTensor(*random(8, 2, 8))
     whole, inputs = quantized.dequantize(), torch.randn(9, quantized.shape[1])
     product = quantized.linear(inputs, None)
-    monkeypatch.setattr("harness.core.additive._SLAB_VALUES", 5 * quantized.shape[1])
+    monkeypatch.setattr("harness.core.qtensor._SLAB_VALUES", 5 * quantized.shape[1])
     assert torch.equal(quantized.dequantize(), whole)
     assert relative(quantized.linear(inputs, None), product) <= 1e-6
 

@@ -23,7 +23,6 @@ from harness.core.qtensor import QTensor, Tuner
 # Up to so many rows of inputs are looked up. Measured on one AVX-512 core, weights of (576, 576) to (4096, 4096) and
 # codebooks of 2 x 256 and 1 x 4096: 1 row takes 0.2 to 0.9 of decoding's time, 2 take 0.2 to 1.3, 4 take 0.6 to 2.5.
 _LOOKUP_ROWS = 2
-_SLAB_VALUES = 1 << 18  # 1 MiB of float32
 
 
 class Gather:
@@ -134,9 +133,9 @@ class AdditiveQTensor(QTensor):
         return torch.cat(parts, -1)
 
     def _slabs(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows without their scale, and the scale, so many at a time that they stay in a processor's cache."""
+        """Rows without their scale, and the scale, a slab at a time."""
         rows, columns = self.shape
-        height = rows if self.qweight.is_cuda else max(_SLAB_VALUES // columns, 1)
+        height = self._slab_rows()
         codes, scale, exact = self.codes.permute(2, 0, 1), self.scale.to(dtype), _exact(dtype)
         entries = self.codebooks.to(exact).view(-1, self.group_size)
         for start in range(0, rows, height):

@@ -22,7 +22,6 @@ from harness.core.hadamard import rotate, unrotate
 from harness.core.packing import pack, unpack
 from harness.core.qtensor import QTensor, Tuner
 
-_SLAB_VALUES = 1 << 18  # 1 MiB of float32
 # Width in bits -> the codebooks whose points are summed.
 STAGES: dict[int, tuple[e8.Codebook, ...]] = {2: (e8.E8P,), 3: (e8.E8P, e8.SMALL), 4: (e8.E8P, e8.E8P)}
 
@@ -102,13 +101,12 @@ class IncoherentQTensor(QTensor):
         return self.scale[0] * self.books[0].step
 
     def _slabs(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """V in units of `_step`, so many rows at a time that they stay in a processor's cache; on a GPU, all."""
-        rows, columns = self.shape
-        height = rows if self.scale.is_cuda else max(_SLAB_VALUES // columns, 1)
+        """V in units of `_step`, a slab of rows at a time."""
+        height = self._slab_rows()
         first, *rest = self.books
         codes, *more = self.codes
         shares = [book.step * scale / self._step for book, scale in zip(rest, self.scale[1:], strict=True)]
-        for start in range(0, rows, height):
+        for start in range(0, self.shape[0], height):
             slab = slice(start, start + height)
             values = first.decode(codes[slab]).flatten(1).to(dtype)
             for book, part, share in zip(rest, more, shares, strict=True):

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from harness.core.qtensor import QTensor, round_to_nearest
+from harness.core.ranges import above_zero, at_least
 from harness.core.residual import Residual as Residual
 from harness.core.rewrite import InputGroup as InputGroup
 from harness.core.scheme import NATIVE, Scheme
@@ -94,6 +95,26 @@ class Method:
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         """Choose the codes of one weight (N, K), which must not be changed. By default: round to nearest."""
         return round_to_nearest(weight, scheme.weight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finetuned(Method):
+    """Base of methods whose blocks are trained once their linears are quantized.
+
+    epochs  passes over the calibration data; 0 for no training
+    lr      step of that training, as a share of what it moves
+    """
+
+    epochs: int = 1
+    lr: float = 0.01
+
+    def __post_init__(self) -> None:
+        at_least(self, 0, "epochs")
+        above_zero(self, "lr")
+
+    @property
+    def finetune(self) -> Finetune | None:
+        return Finetune(epochs=self.epochs, lr=self.lr) if self.epochs else None
 
 
 def overrides(method: Method | type[Method], hook: str) -> bool:

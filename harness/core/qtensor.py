@@ -63,6 +63,13 @@ class QTensor(nn.Module, ABC):
         """What fine-tuning may move; None where it is nothing."""
         return None
 
+    def _slab_rows(self, whole: int = 1) -> int:
+        """How many rows to decode at once, a multiple of `whole`: they stay in a processor's cache; on a GPU, all."""
+        rows, columns = self.shape
+        if next(self.buffers()).is_cuda:
+            return rows
+        return max(_SLAB_VALUES // columns // whole * whole, whole)
+
     @property
     def stored_bits(self) -> int:
         """Bits of all buffers, padding included."""
@@ -155,9 +162,9 @@ class IntQTensor(QTensor):
         return found.view(*inputs.shape[:-1], self.shape[0])
 
     def _slabs(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Decoded rows, so many at a time that their floats stay in a processor's cache; on a GPU, all."""
+        """Decoded rows, a slab at a time."""
         rows, columns = self.shape
-        height = rows if self.qweight.is_cuda else max(_SLAB_VALUES // columns // 8 * 8, 8)  # 8 rows fill whole bytes
+        height = self._slab_rows(whole=8)  # whose codes fill whole bytes
         scale, zero_point = self.scale.float().expand(rows, -1), self.zero_points().expand(rows, -1)
         for start in range(0, rows, height):
             stop = min(start + height, rows)

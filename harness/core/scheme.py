@@ -127,3 +127,9 @@ class Scheme:
     name: str
     weight: WeightFormat
     activation: ActivationFormat | None = None
+
+
+def require_native(scheme: Scheme, what: str) -> None:
+    """Raises: ValueError if `scheme` is not the one that stands for a format of the method's own, which is `what`."""
+    if scheme.name != NATIVE:
+        raise ValueError(f"scheme={scheme.name} is another format than {what}; use scheme={NATIVE}")

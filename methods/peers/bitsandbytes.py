@@ -22,7 +22,8 @@ from torch import Tensor
 from harness.core import grid
 from harness.core.method import Method
 from harness.core.qtensor import QTensor
-from harness.core.scheme import NATIVE, ActivationFormat, Scheme, WeightFormat
+from harness.core.ranges import at_least
+from harness.core.scheme import ActivationFormat, Scheme, WeightFormat, require_native
 from harness.core.stats import Stats
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product of inputs that are not float16
@@ -134,8 +135,7 @@ class BnbInt8(Method):
     threshold: float = 6.0
 
     def __post_init__(self) -> None:
-        if not self.threshold >= 0:
-            raise ValueError(f"threshold={self.threshold} is out of range; expected 0 or more")
+        at_least(self, 0, "threshold")
 
     def check(self, scheme: Scheme) -> None:
         _library()
@@ -177,11 +177,7 @@ class Bnb4Bit(Method):
 
     def check(self, scheme: Scheme) -> None:
         _library()
-        if scheme.name != NATIVE:
-            raise ValueError(
-                f"scheme={scheme.name} is another format than the {self.quant_type} blocks of bitsandbytes; "
-                f"use scheme={NATIVE}"
-            )
+        require_native(scheme, f"the {self.quant_type} blocks of bitsandbytes")
         if scheme.weight.bits != 4:
             raise ValueError(f"bits={scheme.weight.bits} is not what {self.quant_type} has; use bits=4")
 

@@ -1,0 +1,17 @@
+"""Ranges of options: the check that configuration classes and methods share, and its one line."""
+
+from __future__ import annotations
+
+
+def at_least(owner: object, low: int, *keys: str) -> None:
+    """Raises: ValueError if an attribute of `owner` is less than `low`, or no number."""
+    for key in keys:
+        if not getattr(owner, key) >= low:
+            raise ValueError(f"{key}={getattr(owner, key)} is out of range; expected {low} or more")
+
+
+def above_zero(owner: object, *keys: str) -> None:
+    """Raises: ValueError if an attribute of `owner` is not positive."""
+    for key in keys:
+        if not getattr(owner, key) > 0:
+            raise ValueError(f"{key}={getattr(owner, key)} is out of range; expected more than 0")

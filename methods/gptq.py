@@ -131,8 +131,7 @@ def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
     lower = cholesky(matrix)
     if lower is None:  # torch.cholesky_inverse raises where the diagonal of what is left of a factor has a zero
         return None
-    found = cholesky(torch.cholesky_inverse(lower))
-    return None if found is None else found.T.contiguous()
+    return cholesky(torch.cholesky_inverse(lower), upper=True)
 
 
 def _one_group(fmt: WeightFormat) -> WeightFormat:

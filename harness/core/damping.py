@@ -32,7 +32,7 @@ def damped_factor(hessian: Tensor, damp: float, factor: Callable[[Tensor], Tenso
     )
 
 
-def cholesky(matrix: Tensor) -> Tensor | None:
-    """Lower C with matrix = C C^T, None if `matrix` is not positive definite in its precision."""
-    lower, failed = torch.linalg.cholesky_ex(matrix)
-    return None if failed or not torch.isfinite(lower).all() else lower
+def cholesky(matrix: Tensor, upper: bool = False) -> Tensor | None:
+    """Lower C with matrix = C C^T, or `upper` U with U^T U; None if it is not positive definite in its precision."""
+    factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
+    return None if failed or not torch.isfinite(factor).all() else factor

@@ -48,14 +48,22 @@ def split_skipped(names: list[str], patterns: tuple[str, ...]) -> tuple[list[str
 
     Raises: ValueError if a pattern matches nothing, or nothing is left.
     """
-    for pattern in patterns:
-        if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"skip={pattern} matches no linear; expected a pattern for names such as {names[-1]}")
-    skipped = [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
+    skipped = matching(names, patterns, "skip")
     kept = [name for name in names if name not in skipped]
     if not kept:
         raise ValueError(f"skip={list(patterns)} matches all {len(names)} linears; use method=none for the float model")
     return kept, skipped
+
+
+def matching(names: list[str], patterns: tuple[str, ...], key: str) -> list[str]:
+    """Names that a pattern matches (shell patterns, case matters); `key` is where the patterns are configured.
+
+    Raises: ValueError if a pattern matches nothing.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            raise ValueError(f"{key}={pattern} matches no linear; expected a pattern for names such as {names[-1]}")
+    return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def uncovered(model: nn.Module) -> list[str]:

@@ -8,13 +8,16 @@ from collections.abc import Sequence
 from hydra.errors import HydraException, MissingConfigException
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
+_EXTRA = "joblib, submitit, ray and optuna come with: pip install 'ptqbench[sweeps]'"
+
 
 def one_line(error: BaseException) -> str:
     """The message of an error in one line; a bug keeps its class name, and its traceback is one setting away."""
     message = " ".join(str(error).split())
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options is not None:
         axis, _, value = error.missing_cfg_file.rpartition("/")
-        return f"{axis}={value} is unknown; {choices(value, error.options)} (--config-dir=FOLDER adds your own)"
+        more = _EXTRA if axis in ("hydra/launcher", "hydra/sweeper") else "--config-dir=FOLDER adds your own"
+        return f"{axis}={value} is unknown; {choices(value, error.options)} ({more})"
     if isinstance(error, HydraException) and isinstance(error.__cause__, ConfigAttributeError | ConfigKeyError):
         return _unknown_key(message, error.__cause__)
     if isinstance(error, ValueError | HydraException | OmegaConfBaseException):

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlparse
 
 T = TypeVar("T")
+UNREACHABLE = "the hub cannot be reached and no copy is cached"
 _PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
@@ -35,7 +36,7 @@ def reach(load: Callable[[], T], what: str, remedy: str) -> T:
         with _offline() if offline else nullcontext():
             return load()
     except (OSError, ValueError) as error:  # what the hub's clients raise, connection and not-found errors included
-        reason = "the hub cannot be reached and no copy is cached" if offline else _first_line(error)
+        reason = UNREACHABLE if offline else _first_line(error)
         raise ValueError(f"{what} could not be loaded ({reason}); {remedy}") from error
 
 

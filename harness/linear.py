@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,6 +81,19 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     """Put `new` in the place of the module called `name`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
+
+
+@contextmanager
+def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
+    """`modules` in the places of those of their names, which are put back at the end, whatever happens inside."""
+    kept = {name: model.get_submodule(name) for name in modules}
+    try:
+        for name, module in modules.items():
+            replace(model, name, module)
+        yield
+    finally:
+        for name, module in kept.items():
+            replace(model, name, module)
 
 
 def stored_bytes(model: nn.Module) -> int:

@@ -46,9 +46,10 @@ class Trial:
 
     def _rounded(self, scale: Tensor) -> dict[str, Tensor]:
         """The group's weights (N, K), scaled and rounded to nearest."""
-        assert self.group.scheme is not None
-        fmt = self.group.scheme.weight
-        return {name: snap_weight(weight * scale.to(weight.dtype), fmt) for name, weight in self.group.weights.items()}
+        return {
+            name: snap_weight(weight * scale.to(weight.dtype), self.group.scheme_of(name).weight)
+            for name, weight in self.group.weights.items()
+        }
 
     def _by_hessian(self, scale: Tensor, hessian: Tensor) -> float:
         """tr(D H D^T) / 2N with D the weight error as the unscaled input sees it: H is 2 X^T X / T."""

@@ -21,7 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.core.scheme import IntFormat, WeightFormat
+from harness.core.scheme import IntFormat, StoredFormat, WeightFormat
 
 # Below the smallest normal number a float16 has few digits; rounding up there keeps the range covered.
 _TINY_FLOAT16 = torch.finfo(torch.float16).tiny
@@ -123,7 +123,7 @@ def check_finite(weight: Tensor) -> None:
         )
 
 
-def stored_params(low: Tensor, high: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
+def stored_params(low: Tensor, high: Tensor, fmt: StoredFormat) -> tuple[Tensor, Tensor]:
     """Scale and zero point of groups with the ranges [low, high], rounded to what `fmt` stores.
 
     Raises: ValueError if one is too large for its dtype.
@@ -136,13 +136,13 @@ def stored_params(low: Tensor, high: Tensor, fmt: WeightFormat) -> tuple[Tensor,
     stored = zero_point_of(low, scale, fmt).to(getattr(torch, fmt.scale_dtype))
     if not torch.isfinite(stored).all():
         raise ValueError(
-            f"scheme.weight.scale_dtype={fmt.scale_dtype} cannot hold the zero point of a group far from 0; "
-            "use scheme.weight.scale_dtype=float32, or scheme.weight.zero_point=integer"
+            f"{fmt.where}.scale_dtype={fmt.scale_dtype} cannot hold the zero point of a group far from 0; "
+            f"use {fmt.where}.scale_dtype=float32, or {fmt.where}.zero_point=integer"
         )
     return scale, stored.to(scale.dtype)
 
 
-def store_scale(scale: Tensor, fmt: WeightFormat) -> Tensor:
+def store_scale(scale: Tensor, fmt: StoredFormat) -> Tensor:
     """`scale` rounded to what `fmt.scale_dtype` can hold, in the dtype that it came in.
 
     Raises: ValueError where it overflows; the remedy is a wider scale_dtype.
@@ -153,8 +153,8 @@ def store_scale(scale: Tensor, fmt: WeightFormat) -> Tensor:
         stored = torch.where(scale < _TINY_FLOAT16, subnormal, stored)
     if not torch.isfinite(stored).all():
         raise ValueError(
-            f"scheme.weight.scale_dtype={fmt.scale_dtype} cannot hold the scale {float(scale.max()):.3g}; "
-            "use scheme.weight.scale_dtype=float32"
+            f"{fmt.where}.scale_dtype={fmt.scale_dtype} cannot hold the scale {float(scale.max()):.3g}; "
+            f"use {fmt.where}.scale_dtype=float32"
         )
     return stored
 

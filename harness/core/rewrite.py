@@ -66,6 +66,7 @@ class InputGroup:
     weights   their weights as (N out, K in), by the same names; views
     others    weights of linears that read the same input and stay float (`skip`)
     scheme    the format that they will be quantized to
+    schemes   formats of the linears that have one of their own, by name
     producer  what absorbs a scale, None where nothing was proved to
     scale     (K,) product of what `rescale` was given
     """
@@ -74,6 +75,7 @@ class InputGroup:
     weights: dict[str, Tensor]
     others: dict[str, Tensor] = field(default_factory=dict)
     scheme: Scheme | None = None
+    schemes: dict[str, Scheme] = field(default_factory=dict)
     producer: Producer | None = None
     scale: Tensor | None = None
     trial: Callable[[Tensor], float] | None = None
@@ -85,6 +87,12 @@ class InputGroup:
     @property
     def in_features(self) -> int:
         return next(iter({**self.weights, **self.others}.values())).shape[1]
+
+    def scheme_of(self, name: str) -> Scheme:
+        """The format that a linear of the group will be quantized to."""
+        scheme = self.schemes.get(name, self.scheme)
+        assert scheme is not None
+        return scheme
 
     def tie(self, scale: Tensor) -> Tensor:
         """`scale` (K,), as `rescale` would apply it: equal where the producer's channel is."""

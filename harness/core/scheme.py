@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
 
 Granularity = Literal["tensor", "channel", "group"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
@@ -43,7 +43,15 @@ class IntFormat:
 
 
 @dataclass(frozen=True, kw_only=True)
-class WeightFormat(IntFormat):
+class StoredFormat(IntFormat):
+    """Codes whose scales are stored beside them, as `scale_dtype`; `where` is the key that messages name."""
+
+    scale_dtype: ScaleDtype = "float16"
+    where: ClassVar[str] = "scheme.weight"
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightFormat(StoredFormat):
     """Format of one weight (N out, K in).
 
     `group_size` consecutive inputs of one output row share a scale, -1 is the whole row; it is read
@@ -52,7 +60,6 @@ class WeightFormat(IntFormat):
 
     granularity: Granularity = "channel"
     group_size: int = -1
-    scale_dtype: ScaleDtype = "float16"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -127,6 +134,10 @@ class Scheme:
     name: str
     weight: WeightFormat
     activation: ActivationFormat | None = None
+
+    def at(self, bits: int) -> Scheme:
+        """The same format with weights of another width."""
+        return replace(self, weight=replace(self.weight, bits=bits))
 
 
 def require_native(scheme: Scheme, what: str) -> None:

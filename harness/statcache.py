@@ -52,7 +52,7 @@ class StatCache:
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Keep an entry, whole or not at all; one that is too large, or a full disk, leaves all as it was."""
         size = sum(tensor.nbytes for tensor in tensors.values())
-        if size > self.limit:
+        if self.limit == 0 or size > self.limit:
             return
         with suppress(OSError, SafetensorError):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -103,6 +103,10 @@ def module_digest(module: nn.Module) -> str:
 def stat_identity(cls: type[Stat]) -> str:
     """What decides a statistic beside its inputs: its source and what the arithmetic runs on."""
     source = inspect.getsource(inspect.getmodule(cls) or cls)
+    return digest(cls.__qualname__, source, *machine())
+
+
+def machine() -> tuple[str, ...]:
+    """What arithmetic runs on: versions, threads, instruction set."""
     versions = (torch.__version__, importlib.metadata.version("transformers"))
-    machine = (*versions, str(torch.get_num_threads()), torch.backends.cpu.get_cpu_capability())
-    return digest(cls.__qualname__, source, *machine)
+    return (*versions, str(torch.get_num_threads()), torch.backends.cpu.get_cpu_capability())

@@ -102,6 +102,7 @@ def test_a_bound_of_zero_keeps_and_finds_nothing(tmp_path: Path) -> None:
     StatCache(tmp_path, 10_000).save("key", entry(1))
     nothing = StatCache(tmp_path, 0)
     nothing.save("other", entry(1))
+    nothing.save("without any tensor", {})
     assert not nothing.has("key")
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["key.safetensors"]
 

@@ -1,16 +1,22 @@
-"""The table: ratios to the right baseline, every format, and a README that quotes the records."""
+"""The table: ratios to the right baseline, noise, ranks, seeds, every format, and a README that quotes the records."""
 
 from __future__ import annotations
 
 import io
+import math
+import re
+import statistics
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 import pytest
 from rich.console import Console
 
-from harness import record, table
+from harness import record, sheet, table
 from harness.record import Record
+from harness.seeds import mean_over_seeds
+from harness.uncertainty import difference, interval
 from tests.conftest import ROOT
 
 
@@ -56,6 +62,19 @@ def test_ratios_are_to_the_float_run_of_the_same_text() -> None:
     assert list(frame.index) == ["a", "h", "b", "o", "c", "x"]
 
 
+def test_a_quantized_cache_is_no_float_baseline() -> None:
+    coded = make("k", 40.0, "none")
+    coded.execution["kv"] = "kv4_token residual=8"
+    plain = make("a", 20.0, "none")
+    coded.metrics["kv_mib"], plain.metrics["kv_mib"] = 2.0, 8.0
+    frame = table.to_frame([coded, plain, RECORDS[1]]).set_index("run_id")
+    assert frame.loc["k", "perplexity_ratio"] == 2.0
+    assert frame.loc["b", "perplexity_ratio"] == 1.25
+    assert "2.00 (0.25x)" in table.to_markdown(frame.reset_index())
+    assert "| kv4_token residual=8 " in table.to_markdown(frame.reset_index())
+    assert " kv " not in table.to_markdown(table.to_frame(RECORDS))
+
+
 def test_a_failed_run_may_hold_anything() -> None:
     odd = Record(
         run_id="z", status="failed", error="e", config={"method": {"rtn": None}, "scheme": {"weight": {"bits": []}}}
@@ -83,7 +102,7 @@ def test_markdown_shows_figures_failures_and_what_all_rows_share() -> None:
 
 def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
     out = io.StringIO()
-    Console(width=80, file=out).print(table._drawn(table.display(table.to_frame(RECORDS))))
+    Console(width=80, file=out).print(sheet.drawn(table.to_sheet(table.to_frame(RECORDS))))
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert "…" not in out.getvalue()
     assert "25.00" in out.getvalue()
@@ -109,6 +128,120 @@ def test_load_names_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixt
         table.load(tmp_path / "gone")
 
 
+NLL = [3.0, 3.2, 2.8, 3.1, 2.9, 3.3, 2.7, 3.05]
+WOBBLE = [0.01, -0.02, 0.015, 0.005, -0.01, 0.02, -0.015, 0.001]
+
+
+def scored(run_id: str, nll: list[float], method: str = "rtn", seed: int = 0, **more: Any) -> Record:
+    mean = math.fsum(nll) / len(nll)
+    made = make(run_id, math.exp(mean), method, **more)
+    made.window_nll = nll
+    made.metrics["nll"] = mean
+    made.config["seed"] = seed
+    return made
+
+
+def test_intervals_stand_in_the_frame() -> None:
+    base, worse = scored("a", NLL, "none"), scored("b", [x + 0.5 + d for x, d in zip(NLL, WOBBLE, strict=True)])
+    frame = table.to_frame([base, worse]).set_index("run_id")
+    _, low, high = difference(worse, base).ratio
+    assert list(frame.loc["b", ["perplexity_ratio_low", "perplexity_ratio_high"]]) == [low, high]
+    assert low < math.exp(0.5) < high
+    assert list(frame.loc["a", ["perplexity_ratio_low", "perplexity_ratio_high"]]) == [1.0, 1.0]
+    assert list(frame.loc["a", ["perplexity_low", "perplexity_high"]]) == list(interval(NLL).ratio[1:])
+    assert frame.loc["b", "interval"] == "bootstrap"
+
+
+def test_a_ratio_within_noise_is_marked_and_the_mark_explained() -> None:
+    noise = scored("b", [x + d for x, d in zip(NLL, WOBBLE, strict=True)])
+    equal = scored("c", NLL, bits=8)
+    worse = scored("d", [x + 0.5 + d for x, d in zip(NLL, WOBBLE, strict=True)], bits=3)
+    text = table.to_markdown(table.to_frame([scored("a", NLL, "none"), noise, equal, worse]))
+    assert text.count("(≈1.00x)") == 1
+    assert "(1.65x)" in text
+    assert "≈: its 95% interval over windows holds 1" in text
+    assert "≈" not in table.to_markdown(table.to_frame([scored("a", NLL, "none"), equal, worse]))
+
+
+def test_rows_that_tie_share_their_ranks() -> None:
+    shifts = {"b": 0.2, "c": 0.0, "d": 0.5}
+    near = scored("e", [x + 0.2 + d for x, d in zip(NLL, WOBBLE, strict=True)], bits=7)
+    runs = [scored(run, [x + shift for x in NLL], bits=bits) for bits, (run, shift) in enumerate(shifts.items(), 3)]
+    elsewhere, single, blank = scored("t", NLL, tokens="u"), scored("s", [9.0], tokens="v"), make("x", 5.0, tokens="w")
+    frame = table.to_frame([*runs, near, elsewhere, single, blank])
+    shown = dict(zip(frame["run_id"], table.display(frame)["rank"], strict=True))
+    assert shown == {"c": "1", "b": "2-3", "e": "2-3", "d": "4", "t": "1", "s": "-", "x": "-"}
+
+
+def test_records_beside_give_baselines_and_no_rows() -> None:
+    frame = table.to_frame([scored("b", [x + 0.5 for x in NLL])], [scored("a", NLL, "none"), scored("z", NLL, bits=2)])
+    assert list(frame["run_id"]) == ["b"]
+    assert frame["perplexity_ratio"][0] == pytest.approx(math.exp(0.5))
+    assert list(frame["rank_high"]) == [1]
+
+
+def test_divergence_is_shown_where_it_was_measured() -> None:
+    one, two = make("a", 20.0, "none"), make("b", 25.0)
+    assert "KL" not in table.display(table.to_frame([one, two]))
+    two.metrics |= {"kl": 0.01234, "top1_agreement": 0.9518}
+    shown = table.display(table.to_frame([one, two]))
+    assert list(shown["KL"]) == ["-", "0.0123"]
+    assert list(shown["top-1"]) == ["-", "95.2%"]
+
+
+def test_mean_over_seeds() -> None:
+    runs = [scored(f"r{seed}", [x + 0.1 * seed for x in NLL], "gptq", seed) for seed in range(3)]
+    frame = table.to_frame(mean_over_seeds([scored("a", NLL, "none"), *runs, make("x", None, bits=2)]))
+    row = frame[frame["method"] == "gptq"].iloc[0]
+    perplexities = [run.metrics["perplexity"] for run in runs]
+    assert row["seeds"] == 3
+    assert row["perplexity"] == pytest.approx(statistics.mean(perplexities))
+    assert row["perplexity_sd"] == pytest.approx(statistics.stdev(perplexities))
+    assert row["nll"] == pytest.approx(3.00625 + 0.1)
+    assert row["run_id"] == "r0+r1+r2"
+    shown = table.display(frame)
+    assert f"{row['perplexity']:.2f} ± {row['perplexity_sd']:.2f} (" in shown["perplexity"][1]
+    assert list(shown["seeds"]) == ["1", "3", "-"]
+    assert "seed" not in shown
+
+
+def test_seeds_of_steps_are_seeds_and_other_options_are_not() -> None:
+    runs = [scored("p", NLL), scored("q", NLL), scored("r", NLL)]
+    runs[1].options = {"rtn.seed": 1}
+    runs[2].options = {"rtn.shrink": 0.5}
+    assert {found.run_id for found in mean_over_seeds(runs)} == {"p+q", "r"}
+    with pytest.raises(ValueError, match="seeds=mean: runs p and s are both m rtn .* with seed 0; expected one"):
+        mean_over_seeds([*runs, scored("s", NLL)])
+
+
+def test_a_figure_that_one_seed_lacks_is_absent() -> None:
+    runs = [scored("p", NLL), scored("q", NLL, seed=1)]
+    del runs[1].metrics["perplexity"]
+    (found,) = mean_over_seeds(runs)
+    assert "perplexity" not in found.metrics
+    assert found.metrics["decode_speedup"] == 0.5
+
+
+def test_the_seed_is_shown_where_it_varies() -> None:
+    assert "seed" not in table.display(table.to_frame(RECORDS))
+    shown = table.display(table.to_frame([scored("p", NLL), scored("q", NLL, seed=7)]))
+    assert list(shown["seed"]) == ["0", "7"]
+
+
+def test_latex_escapes_text_and_closes_what_it_opens() -> None:
+    odd = scored("b", [x + d for x, d in zip(NLL, WOBBLE, strict=True)])
+    odd.options = {"rtn.ratio_of": "50%&{x}"}
+    text = sheet.latex(table.to_sheet(table.to_frame([scored("a", NLL, "none"), odd])))
+    rows = [line for line in text.splitlines() if line.endswith(r"\\")]
+    assert len(rows) == 3
+    assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
+    assert r"ratio\_of=50\%\&\{x\}" in text
+    assert r"($\approx$1.00x)" in text
+    for word in (r"\toprule", r"\midrule", r"\bottomrule", r"\begin{tabular}", r"\end{tabular}"):
+        assert text.count(word) == 1
+    assert not set(text) - set(map(chr, range(128))) - set("".join(x for x in text.splitlines() if x.startswith("%")))
+
+
 def test_command_line_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for found in RECORDS:
         record.write(found, tmp_path)
@@ -118,6 +251,9 @@ def test_command_line_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     from_parquet = pd.read_parquet(capsys.readouterr().out.strip())
     for frame in (from_csv, from_parquet):
         assert list(frame["perplexity"].dropna()) == [20.0, 21.0, 25.0, 99.0, 30.0]
+    target = tmp_path / "table.tex"
+    assert table.main([f"runs={tmp_path}", "format=latex", f"output={target}", "seeds=mean"]) == 0
+    assert "25.00 (1.25x) &" in target.read_text()
     assert table.main([f"runs={tmp_path}"]) == 0
     assert "25.00 (1.25x)" in capsys.readouterr().out
 
@@ -125,12 +261,19 @@ def test_command_line_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=x"], "error: run=x is unknown; expected KEY=VALUE with a key of runs, format, output, into, mark\n"),
+        (
+            ["run=x"],
+            "error: run=x is unknown; expected KEY=VALUE with a key of runs, compare, show, seeds, format, output, "
+            "into, mark",
+        ),
         (
             ["runs=/nowhere"],
             "error: runs=/nowhere is no folder; expected one with records, such as results/reference\n",
         ),
-        (["format=xml"], "error: format=xml is unknown; expected one of: md, csv, parquet\n"),
+        (["format=xml"], "error: format=xml is unknown; expected one of: md, csv, parquet, latex\n"),
+        (["seeds=some"], "error: seeds=some is unknown; expected one of: all, mean\n"),
+        (["compare=a,b", "runs=c"], "error: runs=c means nothing beside compare=a,b; drop one of them\n"),
+        (["into=README.md", "format=latex"], "error: format=latex means nothing beside into=README.md; drop one"),
         (["runs=results/reference", "into=LICENSE"], "error: into=LICENSE lacks the lines"),
     ],
 )
@@ -145,24 +288,29 @@ def test_empty_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 # Which records each generated table is of: file, mark, folder.
-QUOTED = [
-    ("README.md", "table", "results/reference"),
-    ("README.md", "wikitext2", "results/reference/wikitext2"),
-    ("README.md", "low_bits", "results/reference/low_bits"),
-    ("README.md", "packed", "results/reference/packed"),
-    ("results/README.md", "table", "results/reference"),
-    ("results/README.md", "wikitext2", "results/reference/wikitext2"),
-    ("results/README.md", "low_bits", "results/reference/low_bits"),
-    ("results/README.md", "packed", "results/reference/packed"),
-]
+_FOLDERS = {
+    "table": "results/reference",
+    "wikitext2": "results/reference/wikitext2",
+    "low_bits": "results/reference/low_bits",
+    "packed": "results/reference/packed",
+    "survey": "results/reference/survey",
+    "mixed": "results/reference/mixed",
+}
+QUOTED = [(name, mark, folder) for name in ("README.md", "results/README.md") for mark, folder in _FOLDERS.items()]
 
 
 @pytest.mark.parametrize(("name", "mark", "folder"), QUOTED)
 def test_the_quoted_table_is_the_table_of_the_reference_records(name: str, mark: str, folder: str) -> None:
     records = table.load(ROOT / folder)
-    assert len(records) >= 10
+    assert len(records) >= 8
     _, quoted, _ = table.between((ROOT / name).read_text(), mark)
     assert quoted.strip() == table.to_markdown(table.to_frame(records)).strip(), "run `make readme`"
+
+
+def test_the_quoted_sweep_is_the_one_of_the_survey() -> None:
+    sheet = table.sweeps_sheet(ROOT / "results/reference/survey")
+    _, quoted, _ = table.between((ROOT / "README.md").read_text(), "sweeps")
+    assert quoted.strip() == table.markdown(sheet).strip(), "run `make readme`"
 
 
 def test_reference_records_hold_no_path_of_the_machine_that_made_them() -> None:

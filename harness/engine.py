@@ -15,11 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.architecture import block_prefix, input_groups, linears, split_skipped, uncovered, weight_of
+from harness.architecture import block_prefix, linears, matching, split_skipped, uncovered, weight_of
 from harness.config import RunConfig
 from harness.core.method import InputGroup, Method, overrides
 from harness.core.qtensor import QTensor
-from harness.core.stats import MinMax, Sample, Stat, Stats
+from harness.core.scheme import Scheme
+from harness.core.stats import Hessian, MinMax, Sample, Stat, Stats
 from harness.finetune import finetune
 from harness.install import float_row, install, recorded, row_of
 from harness.linear import QuantLinear
@@ -30,11 +31,11 @@ from harness.residual import discover, untied
 from harness.shortcut import shortcuts
 from harness.statcache import StatCache
 from harness.stream import Stream, logits, moved_by, verify
+from harness.survey import PROBE_TOKENS, groups_of
 from harness.trial import Trial
 
 Row = dict[str, Any]
 
-_PROBE_TOKENS = 32  # enough to prove a rewrite on, few enough to cost nothing beside calibration
 # How far a block's output, or the logits, may move under a rewrite that keeps the function: relative Frobenius error.
 _SAME_FUNCTION = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 3e-2, torch.bfloat16: 1e-1}
 # And a rotation, which is exact but for rounding.
@@ -46,13 +47,17 @@ _NO_CACHE = StatCache(Path(), 0)
 class Result:
     """What the record keeps of a quantization: a row for each linear of the blocks, warnings, names of kernels.
 
-    `weights` are the QTensors by their linear's name, where the run is to save them.
+    `weights` are the QTensors by their linear's name, where the run is to save them. `floats` are the float linears
+    that the quantized ones took the place of, as rewrites left them, where the run is to be analysed; `renamed` says
+    what the rewrites call each linear, old name to new.
     """
 
     layers: list[Row] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
     kernels: set[str] = field(default_factory=set)
     weights: dict[str, QTensor] = field(default_factory=dict)
+    floats: dict[str, nn.Module] = field(default_factory=dict)
+    renamed: dict[str, str] = field(default_factory=dict)
 
     @property
     def bits_per_weight(self) -> float:
@@ -67,8 +72,13 @@ def static(cfg: RunConfig) -> bool:
 
 
 def needs_calibration(cfg: RunConfig) -> bool:
-    """Whether any step, or a static activation format, has to see calibration data."""
-    return static(cfg) or any(step.needs or overrides(step, "transform") for step in cfg.steps.values())
+    """Whether a step, a static activation format, an analysis or a choice of widths has to see calibration data."""
+    return (
+        static(cfg)
+        or cfg.analyses
+        or cfg.mixes
+        or any(step.needs or overrides(step, "transform") for step in cfg.steps.values())
+    )
 
 
 def check(model: nn.Module, cfg: RunConfig) -> None:
@@ -83,9 +93,11 @@ def check(model: nn.Module, cfg: RunConfig) -> None:
         return
     for label, step in cfg.steps.items():
         try:
-            step.check(cfg.scheme)
+            for scheme in map(cfg.scheme.at, cfg.mixed.widths) if cfg.mixes else [cfg.scheme]:
+                step.check(scheme)
         except ValueError as error:
             raise ValueError(f"method.{label}: {error}") from error
+    matching(list(found), cfg.analysis.outliers, "analysis.outliers")
     for name in split_skipped(list(found), cfg.skip)[0]:
         rows, columns = weight_of(found[name]).shape
         try:
@@ -96,18 +108,26 @@ def check(model: nn.Module, cfg: RunConfig) -> None:
 
 @torch.no_grad()
 def quantize(
-    model: nn.Module, cfg: RunConfig, tokens: Tensor, track: Track = silent, cache: StatCache = _NO_CACHE
+    model: nn.Module,
+    cfg: RunConfig,
+    tokens: Tensor,
+    track: Track = silent,
+    cache: StatCache = _NO_CACHE,
+    widths: Mapping[str, int] | None = None,
 ) -> Result:
     """Run the steps of `cfg` on `model`, in place; no steps leave it as it is.
 
     `tokens` (B, T) int64 are the calibration sequences, or, where nothing needs them, any text of the model's:
-    rewrites are proved on it.
+    rewrites are proved on it. `widths` are the bits of linears, by their names in the float model, that have others
+    than the scheme's.
     Raises: ValueError if a step changes the function of the float model, or cannot quantize a weight.
     """
     result = Result(warnings=[f"{name} is no linear and stays float" for name in uncovered(model)])
     found = linears(model)
     names, skipped = split_skipped(list(found), cfg.skip) if cfg.steps else ([], list(found))
     rescaled: dict[str, str] = {}
+    schemes = {name: cfg.scheme.at(bits) for name, bits in (widths or {}).items()} if cfg.scheme else {}
+    result.renamed = dict(zip(names, names, strict=True))
     for label, step in cfg.steps.items():
         if overrides(step, "prepare"):
             _prepare(model, label, step, tokens, result.warnings)
@@ -116,8 +136,10 @@ def quantize(
             found = linears(model)
             names, skipped = ([renamed.get(name, name) for name in some] for some in (names, skipped))
             rescaled = {renamed.get(name, name): by for name, by in rescaled.items()}
-        part = _Pass(model, cfg, label, names, result, rescaled)
-        if overrides(step, "transform") or (part.quantizes and (step.needs or static(cfg))):
+            schemes = {renamed.get(name, name): scheme for name, scheme in schemes.items()}
+            result.renamed = {old: renamed.get(name, name) for old, name in result.renamed.items()}
+        part = _Pass(model, cfg, label, names, result, rescaled, schemes)
+        if overrides(step, "transform") or (part.quantizes and (step.needs or static(cfg) or cfg.ranks)):
             part.by_blocks(tokens, track, cache)
         elif part.quantizes:
             part.at_once(track)
@@ -128,7 +150,7 @@ def quantize(
 
 
 def _prepare(model: nn.Module, label: str, step: Method, tokens: Tensor, notes: list[str]) -> None:
-    probe = tokens[:1, :_PROBE_TOKENS]
+    probe = tokens[:1, :PROBE_TOKENS]
     before = logits(model, probe)
     with recorded(f"method.{label}", notes):
         step.prepare(model)
@@ -137,7 +159,7 @@ def _prepare(model: nn.Module, label: str, step: Method, tokens: Tensor, notes: 
 
 def _rotate(model: nn.Module, label: str, step: Method, tokens: Tensor, notes: list[str]) -> dict[str, str]:
     """Let a step turn the residual stream; returns the linears that it gave another name, old name to new."""
-    probe = tokens[:1, :_PROBE_TOKENS]
+    probe = tokens[:1, :PROBE_TOKENS]
     before = logits(model, probe)
     try:
         residual = discover(model, probe)
@@ -154,7 +176,8 @@ def _rotate(model: nn.Module, label: str, step: Method, tokens: Tensor, notes: l
 class _Pass:
     """One step's way over the blocks of a model.
 
-    `rescaled` takes, for each linear whose input was rescaled, the producers that absorbed it.
+    `rescaled` takes, for each linear whose input was rescaled, the producers that absorbed it. `schemes` are the
+    formats of linears that have one of their own.
     """
 
     model: nn.Module
@@ -163,6 +186,7 @@ class _Pass:
     names: list[str]
     result: Result
     rescaled: dict[str, str]
+    schemes: dict[str, Scheme]
 
     @property
     def step(self) -> Method:
@@ -190,8 +214,8 @@ class _Pass:
 
     def by_blocks(self, tokens: Tensor, track: Track, cache: StatCache) -> None:
         """Observe, transform, quantize and replay each block."""
-        verify(self.model, tokens[:1, :_PROBE_TOKENS])
-        stream, probe = Stream(self.model, tokens), Stream(self.model, tokens[:1, :_PROBE_TOKENS])
+        verify(self.model, tokens[:1, :PROBE_TOKENS])
+        stream, probe = Stream(self.model, tokens), Stream(self.model, tokens[:1, :PROBE_TOKENS])
         observer = Observer(
             stream,
             cache,
@@ -205,7 +229,7 @@ class _Pass:
         total, shown = len(stream.blocks), [f"{self.label} block 1/{len(stream.blocks)}"]
         for index in track(range(total), lambda: shown[0], total):
             prefix = f"{block_prefix(self.model)}.{index}."
-            groups = self._groups(probe, prefix)
+            groups = groups_of(self.model, self.names, probe, prefix, self.cfg.scheme, self.schemes)
             expected = probe.run(probe.states[0])
             if self.follows and self.step.sequential:
                 stream.shortcuts = shortcuts(stream.blocks[index], lambda: probe.run(probe.states[0]))
@@ -272,11 +296,16 @@ class _Pass:
         for linear, row in done:
             assert isinstance(linear.packed, QTensor)
             row |= row_of(row["name"], weights[row["name"]], linear.packed)
+            row.pop("hessian_error", None)  # of the weight before
             row |= {"block_error": found.after, "block_error_untuned": found.before}
 
     def _install(self, name: str, stats: Stats) -> tuple[QuantLinear, Row]:
-        assert self.cfg.scheme is not None
-        return install(self.model, name, self.step, self.cfg.scheme, stats, self.result.warnings)
+        scheme = self.schemes.get(name, self.cfg.scheme)
+        assert scheme is not None
+        if self.cfg.analyses:
+            self.result.floats[name] = self.model.get_submodule(name)
+        linear, row = install(self.model, name, self.step, scheme, stats, self.result.warnings)
+        return linear, row | ({"bits": scheme.weight.bits} if name in self.schemes else {})
 
     def _finish(self, done: Iterable[tuple[QuantLinear, Row]]) -> None:
         """Keep what the execution asks for, now that the block has been replayed."""
@@ -292,20 +321,8 @@ class _Pass:
     def _needs(self) -> list[type[Stat]]:
         needs = set(self.step.needs)
         if self.quantizes:
-            needs |= {Sample} | ({MinMax} if static(self.cfg) else set())
+            needs |= {Sample} | ({MinMax} if static(self.cfg) else set()) | ({Hessian} if self.cfg.ranks else set())
         return sorted(needs, key=lambda cls: cls.__qualname__)
-
-    def _groups(self, probe: Stream, prefix: str) -> list[InputGroup]:
-        """The input groups of a block, in execution order; a group of skipped linears alone is none."""
-        found = {name: module for name, module in linears(self.model).items() if name.startswith(prefix)}
-        groups = []
-        for members in input_groups(found, lambda: probe.run(probe.states[0])):
-            kept = {name: found[name] for name in members if name in self.names}
-            weights = {name: weight_of(module) for name, module in kept.items()}
-            others = {name: weight_of(found[name]) for name in members if name not in kept}
-            if kept:
-                groups.append(InputGroup(kept, weights, others, self.cfg.scheme))
-        return groups
 
 
 def _same_function(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from harness.core.grid import compute_dtype
 from harness.core.method import Method
 from harness.core.qtensor import QTensor
 from harness.core.scheme import Scheme
-from harness.core.stats import MinMax, Sample, Stats
+from harness.core.stats import Hessian, MinMax, Sample, Stats
 from harness.linear import QuantLinear, replace
 
 
@@ -36,6 +37,8 @@ def install(
         with recorded(name, notes):
             qtensor = _checked(step.quantize, weight, scheme, stats)
         row = row_of(name, weight, qtensor)
+        if Hessian in stats:
+            row |= {"hessian_error": hessian_error(weight, qtensor, stats[Hessian].value)}
         rounding = None if qtensor.quantizes_inputs else _rounding(scheme, stats)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
@@ -95,6 +98,22 @@ def row_of(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
         "bits_per_weight": qtensor.bits_per_weight,
         "weight_error": _relative(decoded, exact),
     }
+
+
+def hessian_error(weight: Tensor, qtensor: QTensor, hessian: Tensor) -> float:
+    """sqrt(tr(D H D^T) / tr(W H W^T)) of the error D = W' - W (N, K): the output error over all tokens in `hessian`.
+
+    It is the quantity that Frantar et al. 2022 minimise (arXiv 2210.17323, equation 1), relative to the outputs. Where
+    no token was seen, the weight error stands for it.
+    """
+    exact = weight.to(hessian.dtype)
+    delta = qtensor.dequantize(exact.dtype) - exact
+    size = _weighted(exact, hessian)
+    return math.sqrt(_weighted(delta, hessian) / size) if size > 0 else _relative(delta + exact, exact)
+
+
+def _weighted(matrix: Tensor, hessian: Tensor) -> float:
+    return max(0.0, float(((matrix @ hessian) * matrix).sum(dtype=torch.float64)))
 
 
 def _output_error(linear: QuantLinear, weight: Tensor, bias: Tensor | None, stats: Stats) -> float | None:

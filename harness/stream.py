@@ -14,7 +14,7 @@ from harness.architecture import block_prefix, first_of, hooked
 from harness.shortcut import Shortcut
 
 # How far replayed logits may be from the model's own, as a relative Frobenius error: the same kernels ran.
-_SAME_LOGITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
+SAME_LOGITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 Watcher = Callable[[Tensor], None]
 
@@ -69,6 +69,13 @@ class Stream:
         args, options = _cast(args, states.dtype), _cast(options, states.dtype)
         found: Tensor = first_of((block or self.blocks[position])(states, *args, **options))
         return found
+
+    @torch.no_grad()
+    def onward(self, states: Tensor) -> Tensor:
+        """What the last block gives, for input states (1, T, D) of the block at `position`."""
+        for position in range(self.position, len(self.blocks)):
+            states = self._run(position, states)
+        return states
 
     @property
     def states(self) -> list[Tensor]:
@@ -153,7 +160,7 @@ def verify(model: nn.Module, tokens: Tensor) -> None:
             return logits(model, tokens)
 
     found, without = logits_from(states), logits_from(torch.zeros_like(states))
-    moved, limit = moved_by(found, expected), _SAME_LOGITS[states.dtype]
+    moved, limit = moved_by(found, expected), SAME_LOGITS[states.dtype]
     if not moved <= limit or torch.equal(without, expected):
         raise ValueError(
             f"replaying the {len(stream.blocks)} blocks of {type(model).__name__} does not reproduce its logits: they "

@@ -11,12 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
+from harness.core.kv import KVFormat
 from harness.core.method import Method, overrides
-from harness.core.ranges import at_least
-from harness.core.scheme import Scheme
+from harness.core.ranges import above_zero, at_least
+from harness.core.scheme import NATIVE, Scheme
 from harness.errors import choices
 
 T = TypeVar("T")
+AROUND = ("isolate", "limits", "objectives")  # of what is around a run, and decides nothing in it
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 
 
@@ -63,6 +65,7 @@ class ModelConfig:
 class DataConfig:
     """Evaluation and calibration text. Sources are in `harness.text`, sampling in `harness.data`.
 
+    calibration_source                corpus to calibrate on where it is not `source`'s own part
     seq_len, max_windows              evaluation window in tokens, and how many (null = all)
     num_samples, calibration_seq_len  calibration sequences, and tokens in each
     sampling     first: consecutive windows from the start; random: GPTQ's random documents and offsets
@@ -72,6 +75,7 @@ class DataConfig:
     source: Literal["pydocs", "wikitext2", "c4", "text_file"]
     path: str | None = None
     calibration_path: str | None = None
+    calibration_source: Literal["pydocs", "wikitext2", "c4"] | None = None
     seq_len: int = 2048
     max_windows: int | None = None
     num_samples: int = 32
@@ -98,10 +102,14 @@ class DataConfig:
 class MeasureConfig:
     """What is timed: `repeats` prefills of `prompt_len` tokens and as many decoded tokens as `decode_tokens`.
 
-    Times are of `batch_size` sequences, after `warmup` untimed rounds. `latency=false` times nothing.
+    Times are of `batch_size` sequences, after `warmup` untimed rounds. `latency=false` times nothing. `divergence`
+    compares each token's distribution with the float model's; the states that it keeps of either model take at most
+    `divergence_gib` of disk space, which does not change a result.
     """
 
     latency: bool = True
+    divergence: bool = True
+    divergence_gib: float = 8.0
     batch_size: int = 1
     prompt_len: int = 128
     decode_tokens: int = 32
@@ -110,7 +118,7 @@ class MeasureConfig:
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "prompt_len", "decode_tokens", "repeats")
-        at_least(self, 0, "warmup")
+        at_least(self, 0, "warmup", "divergence_gib")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +140,67 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class AnalysisConfig:
+    """What an error is attributed to, measured on calibration data, so that nothing is chosen by the evaluation text.
+
+    sensitivity  linear, block: KL and nll with that one alone quantized, and with all quantized but that one
+    windows      calibration sequences that sensitivity is measured on
+    outliers     name patterns of linears whose largest inputs are kept channel by channel, before and after rewrites
+    """
+
+    sensitivity: Literal["off", "block", "linear"] = "off"
+    windows: int = 4
+    outliers: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "windows")
+
+    @property
+    def on(self) -> bool:
+        return self.sensitivity != "off" or bool(self.outliers)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MixedConfig:
+    """Weight widths linear by linear, chosen so that what they cost together is least.
+
+    budget       average stored bits a weight of the quantized linears, scales and zero points included; null for one
+                 width for all, the scheme's
+    widths       what is chosen from
+    sensitivity  record of a run with analysis.sensitivity, or a folder, whose newest of the same model is taken
+    """
+
+    budget: float | None = None
+    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
+    sensitivity: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.widths or len(set(self.widths)) < len(self.widths) or not all(2 <= b <= 8 for b in self.widths):
+            raise ValueError(f"widths={list(self.widths)} is no choice; expected different widths of 2 to 8")
+        if self.budget is not None and self.sensitivity is None:
+            raise ValueError(
+                f"sensitivity=None with budget={self.budget:g}: nothing says which linears need bits; expected the "
+                "record of a run with analysis.sensitivity=linear, or a folder of records"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitsConfig:
+    """What one run may take: GiB that its process holds resident, and seconds. Beyond them it ends as a failed row."""
+
+    memory_gib: float | None = None
+    time_s: float | None = None
+
+    def __post_init__(self) -> None:
+        above_zero(self, *(key for key in ("memory_gib", "time_s") if getattr(self, key) is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
 class RunConfig:
     """One run, resolved and checked. `steps` are the method's, in order; none at all is the float baseline.
 
-    The float baseline ignores `bits`, `scheme`, `skip` and `execution`; its `scheme` is None.
+    The float baseline ignores `bits`, `scheme`, `skip`, `execution`, `analysis` and `mixed`; its `scheme` is None.
+    `kv` None is a float KV cache.
     """
 
     model: ModelConfig
@@ -143,7 +208,10 @@ class RunConfig:
     measure: MeasureConfig
     scheme: Scheme | None
     steps: dict[str, Method]
+    kv: KVFormat | None = None
     engine: EngineConfig = field(default_factory=EngineConfig)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
+    mixed: MixedConfig = field(default_factory=MixedConfig)
     skip: tuple[str, ...] = ()
     execution: Literal["packed", "simulated"] = "packed"
     seed: int = 0
@@ -167,6 +235,48 @@ class RunConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is out of range; expected 0 to 2^63 - 1")
+        self._check_analysis()
+        self._check_mixed()
+
+    def _check_analysis(self) -> None:
+        tuned = next((name for name, step in self.steps.items() if step.finetune is not None), None)
+        if self.analyses and tuned is not None:
+            raise ValueError(
+                f"analysis with method.{tuned}, which is fine-tuned: it moves norms beside the linears, so that no "
+                f"linear is quantized alone; expected method.{tuned}.epochs=0, or sensitivity=off and outliers=[]"
+            )
+        if self.analyses and self.analysis.windows > self.data.num_samples:
+            raise ValueError(
+                f"analysis.windows={self.analysis.windows} exceeds the data.num_samples={self.data.num_samples} "
+                "calibration sequences that there are; lower it"
+            )
+
+    def _check_mixed(self) -> None:
+        if self.mixes and self.scheme is not None and self.scheme.name == NATIVE:
+            raise ValueError(
+                f"mixed.budget={self.mixed.budget:g} with scheme={NATIVE}: method={'+'.join(self.steps)} has a format "
+                "of its own, whose width is not chosen; expected mixed.budget=null, or a method that takes a scheme"
+            )
+        if self.mixes and self.save is not None:
+            raise ValueError(
+                f"save={self.save} with mixed.budget={self.mixed.budget:g}: the file has one width for all linears; "
+                "expected save=null, or mixed.budget=null"
+            )
+
+    @property
+    def analyses(self) -> bool:
+        """Whether anything is asked of the quantized model beside how good it is."""
+        return bool(self.steps) and self.analysis.on
+
+    @property
+    def ranks(self) -> bool:
+        """Whether linears or blocks are ranked by what it costs to quantize them."""
+        return self.analyses and self.analysis.sensitivity != "off"
+
+    @property
+    def mixes(self) -> bool:
+        """Whether linears have widths of their own."""
+        return bool(self.steps) and self.mixed.budget is not None
 
     @property
     def quantizing(self) -> str | None:
@@ -176,16 +286,21 @@ class RunConfig:
         return names[-1] if names else None
 
 
+_UNTOLD = ("engine.cache_gib", "mixed.sensitivity")  # neither tells one result from another
+
+
 def changed_options(cfg: RunConfig) -> dict[str, Any]:
-    """Options of steps and engine that are not at their class's defaults, by `step.option`."""
+    """Options of steps, engine, analysis and mixed that are not at their class's defaults, by `step.option`."""
     if not cfg.steps:
         return {}
-    parts: dict[str, Method | EngineConfig] = {**cfg.steps, "engine": cfg.engine}
+    parts: dict[str, Any] = {**cfg.steps, "engine": cfg.engine}
+    parts |= {"analysis": cfg.analysis} if cfg.analyses else {}
+    parts |= {"mixed": cfg.mixed} if cfg.mixes else {}
     return {
         f"{label}.{item.name}": getattr(part, item.name)
         for label, part in parts.items()
         for item in dataclasses.fields(part)
-        if item.name != "cache_gib" and getattr(part, item.name) != _default(item)
+        if f"{label}.{item.name}" not in _UNTOLD and getattr(part, item.name) != _default(item)
     }
 
 
@@ -193,12 +308,31 @@ def _default(item: dataclasses.Field[Any]) -> Any:
     return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default
 
 
+def build_limits(cfg: Mapping[str, Any], sweeping: bool) -> LimitsConfig | None:
+    """The limits of a run that is to have a process of its own; None for one that runs in this process.
+
+    Raises: ValueError, in one line, if `isolate`, `limits` or `objectives` is not what it can be.
+    """
+    limits = build(LimitsConfig, cfg.get("limits") or {}, "limits")
+    limited, isolate, objectives = limits != LimitsConfig(), cfg.get("isolate"), cfg.get("objectives") or []
+    if not isinstance(objectives, Sequence) or isinstance(objectives, str):
+        raise ValueError(f"objectives={objectives!r} is no list; expected names of metrics, as [nll, bits_per_weight]")
+    if isolate not in (None, True, False):
+        raise ValueError(
+            f"isolate={isolate!r} is unknown; expected true, false, or null: true in sweeps and under limits"
+        )
+    if isolate is False and limited:
+        raise ValueError("isolate=False cannot hold limits.memory_gib or limits.time_s; expected isolate=true or null")
+    return limits if isolate or (isolate is None and (sweeping or limited)) else None
+
+
 def build_run(cfg: Mapping[str, Any]) -> RunConfig:
     """Build a RunConfig from the resolved mapping of conf/config.yaml.
 
     Raises: ValueError, in one line, for an unknown key, a wrong type or a value out of range.
     """
-    rest = {key: value for key, value in cfg.items() if key not in ("bits", "scheme", "method", "experiment")}
+    elsewhere = ("bits", "scheme", "method", "kv", "experiment", *AROUND)
+    rest = {key: value for key, value in cfg.items() if key not in elsewhere}
     steps = build_steps(cfg["method"])
     scheme = build(Scheme, cfg["scheme"], "scheme") if steps else None
     warnings: tuple[str, ...] = ()
@@ -206,7 +340,8 @@ def build_run(cfg: Mapping[str, Any]) -> RunConfig:
         warnings = (
             f"bits={cfg['bits']} is not used: scheme.weight.bits={scheme.weight.bits} of scheme={scheme.name} is",
         )
-    extra = {"scheme": scheme, "steps": steps, "warnings": warnings}
+    kv = build(KVFormat, cfg["kv"], "kv") if cfg.get("kv") else None
+    extra = {"scheme": scheme, "steps": steps, "kv": kv, "warnings": warnings}
     return build(RunConfig, rest, "", extra)
 
 

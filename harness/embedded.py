@@ -1,7 +1,8 @@
 """Models carried by a Python package as a GGUF file, converted once to safetensors in the user's cache.
 
-The cache folder's name holds the hash of the GGUF file, and its manifest the hash of each file in it, checked
-at the first load of a process. A conversion is written beside it and renamed, so that it is there whole or not.
+The cache folder's name holds the hash of the GGUF file, and its manifest the hash of each file in it, checked before
+the first load, and again once a file's size or time is another. A conversion is written beside it and renamed, so that
+it is there whole or not.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import shutil
 import tempfile
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from filelock import FileLock
 from platformdirs import user_cache_dir
 
 MANIFEST = "ptqbench.json"
+_VERIFIED = "verified.json"
 CONVERTER = 1  # raise it when the conversion changes, and old caches are left behind
 _MIB = 2**20
 
@@ -83,9 +86,30 @@ def manifest(target: Path) -> dict[str, Any]:
 def _intact(target: Path) -> bool:
     try:
         files = manifest(target)["files"]
-        return all(file_sha256(target / name) == digest for name, digest in files.items())
+        found = {name: [digest, *_stamp(target / name)] for name, digest in files.items()}
+        if found == _verified(target):
+            return True
+        if any(file_sha256(target / name) != digest for name, digest in files.items()):
+            return False
     except (OSError, ValueError, KeyError):
         return False
+    with suppress(OSError):  # then it is verified again
+        part = target / f".{os.getpid()}.part"
+        part.write_text(json.dumps(found))
+        part.replace(target / _VERIFIED)
+    return True
+
+
+def _stamp(file: Path) -> tuple[int, int]:
+    """Size and time of a file: while they are those of its verification, its content is taken to be too."""
+    stat = file.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _verified(target: Path) -> Any:
+    """What the last verification found, None where there was none."""
+    file = target / _VERIFIED
+    return json.loads(file.read_text()) if file.exists() else None
 
 
 def _convert_into(gguf: Path, digest: str, target: Path) -> None:

@@ -10,6 +10,7 @@ import os
 import platform
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+
+from harness.progress import Track, silent
 
 Json = dict[str, Any]
 
@@ -33,6 +36,9 @@ _PACKAGES = (
 )
 
 
+_ROOM = 2**20  # bytes that a folder has to have left: several times what a record takes
+
+
 @dataclass
 class Record:
     """A run. A metric that was not measured is absent from `metrics`, never zero.
@@ -42,7 +48,10 @@ class Record:
     options    of the method's steps and the engine, those that are not at their defaults
     execution  mode (packed, simulated or float), the kernel, the device and the float types
     data       sources, hashes, window counts and the protocol of evaluation and calibration
+    window_nll mean negative log likelihood of each window of the stream; window_kl its mean KL from the float model
     layers     a row for each linear of the decoder blocks
+    kv         MiB of the KV cache by batch and length, where they were computed
+    analysis   what the error is attributed to, on request: sensitivity, outliers, and an allocation of widths
     stages     seconds of each stage
     """
 
@@ -57,7 +66,10 @@ class Record:
     data: Json = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
     window_nll: list[float] = field(default_factory=list)
+    window_kl: list[float] = field(default_factory=list)
     layers: list[Json] = field(default_factory=list)
+    kv: list[Json] = field(default_factory=list)
+    analysis: Json = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
 
@@ -82,7 +94,9 @@ def usable(folder: Any) -> Path:
         raise ValueError(f"results_dir={folder!r} is no folder; expected a name such as results/runs")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=folder) as probe:
+            probe.write(bytes(_ROOM))
+            probe.flush()
             return Path(folder)
     except OSError as error:
         raise ValueError(
@@ -125,6 +139,14 @@ def write(record: Record, folder: Path) -> Path:
         Path(name).unlink(missing_ok=True)
         raise
     return target
+
+
+def rescue(record: Record) -> Path | None:
+    """Write a record that its folder did not take among the system's temporary files; None if they are full too."""
+    try:
+        return write(record, Path(tempfile.mkdtemp(prefix="ptqbench-")))
+    except (OSError, ValueError):
+        return None
 
 
 def read(path: Path) -> Record:
@@ -194,3 +216,16 @@ def _commit() -> str | None:
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout.strip() or None
+
+
+@contextmanager
+def stage(found: Record, name: str, track: Track = silent) -> Iterator[None]:
+    """Time a stage. `track` is for those with no steps of their own to count: it shows that they go on."""
+    shown = track([name], name, 1)
+    start = time.perf_counter()
+    try:
+        next(shown)
+        yield
+    finally:
+        found.stages[name] = found.stages.get(name, 0.0) + time.perf_counter() - start
+        shown.close()

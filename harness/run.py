@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-import time
 import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,32 +12,45 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness import checkpoint, data, engine, evaluate, linear, measure, models, record, text
-from harness.config import RunConfig, build_run, changed_options, source_files
+from harness import analysis, checkpoint, data, engine, kvcache, linear, measure, mixed, models, record, text
+from harness.assess import assess
+from harness.config import AROUND, RunConfig, build_run, changed_options, source_files
+from harness.determinism import repeatable
 from harness.embedded import cache_dir
 from harness.errors import one_line
 from harness.kernels import table
 from harness.progress import Track, silent
+from harness.record import stage
 from harness.statcache import StatCache
 
 Json = dict[str, Any]
 
 _HERE = Path(__file__).parent
 _ARITHMETIC = (
+    "allocation.py",
+    "analysis.py",
     "architecture.py",
+    "assess.py",
     "data.py",
+    "divergence.py",
     "engine.py",
     "evaluate.py",
     "finetune.py",
     "flow.py",
     "install.py",
+    "kvcache.py",
     "linear.py",
     "measure.py",
+    "mixed.py",
     "observe.py",
+    "outliers.py",
     "producers.py",
     "residual.py",
+    "sensitivity.py",
     "shortcut.py",
     "stream.py",
+    "survey.py",
+    "tail.py",
     "text.py",
     "trial.py",
 )
@@ -53,7 +64,7 @@ def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
     """
     if cfg.save is not None:
         checkpoint.check(Path(cfg.save))
-    with _stage(found, "load", track):  # the first time, this converts the embedded model
+    with stage(found, "load", track):  # the first time, this converts the embedded model
         shape = models.config(cfg.model)
         _check(cfg, shape, found)
     device = _device(cfg.device)
@@ -61,27 +72,38 @@ def run(cfg: RunConfig, found: record.Record, track: Track = silent) -> None:
     baseline_dtype = models.resolve_dtype(cfg.model.baseline_dtype, shape)
     found.execution = _execution(cfg, device, dtype, baseline_dtype)
 
-    with _stage(found, "data", track):
+    with stage(found, "data", track):
         stream, calibration = _tokens(cfg, found)
-    with _stage(found, "load", track):
+    with stage(found, "load", track):
         model = models.load(cfg.model, dtype, device, cfg.seed)
         found.model = models.provenance(cfg.model, model, cfg.seed)
+    if cfg.kv is not None:
+        kvcache.prove(model, cfg.kv)
+    with repeatable(device):
+        _quantize(cfg, model, stream.windows[:1] if calibration is None else calibration, found, track)
+    assess(cfg, model, stream, found, track)
+
+
+def _quantize(cfg: RunConfig, model: nn.Module, tokens: Tensor, found: record.Record, track: Track) -> None:
+    """Choose widths where they are to be chosen, quantize, save, and analyse, as far as each is asked for."""
+    device = next(model.parameters()).device
     unsure = measure.reset_peak_memory(device)
-    with _stage(found, "quantize"):
-        cache = StatCache(cache_dir() / "statistics", int(cfg.engine.cache_gib * 2**30))
-        result = engine.quantize(model, cfg, stream.windows[:1] if calibration is None else calibration, track, cache)
-    _note_format(found, model, result)
+    cache = StatCache(cache_dir() / "statistics", int(cfg.engine.cache_gib * 2**30))
+    widths = _widths(cfg, model, tokens, cache, found, track) if cfg.mixes else {}
+    if cfg.analyses:
+        with stage(found, "analyse"):
+            asked = analysis.Analysis(model, cfg, tokens, cache, track)
+    with stage(found, "quantize"):
+        result = engine.quantize(model, cfg, tokens, track, cache, widths)
+    _note_format(cfg, found, model, result)
     if cfg.save is not None and cfg.scheme is not None:
         checkpoint.save(model, result.weights, cfg.scheme, found.model, Path(cfg.save))
         result.weights.clear()
-    if cfg.steps and not unsure:
+    if cfg.steps and not unsure and not cfg.analyses:
         found.metrics["quantize_peak_mib"] = measure.peak_memory_mib(device)
-    with _stage(found, "evaluate"):
-        _evaluate(cfg, model, stream.windows, found, track)
-    if cfg.measure.latency and found.execution["mode"] != "simulated":
-        with _stage(found, "measure"):
-            baseline = models.load(cfg.model, baseline_dtype, device, cfg.seed)
-            found.metrics |= measure.latency(model, baseline, cfg.measure, cfg.seed, track)
+    if cfg.analyses:
+        with stage(found, "analyse"):
+            found.analysis |= asked.of(result)
 
 
 def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> tuple[record.Record, bool]:
@@ -89,8 +111,7 @@ def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> t
 
     Returns: the record, failed ones included, and whether it was there already.
     """
-    early = record.run_id(_neutral(raw))  # stands for a run that fails before all that decides it is known
-    found = record.Record(run_id=early, config=raw)
+    found = record.Record(run_id=_early(raw), config=raw)
     try:
         folder = record.usable(raw.get("results_dir"))
     except ValueError as error:
@@ -111,14 +132,36 @@ def execute(raw: Json, track: Track = silent, show_traceback: bool = False) -> t
             traceback.print_exc()
     finally:
         gc.collect()
+    _keep(found, folder)
+    return found, False
+
+
+def failed(raw: Json, error: str) -> record.Record:
+    """Leave the record of a run that could not tell its end itself."""
+    found = record.Record(_early(raw), "failed", error, raw, environment=record.environment())
+    with suppress(ValueError):  # without a folder there is the line on the screen alone
+        _keep(found, record.usable(raw.get("results_dir")))
+    return found
+
+
+def _early(raw: Json) -> str:
+    """Stands for a run that fails before all that decides it is known."""
+    return record.run_id(_neutral(raw))
+
+
+def _keep(found: record.Record, folder: Path) -> None:
+    """Write a record, elsewhere if its folder has no room; an early failure of the same run is forgotten."""
     try:
         record.write(found, folder)
         if found.status == "ok":
-            record.path_of(folder, early).unlink(missing_ok=True)
+            record.path_of(folder, _early(found.config)).unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a full disk; a figure that JSON cannot hold
+        place = record.rescue(found)
+        saved = f"it is kept as {place}, move it there" if place else "it is lost"
         found.status = "failed"
-        found.error = f"results_dir={folder}: the record cannot be written ({error}); free space or name another folder"
-    return found, False
+        found.error = (
+            f"results_dir={folder}: the record cannot be written ({error}); {saved}, free space or name another folder"
+        )
 
 
 def run_id(cfg: RunConfig, raw: Json) -> str:
@@ -133,12 +176,19 @@ def run_id(cfg: RunConfig, raw: Json) -> str:
     decides["model"] = asdict(cfg.model) | {"path": None, "fingerprint": models.fingerprint(cfg.model, cfg.seed)}
     decides["engine"] = {key: value for key, value in raw["engine"].items() if key != "cache_gib"}
     decides["device"] = str(_device(cfg.device))
+    decides["measure"] = {key: value for key, value in raw["measure"].items() if key != "divergence_gib"}
     if engine.needs_calibration(cfg):
         decides["calibration_text"] = text.identity(cfg.data, "calibration")
     else:
-        for key in ("num_samples", "calibration_seq_len", "sampling", "allow_overlap"):
-            del decides["data"][key]
+        for key in ("calibration_source", "num_samples", "calibration_seq_len", "sampling", "allow_overlap"):
+            decides["data"].pop(key, None)
         del decides["engine"]
+    for key, asked in (("analysis", cfg.analyses), ("mixed", cfg.mixes), ("kv", cfg.kv)):
+        if not asked:
+            decides.pop(key, None)  # nor are they in records of before
+    if cfg.mixes:
+        decides["mixed"] = mixed.identity(cfg)
+        decides["scheme"] = raw["scheme"] | {"weight": raw["scheme"]["weight"] | {"bits": None}}
     for key in ("skip", "scheme", "execution") if not cfg.steps else ():
         del decides[key]
     kernels = {_HERE / "kernels" / f"{name}.py" for name in table.MODULES[_device(cfg.device).type]}
@@ -166,6 +216,9 @@ def _check(cfg: RunConfig, shape: Any, found: record.Record) -> None:
     found.warnings += cfg.warnings
     _check_lengths(cfg, shape)
     engine.check(models.skeleton(shape), cfg)
+    if cfg.kv is not None:
+        warning = kvcache.check(cfg.kv, shape, cfg.data.seq_len, cfg.model.name)
+        found.warnings += [warning] if warning else []
 
 
 def _check_lengths(cfg: RunConfig, shape: Any) -> None:
@@ -183,8 +236,22 @@ def _check_lengths(cfg: RunConfig, shape: Any) -> None:
             )
 
 
-def _note_format(found: record.Record, model: nn.Module, result: engine.Result) -> None:
-    """What the quantized model is, before anything is asked of it."""
+def _widths(
+    cfg: RunConfig, model: nn.Module, tokens: Tensor, cache: StatCache, found: record.Record, track: Track
+) -> dict[str, int]:
+    """The bits of each linear, as `mixed` chooses them."""
+    with stage(found, "allocate"):
+        plan = mixed.plan(model, cfg, tokens, cache, track)
+    found.warnings += plan.warnings
+    found.analysis["mixed"] = plan.summary
+    return plan.bits
+
+
+def _note_format(cfg: RunConfig, found: record.Record, model: nn.Module, result: engine.Result) -> None:
+    """What the quantized model is, before anything is asked of it.
+
+    An analysis observes more than the method asks for, so that its time is none of the method's.
+    """
     found.layers = result.layers
     found.warnings += result.warnings
     found.metrics["bits_per_weight"] = result.bits_per_weight
@@ -193,38 +260,17 @@ def _note_format(found: record.Record, model: nn.Module, result: engine.Result) 
         found.metrics["resident_mib"] = linear.resident_bytes(model) / 2**20
     if result.kernels:
         found.execution["kernel"] = ", ".join(sorted(result.kernels))
-    if found.execution["mode"] != "float":
+    if cfg.mixes:
+        found.warnings += mixed.over_budget(cfg, result.layers)
+    if cfg.steps and not cfg.analyses:
         found.metrics["quantize_s"] = found.stages["quantize"]
-
-
-def _evaluate(cfg: RunConfig, model: nn.Module, windows: Tensor, found: record.Record, track: Track) -> None:
-    """Perplexity, and the peak of memory on the way; of a model that is not scored, the peak of one prefill.
-
-    A simulated run holds decoded floats: its memory says nothing of the format, and is not reported.
-    """
-    device = next(model.parameters()).device
-    unsure = measure.reset_peak_memory(device)
-    if cfg.model.scored:
-        scored = evaluate.perplexity(model, windows, cfg.data.batch_size, track)
-    else:
-        measure.prefill(model, cfg.measure, cfg.seed)
-    if found.execution["mode"] != "simulated":
-        found.metrics["peak_memory_mib"] = measure.peak_memory_mib(device)
-        found.warnings += [unsure] if unsure else []
-    if not cfg.model.scored:
-        found.warnings.append(f"model={cfg.model.name} has random weights: no perplexity is computed, it means nothing")
-        return
-    found.window_nll, found.metrics["nll"] = scored.window_nll, scored.nll
-    if scored.perplexity is None:
-        found.warnings.append(f"perplexity is beyond the range of a float; nll={scored.nll:.6g} says how far")
-    else:
-        found.metrics["perplexity"] = scored.perplexity
 
 
 def _execution(cfg: RunConfig, device: torch.device, dtype: torch.dtype, baseline: torch.dtype) -> Json:
     mode = cfg.execution if cfg.steps else "float"
+    what = {"mode": mode, "device": str(device)} | ({"kv": cfg.kv.label} if cfg.kv else {})
     floats = {"dtype": str(dtype), "baseline_dtype": str(baseline)}
-    return {"mode": mode, "device": str(device)} | {key: name.removeprefix("torch.") for key, name in floats.items()}
+    return what | {key: name.removeprefix("torch.") for key, name in floats.items()}
 
 
 def _device(wanted: str) -> torch.device:
@@ -243,17 +289,4 @@ def _device(wanted: str) -> torch.device:
 
 def _neutral(raw: Json) -> Json:
     """The configuration without what cannot change a result."""
-    return {key: value for key, value in raw.items() if key not in ("bits", "results_dir", "force", "save")}
-
-
-@contextmanager
-def _stage(found: record.Record, name: str, track: Track = silent) -> Iterator[None]:
-    """Time a stage. `track` is for those with no steps of their own to count: it shows that they go on."""
-    shown = track([name], name, 1)
-    start = time.perf_counter()
-    try:
-        next(shown)
-        yield
-    finally:
-        found.stages[name] = found.stages.get(name, 0.0) + time.perf_counter() - start
-        shown.close()
+    return {key: value for key, value in raw.items() if key not in ("bits", "results_dir", "force", "save", *AROUND)}

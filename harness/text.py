@@ -30,21 +30,22 @@ def documents(cfg: DataConfig, part: Part) -> list[str]:
     Raises: ValueError if a file is missing, is no text or is empty, or a hub cannot be reached.
     """
     key, path = _path(cfg, part)
+    source = source_of(cfg, part)
     if path is not None:
-        texts = _file_documents(cfg.source, key, Path(path))
-    elif cfg.source == "pydocs":
+        texts = _file_documents(source, key, Path(path))
+    elif source == "pydocs":
         texts = [pydocs(part)]
-    elif cfg.source == "wikitext2":
+    elif source == "wikitext2":
         split = "train" if part == "calibration" else "test"
         texts = ["\n\n".join(_hub_rows(key, *WIKITEXT, split=split))]
-    elif cfg.source == "c4":
+    elif source == "c4":
         files = {"train": C4_SHARDS[part]}
         texts = _hub_rows(key, "allenai/c4", split="train", data_files=files)
     else:
-        raise ValueError(f"{key}=None; data={cfg.source} has no {part} text of its own, expected {key}=FILE")
+        raise ValueError(f"{key}=None; data={source} has no {part} text of its own, expected {key}=FILE")
     if not any(text.strip() for text in texts):
         raise ValueError(f"{key}={path} holds no text; expected a file with more than white space")
-    if cfg.source == "c4" and part == "evaluation":
+    if source == "c4" and part == "evaluation":
         return [" ".join(texts[:C4_EVALUATION_DOCUMENTS])]
     return texts
 
@@ -54,13 +55,19 @@ def identity(cfg: DataConfig, part: Part) -> str:
     key, path = _path(cfg, part)
     if path is not None:
         return sha256(_read_bytes(key, Path(path)))
-    return sha256(pydocs(part).encode()) if cfg.source == "pydocs" else f"{cfg.source}:{part}"
+    source = source_of(cfg, part)
+    return sha256(pydocs(part).encode()) if source == "pydocs" else f"{source}:{part}"
 
 
 def describe(cfg: DataConfig, part: Part) -> str:
     """The source of one part in a word: the file's name without its folders, or the part of a known corpus."""
     path = _path(cfg, part)[1]
-    return Path(path).name if path else f"{cfg.source}:{part}"
+    return Path(path).name if path else f"{source_of(cfg, part)}:{part}"
+
+
+def source_of(cfg: DataConfig, part: Part) -> str:
+    """The corpus of one part: calibration may name one of its own."""
+    return (cfg.calibration_source if part == "calibration" else None) or cfg.source
 
 
 def sha256(data: bytes) -> str:

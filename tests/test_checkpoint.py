@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from harness import checkpoint, models, run
+from harness import checkpoint, evaluate, models, run
 from harness.config import build_run
 from harness.stream import logits
 from tests.conftest import resolve
@@ -43,7 +43,7 @@ def test_what_is_loaded_runs_as_what_was_saved(tmp_path: Path, options: tuple[st
     assert found.status == "ok", found.error
     cfg = build_run(found.config)
     loaded = checkpoint.load(models.load(cfg.model, getattr(torch, dtype), CPU, 1), place)  # other random weights
-    again = run.evaluate.perplexity(loaded, run.data.evaluation(cfg.data, models.tokenizer(cfg.model)).windows, 1)
+    again = evaluate.perplexity(loaded, run.data.evaluation(cfg.data, models.tokenizer(cfg.model)).windows, 1)
     assert again.nll == pytest.approx(found.metrics["nll"], rel=1e-6)
 
 

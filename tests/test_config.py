@@ -31,7 +31,7 @@ class Loose(RTN):
     """Forgot its own @dataclass."""
 
 
-@pytest.mark.parametrize("folder", ["model", "scheme", "data", "measure"])
+@pytest.mark.parametrize("folder", ["model", "scheme", "kv", "data", "measure"])
 def test_every_shipped_config_builds(folder: str, tmp_path: Path) -> None:
     for path in sorted((ROOT / "conf" / folder).glob("*.yaml")):
         overrides = [f"{folder}={path.stem}"] + (["data.path=x"] if path.stem == "text_file" else [])

@@ -109,6 +109,19 @@ def test_c4_evaluation_joins_the_first_documents_by_blanks(tmp_path: Path) -> No
     assert stream.info["text_sha256"] == hashlib.sha256(joined.encode()).hexdigest()
 
 
+def test_calibration_may_come_from_another_corpus(tmp_path: Path) -> None:
+    lines = "\n".join(json.dumps({"text": f"document {i}"}) for i in range(3))
+    (tmp_path / "c4.json").write_text(lines)
+    keys = {"source": "wikitext2", "calibration_source": "c4", "calibration_path": str(tmp_path / "c4.json")}
+    cfg = config(tmp_path, "one row\n", **keys)
+    assert text.documents(cfg, "calibration") == ["document 0", "document 1", "document 2"]
+    assert text.documents(cfg, "evaluation") == ["one row\n"]
+    apart = DataConfig(source="wikitext2", calibration_source="c4")
+    assert text.identity(apart, "calibration") == text.describe(apart, "calibration") == "c4:calibration"
+    assert text.identity(apart, "evaluation") == "wikitext2:evaluation"
+    assert text.identity(apart, "calibration") != text.identity(DataConfig(source="wikitext2"), "calibration")
+
+
 def test_overlap_is_found_wherever_it_lies() -> None:
     generator = torch.Generator().manual_seed(0)
     evaluation = torch.randint(0, 5000, (4, 500), generator=generator)

@@ -34,7 +34,7 @@ def test_record_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
     assert found.data["protocol"] == "gptq-64"
     assert len(found.data["evaluation"]["tokens_sha256"]) == 64
     assert len(found.window_nll) == found.data["evaluation"]["num_windows"] == 2
-    assert set(found.stages) == {"data", "load", "quantize", "evaluate", "measure"}
+    assert set(found.stages) == {"data", "load", "quantize", "evaluate", "divergence", "measure"}
     assert found.metrics["bits_per_weight"] == 3 + 19 / 64
     assert {"perplexity", "nll", "model_size_mib", "peak_memory_mib", "quantize_s"} <= set(found.metrics)
     for kind in ("prefill", "decode"):
@@ -133,11 +133,12 @@ def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny:
     base = id_of()
     text = tmp_path / "copy.txt"
     text.write_text("some text")
-    for same in ("force=true", "results_dir=elsewhere", "data.num_samples=9"):
+    for same in ("force=true", "results_dir=elsewhere", "data.num_samples=9", "data.calibration_source=c4"):
         assert id_of(same) == base, same
     for other in ("bits=3", "seed=1", "scheme=channel", "skip=['*.down_proj']", "model.dtype=bfloat16", "method=none"):
         assert id_of(other) != base, other
     for other in (
+        "kv=kv4_token",
         "data.seq_len=32",
         "data.max_windows=1",
         "data.batch_size=2",
@@ -146,7 +147,8 @@ def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny:
     ):
         assert id_of(other) != base, other
     assert id_of("method=none", "bits=3", "scheme=channel") == id_of("method=none", "execution=simulated")
-    assert id_of("scheme=w8a8_static", "data.num_samples=9") != id_of("scheme=w8a8_static")
+    for other in ("data.num_samples=9", "data.calibration_source=c4"):
+        assert id_of("scheme=w8a8_static", other) != id_of("scheme=w8a8_static"), other
     before = id_of(f"data.path={text}")
     text.write_text("other text")
     assert id_of(f"data.path={text}") != before
@@ -245,7 +247,7 @@ def test_sweep_goes_on_past_failures_and_skips_what_is_finished(tmp_path: Path, 
     assert "failed" in done.stdout
     again = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4", "scheme=channel")
     assert again.returncode == 0
-    assert again.stderr.count("skip") == 2
+    assert again.stderr.count("skip  tiny") == 2
     assert "1.00x" in again.stdout
 
 
@@ -298,7 +300,7 @@ def test_someone_elses_method_is_a_method_like_any_other(tmp_path: Path) -> None
     assert edited != code
     (tmp_path / "my_methods.py").write_text(edited)
     done = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7", cwd=tmp_path)
-    assert "skip" not in done.stderr, "an edited method has to run again"
+    assert "skip  tiny" not in done.stderr, "an edited method has to run again"
 
 
 def test_two_sweeps_into_one_folder_lose_nothing(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""A Hydra sweeper for experiments that are no single grid: a list of sweeps, run one after another.
+"""A Hydra sweeper for experiments that are no single grid: a list of sweeps.
 
 Hydra finds sweepers in the namespace package hydra_plugins alone, which is why this file is here.
 """
@@ -6,9 +6,10 @@ Hydra finds sweepers in the namespace package hydra_plugins alone, which is why 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 
 
 class UnionSweeper(BasicSweeper):
@@ -18,9 +19,14 @@ class UnionSweeper(BasicSweeper):
         super().__init__(max_batch_size=max_batch_size)
         self.sweeps = sweeps
 
-    def sweep(self, arguments: list[str]) -> Any:
-        returns = []
+    def split_arguments(  # type: ignore[override]
+        self, overrides: list[Override], max_batch_size: int | None
+    ) -> list[list[list[str]]]:
+        """Batches of jobs, all lines together, so that a launcher may run them side by side."""
+        assert self.hydra_context is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        jobs: list[list[str]] = []
         for line in self.sweeps:
-            self.batch_index = 0
-            returns += super().sweep([*line.split(), *arguments])
-        return returns
+            (own,) = BasicSweeper.split_arguments([*parser.parse_overrides(line.split()), *overrides], None)
+            jobs += own
+        return list(self.split_overrides_to_chunks(jobs, max_batch_size))

@@ -1,0 +1,307 @@
+"""Sweeps that survive: runs in processes of their own, whatever ends them; launchers and sweepers run for real."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from harness import isolate, record, run, sweep
+from harness.config import LimitsConfig, build_limits
+from harness.sweepsheet import sweeps_sheet
+from tests.conftest import ROOT, TINY, harness, resolve
+
+Tiny = Callable[..., dict[str, Any]]
+SMALL = [*TINY, "measure=off", "scheme=channel"]
+
+# Methods that end their process, each in its own way; `wait` tells who it is before it does.
+BAD = """
+import os, signal, time
+from dataclasses import dataclass
+from pathlib import Path
+import torch
+from harness.core.qtensor import round_to_nearest
+from harness.core.method import Method
+
+@dataclass(frozen=True, kw_only=True)
+class Bad(Method):
+    way: str
+
+    def quantize(self, weight, scheme, stats):
+        Path(f"{self.way}.pid").write_text(str(os.getpid()))
+        if self.way == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.way == "crash":
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if self.way == "leave":
+            os._exit(3)
+        if self.way == "wait":
+            time.sleep(120)
+        if self.way == "hog":
+            held = []
+            while True:
+                held.append(torch.ones(2**24))
+                time.sleep(0.01)
+        return round_to_nearest(weight, scheme.weight)
+"""
+
+
+@pytest.fixture
+def bad(tmp_path: Path) -> Path:
+    """A folder with methods that die, as a user's own."""
+    (tmp_path / "bad.py").write_text(BAD)
+    (tmp_path / "conf/method").mkdir(parents=True)
+    for way in ("kill", "crash", "leave", "wait", "hog"):
+        (tmp_path / f"conf/method/{way}.yaml").write_text(f"{way}: {{_target_: bad.Bad, way: {way}}}\n")
+    return tmp_path
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text()) for path in folder.glob("*.json")]
+
+
+def summary_of(folder: Path) -> dict[str, Any]:
+    (path,) = (folder / "sweeps").glob("*.json")
+    found: dict[str, Any] = json.loads(path.read_text())
+    return found
+
+
+def test_whatever_ends_a_run_is_a_row_with_its_reason_and_the_sweep_goes_on(bad: Path) -> None:
+    limits = ["limits.memory_gib=1.5", "limits.time_s=40"]
+    done = harness(
+        *("--config-dir", "conf", "-m", *SMALL, *limits, "results_dir=runs"),
+        "method=none,kill,crash,leave,hog,wait,rtn",
+        cwd=bad,
+    )
+    assert done.returncode == 1
+    found = {next(iter(each["config"]["method"] or {"none": 0})): each for each in records(bad / "runs")}
+    assert {name: each["status"] for name, each in found.items()} == {
+        **dict.fromkeys(("kill", "crash", "leave", "hog", "wait"), "failed"),
+        **dict.fromkeys(("none", "rtn"), "ok"),
+    }
+    reasons = {
+        "kill": "the run was killed (SIGKILL) during kill",
+        "crash": "the run's process crashed (SIGSEGV) during crash",
+        "leave": "the run's process ended by itself with exit code 3 during leave",
+        "hog": "limits.memory_gib=1.5 is exceeded: ",
+        "wait": "limits.time_s=40 is exceeded: the run was in wait after 40 s; raise the limit",
+    }
+    for name, reason in reasons.items():
+        assert found[name]["error"].startswith(reason), found[name]["error"]
+        assert f"error: tiny {name} channel bits=4: {reason}" in done.stderr
+        assert found[name]["environment"]["cores"] == os.cpu_count()
+    assert done.stdout.count("| failed") == 5
+    about = summary_of(bad / "runs")
+    assert (about["runs"], about["ok"], about["failed"], about["skipped"]) == (7, 2, 5, 0)
+    assert sum(about["stages"].values()) == pytest.approx(about["wall_s"], rel=0.01)
+    work = sum(about["stages"].get(name, 0) for name in sweep.WORK)
+    assert about["own_share"] == pytest.approx(1 - work / about["wall_s"], rel=0.01)
+
+
+def test_a_killed_sweep_takes_its_run_with_it_and_is_resumed(bad: Path) -> None:
+    command = [sys.executable, "-m", "harness", "--config-dir", "conf", "-m", *SMALL, "results_dir=runs"]
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([*command, "method=rtn,wait"], cwd=bad, env=env, stdout=-3, stderr=-3)
+    told = bad / "wait.pid"
+    until(lambda: told.exists() and told.read_text() != "")
+    child = psutil.Process(int(told.read_text()))
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    child.wait(timeout=60)
+    assert [each["status"] for each in records(bad / "runs")] == ["ok"]
+    again = harness("-m", *SMALL, "results_dir=runs", "method=rtn,hqq", cwd=bad)
+    assert again.returncode == 0, again.stderr
+    assert again.stderr.count("skip  tiny") == 1
+    assert len(records(bad / "runs")) == 2
+
+
+def until(condition: Callable[[], bool], seconds: float = 120) -> None:
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, "waited too long"
+        time.sleep(0.05)
+
+
+def test_a_run_of_its_own_process_gives_the_same_record(tiny: Tiny, tmp_path: Path) -> None:
+    here, _ = run.execute(tiny("method=gptq", "bits=3"))
+    shown: list[str] = []
+
+    def track(items: Any, label: Any, total: int | None = None) -> Iterator[Any]:
+        for item in items:
+            yield item
+            shown.append(label() if callable(label) else label)
+
+    raw = tiny("method=gptq", "bits=3", f"results_dir={tmp_path}/other")
+    there, skipped = isolate.execute(raw, LimitsConfig(), track)
+    assert (there.status, there.error, skipped) == ("ok", None, False)
+    assert there.run_id == here.run_id
+    assert there.window_nll == here.window_nll
+    assert there.layers == here.layers
+    assert record.read(tmp_path / f"other/{there.run_id}.json") == there
+    assert "perplexity" in shown
+    assert any("gptq block 2/2, error" in label for label in shown)
+    assert isolate.execute(raw, LimitsConfig()) == (there, True)
+
+
+def test_isolation_is_for_sweeps_and_limits_unless_said_otherwise() -> None:
+    def of(sweeping: bool, *overrides: str) -> LimitsConfig | None:
+        return build_limits(resolve(*overrides), sweeping)
+
+    assert of(True) == of(False, "isolate=true") == LimitsConfig()
+    assert of(False) is of(True, "isolate=false") is None
+    assert of(False, "limits.time_s=3") == LimitsConfig(time_s=3.0)
+    for overrides, message in [
+        (["isolate=maybe"], "isolate='maybe' is unknown; expected true, false, or null"),
+        (["isolate=false", "limits.time_s=3"], "isolate=False cannot hold limits.memory_gib or limits.time_s"),
+        (["limits.memory_gib=0"], "limits.memory_gib=0.0 is out of range; expected more than 0"),
+        (["objectives=nll"], "objectives='nll' is no list; expected names of metrics"),
+    ]:
+        with pytest.raises(ValueError, match=message.replace("(", r"\(")):
+            of(True, *overrides)
+
+
+# A disk without room.
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 3 MiB; skipped where one may not be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mount(b"tmpfs", str(place).encode(), b"tmpfs", 0, b"size=3m"):
+        pytest.skip(f"no file system may be mounted here ({os.strerror(ctypes.get_errno())})")
+    try:
+        yield place
+    finally:
+        libc.umount2(str(place).encode(), 2)
+
+
+def test_a_full_disk_is_reported_and_loses_nothing(small_disk: Path, tiny: Tiny) -> None:
+    first, _ = run.execute(tiny(f"results_dir={small_disk}"))
+    assert first.status == "ok"
+    (small_disk / "other").write_bytes(bytes(2 * 2**20 + 2**19))
+    full, _ = run.execute(tiny("bits=3", f"results_dir={small_disk}"))
+    assert full.status == "failed"
+    assert f"results_dir={small_disk} cannot be written (No space left on device); free space" in str(full.error)
+    assert [path.name for path in small_disk.glob("*.json")] == [f"{first.run_id}.json"]
+    (small_disk / "other").unlink()
+    assert run.execute(tiny("bits=3", f"results_dir={small_disk}"))[0].status == "ok"
+
+
+def test_a_record_that_finds_no_room_at_the_end_is_kept_elsewhere(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    write, refused = record.write, []
+
+    def full(found: record.Record, folder: Path) -> Path:
+        if not refused:
+            refused.append(folder)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(found, folder)
+
+    monkeypatch.setattr(record, "write", full)
+    found, _ = run.execute(tiny())
+    assert found.status == "failed"
+    place = Path(str(found.error).partition("it is kept as ")[2].partition(",")[0])
+    kept = record.read(place)
+    assert (kept.status, kept.run_id) == ("ok", found.run_id)
+    assert kept.metrics["perplexity"] > 0
+
+
+# Launchers and sweepers, in a process as a user's.
+
+
+def test_entries_and_their_summary(tmp_path: Path) -> None:
+    for number, work, skipped in ((1, 6.0, False), (0, 2.0, False), (2, 9.0, True)):
+        found = record.Record(f"run{number}", stages={"load": 1.0, "evaluate": work})
+        sweep.note(tmp_path / "s", sweep.entry_of(number, found, skipped, 0.5 if skipped else work + 1.5))
+    entries = sweep.entries(tmp_path / "s")
+    assert [entry.run_id for entry in entries] == ["run0", "run1", "run2"]
+    about = sweep.summary(entries, wall_s=13.0)
+    assert about["stages"] == {"load": 2.0, "evaluate": 8.0, "other": pytest.approx(3.0)}
+    assert about["own_s"] == pytest.approx(5.0)
+    assert about["own_share"] == pytest.approx(5 / 13)
+    side_by_side = sweep.summary(entries, wall_s=7.5)
+    assert side_by_side["own_share"] == pytest.approx(3.5 / 11.5), "of what all of them took together"
+    path = sweep.write_summary(tmp_path / "s", about)
+    assert path == tmp_path / "s.json"
+    assert json.loads(path.read_text())["runs"] == 3
+    (tmp_path / "sweeps").mkdir()
+    path.rename(tmp_path / "sweeps/s.json")
+    sheet = sweeps_sheet(tmp_path)
+    assert sheet.shown.iloc[0].to_dict() == {
+        **{"sweep": "s", "runs": "3", "ok": "3", "failed": "0", "skipped": "1"},
+        **{"wall": "13", "load": "2.0", "other": "3.0", "evaluate": "8.0", "own share": "38.5%"},
+    }
+
+
+@pytest.mark.parametrize("launcher", ["workers", "submitit_local", "ray_cluster"])
+def test_every_record_of_a_launcher_arrives_once(launcher: str, tmp_path: Path) -> None:
+    done = harness(
+        *("-m", *SMALL, f"hydra/launcher={launcher}", f"results_dir={tmp_path}", "method=rtn", "bits=3,9,4"),
+        RAY_AUTH_MODE="disabled",
+    )
+    assert done.returncode == 1, done.stderr
+    assert "scheme.weight.bits=9 is out of range" in done.stdout
+    found = records(tmp_path)
+    assert sorted(each["status"] for each in found) == ["failed", "ok", "ok"]
+    (folder,) = (path for path in (tmp_path / "sweeps").iterdir() if path.is_dir())
+    entries = sweep.entries(folder)
+    assert [entry.number for entry in entries] == [0, 1, 2]
+    assert {entry.run_id for entry in entries} == {each["run_id"] for each in found}
+    assert summary_of(tmp_path)["runs"] == 3
+    assert done.stdout.count("| rtn ") == 3
+
+
+def test_slurm_is_configured_as_its_launcher_expects() -> None:
+    cfg = resolve_hydra("hydra/launcher=slurm", "hydra.launcher.partition=gpu")
+    assert cfg["launcher"]["_target_"].endswith("SlurmLauncher")
+    assert cfg["launcher"]["partition"] == "gpu"
+    assert cfg["launcher"]["submitit_folder"].startswith("results/runs/sweeps/")
+
+
+def resolve_hydra(*overrides: str) -> dict[str, Any]:
+    from hydra import compose, initialize_config_dir
+    from omegaconf import OmegaConf
+
+    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
+        cfg = compose("config", list(overrides), return_hydra_config=True)
+        cfg.hydra.job.num = 0
+        cfg.hydra.runtime.output_dir = "."
+        found = {"launcher": OmegaConf.to_container(cfg.hydra.launcher, resolve=True)}
+    return found
+
+
+def test_optuna_searches_the_front_of_two_figures(tmp_path: Path) -> None:
+    done = harness(
+        *("experiment=pareto", *SMALL[:-1], f"results_dir={tmp_path}", "hydra.sweeper.n_trials=6"),
+        "hydra.sweeper.params={method:rtn,scheme:'choice(channel,group32)',bits:'choice(2,4,9)'}",
+    )
+    ok = [each for each in records(tmp_path) if each["status"] == "ok"]
+    assert ok, done.stderr
+    points = {(each["metrics"]["nll"], each["metrics"]["bits_per_weight"]) for each in ok}
+    best = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
+    (path,) = (tmp_path / "sweeps").glob("*/optimization_results.yaml")
+    from omegaconf import OmegaConf
+
+    front = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(front, dict)
+    assert {tuple(each["values"]) for each in front["solutions"]} == best
+    assert summary_of(tmp_path)["runs"] == 6
+
+
+def test_an_unknown_launcher_names_the_extra() -> None:
+    done = harness("-m", *SMALL, "hydra/launcher=kubernetes")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: hydra/launcher=kubernetes is unknown; ")
+    assert "pip install 'ptqbench[sweeps]'" in done.stderr

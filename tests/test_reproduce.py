@@ -1,0 +1,209 @@
+"""Reruns of records: what passes, what fails and is named, what is skipped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from harness import isolate, record, reproduce, run
+from harness.config import LimitsConfig
+from harness.hub import UNREACHABLE
+from harness.record import Record
+from tests.conftest import ROOT, resolve
+
+Tiny = Callable[..., dict[str, Any]]
+Edit = Callable[[dict[str, Any]], object]
+
+
+@pytest.fixture
+def committed(tiny: Tiny, tmp_path: Path) -> Callable[..., Record]:
+    """Runs the tiny model as `overrides` say, into a folder that stands for results/reference."""
+
+    def make(*overrides: str) -> Record:
+        found, _ = isolate.execute(tiny(f"results_dir={tmp_path}/reference", *overrides), LimitsConfig())
+        assert found.status == "ok", found.error
+        return found
+
+    return make
+
+
+def again(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    capsys.readouterr()
+    code = reproduce.main([f"runs={tmp_path}/reference", f"into={tmp_path}/reproduced", *arguments])
+    return code, *capsys.readouterr()
+
+
+def edit(tmp_path: Path, found: Record, change: Edit) -> None:
+    path = record.path_of(tmp_path / "reference", found.run_id)
+    loaded = json.loads(path.read_text())
+    change(loaded)
+    path.write_text(json.dumps(loaded))
+
+
+def test_a_folder_reproduces_to_the_bit(
+    committed: Callable[..., Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    committed("scheme=w8a8_static")
+    committed("method=none", "measure=quick", "measure.prompt_len=8", "measure.repeats=2")
+    code, out, err = again(tmp_path, capsys)
+    assert code == 0, out
+    assert out.count("identical in every window") == 4  # perplexity and nll of both
+    assert "- environment: nothing else differs" in out
+    assert "sources and configuration: those of the record in 2 of 2 runs" in out
+    assert "| perplexity |" in out
+    assert "| exact | identical" in out
+    assert "| - | tiny none float32 | decode_ms_p50 |" in out
+    assert "[2/2] tiny rtn w8a8_static bits=8" in err
+    assert len(list((tmp_path / "reproduced").glob("*.json"))) == 2
+
+
+def test_only_some_and_a_report_in_a_file(
+    committed: Callable[..., Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one, other = committed("bits=3"), committed("bits=4")
+    output = tmp_path / "out" / "report.md"
+    code, out, _ = again(tmp_path, capsys, "only=rtn*bits=3", f"output={output}")
+    assert code == 0
+    assert output.read_text() == out
+    assert "bits=4" not in out
+    assert record.finished(tmp_path / "reproduced", one.run_id)
+    assert not record.finished(tmp_path / "reproduced", other.run_id)
+    code, _, err = again(tmp_path, capsys, "only=gptq")
+    assert code == 1
+    assert err.startswith("error: only=gptq is in the name of no finished record; expected a part of one of: tiny rtn")
+
+
+@pytest.mark.parametrize("metric", ["perplexity", "bits_per_weight", "peak_memory_mib"])
+def test_an_altered_figure_fails_and_is_named(
+    committed: Callable[..., Record], tmp_path: Path, capsys: pytest.CaptureFixture[str], metric: str
+) -> None:
+    found = committed()
+    edit(tmp_path, found, lambda loaded: loaded["metrics"].update({metric: loaded["metrics"][metric] * 1.5}))
+    code, out, _ = again(tmp_path, capsys)
+    assert code == 1
+    (line,) = [line for line in out.splitlines() if line.startswith("| FAIL")]
+    assert f"| tiny rtn group64 bits=4 float32 | {metric} |" in line
+    assert "| -33" in line
+
+
+def test_the_smallest_difference_fails_where_nothing_else_differs_and_passes_elsewhere(
+    committed: Callable[..., Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = committed()
+
+    def nudge(loaded: dict[str, Any]) -> None:
+        loaded["metrics"]["perplexity"] *= 1 + 1e-9
+        loaded["window_nll"][0] += 1e-9
+
+    edit(tmp_path, found, nudge)
+    code, out, _ = again(tmp_path, capsys)
+    assert code == 1
+    assert "| FAIL | tiny rtn group64 bits=4 float32 | perplexity |" in out
+    assert "| exact | expected to be identical |" in out
+    edit(tmp_path, found, lambda loaded: loaded["environment"].update(threads=64, cpu="abacus"))
+    code, out, _ = again(tmp_path, capsys)
+    assert code == 0, out
+    assert "- threads: recorded 64, here " in out
+    assert "- cpu: recorded abacus, here " in out
+    assert "±0.2 %" in out
+
+
+def test_packages_texts_and_sources_that_differ_are_named(
+    committed: Callable[..., Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = committed("scheme=w8a8_static")
+
+    def change(loaded: dict[str, Any]) -> None:
+        loaded["run_id"] = "0" * 16
+        loaded["environment"]["packages"]["numpy"] = "0.1"
+        loaded["data"]["calibration"]["tokens_sha256"] = "abc"
+        loaded["execution"]["kernel"] = "abacus"
+
+    edit(tmp_path, found, change)
+    code, out, _ = again(tmp_path, capsys)
+    assert code == 0, out
+    for line in ("numpy: recorded 0.1, here", "calibration tokens: recorded abc", "kernel: recorded abacus, here"):
+        assert f"- {line}" in out
+    assert "those of the record in 0 of 1 runs" in out
+
+
+def test_what_is_not_here_is_skipped_with_the_reason(
+    committed: Callable[..., Record],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("something to read " * 100)
+    committed("data=text_file", f"data.path={text}")
+    text.unlink()
+    code, out, _ = again(tmp_path, capsys)
+    assert code == 0
+    assert f"| SKIP | tiny rtn group64 bits=4 float32 | run | - | - |  |  | data.path={text} is not here" in out
+    assert "nothing was compared: 1 SKIP" in out
+
+    gpu = Record("g", config={"model": {}, "data": {}}, execution={"device": "cuda"})
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "it ran on cuda, and torch" in str(reproduce.absent(gpu))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert reproduce.absent(gpu) is None
+
+
+def test_a_hub_out_of_reach_skips_and_any_other_failure_fails(
+    committed: Callable[..., Record],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    found = committed()
+    for error, code, word in ((f"x could not be loaded ({UNREACHABLE})", 0, "SKIP"), ("no disk", 1, "FAIL")):
+        failed = Record(found.run_id, status="failed", error=error, config=found.config)
+        monkeypatch.setattr(reproduce, "execute", lambda *_, failed=failed: (failed, False))
+        got, out, _ = again(tmp_path, capsys)
+        assert got == code
+        assert f"| {word} | tiny rtn group64 bits=4 float32 | run |" in out
+        assert error in out
+
+
+def test_a_figure_that_the_rerun_lacks_fails(committed: Callable[..., Record]) -> None:
+    expected = committed()
+    found = Record(expected.run_id, metrics={k: v for k, v in expected.metrics.items() if k != "resident_mib"})
+    failed = [figure.name for figure in reproduce.compare(expected, found) if figure.verdict == "FAIL"]
+    assert failed == ["resident_mib"]
+
+
+def test_configurations_of_older_records_are_completed() -> None:
+    whole = resolve("model=tiny", "measure=off", "scheme=w8a8_static")
+    older = {key: value for key, value in whole.items() if key not in ("engine", "save", "skip", "execution")}
+    older["data"] = {key: value for key, value in whole["data"].items() if key != "calibration_source"}
+    older["force"] = True
+    completed = reproduce.rerun_config(Record("r", config=older, execution={"device": "cpu"}), "elsewhere")
+    changed = {"results_dir": "elsewhere", "device": "cpu"}
+    assert completed == {key: value for key, value in whole.items() if key != "experiment"} | changed
+
+
+def test_every_committed_record_can_be_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its configuration is read by these sources: nothing was renamed without a thought for it."""
+    paths = sorted(path for path in (ROOT / "results/reference").rglob("*.json") if path.parent.name != "sweeps")
+    assert len(paths) > 60
+    for path in paths:
+        found = record.read(path)
+        config = reproduce.rerun_config(found, "elsewhere")
+        config["device"] = "cpu"
+        cfg = run.build_run(config)
+        assert cfg.results_dir == "elsewhere"
+        if cfg.data.path is None:
+            assert len(run.run_id(cfg, config)) == 16
+
+
+def test_command_line_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    assert reproduce.main(["run=x"]) == 1
+    expected = "error: run=x is unknown; expected KEY=VALUE with a key of runs, into, published, only, output\n"
+    assert capsys.readouterr().err == expected
+    assert reproduce.main(["runs=/nowhere"]) == 1
+    assert capsys.readouterr().err.startswith("error: runs=/nowhere is no folder")

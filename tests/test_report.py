@@ -1,0 +1,269 @@
+"""The report: every run is in it, nothing of it is fetched, hostile texts stay texts."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import record
+from harness.record import Record
+from tests.test_table import make
+
+pytest.importorskip("altair")
+pytest.importorskip("vl_convert")
+pytest.importorskip("itables")
+
+from harness.report import charts, details, layers, page, pareto, rows
+from harness.report.__main__ import main
+from harness.table import to_frame
+
+HOSTILE = "</script><script>document.title = 'owned'</script><b>&"
+METHODS = ("awq", "gptq", "rtn")
+NIGHT = {"runs": 3, "wall_s": 100, "stages": {"load": 2}, "own_share": 0.034}
+
+
+def full(run_id: str, perplexity: float, stored: float, **changes: Any) -> Record:
+    """A record with every figure that the report draws."""
+    found = make(run_id, perplexity, **changes)
+    found.metrics |= {"bits_per_weight": stored, "kl": perplexity / 1000, "model_size_mib": 10 * stored}
+    found.metrics |= {"decode_ms_p50": 5.0, "decode_ms_p10": 4.0, "decode_ms_p90": 8.0}
+    found.layers = [
+        {"name": f"model.layers.{block}.{part}", "weight_error": 0.1 * block + 0.01 * i, "kl_alone": 0.5}
+        for block in range(2)
+        for i, part in enumerate(("self_attn.q_proj", "mlp.down_proj"))
+    ]
+    found.environment = {"cpu": "one", "packages": {"torch": "2.0"}}
+    found.stages = {"load": 1.0, "quantize": 3.0}
+    return found
+
+
+def records() -> list[Record]:
+    """Float, runs of which one lies far beyond the plot, and a failed run with a hostile message."""
+    found = [full("base", 10.0, 32.0, method="none")]
+    found += [full(f"r{i}", 9.5 + 2.0**i, 3.0 + i, method=METHODS[i % 3]) for i in range(4)]
+    found += [full("far", 100000.0, 2.5, method="rtn", bits=2)]
+    found[1].warnings = [HOSTILE]
+    found[1].options = {"awq.note": HOSTILE}
+    found[2].environment = {"cpu": "other", "packages": {"torch": "2.0"}}
+    failed = make("bad", None, bits=2)
+    failed.error = HOSTILE
+    return [*found, failed]
+
+
+def analysed() -> list[Record]:
+    found = records()
+    magnitudes = {"before": [float(1 + channel % 7) for channel in range(400)], "after": [1.0] * 400}
+    vars(found[3])["analysis"] = {"outliers": {"model.layers.0.mlp.up_proj": magnitudes}}
+    return found
+
+
+class Loads(HTMLParser):
+    """What a page asks for, the elements in it, and its data."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.asked: list[str] = []
+        self.scripts: list[dict[str, str | None]] = []
+        self.data = ""
+        self._inside = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = dict(attrs)
+        self.asked += [value for key in ("src", "href", "srcset", "data") if (value := given.get(key))]
+        if tag == "script":
+            self.scripts.append(given)
+        self._inside = given.get("id") or ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "data":
+            self.data += data
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("runs")
+    (folder / "sweeps").mkdir()
+    (folder / "sweeps" / "night.json").write_text(json.dumps(NIGHT))
+    (folder / "sweeps" / "broken.json").write_text("[")
+    return page.html(analysed(), folder)
+
+
+def test_the_page_fetches_nothing(text: str) -> None:
+    assert all(address.startswith(("#", "data:")) for address in Loads(text).asked)
+    style = text.partition("<style>")[2].partition("</style>")[0]
+    assert "dt-ordering-asc" in style
+    assert "@import" not in style
+    assert "url(" not in style
+    assert "default-src 'none'" in text
+
+
+def test_hostile_texts_stay_texts(text: str) -> None:
+    parsed = Loads(text)
+    assert len(parsed.scripts) == 4
+    assert HOSTILE not in text
+    assert text.count("&lt;/script&gt;&lt;script&gt;document.title = &#39;owned&#39;") >= 4
+    assert json.loads(parsed.data)
+
+
+def test_chart_data_hold_every_finished_run(text: str) -> None:
+    data = json.loads(Loads(text).data)
+    assert len(data["charts"]) == 6  # two losses by bits, size and latency; nothing is resident
+    for spec in data["charts"]:
+        runs = {row["run"] for row in _values(spec) if "run" in row}
+        assert runs == {"base", "r0", "r1", "r2", "r3", "far"}
+    assert {run["run"] for run in data["layers"]["runs"]} == {"base", "r0", "r1", "r2", "r3", "far"}
+    assert data["layers"]["linears"][0][3] == ["model.layers.1.mlp.down_proj", 1, "mlp.down_proj"]
+
+
+def _values(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for rows in spec.get("datasets", {}).values() for row in rows] or [
+        row for part in [spec, *spec["layer"]] for row in part.get("data", {}).get("values", [])
+    ]
+
+
+def test_failures_conditions_sweeps_and_all_details_are_named(text: str) -> None:
+    failed = text.partition('<section id="failed">')[2]
+    assert 'data-run="bad"' in failed
+    assert "&lt;/script&gt;" in failed.partition("</section>")[0]
+    assert "they differ in cpu, packages.torch." in text
+    assert "3.4 %" in text
+    assert "broken" not in text
+    for run in ("base", "r0", "far", "bad"):
+        assert f'<template data-run="{run}">' in text
+    beyond = re.search(r"Triangles at an edge lie beyond the plot: ([^<]*)", text)
+    assert beyond is not None
+    assert f"rtn group64 2 bits far: perplexity 100,000 (10,000{pareto.TIMES} float)" in beyond[1]
+
+
+def test_the_front_is_what_no_other_point_beats() -> None:
+    points = [(1.0, 9.0), (2.0, 9.0), (2.0, 5.0), (3.0, 6.0), (4.0, 1.0), (4.0, 1.0), (0.5, 9.5)]
+    assert pareto.front(points) == [True, False, True, False, True, True, True]
+
+
+def test_a_run_beyond_the_plot_stays_on_it() -> None:
+    frame = page._frame(records())
+    _, part = next(pareto.groups(frame))
+    plot = pareto.plot(part, pareto.COSTS[0], pareto.LOSSES[0], pareto.labels(frame))
+    at = {point["run"]: point for point in plot.points}
+    assert at["far"]["loss"] == 100000.0
+    assert at["far"]["height"] == pareto.REACH * 10.0
+    assert at["far"]["shape"] == "triangle-up"
+    assert at["base"]["across"] == pytest.approx(pareto.FLOAT_ROOM * 6.0)
+    assert len(plot.beyond) == 2
+    spec = json.dumps(charts.pareto(plot, charts.palette(METHODS), wide=True))
+    assert "http" not in spec
+
+
+def test_intervals_are_drawn_where_the_frame_has_them() -> None:
+    frame = page._frame(records())
+    frame["perplexity_low"], frame["perplexity_high"] = frame["perplexity"] * 0.9, frame["perplexity"] * 1.1
+    _, part = next(pareto.groups(frame))
+    plot = pareto.plot(part, pareto.COSTS[3], pareto.LOSSES[0], pareto.labels(frame))
+    at = {point["run"]: point for point in plot.points}["r0"]
+    assert (at["loss_low"], at["loss_high"]) == pytest.approx((10.5 * 0.9, 10.5 * 1.1))
+    assert (at["cost_low"], at["cost_high"]) == (4.0, 8.0)
+    fields = json.dumps(charts.pareto(plot, charts.palette(METHODS), wide=True))
+    assert '"loss_low"' in fields
+    assert '"cost_high"' in fields
+
+
+def test_only_rows_of_one_text_are_compared() -> None:
+    mixed = [*records(), full("o1", 3.0, 4.0, tokens="other"), full("o2", 4.0, 5.0, tokens="other")]
+    sizes = [len(part) for _, part in pareto.groups(page._frame(mixed))]
+    assert sizes == [6, 2]
+
+
+def test_labels_tell_every_run_apart() -> None:
+    same = [
+        make("one", 1.0),
+        make("two", 1.0, dtype="bfloat16"),
+        make("three", 1.0, dtype="bfloat16"),
+        make("x", 2, "none"),
+    ]
+    found = pareto.labels(to_frame(same))
+    assert found["one"] == "rtn group64 4 bits float32"
+    assert found["two"] == "rtn group64 4 bits bfloat16 two"
+    assert found["x"] == "float baseline float32"
+
+
+def test_cells_round_but_sort_exactly() -> None:
+    columns, table = rows.table(page._frame(records()))
+    place = [column.heading for column in columns].index("perplexity")
+    cells = {row.run_id: row.cells[place] for row in table}
+    assert (cells["r0"].text, cells["r0"].below, cells["r0"].order) == ("10.50", f"1.05{pareto.TIMES}", 10.5)
+    assert cells["far"].text == "1e+05"
+    assert cells["bad"].order is None
+
+
+def test_environments_are_classed_by_what_differs() -> None:
+    found = details.classes(records(), "environment")
+    assert found.keys == ["cpu", "packages.torch"]  # the failed run has none
+    assert [count for _, count, _ in found.rows] == [5, 1, 1]
+    assert found.of["r1"] == 2
+    assert found.common == []
+
+
+def test_channels_keep_the_largest_of_many() -> None:
+    before = [float(channel) for channel in range(1000)]
+    kept = layers.channels({"before": before, "after": [0.5] * 1000})
+    assert kept is not None
+    assert kept["channel"][:3] == [999, 998, 997]
+    assert kept["before"][: layers.LARGEST] == before[: -layers.LARGEST - 1 : -1]
+    assert len(kept["rank"]) == layers.KEPT
+    assert kept["rank"] == sorted(set(kept["rank"]))
+    assert layers.channels({"before": [float("nan")]}) is None
+
+
+@pytest.mark.parametrize(("low", "high"), [(2.0, 8.3), (10.2, 36.0), (130.0, 520.0), (0.001, 90.0), (11.0, 11.6)])
+def test_ticks_are_few_and_inside(low: float, high: float) -> None:
+    found = charts.ticks(low, high)
+    assert 0 < len(found) <= 9 or (low, high) == (11.0, 11.6)
+    assert all(low <= value <= high for value in found)
+
+
+def test_odd_failed_records_are_shown(tmp_path: Path) -> None:
+    odd = Record(run_id='a"b<', status="failed", error=None, config={"method": {"rtn": None}, "scheme": 3}, stages=[1])  # type: ignore[arg-type]
+    text = page.html([odd], tmp_path)
+    assert 'data-run="a&#34;b&lt;"' in text
+    assert "no reason was recorded" in text
+
+
+def test_command_line_writes_page_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for found in records():
+        record.write(found, tmp_path)
+    picture = tmp_path / "plot.png"
+    assert main([f"runs={tmp_path}", f"png={picture}"]) == 0
+    assert capsys.readouterr().out == f"{picture}\n{tmp_path / 'report.html'}\n"
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert int.from_bytes(picture.read_bytes()[16:20], "big") == 2 * page.PIXELS
+    assert (tmp_path / "report.html").read_text() == page.html(records(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run=x"], "error: run=x is unknown; expected KEY=VALUE with a key of runs, output, png\n"),
+        (["runs=/nowhere"], "error: runs=/nowhere is no folder; expected one with records"),
+    ],
+)
+def test_command_line_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("harness.report.__main__.find_spec", lambda name: None if name == "itables" else sys)
+    assert main(["runs=results/reference"]) == 1
+    assert capsys.readouterr().err == (
+        "error: the report needs itables, not installed here; run pip install ptqbench[report]\n"
+    )

@@ -4,9 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS ?= results/runs
+REFERENCE ?= results/reference
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test lint check table readme reference kernels overhead
+.PHONY: help setup bench test lint check table report readme reference reproduce published kernels overhead
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,18 +39,31 @@ check: lint test ## Everything that has to pass before a change lands
 table: $(STAMP) ## Print the table of all runs (RUNS=FOLDER for others)
 	$(BIN)/python -m harness.table runs=$(RUNS)
 
-readme: $(STAMP) ## Write the table of results/reference into README.md and results/README.md
+report: $(STAMP) ## Write RUNS/report.html: all runs in tables and plots, in one file (RUNS=FOLDER for others)
+	$(BIN)/python -m harness.report runs=$(RUNS)
+
+readme: $(STAMP) ## Write the tables and the plot of results/reference into README.md and results
 	for file in README.md results/README.md; do \
 	  $(BIN)/python -m harness.table runs=results/reference into=$$file && \
-	  $(BIN)/python -m harness.table runs=results/reference/wikitext2 into=$$file mark=wikitext2 && \
-	  $(BIN)/python -m harness.table runs=results/reference/low_bits into=$$file mark=low_bits && \
-	  $(BIN)/python -m harness.table runs=results/reference/packed into=$$file mark=packed || exit 1; done
+	  for name in wikitext2 low_bits packed survey mixed; do \
+	    $(BIN)/python -m harness.table runs=results/reference/$$name into=$$file mark=$$name || exit 1; done || exit 1; done
+	$(BIN)/python -m harness.table show=sweeps runs=results/reference/survey into=README.md mark=sweeps
+	$(BIN)/python -m harness.report runs=results/reference png=results/pareto.png
 
 reference: $(STAMP) ## Run the reference rows anew and write the tables that quote them
 	$(BIN)/python -m harness experiment=bench results_dir=results/reference force=true engine.cache_gib=0
 	$(BIN)/python -m harness experiment=packed results_dir=results/reference/packed force=true
 	$(BIN)/python -m harness experiment=low_bits results_dir=results/reference/low_bits force=true engine.cache_gib=0
+	$(BIN)/python -m harness experiment=survey results_dir=results/reference/survey force=true limits.memory_gib=1.8
+	$(BIN)/python -m harness experiment=sensitivity results_dir=results/reference/mixed force=true
+	$(BIN)/python -m harness experiment=mixed results_dir=results/reference/mixed force=true
 	$(MAKE) readme
+
+reproduce: $(STAMP) ## Run committed records again and judge each figure (REFERENCE=FOLDER for others, ONLY=PATTERN for some)
+	$(BIN)/python -m harness.reproduce runs=$(REFERENCE) $(if $(ONLY),only="$(ONLY)")
+
+published: $(STAMP) ## Judge the records of RUNS by what papers and authors' programs give
+	$(BIN)/python -m harness.reproduce published=results/published.csv runs=$(RUNS) $(if $(ONLY),only="$(ONLY)")
 
 kernels: $(STAMP) ## Race the kernels on this device, GPU or CPU, and write results/kernels
 	$(BIN)/python -m harness.kernels.bench

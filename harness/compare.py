@@ -24,6 +24,7 @@ _DESCRIBED = (
     "scheme",
     "bits",
     "options",
+    "calibration",
     "kv",
     "dtype",
     "execution",

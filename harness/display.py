@@ -32,6 +32,7 @@ _NAMES = (
     "scheme",
     "bits",
     "options",
+    "calibration",
     "kv",
     "dtype",
     "execution",
@@ -60,7 +61,7 @@ def names(frame: pd.DataFrame) -> pd.DataFrame:
     """What tells the rows apart, as text: what is the same in all of them is left out."""
     out = pd.DataFrame(index=frame.index)
     for name in _NAMES:
-        if name in _ALWAYS or frame[name].nunique(dropna=name == "seed") > 1:  # a mean over seeds has none
+        if name in _ALWAYS or frame[name].nunique() > 1:
             out[name] = [text(value) for value in frame[name]]
     kernels = zip(out["execution"], frame["kernel"], strict=True)
     out["execution"] = [mode if pd.isna(kernel) else f"{mode}: {kernel}" for mode, kernel in kernels]
@@ -82,7 +83,7 @@ def shared(frame: pd.DataFrame) -> str:
 def in_common(frame: pd.DataFrame) -> str:
     """The values that all rows have."""
     parts = []
-    for name in ("model", "data", "protocol", "windows", "dtype", "device"):
+    for name in ("model", "data", "protocol", "windows", "calibration", "dtype", "device"):
         values = frame[name].dropna().unique()
         if len(values) == 1:
             parts.append(f"{name} {text(values[0])}")

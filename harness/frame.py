@@ -62,6 +62,7 @@ _DESCRIBED = (
     "protocol",
     "windows",
     "seq_len",
+    "calibration",
     "seed",
     "fingerprint",
     "tokens_sha256",
@@ -132,20 +133,42 @@ def describe(record: Record) -> dict[str, Any]:
         "bits": None if "mixed.budget" in record.options else at(scheme, "weight", "bits"),
         "options": _options_of(config, record.options) if steps else "",
         "kv": record.execution.get("kv") or str(at(config, "kv", "name") or "none"),
-        "dtype": record.execution.get("dtype"),
+        "dtype": record.execution.get("dtype") or _asked_dtype(config),
         "baseline_dtype": record.execution.get("baseline_dtype"),
         "execution": record.execution.get("mode"),
         "kernel": record.execution.get("kernel"),
         "device": record.execution.get("device"),
-        "data": stream.get("source") or at(config, "data", "source"),
+        "data": stream.get("source") or _asked_text(config),
         "protocol": record.data.get("protocol"),
         "windows": stream.get("num_windows"),
         "seq_len": stream.get("seq_len"),
+        "calibration": _calibration(record),
         "seed": config.get("seed"),
         "fingerprint": record.model.get("fingerprint"),
         "tokens_sha256": stream.get("tokens_sha256"),
         "commit": record.environment.get("commit"),
     }
+
+
+def _asked_dtype(config: Any) -> str | None:
+    """The float type of a run that failed before its model was there, where it was named."""
+    asked = at(config, "model", "dtype")
+    return asked if asked in _DTYPES else None
+
+
+def _asked_text(config: Any) -> str | None:
+    """The evaluation text of a run that failed before it was read."""
+    source, path = at(config, "data", "source"), at(config, "data", "path")
+    return Path(str(path)).name if path else source and f"{source}:evaluation"
+
+
+def _calibration(record: Record) -> str | None:
+    """What chose the codes, as "8 x 512 tokens of pydocs:calibration, random"; None where nothing was read."""
+    found = record.data.get("calibration")
+    if not isinstance(found, dict):
+        return None
+    drawn = ", random" if found.get("sampling") == "random" else ""
+    return f"{found.get('num_windows')} x {found.get('seq_len')} tokens of {found.get('source')}{drawn}"
 
 
 def _row(record: Record) -> dict[str, Any]:
@@ -182,6 +205,7 @@ def _order(frame: pd.DataFrame) -> pd.Index[Any]:
         "scheme",
         "width",
         "options",
+        "calibration",
         "kv",
         "digits",
         "seed",

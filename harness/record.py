@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -106,11 +106,16 @@ def usable(folder: Any) -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other writers; the lock is on the folder itself and leaves no file."""
+    """Hold the folder against other writers; the lock is on the folder itself and leaves no file.
+
+    What was renamed inside is on the disk at the end, lest a power loss take it back.
+    """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+        with suppress(OSError):  # some file systems have no such call, and the record is there
+            os.fsync(descriptor)
     finally:
         os.close(descriptor)
 

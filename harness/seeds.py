@@ -24,21 +24,19 @@ _MATTERS = (
     "scheme",
     "bits",
     "options",
+    "calibration",
     "kv",
     "dtype",
     "execution",
     "device",
 )
-_CALIBRATION = ("source", "sampling", "num_windows", "seq_len")
 
 
 def identity(record: Record) -> str:
     """What a run is, its seed included, whatever version of the program ran it: runs of two folders match by it."""
     row = describe(record)
-    calibration = record.data.get("calibration") or {}
     found = {name: row[name] for name in _MATTERS}
     found["activation"] = at(record.config, "scheme", "activation") if row["scheme"] else None
-    found["calibration"] = [calibration.get(name) for name in _CALIBRATION]
     found["seed"] = row["seed"]
     return json.dumps(found, sort_keys=True, default=str)
 

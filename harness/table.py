@@ -3,11 +3,12 @@
     python -m harness.table [runs=FOLDER] [seeds=all|mean] [format=md|csv|parquet|latex] [output=FILE]
     python -m harness.table [runs=FOLDER] into=README.md [mark=table]
     python -m harness.table compare=OLD,NEW [seeds=all|mean] [format=md|csv|parquet|latex] [output=FILE]
-    python -m harness.table show=sweeps [runs=FOLDER] [format=md|csv|parquet|latex] [output=FILE] [into=README.md]
+    python -m harness.table show=sweeps|kv [runs=FOLDER] [format=md|csv|parquet|latex] [output=FILE] [into=README.md]
 
 Each figure stands with its ratio to the float baseline. `seeds=mean` makes one row of runs that differ in their seed
 alone. `into` replaces what stands between two marks of a Markdown file: <!-- table:begin --> and <!-- table:end -->, or
-those of another name. OLD and NEW are two folders, or two records. `show=sweeps` says where the time of sweeps went.
+those of another name. OLD and NEW are two folders, or two records. `show=sweeps` says where the time of sweeps went,
+`show=kv` what KV caches take by batch and length.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from harness.arguments import options_of
 from harness.compare import compare
 from harness.display import RANK, SHOWN, display, failures, shared
 from harness.frame import label, load, to_frame
+from harness.kvsheet import kv_sheet
 from harness.seeds import mean_over_seeds
 from harness.sheet import FORMATS, Sheet, between, emit, markdown, write_into
 from harness.sweepsheet import sweeps_sheet
@@ -50,7 +52,7 @@ DEFAULTS = {
     "into": "",
     "mark": "table",
 }
-_CHOICES = {"format": FORMATS, "seeds": ("all", "mean"), "show": ("runs", "sweeps")}
+_CHOICES = {"format": FORMATS, "seeds": ("all", "mean"), "show": ("runs", "sweeps", "kv")}
 # Options that would be read by nobody beside another.
 _APART = (("compare", "runs"), ("compare", "into"), ("compare", "show"), ("into", "format"), ("into", "output"))
 
@@ -87,7 +89,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def _table(options: dict[str, str]) -> None:
     folder = Path(options["runs"])
-    sheet = sweeps_sheet(folder) if options["show"] == "sweeps" else _of_runs(folder, options["seeds"] == "mean")
+    sheet = _sheet(options["show"], folder, options["seeds"] == "mean")
     if options["into"]:
         write_into(Path(options["into"]), markdown(sheet), options["mark"])
         return
@@ -95,10 +97,14 @@ def _table(options: dict[str, str]) -> None:
     emit(sheet, options["format"], options["output"] or str(default))
 
 
-def _of_runs(folder: Path, mean: bool) -> Sheet:
+def _sheet(show: str, folder: Path, mean: bool) -> Sheet:
+    if show == "sweeps":
+        return sweeps_sheet(folder)
     records = load(folder)
     if not records:
         raise ValueError(f"runs={folder} holds no records; run `make bench`, or name another folder")
+    if show == "kv":
+        return kv_sheet(records)
     return to_sheet(to_frame(mean_over_seeds(records) if mean else records))
 
 

@@ -196,6 +196,24 @@ def test_labels_tell_every_run_apart() -> None:
     assert found["x"] == "float baseline float32"
 
 
+def test_quantized_caches_are_told_from_the_float_model_and_have_a_plot_of_their_own() -> None:
+    found = [full("base", 10.0, 32.0, method="none"), full("coded", 11.0, 32.0, method="none")]
+    for each, slope in zip(found, (4096.0, 1024.0), strict=True):
+        each.metrics["kv_bytes_per_token"] = slope
+    found[1].execution["kv"] = "kivi2 residual=128"
+    frame = page._frame(found)
+    names = pareto.labels(frame)
+    assert names == {"base": "float baseline float32", "coded": "float float32 kivi2 residual=128"}
+    _, part = next(pareto.groups(frame))
+    plots = {plot.cost.name: plot for plot in pareto.plots(part, names) if plot.loss.name == "perplexity"}
+    assert {point["short"] for point in plots["kv_bytes_per_token"].points} == {"float32", "kivi2"}
+    found[1].metrics["kv_bytes_per_token"] = 4096.0
+    _, same = next(pareto.groups(page._frame(found)))
+    assert "kv_bytes_per_token" not in {plot.cost.name for plot in pareto.plots(same, names)}
+    headings = [column.heading for column in rows.table(frame)[0]]
+    assert {"kv", "KV per token"} <= set(headings)
+
+
 def test_cells_round_but_sort_exactly() -> None:
     columns, table = rows.table(page._frame(records()))
     place = [column.heading for column in columns].index("perplexity")

@@ -143,8 +143,10 @@ def test_a_run_and_a_figure_of_the_layers_can_be_chosen(opened: Any) -> None:
     assert "160 of 400 channels" in opened.find_element("id", "outliers-note").text
 
 
-def test_the_reference_report_opens_and_fits_a_phone(browser: Any, tmp_path: Path) -> None:
-    folder = ROOT / "results/reference"
+@pytest.mark.parametrize("name", ["", "survey"])
+def test_the_reference_report_opens_and_fits_a_phone(name: str, browser: Any, tmp_path: Path) -> None:
+    folder = ROOT / "results/reference" / name
+    browser.set_window_size(1280, 1000)
     show(browser, tmp_path, page.html(load(folder), folder))
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
     assert len(runs_of(browser)) == len(load(folder))

@@ -75,6 +75,41 @@ def test_a_quantized_cache_is_no_float_baseline() -> None:
     assert " kv " not in table.to_markdown(table.to_frame(RECORDS))
 
 
+def test_rows_of_other_calibration_are_told_apart_and_a_shared_one_is_named() -> None:
+    def calibrated(run_id: str, sampling: str) -> Record:
+        found = make(run_id, 25.0, "gptq")
+        found.data["calibration"] = {"source": "c", "sampling": sampling, "num_windows": 8, "seq_len": 512}
+        return found
+
+    one, other = calibrated("g", "first"), calibrated("r", "random")
+    assert "| 8 x 512 tokens of c, random " in table.to_markdown(table.to_frame([RECORDS[2], one, other]))
+    same = table.to_markdown(table.to_frame([RECORDS[2], one]))
+    assert "calibration 8 x 512 tokens of c, dtype" in same
+    assert "| calibration" not in same
+
+
+def test_caches_by_batch_and_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    plain, coded, simulated = make("a", 20.0, "none"), make("k", 21.0, "none"), make("s", 22.0)
+    coded.execution["kv"] = "kv4_token"
+    for found, slope in ((plain, 4096.0), (coded, 1024.0)):
+        found.metrics["kv_bytes_per_token"] = slope
+        found.kv = [{"batch": b, "length": 2048, "mib": slope * b * 2048 / 2**20} for b in (1, 32)]
+    for found in (coded, plain, simulated):
+        record.write(found, tmp_path)
+    assert table.main([f"runs={tmp_path}", "show=kv"]) == 0
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert lines[2] == ["kv", "bytes / token", "1 x 2048", "32 x 2048"]
+    assert lines[4:6] == [
+        ["none", "4,096 (1.00x)", "8.0 (1.00x)", "256 (1.00x)"],
+        ["kv4_token", "1,024 (0.25x)", "2.0 (0.25x)", "64.0 (0.25x)"],
+    ]
+    assert len(lines) == 6 + 1
+    for found in (coded, plain):
+        (tmp_path / f"{found.run_id}.json").unlink()
+    assert table.main([f"runs={tmp_path}", "show=kv"]) == 1
+    assert capsys.readouterr().err.startswith("error: show=kv finds no record with figures of a KV cache")
+
+
 def test_a_failed_run_may_hold_anything() -> None:
     odd = Record(
         run_id="z", status="failed", error="e", config={"method": {"rtn": None}, "scheme": {"weight": {"bits": []}}}

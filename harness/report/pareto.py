@@ -15,18 +15,22 @@ TIMES = "\u00d7"
 FLOAT_ROOM = 1.4  # float, where it costs more than this times the dearest other run, is drawn at the right edge
 STACKED = 0.95  # points at an edge that would hide one another are drawn this far apart
 # What may tell two runs apart that agree in method, scheme, bits and options.
-_TELLING = ("model", "data", "dtype", "execution", "kernel", "device", "seed", "run_id")
+_TELLING = ("model", "data", "dtype", "execution", "kernel", "calibration", "device", "seed", "run_id")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A figure of runs: its column, how it is called, and the columns of its interval."""
+    """A figure of runs: its column, how it is called, and the columns of its interval.
+
+    differing  whether it is worth a plot only where runs differ in it
+    """
 
     name: str
     title: str
     low: str = ""
     high: str = ""
     reach: float | None = None
+    differing: bool = False
 
 
 COSTS = (
@@ -34,6 +38,7 @@ COSTS = (
     Axis("model_size_mib", "model size, MiB"),
     Axis("resident_mib", "resident memory, MiB"),
     Axis("decode_ms_p50", "decode latency, ms per token", "decode_ms_p10", "decode_ms_p90"),
+    Axis("kv_bytes_per_token", "KV cache, bytes per token", differing=True),
 )
 LOSSES = (
     Axis("perplexity", "perplexity", "perplexity_low", "perplexity_high", REACH),
@@ -88,7 +93,7 @@ def plots(frame: pd.DataFrame, names: dict[str, str]) -> Iterator[Plot]:
         for cost in COSTS:
             if {loss.name, cost.name} <= set(frame.columns):
                 found = plot(frame, cost, loss, names)
-                if len(found.points) > 1:
+                if len({point["cost"] for point in found.points} if cost.differing else found.points) > 1:
                     yield found
 
 
@@ -118,10 +123,11 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 
 
 def _name(row: pd.Series[Any]) -> str:
+    kv = "" if row["kv"] == "none" else row["kv"]
     if row["method"] == "none":
-        return f"float baseline {row['dtype']}"
+        return f"float {row['dtype']} {kv}" if kv else f"float baseline {row['dtype']}"
     bits = "" if pd.isna(row["bits"]) else f"{row['bits']:g} bits"
-    parts = (kind(row), bits, row["options"])
+    parts = (kind(row), bits, row["options"], kv)
     return " ".join(str(part) for part in parts if part and not pd.isna(part))
 
 
@@ -133,7 +139,7 @@ def kind(row: pd.Series[Any]) -> str:
 
 def _short(row: pd.Series[Any]) -> str:
     if row["method"] == "none":
-        return str(row["dtype"])
+        return str(row["dtype"] if row["kv"] == "none" else row["kv"].split()[0])
     return str(row["method"]) if pd.isna(row["bits"]) else f"{row['method']} {row['bits']:g}"
 
 

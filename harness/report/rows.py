@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,9 +10,10 @@ import pandas as pd
 
 from harness.report.pareto import TIMES
 
-# Columns that describe a run: those that are always shown, and those shown where rows differ.
+# Columns that describe a run: those that are always shown, and those shown where rows differ, before and after figures.
 ALWAYS = ("method", "scheme", "bits")
-DIFFERING = ("options", "model", "data", "windows", "dtype", "execution", "device", "seed")
+BEFORE = ("options", "kv", "dtype", "execution")
+AFTER = ("calibration", "model", "data", "windows", "device", "seed", "protocol_class", "environment_class")
 # Figures: heading, unit, value, its ratio, digits.
 FIGURES = (
     ("perplexity", "", "perplexity", "perplexity_ratio", ".2f"),
@@ -23,6 +25,10 @@ FIGURES = (
     ("peak", "MiB", "peak_memory_mib", "peak_memory_mib_ratio", ".0f"),
     ("prefill", "ms", "prefill_ms_p50", "prefill_speedup", ".0f"),
     ("decode", "ms", "decode_ms_p50", "decode_speedup", ".1f"),
+    ("KV cache", "MiB", "kv_mib", "kv_mib_ratio", ".2f"),
+    ("KV per token", "bytes", "kv_bytes_per_token", None, ".0f"),
+    ("prefill energy", "J", "prefill_j", None, ".2f"),
+    ("decode energy", "J a token", "decode_j_per_token", None, ".3f"),
     ("quantize", "s", "quantize_s", None, ".1f"),
 )
 
@@ -57,18 +63,26 @@ class Row:
 
 def table(frame: pd.DataFrame) -> tuple[list[Column], list[Row]]:
     """Columns that say something, and a row for each run."""
-    described = [*ALWAYS, *(name for name in DIFFERING if frame[name].nunique(dropna=False) > 1)]
-    described += [name for name in ("protocol_class", "environment_class") if frame[name].nunique() > 1]
-    described += ["status"] if (frame["status"] != "ok").any() else []
+    before = [*ALWAYS, *_differing(frame, BEFORE)]
+    after = [*_differing(frame, AFTER), *(["status"] if (frame["status"] != "ok").any() else [])]
     figures = [figure for figure in FIGURES if figure[2] in frame and frame[figure[2]].notna().any()]
-    numeric = ("bits", "windows", "seed")
-    columns = [Column(name.removesuffix("_class"), "", name in numeric) for name in described]
-    columns += [Column(heading, unit, True) for heading, unit, *_ in figures]
+    columns = [Column(heading, unit, True) for heading, unit, *_ in figures]
+    columns = [*map(_describing, before), *columns, *map(_describing, after)]
     rows = []
     for _, row in frame.iterrows():
-        cells = [_described(row, name) for name in described] + [_figure(row, *figure[2:]) for figure in figures]
+        cells = [_described(row, name) for name in before]
+        cells += [_figure(row, *figure[2:]) for figure in figures]
+        cells += [_described(row, name) for name in after]
         rows.append(Row(row["run_id"], row["method"], row["status"] != "ok", cells))
     return columns, rows
+
+
+def _differing(frame: pd.DataFrame, names: Sequence[str]) -> list[str]:
+    return [name for name in names if frame[name].nunique() > 1]
+
+
+def _describing(name: str) -> Column:
+    return Column(name.removesuffix("_class"), "", name in ("bits", "windows", "seed"))
 
 
 def _described(row: pd.Series[Any], name: str) -> Cell:

@@ -43,11 +43,14 @@ report: $(STAMP) ## Write RUNS/report.html: all runs in tables and plots, in one
 	$(BIN)/python -m harness.report runs=$(RUNS)
 
 readme: $(STAMP) ## Write the tables and the plot of results/reference into README.md and results
-	for file in README.md results/README.md; do \
-	  $(BIN)/python -m harness.table runs=results/reference into=$$file && \
-	  for name in wikitext2 low_bits packed survey mixed; do \
-	    $(BIN)/python -m harness.table runs=results/reference/$$name into=$$file mark=$$name || exit 1; done || exit 1; done
+	set -e; for file in README.md results/README.md; do \
+	  $(BIN)/python -m harness.table runs=results/reference into=$$file; \
+	  for name in wikitext2 low_bits packed mixed; do \
+	    $(BIN)/python -m harness.table runs=results/reference/$$name into=$$file mark=$$name; done; done
+	set -e; for name in survey kv; do \
+	  $(BIN)/python -m harness.table runs=results/reference/$$name into=results/README.md mark=$$name; done
 	$(BIN)/python -m harness.table show=sweeps runs=results/reference/survey into=README.md mark=sweeps
+	$(BIN)/python -m harness.table show=kv runs=results/reference/kv into=README.md mark=caches
 	$(BIN)/python -m harness.report runs=results/reference png=results/pareto.png
 
 reference: $(STAMP) ## Run the reference rows anew and write the tables that quote them
@@ -56,7 +59,10 @@ reference: $(STAMP) ## Run the reference rows anew and write the tables that quo
 	$(BIN)/python -m harness experiment=low_bits results_dir=results/reference/low_bits force=true engine.cache_gib=0
 	$(BIN)/python -m harness experiment=survey results_dir=results/reference/survey force=true limits.memory_gib=1.8
 	$(BIN)/python -m harness experiment=sensitivity results_dir=results/reference/mixed force=true
+	$(BIN)/python -m harness experiment=outliers results_dir=results/reference/mixed force=true
 	$(BIN)/python -m harness experiment=mixed results_dir=results/reference/mixed force=true
+	$(BIN)/python -m harness experiment=kv results_dir=results/reference/kv force=true
+	$(BIN)/python -m harness experiment=pareto results_dir=results/reference/pareto force=true
 	$(MAKE) readme
 
 reproduce: $(STAMP) ## Run committed records again and judge each figure (REFERENCE=FOLDER for others, ONLY=PATTERN for some)

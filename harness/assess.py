@@ -69,7 +69,8 @@ def _evaluate(
     unsure = measure.reset_peak_memory(device)
     if cfg.model.scored:
         keep = None if states is None else states.append
-        scored = evaluate.perplexity(model, windows, cfg.data.batch_size, track, keep, kvcache.maker(cfg.kv))
+        cache = kvcache.maker(cfg.kv)
+        scored = evaluate.perplexity(model, windows, cfg.data.batch_size, track, keep, cache, cfg.data.unscored)
     else:
         measure.prefill(model, cfg.measure, cfg.seed, kvcache.maker(cfg.kv))
     if found.execution["mode"] != "simulated":
@@ -116,7 +117,8 @@ def _diverge(
         if both[0] is not both[1] or is_baseline(cfg, found):
             with torch.inference_mode():
                 shared.publish(expected, scorers[0].tail)
-        diverged = divergence.compare((scorers[0], expected), (scorers[1], states), stream.windows, track)
+        pair = (scorers[0], expected), (scorers[1], states)
+        diverged = divergence.compare(*pair, stream.windows, track, cfg.data.unscored)
     if not math.isclose(diverged.nll, found.metrics["nll"], rel_tol=_SAME_NLL):
         raise ValueError(f"the divergence pass gave nll={diverged.nll}, the perplexity pass {found.metrics['nll']}")
     found.window_kl = diverged.window_kl

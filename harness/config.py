@@ -67,6 +67,8 @@ class DataConfig:
 
     calibration_source                corpus to calibrate on where it is not `source`'s own part
     seq_len, max_windows              evaluation window in tokens, and how many (null = all)
+    protocol, stride                  gptq: windows side by side, all their targets scored; strided: windows that begin
+                                      `stride` tokens apart, of which the last `stride` targets are scored
     num_samples, calibration_seq_len  calibration sequences, and tokens in each
     sampling     first: consecutive windows from the start; random: GPTQ's random documents and offsets
     batch_size   windows a forward pass; does not change a result
@@ -81,7 +83,8 @@ class DataConfig:
     num_samples: int = 32
     calibration_seq_len: int = 512
     sampling: Literal["first", "random"] = "first"
-    protocol: Literal["gptq"] = "gptq"
+    protocol: Literal["gptq", "strided"] = "gptq"
+    stride: int | None = None
     batch_size: int = 1
     allow_overlap: bool = False
 
@@ -90,12 +93,24 @@ class DataConfig:
         at_least(self, 2, "seq_len")
         if self.max_windows is not None:
             at_least(self, 1, "max_windows")
+        if self.protocol == "gptq" and self.stride is not None:
+            raise ValueError(f"stride={self.stride} has no use with protocol=gptq; use null, or protocol=strided")
+        if self.protocol == "strided" and not 0 < (self.stride or 0) < self.seq_len:
+            raise ValueError(
+                f"stride={self.stride} is out of range with protocol=strided; expected 1 to {self.seq_len - 1}, "
+                "less than seq_len"
+            )
         if self.source == "text_file" and self.path is None:
             raise ValueError("path=None; expected a text file to evaluate on, as data=text_file data.path=FILE")
 
     @property
     def protocol_id(self) -> str:
-        return f"{self.protocol}-{self.seq_len}"
+        return f"{self.protocol}-{self.seq_len}" + ("" if self.stride is None else f"-{self.stride}")
+
+    @property
+    def unscored(self) -> int:
+        """Leading targets of each window that are context alone."""
+        return 0 if self.stride is None else self.seq_len - 1 - self.stride
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -29,23 +29,25 @@ class Tokens:
 
 
 def evaluation(cfg: DataConfig, encode: Encode) -> Tokens:
-    """Non-overlapping windows of the evaluation text in order; the tail that fills no window is dropped.
+    """Windows of the evaluation text in order, side by side or `stride` apart; the tail that fills none is dropped.
 
     Protocol: GPTQ (Frantar et al. 2022; IST-DASLab/gptq datautils.py): one tokenizer call over the joined text.
     Raises: ValueError if the text is shorter than one window.
     """
     (joined,) = text.documents(cfg, "evaluation")
     ids = encode(joined)
-    count = len(ids) // cfg.seq_len
-    if count == 0:
+    total, stride = len(ids), cfg.stride or cfg.seq_len
+    count = (total - cfg.seq_len) // stride + 1
+    if count < 1:
         raise ValueError(
-            f"data.path={text.describe(cfg, 'evaluation')} has {len(ids)} tokens, fewer than one window of "
+            f"data.path={text.describe(cfg, 'evaluation')} has {total} tokens, fewer than one window of "
             f"data.seq_len={cfg.seq_len}; use a longer text, or a smaller data.seq_len"
         )
     used = count if cfg.max_windows is None else min(count, cfg.max_windows)
-    windows = torch.tensor(ids[: used * cfg.seq_len], dtype=torch.int64).view(used, cfg.seq_len)
+    ids = ids[: (used - 1) * stride + cfg.seq_len]
+    windows = torch.tensor(ids, dtype=torch.int64).unfold(0, cfg.seq_len, stride).contiguous()
     info = {"source": text.describe(cfg, "evaluation"), "text_sha256": text.sha256(joined.encode())}
-    return Tokens(windows, {**info, "text_tokens": len(ids), **_window_info(windows)})
+    return Tokens(windows, {**info, "text_tokens": total, **_window_info(windows)})
 
 
 def calibration(cfg: DataConfig, encode: Encode, seed: int) -> Tokens:

@@ -67,11 +67,12 @@ def compare(
     found: tuple[Scorer, Sequence[Tensor]],
     windows: Tensor,
     track: Track = silent,
+    unscored: int = 0,
 ) -> Divergence:
     """Compare two models by the last states that each gave for every window of `windows` (W, T).
 
     `expected` and `found` are a scorer, which turns states into logits, and the states of each window. Scored are the
-    T - 1 positions that perplexity scores.
+    positions that perplexity scores: T - 1, less the first `unscored`.
     Raises: ValueError if a divergence is not finite.
     """
     kl, top1, top5, nll = list[Tensor](), list[Tensor](), list[Tensor](), list[float]()
@@ -79,10 +80,10 @@ def compare(
     pairs = zip(expected[1], found[1], windows, strict=True)
     for states in track(pairs, "divergence", len(windows)):
         ours, theirs, tokens = (each.to(device) for each in states)
-        parts = [*_parts(expected[0], found[0], ours, theirs, tokens)]
+        parts = [*_parts((expected[0], found[0]), (ours, theirs), tokens, unscored)]
         for kept, values in zip((kl, top1, top5), [*zip(*parts, strict=True)][:3], strict=True):
             kept.append(torch.cat(values).double().cpu())
-        nll.append(math.fsum(float(part[3]) for part in parts) / (len(tokens) - 1))
+        nll.append(math.fsum(float(part[3]) for part in parts) / (len(tokens) - 1 - unscored))
     if not all(bool(torch.isfinite(each).all()) for each in kl):
         raise ValueError("the divergence from the float model is not finite: logits are too far apart for float32")
     means = [float(each.mean()) for each in kl]
@@ -90,8 +91,9 @@ def compare(
 
 
 def _parts(
-    ours: Scorer, theirs: Scorer, expected: Tensor, found: Tensor, tokens: Tensor
+    scorers: tuple[Scorer, Scorer], states: tuple[Tensor, Tensor], tokens: Tensor, unscored: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """KL, agreements and summed nll of one window, a slice of positions at a time."""
-    for (P, _), (Q, wanted) in zip(ours.slices(expected, tokens), theirs.slices(found, tokens), strict=True):
+    both = (scorer.slices(each, tokens, unscored) for scorer, each in zip(scorers, states, strict=True))
+    for (P, _), (Q, wanted) in zip(*both, strict=True):
         yield token_kl(P, Q), *agreement(P, Q), F.cross_entropy(Q, wanted, reduction="sum").double()

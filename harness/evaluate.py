@@ -1,4 +1,4 @@
-"""Perplexity over a fixed stream of windows, by the GPTQ protocol, in bounded memory."""
+"""Perplexity over a fixed stream of windows, in bounded memory."""
 
 from __future__ import annotations
 
@@ -71,9 +71,9 @@ class Scorer:
             found: Tensor = self.model(input_ids=tokens, use_cache=False).logits[0]
         return found
 
-    def slices(self, states: Tensor, tokens: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Logits (n, V), at least float32, that score tokens[1:], and those n tokens; some positions at a time."""
-        states, targets = states[:-1], tokens[1:]
+    def slices(self, states: Tensor, tokens: Tensor, unscored: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Logits (n, V), at least float32, that score tokens[1 + unscored:], and those n tokens; some at a time."""
+        states, targets = states[unscored:-1], tokens[unscored + 1 :]
         size = max(1, _LOGIT_ELEMENTS // self.tail(states[:1]).shape[-1])
         for part, wanted in zip(states.split(size), targets.split(size), strict=True):
             logits = self.tail(part)
@@ -104,18 +104,21 @@ def scorer(model: nn.Module, windows: Tensor, cache: MakeCache | None = None) ->
 
 
 @torch.inference_mode()
-def perplexity(
+def perplexity(  # noqa: PLR0913 - one pass, and all that may be asked of it
     model: nn.Module,
     windows: Tensor,
     batch_size: int = 1,
     track: Track = silent,
     keep: Callable[[Tensor], None] | None = None,
     cache: MakeCache | None = None,
+    unscored: int = 0,
 ) -> Perplexity:
-    """Perplexity of `model` on `windows` (W, T) int64; each window scores its T - 1 last tokens.
+    """Perplexity of `model` on `windows` (W, T) int64; each scores its last T - 1 tokens, less the first `unscored`.
 
     Protocol gptq (Frantar et al. 2022; IST-DASLab/gptq opt.py): windows are independent, cross-entropy is in
-    float32 (float64 for a float64 model), the mean is over windows. Logits exist for a slice of positions at a
+    float32 (float64 for a float64 model), the mean is over windows. Protocol strided (transformers' guide to
+    perplexity; HQQ's authors): windows overlap, and what an earlier one scored is context alone; here that of the
+    first window is not scored either, so that all windows weigh the same. Logits exist for a slice of positions at a
     time, so memory stays bounded for any vocabulary. The result does not depend on `batch_size`. `keep` is given the
     last hidden states (T, D) of each window, in order; with `cache`, each batch goes through a fresh one.
     Raises: ValueError if the model's logits are not finite.
@@ -127,7 +130,7 @@ def perplexity(
     for batch in track(windows.split(size), "perplexity", -(-len(windows) // size)):
         tokens = batch.to(device)
         for states, window in zip(scored.states(tokens), tokens, strict=True):
-            window_nll.append(_mean_nll(scored, states, window))
+            window_nll.append(_mean_nll(scored, states, window, unscored))
             if keep is not None:
                 keep(states)
     if not all(map(math.isfinite, window_nll)):
@@ -135,12 +138,12 @@ def perplexity(
     return Perplexity(window_nll)
 
 
-def _mean_nll(scored: Scorer, states: Tensor, tokens: Tensor) -> float:
-    """Mean nll of tokens[1:] given `states` (T, D)."""
+def _mean_nll(scored: Scorer, states: Tensor, tokens: Tensor, unscored: int) -> float:
+    """Mean nll of tokens[1 + unscored:] given `states` (T, D)."""
     total = torch.zeros((), dtype=torch.float64, device=states.device)
-    for logits, wanted in scored.slices(states, tokens):
+    for logits, wanted in scored.slices(states, tokens, unscored):
         total += F.cross_entropy(logits, wanted, reduction="sum").double()
-    return float(total) / (len(tokens) - 1)
+    return float(total) / (len(tokens) - 1 - unscored)
 
 
 def _first_bad(values: list[float]) -> int:

@@ -186,7 +186,7 @@ def _baselines(frame: pd.DataFrame) -> pd.DataFrame:
     """Each row's float baseline, a row of NaN where there is none."""
     plain = (frame["method"] == "none") & (frame["kv"] == "none")
     floats = frame[plain & (frame["dtype"] == frame["baseline_dtype"])]
-    keys = ["fingerprint", "tokens_sha256", "seq_len", "device", "baseline_dtype"]
+    keys = ["fingerprint", "tokens_sha256", "seq_len", "protocol", "device", "baseline_dtype"]
     return frame[keys].merge(floats.drop_duplicates(keys), on=keys, how="left")
 
 

@@ -22,7 +22,7 @@ def kv_sheet(records: Sequence[Record]) -> Sheet:
     """
     rows = {_key(record): _row(record) for record in records if record.kv}
     if not rows:
-        raise ValueError("show=kv finds no record with figures of a KV cache; run one whose execution is packed or float")
+        raise ValueError("show=kv finds no record with figures of a KV cache; expected a run that is packed or float")
     frame = pd.DataFrame([rows[key] for key in sorted(rows)])
     floats = frame[frame["kv"] == _FLOAT].drop(columns="kv")
     same = frame[["model", "dtype"]].merge(floats, on=["model", "dtype"], how="left").set_axis(frame.index)

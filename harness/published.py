@@ -109,7 +109,7 @@ def report(rows: Sequence[Row], records: Sequence[Record], only: str = "") -> Re
             if not found[i] and fnmatch(row.label, f"*{only}*"):
                 result.figures.append(_missing(row))
     left = Counter(row.experiment for row in rows if row.experiment not in run)
-    result.notes += [f"not run here: {count} figures of {_experiment(name)}" for name, count in left.items()]
+    result.notes += [f"not run here: {count} figures of experiment={name}" for name, count in left.items()]
     known = {record.run_id for matched in found.values() for record in matched}
     others = [table.label(record) for record in records if record.run_id not in known]
     result.notes += [f"no published figure for: {', '.join(others)}"] if others else []
@@ -121,7 +121,7 @@ def matches(row: Row, config: Json, options: Mapping[str, Any]) -> bool:
     steps = config.get("method") or {}
     if row.model != config["model"]["name"] or row.method != ("+".join(steps) or "none"):
         return False
-    if row.protocol != f"{_at(config, 'data.protocol')}-{_at(config, 'data.seq_len')}":
+    if row.protocol != _protocol(config):
         return False
     if any(_at(config, key) != value for key, value in row.options.items()):
         return False
@@ -132,6 +132,12 @@ def matches(row: Row, config: Json, options: Mapping[str, Any]) -> bool:
             return False
         wanted |= dict(_format(row, config))
     return all(_at(config, key) == value for key, value in wanted.items() if key not in row.options)
+
+
+def _protocol(config: Json) -> str:
+    """The id of a protocol, as records have it."""
+    parts = [_at(config, f"data.{key}") for key in ("protocol", "seq_len", "stride")]
+    return "-".join(str(part) for part in parts if part not in (None, _ANYTHING))
 
 
 def _format(row: Row, config: Json) -> Iterator[tuple[str, Any]]:
@@ -146,10 +152,6 @@ def _format(row: Row, config: Json) -> Iterator[tuple[str, Any]]:
 def _figure(row: Row, record: Record) -> Figure:
     notes = "; ".join(filter(None, [row.source, "" if row.verified else "from notes", row.note]))
     return Figure(table.label(record), row.metric, record.metrics.get(row.metric), row.value, row.tolerance, notes)
-
-
-def _experiment(name: str) -> str:
-    return f"experiment={name}" if name else "a protocol that the harness has not"
 
 
 def _missing(row: Row) -> Figure:

@@ -56,6 +56,18 @@ def test_windows_do_not_overlap_and_the_tail_is_dropped(tmp_path: Path) -> None:
     assert limited.info["tokens_sha256"] != stream.info["tokens_sha256"]
 
 
+def test_strided_windows_overlap_and_name_their_protocol(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "abcdefghijklmnopqrst", protocol="strided", stride=3)
+    stream = data.evaluation(cfg, encode)
+    assert ["".join(map(chr, row)) for row in stream.windows.tolist()] == [
+        *("abcdefgh", "defghijk", "ghijklmn", "jklmnopq", "mnopqrst"),
+    ]
+    assert cfg.protocol_id == "strided-8-3"
+    assert cfg.unscored == 4
+    limited = config(tmp_path, "abcdefghijklmnopqrst", protocol="strided", stride=3, max_windows=2)
+    assert torch.equal(data.evaluation(limited, encode).windows, stream.windows[:2])
+
+
 def test_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.path=a.txt has 3 tokens, fewer than one window of data.seq_len=8"):
         data.evaluation(config(tmp_path, "abc"), encode)

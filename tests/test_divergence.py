@@ -76,6 +76,24 @@ def test_nll_is_the_perplexity_passs() -> None:
     assert divergence.compare(kept(model), kept(other), WINDOWS).nll == evaluate.perplexity(other, WINDOWS).nll
 
 
+def test_context_of_strided_windows_is_not_compared() -> None:
+    model = build("llama")
+    other = noisy(model)
+    whole = divergence.compare(kept(model), kept(other), WINDOWS)
+    found = divergence.compare(kept(model), kept(other), WINDOWS, unscored=15)
+    assert torch.equal(found.kl.view(3, 8), whole.kl.view(3, 23)[:, 15:])
+    assert found.nll == evaluate.perplexity(other, WINDOWS, unscored=15).nll
+
+
+def test_a_strided_run_is_scored_and_compared_alike(tiny: Tiny) -> None:
+    strided = ("data.protocol=strided", "data.stride=16")
+    found = run.execute(tiny(*strided))[0]
+    assert found.status == "ok", found.error
+    assert found.data["protocol"] == "strided-64-16"
+    assert found.metrics["kl"] > 0
+    assert found.run_id != run.execute(tiny())[0].run_id
+
+
 def test_a_model_does_not_diverge_from_itself() -> None:
     found = divergence.compare(kept(build("llama")), kept(build("llama")), WINDOWS)
     assert set(found.kl.tolist()) == {0.0}

@@ -22,6 +22,24 @@ def test_equals_the_naive_loop() -> None:
     assert perplexity(model, WINDOWS).perplexity == pytest.approx(naive_perplexity(model, WINDOWS), rel=1e-6)
 
 
+@torch.no_grad()
+def test_strided_windows_score_each_target_once_with_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As transformers' guide to perplexity has it: labels of the context are left out of the loss."""
+    model, text, seq_len, stride = build("llama"), WINDOWS.flatten(), 24, 8
+    windows = text.unfold(0, seq_len, stride)
+    monkeypatch.setattr(evaluate, "_LOGIT_ELEMENTS", 3 * 128)
+    losses, targets = [], []
+    for start in range(0, len(text) - seq_len + 1, stride):
+        labels = text[start : start + seq_len].clone()
+        targets += range(start + seq_len - stride, start + seq_len)
+        labels[:-stride] = -100
+        logits = model(input_ids=text[None, start : start + seq_len]).logits[0]
+        losses.append(float(nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100)))
+    found = perplexity(model, windows, unscored=seq_len - 1 - stride)
+    assert found.window_nll == pytest.approx(losses, rel=1e-5)
+    assert targets == list(range(seq_len - stride, len(text))), "each once"
+
+
 def test_does_not_depend_on_batch_size_or_slices(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("qwen3")
     expected = perplexity(model, WINDOWS).window_nll

@@ -14,6 +14,7 @@ import pytest
 from rich.console import Console
 
 from harness import record, sheet, table
+from harness.kvsheet import kv_sheet
 from harness.record import Record
 from harness.seeds import mean_over_seeds
 from harness.uncertainty import difference, interval
@@ -328,10 +329,11 @@ _FOLDERS = {
     "wikitext2": "results/reference/wikitext2",
     "low_bits": "results/reference/low_bits",
     "packed": "results/reference/packed",
-    "survey": "results/reference/survey",
     "mixed": "results/reference/mixed",
 }
-QUOTED = [(name, mark, folder) for name in ("README.md", "results/README.md") for mark, folder in _FOLDERS.items()]
+_LONG = {"survey": "results/reference/survey", "kv": "results/reference/kv"}  # in results/README.md alone
+QUOTED = [(name, *item) for name in ("README.md", "results/README.md") for item in _FOLDERS.items()]
+QUOTED += [("results/README.md", *item) for item in _LONG.items()]
 
 
 @pytest.mark.parametrize(("name", "mark", "folder"), QUOTED)
@@ -345,6 +347,12 @@ def test_the_quoted_table_is_the_table_of_the_reference_records(name: str, mark:
 def test_the_quoted_sweep_is_the_one_of_the_survey() -> None:
     sheet = table.sweeps_sheet(ROOT / "results/reference/survey")
     _, quoted, _ = table.between((ROOT / "README.md").read_text(), "sweeps")
+    assert quoted.strip() == table.markdown(sheet).strip(), "run `make readme`"
+
+
+def test_the_quoted_caches_are_those_of_the_reference_records() -> None:
+    sheet = kv_sheet(table.load(ROOT / "results/reference/kv"))
+    _, quoted, _ = table.between((ROOT / "README.md").read_text(), "caches")
     assert quoted.strip() == table.markdown(sheet).strip(), "run `make readme`"
 
 

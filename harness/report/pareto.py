@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 # Rows of one group were measured on the same model, text, windows and device: their figures can be compared.
-COMPARABLE = ("model", "fingerprint", "data", "tokens_sha256", "seq_len", "windows", "device")
+COMPARABLE = ("model", "fingerprint", "data", "tokens_sha256", "seq_len", "protocol", "windows", "device")
 REACH = 5  # how many times the float perplexity a plot reaches; what lies beyond is drawn at its edge and named
 TIMES = "\u00d7"
 FLOAT_ROOM = 1.4  # float, where it costs more than this times the dearest other run, is drawn at the right edge

@@ -48,13 +48,18 @@ def display(frame: pd.DataFrame) -> pd.DataFrame:
     if "seeds" in frame:
         out["seeds"] = [text(value) for value in frame["seeds"]]
     for heading, value, ratio, digits in SHOWN:
-        if frame[value].notna().any() or value == "perplexity":
+        if value == "perplexity" or (frame[value].notna().any() and _tells(frame, value)):
             out[heading] = [_figure(row, value, ratio, digits) for _, row in frame.iterrows()]
         if value == "perplexity" and frame["rank_low"].notna().any():
             out[RANK] = [_rank(row) for _, row in frame.iterrows()]
     if (frame["status"] == "failed").any():
         out["status"] = frame["status"]
     return out
+
+
+def _tells(frame: pd.DataFrame, value: str) -> bool:
+    """Whether a figure says something of these rows: the size of a cache does where one is quantized."""
+    return value != "kv_mib" or bool((frame["kv"] != "none").any())
 
 
 def names(frame: pd.DataFrame) -> pd.DataFrame:

@@ -20,17 +20,13 @@ _TELLING = ("model", "data", "dtype", "execution", "kernel", "calibration", "dev
 
 @dataclass(frozen=True)
 class Axis:
-    """A figure of runs: its column, how it is called, and the columns of its interval.
-
-    differing  whether it is worth a plot only where runs differ in it
-    """
+    """A figure of runs: its column, how it is called, and the columns of its interval."""
 
     name: str
     title: str
     low: str = ""
     high: str = ""
     reach: float | None = None
-    differing: bool = False
 
 
 COSTS = (
@@ -38,7 +34,7 @@ COSTS = (
     Axis("model_size_mib", "model size, MiB"),
     Axis("resident_mib", "resident memory, MiB"),
     Axis("decode_ms_p50", "decode latency, ms per token", "decode_ms_p10", "decode_ms_p90"),
-    Axis("kv_bytes_per_token", "KV cache, bytes per token", differing=True),
+    Axis("kv_bytes_per_token", "KV cache, bytes per token"),  # the last: drawn where a cache is quantized
 )
 LOSSES = (
     Axis("perplexity", "perplexity", "perplexity_low", "perplexity_high", REACH),
@@ -89,11 +85,12 @@ def labels(frame: pd.DataFrame) -> dict[str, str]:
 
 def plots(frame: pd.DataFrame, names: dict[str, str]) -> Iterator[Plot]:
     """Each loss against each cost, for the rows of one group; none with fewer than two points."""
+    coded = (frame["kv"] != "none").any()
     for loss in LOSSES:
-        for cost in COSTS:
+        for cost in COSTS if coded else COSTS[:-1]:
             if {loss.name, cost.name} <= set(frame.columns):
                 found = plot(frame, cost, loss, names)
-                if len({point["cost"] for point in found.points} if cost.differing else found.points) > 1:
+                if len(found.points) > 1:
                     yield found
 
 

@@ -6,7 +6,7 @@ import os
 
 # Triton decides when a kernel is decorated whether it is interpreted, so before anything imports one.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# Each worker of pytest-xdist has a core; more threads than cores wait for one another several times as long as they work.
+# Each worker of pytest-xdist has a core: threads beyond it wait for one another for longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess

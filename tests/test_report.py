@@ -232,6 +232,16 @@ def test_environments_are_classed_by_what_differs() -> None:
     assert found.common == []
 
 
+def test_runs_whose_sensitivity_was_measured_are_the_first_of_the_layers() -> None:
+    found = records()[1:4]
+    for each in found[:2]:
+        for row in each.layers:
+            del row["kl_alone"]
+    runs = layers.sensitivity(found, {each.run_id: each.run_id for each in found})["runs"]
+    assert [run["run"] for run in runs] == ["r2", "r0", "r1"]
+    assert next(iter(runs[0]["figures"])) == "kl_alone"
+
+
 def test_channels_keep_the_largest_of_many() -> None:
     before = [float(channel) for channel in range(1000)]
     kept = layers.channels({"before": before, "after": [0.5] * 1000})

@@ -27,10 +27,12 @@ LARGEST, KEPT = 48, 160  # channels kept for a plot: the largest, and in all
 def sensitivity(records: Sequence[Record], labels: dict[str, str]) -> Json:
     """Runs with figures by linear: {linears: lists of [name, block, linear], runs: [{run, label, linears, figures}]}.
 
+    Those whose sensitivity was measured come first.
+
     `linears` of a run is the index of its list: runs of one model share one.
     """
     lists: list[list[list[Any]]] = []
-    runs = []
+    runs: list[Json] = []
     for record in records:
         rows = [row for row in record.layers if isinstance(row, dict) and "name" in row]
         figures = {name: [_rounded(row.get(name)) for row in rows] for name in FIGURES}
@@ -41,6 +43,7 @@ def sensitivity(records: Sequence[Record], labels: dict[str, str]) -> Json:
                 lists.append(linears)
             shared = {"run": record.run_id, "label": labels[record.run_id], "linears": lists.index(linears)}
             runs.append(shared | {"figures": known})
+    runs.sort(key=lambda run: "kl_alone" not in run["figures"])
     return {"linears": lists, "runs": runs, "titles": FIGURES}
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 
 from harness.display import in_common, names, number, text
-from harness.frame import describe, label, load
+from harness.frame import SETTING, describe, label, load
 from harness.pairs import Pair, match, others_that_moved, paired_difference
 from harness.record import Record, read
 from harness.seeds import mean_over_seeds
@@ -20,14 +20,7 @@ _DESCRIBED = (
     "data",
     "protocol",
     "windows",
-    "method",
-    "scheme",
-    "bits",
-    "options",
-    "calibration",
-    "kv",
-    "dtype",
-    "execution",
+    *SETTING,
     "kernel",
     "device",
     "seed",

@@ -6,6 +6,8 @@ from typing import Any
 
 import pandas as pd
 
+from harness.frame import SETTING
+
 # Shown columns: heading, value, its ratio, digits of each.
 SHOWN = (
     ("perplexity", "perplexity", "perplexity_ratio", ".2f"),
@@ -28,14 +30,7 @@ _NAMES = (
     "model",
     "data",
     "windows",
-    "method",
-    "scheme",
-    "bits",
-    "options",
-    "calibration",
-    "kv",
-    "dtype",
-    "execution",
+    *SETTING,
     "device",
     "seed",
 )

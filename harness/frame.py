@@ -69,6 +69,8 @@ _DESCRIBED = (
     "commit",
 )
 _COLUMNS = [*_DESCRIBED, *METRICS, "error"]
+# What sets runs of one model and text apart, in the order in which tables name it.
+SETTING = ("method", "scheme", "bits", "options", "calibration", "kv", "dtype", "execution")
 
 
 def load(folder: Path, key: str = "runs") -> list[Record]:

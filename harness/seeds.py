@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import get_args
 
-from harness.frame import at, describe, label
+from harness.frame import SETTING, at, describe, label
 from harness.record import Record
 from harness.uncertainty import Windows, windows
 
@@ -20,14 +20,7 @@ _MATTERS = (
     "tokens_sha256",
     "seq_len",
     "protocol",
-    "method",
-    "scheme",
-    "bits",
-    "options",
-    "calibration",
-    "kv",
-    "dtype",
-    "execution",
+    *SETTING,
     "device",
 )
 

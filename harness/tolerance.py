@@ -11,8 +11,10 @@ what that moves depends on how often a rounding depends on them:
     2 bits, 4-bit inputs   20 %   only their order among methods is to be relied on
 
 KL follows the square of what moves a perplexity, so its share is twice as large, and it may move by 0.001 in any case.
-Stored sizes are counted, so exact. A peak of memory holds what the allocator kept, which follows threads and whatever
-the process did before: 10 % on the same machine, where two runs of the same sources differed by 9 %, 20 % elsewhere.
+Stored sizes are counted, so exact. A process's peak of memory holds what its allocator keeps of what was freed, by
+chance: of 17 runs that were repeated on one machine, with bit-equal results, four peaks of evaluation moved by more
+than 20 %, one by 43 %. So 50 % is all that can be held. (glibc's heap is why: where it may not keep blocks of 1 MiB
+and more, three repeats of one run peaked within 0.4 % of one another.)
 Times and their ratios are the machine's, shown and not judged.
 """
 
@@ -28,6 +30,7 @@ from harness.record import Record
 EXACT_METRICS = ("bits_per_weight", "model_size_mib", "resident_mib")
 PEAKS = ("peak_memory_mib", "quantize_peak_mib")
 SHOWN_METRICS = ("prefill_ms_p50", "prefill_speedup", "decode_ms_p50", "decode_speedup", "quantize_s")
+_PEAK = 0.5
 _WRITTEN = re.compile(r"(\+-|\+)(\d+(?:\.\d+)?)(%?)")
 
 
@@ -81,7 +84,7 @@ def of_metric(record: Record, name: str, same: bool) -> Tolerance | None:
     if name in EXACT_METRICS:
         return EXACT
     if name in PEAKS:
-        return Tolerance(0.1 if same else 0.2)
+        return Tolerance(_PEAK)
     share = 0.0 if same else _of_perplexity(record)
     if name == "kl":
         return Tolerance(0.0 if same else max(2 * share * record.metrics["kl"], 0.001), relative=False)

@@ -47,7 +47,7 @@ readme: $(STAMP) ## Write the tables and the plot of results/reference into READ
 	  $(BIN)/python -m harness.table runs=results/reference into=$$file; \
 	  for name in wikitext2 low_bits packed mixed; do \
 	    $(BIN)/python -m harness.table runs=results/reference/$$name into=$$file mark=$$name; done; done
-	set -e; for name in survey kv; do \
+	set -e; for name in survey pareto kv; do \
 	  $(BIN)/python -m harness.table runs=results/reference/$$name into=results/README.md mark=$$name; done
 	$(BIN)/python -m harness.table show=sweeps runs=results/reference/survey into=README.md mark=sweeps
 	$(BIN)/python -m harness.table show=kv runs=results/reference/kv into=README.md mark=caches
@@ -62,7 +62,7 @@ reference: $(STAMP) ## Run the reference rows anew and write the tables that quo
 	$(BIN)/python -m harness experiment=outliers results_dir=results/reference/mixed force=true
 	$(BIN)/python -m harness experiment=mixed results_dir=results/reference/mixed force=true
 	$(BIN)/python -m harness experiment=kv results_dir=results/reference/kv force=true
-	$(BIN)/python -m harness experiment=pareto results_dir=results/reference/pareto force=true
+	$(BIN)/python -m harness experiment=pareto results_dir=results/reference/pareto
 	$(MAKE) readme
 
 reproduce: $(STAMP) ## Run committed records again and judge each figure (REFERENCE=FOLDER for others, ONLY=PATTERN for some)

@@ -331,7 +331,7 @@ _FOLDERS = {
     "packed": "results/reference/packed",
     "mixed": "results/reference/mixed",
 }
-_LONG = {name: f"results/reference/{name}" for name in ("survey", "kv")}  # in results/README.md alone
+_LONG = {name: f"results/reference/{name}" for name in ("survey", "pareto", "kv")}  # in results/README.md alone
 QUOTED = [(name, *item) for name in ("README.md", "results/README.md") for item in _FOLDERS.items()]
 QUOTED += [("results/README.md", *item) for item in _LONG.items()]
 

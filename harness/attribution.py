@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from harness.arguments import options_of
+from harness.frame import load
 from harness.record import Record, read
 
 DEFAULTS = {"runs": "results/runs", "top": "20"}
@@ -77,14 +78,7 @@ def found_in(path: Path) -> list[Record]:
 
     Raises: ValueError if there is none.
     """
-    records: list[Record] = []
-    for file in sorted(path.glob("*.json")) if path.is_dir() else [path]:
-        try:
-            records.append(read(file))
-        except ValueError as error:
-            if not path.is_dir():
-                raise
-            sys.stderr.write(f"warning: {error}; left out\n")
+    records = load(path) if path.is_dir() else [read(path)]
     records = [record for record in records if record.status == "ok" and record.analysis.get("sensitivity")]
     if not records:
         raise ValueError(f"runs={path} holds no finished run with analysis.sensitivity; run one with it first")

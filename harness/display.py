@@ -6,7 +6,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.frame import SETTING
+from harness.frame import SETTING, has_coded_caches
 
 # Shown columns: heading, value, its ratio, digits of each.
 SHOWN = (
@@ -54,7 +54,7 @@ def display(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _tells(frame: pd.DataFrame, value: str) -> bool:
     """Whether a figure says something of these rows: the size of a cache does where one is quantized."""
-    return value != "kv_mib" or bool((frame["kv"] != "none").any())
+    return value != "kv_mib" or has_coded_caches(frame)
 
 
 def names(frame: pd.DataFrame) -> pd.DataFrame:

@@ -89,6 +89,19 @@ def load(folder: Path, key: str = "runs") -> list[Record]:
     return records
 
 
+def load_some(folder: Path) -> list[Record]:
+    """As `load`, of a folder `runs` that is there to be shown. Raises: ValueError if it holds none."""
+    records = load(folder)
+    if not records:
+        raise ValueError(f"runs={folder} holds no records; run `make bench`, or name another folder")
+    return records
+
+
+def has_coded_caches(frame: pd.DataFrame) -> bool:
+    """Whether a row has a quantized KV cache; elsewhere all caches are the models' own, and their sizes say nothing."""
+    return bool((frame["kv"] != "none").any())
+
+
 def label(record: Record) -> str:
     """A run in a few words: model, method, format, options."""
     row = describe(record)

@@ -17,6 +17,7 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from harness.display import number
 from harness.record import Record
 from harness.report import charts, details, layers, pareto, rows
 from harness.table import to_frame
@@ -107,13 +108,8 @@ def _context(records: list[Record], folder: Path) -> dict[str, Any]:
 
 
 def _frame(records: Sequence[Record]) -> pd.DataFrame:
-    """The table's frame with metrics that it may lack, and the class of each run's protocol and environment."""
+    """The table's frame with the class of each run's protocol and environment."""
     frame = to_frame(records)
-    metrics = {record.run_id: record.metrics for record in records}
-    for name in ("kl", "top1_agreement"):
-        if name not in frame:
-            values = [(metrics[run] or {}).get(name) for run in frame["run_id"]]
-            frame[name] = pd.to_numeric(pd.Series(values, index=frame.index), errors="coerce").astype("float64")
     for column, name in (("protocol_class", "data"), ("environment_class", "environment")):
         frame[column] = frame["run_id"].map(details.classes(records, name).of).astype(str)
     return frame
@@ -155,7 +151,7 @@ def _best(part: pd.DataFrame) -> list[dict[str, str]]:
         {
             "run": row["run_id"],
             "width": "float" if row["method"] == "none" else f"best at {row['bits']:g} bits",
-            "perplexity": f"{row['perplexity']:.2f}" if row["perplexity"] < 1e4 else f"{row['perplexity']:.3g}",
+            "perplexity": number(row["perplexity"], ".2f"),
             "ratio": "" if pd.isna(row["perplexity_ratio"]) else f"{row['perplexity_ratio']:.2f}{pareto.TIMES}",
             "label": row["dtype"] if row["method"] == "none" else pareto.kind(row),
         }

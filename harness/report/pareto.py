@@ -8,6 +8,8 @@ from typing import Any
 
 import pandas as pd
 
+from harness.frame import has_coded_caches
+
 # Rows of one group were measured on the same model, text, windows and device: their figures can be compared.
 COMPARABLE = ("model", "fingerprint", "data", "tokens_sha256", "seq_len", "protocol", "windows", "device")
 REACH = 5  # how many times the float perplexity a plot reaches; what lies beyond is drawn at its edge and named
@@ -85,9 +87,9 @@ def labels(frame: pd.DataFrame) -> dict[str, str]:
 
 def plots(frame: pd.DataFrame, names: dict[str, str]) -> Iterator[Plot]:
     """Each loss against each cost, for the rows of one group; none with fewer than two points."""
-    coded = (frame["kv"] != "none").any()
+    costs = COSTS if has_coded_caches(frame) else COSTS[:-1]
     for loss in LOSSES:
-        for cost in COSTS if coded else COSTS[:-1]:
+        for cost in costs:
             if {loss.name, cost.name} <= set(frame.columns):
                 found = plot(frame, cost, loss, names)
                 if len(found.points) > 1:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from harness.frame import has_coded_caches
 from harness.report.pareto import TIMES
 
 # Columns that describe a run: those that are always shown, and those shown where rows differ, before and after figures.
@@ -66,7 +67,7 @@ def table(frame: pd.DataFrame) -> tuple[list[Column], list[Row]]:
     before = [*ALWAYS, *_differing(frame, BEFORE)]
     after = [*_differing(frame, AFTER), *(["status"] if (frame["status"] != "ok").any() else [])]
     figures = [figure for figure in FIGURES if figure[2] in frame and frame[figure[2]].notna().any()]
-    if (frame["kv"] == "none").all():  # then all caches are the model's own
+    if not has_coded_caches(frame):
         figures = [figure for figure in figures if not figure[2].startswith("kv_")]
     columns = [Column(heading, unit, True) for heading, unit, *_ in figures]
     columns = [*map(_describing, before), *columns, *map(_describing, after)]

@@ -19,10 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness import isolate, record, run, sweep, table
+from harness import record, sweep, table
 from harness.config import build_limits
 from harness.errors import one_line
+from harness.isolate import execute_isolated
 from harness.progress import Label, text
+from harness.runs.execute import execute_run, failed_run
 
 T = TypeVar("T")
 
@@ -85,10 +87,10 @@ def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[record.Record, bool]:
     try:
         limits = build_limits(raw, sweeping)
     except ValueError as error:
-        return run.failed(raw, one_line(error)), False
+        return failed_run(raw, one_line(error)), False
     if limits is None:
-        return run.execute(raw, _track, show_traceback)
-    return isolate.execute(raw, limits, _track, show_traceback)
+        return execute_run(raw, _track, show_traceback)
+    return execute_isolated(raw, limits, _track, show_traceback)
 
 
 def _objectives(found: record.Record) -> list[float] | None:

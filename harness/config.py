@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
-import inspect
 import types
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from harness.core.kv import KVFormat
@@ -16,9 +14,9 @@ from harness.core.method import Method, overrides
 from harness.core.ranges import above_zero, at_least
 from harness.core.scheme import NATIVE, Scheme
 from harness.errors import choices
+from harness.options import ALWAYS, ANALYSED, CALIBRATED, MIXED, NEVER, QUANTIZED
 
 T = TypeVar("T")
-AROUND = ("isolate", "limits", "objectives")  # of what is around a run, and decides nothing in it
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 
 
@@ -35,15 +33,15 @@ class ModelConfig:
     scored        whether text is scored; false for random weights at a real shape, which are there to be timed
     """
 
-    name: str
-    package: str | None = None
-    id: str | None = None
-    revision: str | None = None
-    path: str | None = None
-    architecture: dict[str, Any] | None = None
-    dtype: Dtype = "auto"
-    baseline_dtype: Dtype = "auto"
-    scored: bool = True
+    name: str = field(metadata=NEVER)
+    package: str | None = field(default=None, metadata=NEVER)
+    id: str | None = field(default=None, metadata=NEVER)
+    revision: str | None = field(default=None, metadata=NEVER)
+    path: str | None = field(default=None, metadata=NEVER)
+    architecture: dict[str, Any] | None = field(default=None, metadata=NEVER)
+    dtype: Dtype = field(default="auto", metadata=ALWAYS)
+    baseline_dtype: Dtype = field(default="auto", metadata=ALWAYS)
+    scored: bool = field(default=True, metadata=ALWAYS)
 
     def __post_init__(self) -> None:
         sources = [key for key in ("package", "id", "architecture") if getattr(self, key) is not None]
@@ -74,19 +72,19 @@ class DataConfig:
     batch_size   windows a forward pass; does not change a result
     """
 
-    source: Literal["pydocs", "wikitext2", "c4", "text_file"]
-    path: str | None = None
-    calibration_path: str | None = None
-    calibration_source: Literal["pydocs", "wikitext2", "c4"] | None = None
-    seq_len: int = 2048
-    max_windows: int | None = None
-    num_samples: int = 32
-    calibration_seq_len: int = 512
-    sampling: Literal["first", "random"] = "first"
-    protocol: Literal["gptq", "strided"] = "gptq"
-    stride: int | None = None
-    batch_size: int = 1
-    allow_overlap: bool = False
+    source: Literal["pydocs", "wikitext2", "c4", "text_file"] = field(metadata=ALWAYS)
+    path: str | None = field(default=None, metadata=NEVER)
+    calibration_path: str | None = field(default=None, metadata=NEVER)
+    calibration_source: Literal["pydocs", "wikitext2", "c4"] | None = field(default=None, metadata=CALIBRATED)
+    seq_len: int = field(default=2048, metadata=ALWAYS)
+    max_windows: int | None = field(default=None, metadata=ALWAYS)
+    num_samples: int = field(default=32, metadata=CALIBRATED)
+    calibration_seq_len: int = field(default=512, metadata=CALIBRATED)
+    sampling: Literal["first", "random"] = field(default="first", metadata=CALIBRATED)
+    protocol: Literal["gptq", "strided"] = field(default="gptq", metadata=ALWAYS)
+    stride: int | None = field(default=None, metadata=ALWAYS)
+    batch_size: int = field(default=1, metadata=ALWAYS)
+    allow_overlap: bool = field(default=False, metadata=CALIBRATED)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "num_samples", "calibration_seq_len", "batch_size")
@@ -122,14 +120,14 @@ class MeasureConfig:
     `divergence_gib` of disk space, which does not change a result.
     """
 
-    latency: bool = True
-    divergence: bool = True
-    divergence_gib: float = 8.0
-    batch_size: int = 1
-    prompt_len: int = 128
-    decode_tokens: int = 32
-    warmup: int = 2
-    repeats: int = 10
+    latency: bool = field(default=True, metadata=ALWAYS)
+    divergence: bool = field(default=True, metadata=ALWAYS)
+    divergence_gib: float = field(default=8.0, metadata=NEVER)
+    batch_size: int = field(default=1, metadata=ALWAYS)
+    prompt_len: int = field(default=128, metadata=ALWAYS)
+    decode_tokens: int = field(default=32, metadata=ALWAYS)
+    warmup: int = field(default=2, metadata=ALWAYS)
+    repeats: int = field(default=10, metadata=ALWAYS)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "prompt_len", "decode_tokens", "repeats")
@@ -145,9 +143,9 @@ class EngineConfig:
     cache_gib      disk space for statistics that later runs may share; 0 keeps none. Does not change a result.
     """
 
-    propagate: Literal["quantized", "float"] = "quantized"
-    search_tokens: int = 2048
-    cache_gib: float = 4.0
+    propagate: Literal["quantized", "float"] = field(default="quantized", metadata=CALIBRATED)
+    search_tokens: int = field(default=2048, metadata=CALIBRATED)
+    cache_gib: float = field(default=4.0, metadata=NEVER)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "search_tokens")
@@ -163,9 +161,9 @@ class AnalysisConfig:
     outliers     name patterns of linears whose largest inputs are kept channel by channel, before and after rewrites
     """
 
-    sensitivity: Literal["off", "block", "linear"] = "off"
-    windows: int = 4
-    outliers: tuple[str, ...] = ()
+    sensitivity: Literal["off", "block", "linear"] = field(default="off", metadata=ANALYSED)
+    windows: int = field(default=4, metadata=ANALYSED)
+    outliers: tuple[str, ...] = field(default=(), metadata=ANALYSED)
 
     def __post_init__(self) -> None:
         at_least(self, 1, "windows")
@@ -185,9 +183,9 @@ class MixedConfig:
     sensitivity  record of a run with analysis.sensitivity, or a folder, whose newest of the same model is taken
     """
 
-    budget: float | None = None
-    widths: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
-    sensitivity: str | None = None
+    budget: float | None = field(default=None, metadata=MIXED)
+    widths: tuple[int, ...] = field(default=(2, 3, 4, 5, 6, 8), metadata=MIXED)
+    sensitivity: str | None = field(default=None, metadata=NEVER)
 
     def __post_init__(self) -> None:
         if not self.widths or len(set(self.widths)) < len(self.widths) or not all(2 <= b <= 8 for b in self.widths):
@@ -203,11 +201,30 @@ class MixedConfig:
 class LimitsConfig:
     """What one run may take: GiB that its process holds resident, and seconds. Beyond them it ends as a failed row."""
 
-    memory_gib: float | None = None
-    time_s: float | None = None
+    memory_gib: float | None = field(default=None, metadata=NEVER)
+    time_s: float | None = field(default=None, metadata=NEVER)
 
     def __post_init__(self) -> None:
         above_zero(self, *(key for key in ("memory_gib", "time_s") if getattr(self, key) is not None))
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobConfig:
+    """What surrounds a run: the process that it gets, and the metrics that a sweeper optimizes.
+
+    isolate     a process for each run; None: in sweeps and under limits
+    objectives  names of metrics
+    """
+
+    isolate: bool | None = field(default=None, metadata=NEVER)
+    limits: LimitsConfig = field(default_factory=LimitsConfig, metadata=NEVER)
+    objectives: tuple[str, ...] | None = field(default=None, metadata=NEVER)
+
+    def __post_init__(self) -> None:
+        if self.isolate is False and self.limits != LimitsConfig():
+            raise ValueError(
+                "isolate=False cannot hold limits.memory_gib or limits.time_s; expected isolate=true or null"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -218,23 +235,24 @@ class RunConfig:
     `kv` None is a float KV cache.
     """
 
-    model: ModelConfig
-    data: DataConfig
-    measure: MeasureConfig
-    scheme: Scheme | None
-    steps: dict[str, Method]
-    kv: KVFormat | None = None
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    analysis: AnalysisConfig = field(default_factory=AnalysisConfig)
-    mixed: MixedConfig = field(default_factory=MixedConfig)
-    skip: tuple[str, ...] = ()
-    execution: Literal["packed", "simulated"] = "packed"
-    seed: int = 0
-    device: str = "auto"
-    results_dir: str = "results/runs"
-    save: str | None = None
-    force: bool = False
-    warnings: tuple[str, ...] = field(default=())
+    model: ModelConfig = field(metadata=ALWAYS)
+    data: DataConfig = field(metadata=ALWAYS)
+    measure: MeasureConfig = field(metadata=ALWAYS)
+    scheme: Scheme | None = field(metadata=QUANTIZED)
+    steps: dict[str, Method] = field(metadata=ALWAYS)
+    kv: KVFormat | None = field(default=None, metadata=ALWAYS)
+    engine: EngineConfig = field(default_factory=EngineConfig, metadata=CALIBRATED)
+    analysis: AnalysisConfig = field(default_factory=AnalysisConfig, metadata=ANALYSED)
+    mixed: MixedConfig = field(default_factory=MixedConfig, metadata=MIXED)
+    skip: tuple[str, ...] = field(default=(), metadata=QUANTIZED)
+    execution: Literal["packed", "simulated"] = field(default="packed", metadata=QUANTIZED)
+    seed: int = field(default=0, metadata=ALWAYS)
+    device: str = field(default="auto", metadata=ALWAYS)
+    results_dir: str = field(default="results/runs", metadata=NEVER)
+    save: str | None = field(default=None, metadata=NEVER)
+    force: bool = field(default=False, metadata=NEVER)
+    stale: Literal["rerun", "keep"] = field(default="rerun", metadata=NEVER)
+    warnings: tuple[str, ...] = field(default=(), metadata=NEVER)
 
     def __post_init__(self) -> None:
         if not (self.model.scored or self.measure.latency):
@@ -294,6 +312,17 @@ class RunConfig:
         return bool(self.steps) and self.mixed.budget is not None
 
     @property
+    def static(self) -> bool:
+        """Whether the scheme's activation ranges come from calibration."""
+        return self.scheme is not None and self.scheme.activation is not None and not self.scheme.activation.dynamic
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether a step, a static activation format, an analysis or a choice of widths reads calibration data."""
+        reads = any(step.needs or overrides(step, "transform") for step in self.steps.values())
+        return self.static or self.analyses or self.mixes or reads
+
+    @property
     def quantizing(self) -> str | None:
         """Name of the step that chooses codes: the last that has a way of its own, else the last, which rounds."""
         own = [name for name, step in self.steps.items() if overrides(step, "quantize")]
@@ -324,21 +353,14 @@ def _default(item: dataclasses.Field[Any]) -> Any:
 
 
 def build_limits(cfg: Mapping[str, Any], sweeping: bool) -> LimitsConfig | None:
-    """The limits of a run that is to have a process of its own; None for one that runs in this process.
+    """The limits of a run that gets a process of its own; None for one that runs in this process.
 
-    Raises: ValueError, in one line, if `isolate`, `limits` or `objectives` is not what it can be.
+    Raises: ValueError, in one line, if `isolate`, `limits` or `objectives` has a value that it cannot have.
     """
-    limits = build(LimitsConfig, cfg.get("limits") or {}, "limits")
-    limited, isolate, objectives = limits != LimitsConfig(), cfg.get("isolate"), cfg.get("objectives") or []
-    if not isinstance(objectives, Sequence) or isinstance(objectives, str):
-        raise ValueError(f"objectives={objectives!r} is no list; expected names of metrics, as [nll, bits_per_weight]")
-    if isolate not in (None, True, False):
-        raise ValueError(
-            f"isolate={isolate!r} is unknown; expected true, false, or null: true in sweeps and under limits"
-        )
-    if isolate is False and limited:
-        raise ValueError("isolate=False cannot hold limits.memory_gib or limits.time_s; expected isolate=true or null")
-    return limits if isolate or (isolate is None and (sweeping or limited)) else None
+    names = [item.name for item in dataclasses.fields(JobConfig)]
+    job = build(JobConfig, {name: cfg[name] for name in names if cfg.get(name) is not None}, "")
+    isolated = sweeping or job.limits != LimitsConfig() if job.isolate is None else job.isolate
+    return job.limits if isolated else None
 
 
 def build_run(cfg: Mapping[str, Any]) -> RunConfig:
@@ -346,7 +368,7 @@ def build_run(cfg: Mapping[str, Any]) -> RunConfig:
 
     Raises: ValueError, in one line, for an unknown key, a wrong type or a value out of range.
     """
-    elsewhere = ("bits", "scheme", "method", "kv", "experiment", *AROUND)
+    elsewhere = {"bits", "scheme", "method", "kv", "experiment", *(item.name for item in dataclasses.fields(JobConfig))}
     rest = {key: value for key, value in cfg.items() if key not in elsewhere}
     steps = build_steps(cfg["method"])
     scheme = build(Scheme, cfg["scheme"], "scheme") if steps else None
@@ -433,14 +455,6 @@ def build(cls: type[T], values: Mapping[str, Any], key: str, extra: Mapping[str,
         return cls(**checked, **(extra or {}))
     except ValueError as error:
         raise ValueError(f"{prefix}{error}") from error
-
-
-def source_files(step: Method) -> set[Path]:
-    """The files that hold a step's class, those it inherits from, and its statistics: they decide what it does."""
-    classes = [*type(step).__mro__, *(base for stat in step.needs for base in stat.__mro__)]
-    modules = filter(None, map(inspect.getmodule, classes))
-    files = {module.__file__ for module in modules if module.__name__ not in ("builtins", "abc")}
-    return {Path(file) for file in files if file}
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:

@@ -66,21 +66,6 @@ class Result:
         return float(bits / sum(layer["shape"][0] * layer["shape"][1] for layer in self.layers))
 
 
-def static(cfg: RunConfig) -> bool:
-    """Whether the scheme's activation ranges come from calibration."""
-    return cfg.scheme is not None and cfg.scheme.activation is not None and not cfg.scheme.activation.dynamic
-
-
-def needs_calibration(cfg: RunConfig) -> bool:
-    """Whether a step, a static activation format, an analysis or a choice of widths has to see calibration data."""
-    return (
-        static(cfg)
-        or cfg.analyses
-        or cfg.mixes
-        or any(step.needs or overrides(step, "transform") for step in cfg.steps.values())
-    )
-
-
 def check(model: nn.Module, cfg: RunConfig) -> None:
     """Check scheme and method against each other and against the shapes of a model, which may be without weights.
 
@@ -139,7 +124,7 @@ def quantize(
             schemes = {renamed.get(name, name): scheme for name, scheme in schemes.items()}
             result.renamed = {old: renamed.get(name, name) for old, name in result.renamed.items()}
         part = _Pass(model, cfg, label, names, result, rescaled, schemes)
-        if overrides(step, "transform") or (part.quantizes and (step.needs or static(cfg) or cfg.ranks)):
+        if overrides(step, "transform") or (part.quantizes and (step.needs or cfg.static or cfg.ranks)):
             part.by_blocks(tokens, track, cache)
         elif part.quantizes:
             part.at_once(track)
@@ -321,7 +306,7 @@ class _Pass:
     def _needs(self) -> list[type[Stat]]:
         needs = set(self.step.needs)
         if self.quantizes:
-            needs |= {Sample} | ({MinMax} if static(self.cfg) else set()) | ({Hessian} if self.cfg.ranks else set())
+            needs |= {Sample} | ({MinMax} if self.cfg.static else set()) | ({Hessian} if self.cfg.ranks else set())
         return sorted(needs, key=lambda cls: cls.__qualname__)
 
 

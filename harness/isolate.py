@@ -21,9 +21,10 @@ from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
-from harness import record, run
+from harness import record
 from harness.config import LimitsConfig
 from harness.progress import Label, Track, silent, text
+from harness.runs.execute import execute_run, failed_run
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -41,10 +42,10 @@ class Place(NamedTuple):
     environment: dict[str, str]
 
 
-def execute(
+def execute_isolated(
     raw: Json, limits: LimitsConfig, track: Track = silent, show_traceback: bool = False
 ) -> tuple[record.Record, bool]:
-    """As `run.execute`, in a new process that ends once it exceeds `limits`.
+    """As `execute_run`, in a new process that ends once it exceeds `limits`.
 
     Returns: the record, and whether it was there already. A process that dies leaves a failed record that says how.
     """
@@ -70,7 +71,7 @@ def execute(
         events.close()
     if done is not None:
         return record.Record(**done[0]), done[1]
-    return run.failed(raw, watch.reason or _died(process.exitcode, watch)), False
+    return failed_run(raw, watch.reason or _died(process.exitcode, watch)), False
 
 
 @dataclass
@@ -156,7 +157,7 @@ def _work(events: Connection, life: Connection, place: Place, raw: Json, show_tr
     os.environ.update(place.environment)
     with suppress(OSError):  # Linux alone
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
-    found, skipped = run.execute(raw, _Teller(events), show_traceback)
+    found, skipped = execute_run(raw, _Teller(events), show_traceback)
     events.send(("done", asdict(found), skipped))
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -45,6 +44,8 @@ class Record:
 
     status     ok or failed, with the reason in `error`
     config     the resolved configuration, as Hydra gave it
+    code       digest of the code that ran it, or of newer code that gave the same bits
+    confirmed  the commit of that newer code; empty where none was needed
     options    of the method's steps and the engine, those that are not at their defaults
     execution  mode (packed, simulated or float), the kernel, the device and the float types
     data       sources, hashes, window counts and the protocol of evaluation and calibration
@@ -59,6 +60,8 @@ class Record:
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
     config: Json = field(default_factory=dict)
+    code: str = ""
+    confirmed: Json = field(default_factory=dict)
     options: Json = field(default_factory=dict)
     environment: Json = field(default_factory=dict)
     model: Json = field(default_factory=dict)
@@ -72,12 +75,6 @@ class Record:
     analysis: Json = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     stages: dict[str, float] = field(default_factory=dict)
-
-
-def run_id(decides: Json) -> str:
-    """A short hash of everything that decides a result, given as plain JSON values."""
-    canonical = json.dumps(decides, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def path_of(folder: Path, run: str) -> Path:

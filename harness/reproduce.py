@@ -24,7 +24,7 @@ from harness import published, table
 from harness.arguments import options_of
 from harness.config import LimitsConfig, build_run
 from harness.hub import UNREACHABLE
-from harness.isolate import execute
+from harness.isolate import execute_isolated
 from harness.record import Record
 from harness.tolerance import EXACT_METRICS, PEAKS, SHOWN_METRICS, of_metric
 from harness.verdict import Figure, Report, emit
@@ -51,7 +51,7 @@ def reproduce(records: Sequence[Record], into: str) -> Report:
         name = table.label(expected)
         _console.print(f"[{i + 1}/{len(records)}] {name}", markup=False, highlight=False, soft_wrap=True)
         reason = absent(expected)
-        found = None if reason else execute(rerun_config(expected, into), LimitsConfig())[0]
+        found = None if reason else execute_isolated(rerun_config(expected, into), LimitsConfig())[0]
         if found is not None and UNREACHABLE in str(found.error):
             reason = found.error
         if found is None or reason:

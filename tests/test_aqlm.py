@@ -259,7 +259,7 @@ def test_a_weight_beyond_float16_is_refused() -> None:
 
 def test_without_tokens_all_inputs_count_alike_and_it_says_so() -> None:
     options: dict[str, Any] = {"code_bits": 4, "group_size": SIZE}
-    with pytest.warns(UserWarning, match="no calibration token reached it, so all its inputs count alike"):
+    with pytest.warns(UserWarning, match="no calibration token reached this linear; all its inputs get equal weight"):
         found = AQLM(**options).quantize(weights(), scheme(), Stats([Hessian], COLUMNS)).dequantize()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -304,15 +304,17 @@ def test_schemes_and_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="scheme=group64 is another format .*; use scheme=native"):
         AQLM().check(Scheme(name="group64", weight=WeightFormat(bits=2, granularity="group", group_size=64)))
     with pytest.raises(
-        ValueError, match="bits=4 is not what codebooks=2 of code_bits=8 for group_size=8 .*; use bits=2"
+        ValueError, match="bits=4 does not match codebooks=2 of code_bits=8 for group_size=8; use bits=2"
     ):
         AQLM().check(scheme(4))
-    with pytest.raises(ValueError, match="bits=2 is not what codebooks=3 .*; use bits=3"):
+    with pytest.raises(ValueError, match="bits=2 does not match codebooks=3 .*; use bits=3"):
         AQLM(codebooks=3).check(scheme(2))
     AQLM(codebooks=1, code_bits=8).check(scheme(2))
-    with pytest.raises(ValueError, match="codebooks=9 of code_bits=8 for group_size=8 take 9 bits"):
+    with pytest.raises(ValueError, match="codebooks=9 of code_bits=8 for group_size=8 take 9 bits per weight"):
         AQLM(codebooks=9).check(scheme(8))
-    with pytest.raises(ValueError, match="group_size=16 does not divide in_features=24; use a divisor, or skip it"):
+    with pytest.raises(
+        ValueError, match="group_size=16 does not divide in_features=24; use a divisor, or skip this linear"
+    ):
         quantize(weights(), inputs(), group_size=16)
 
 

@@ -10,6 +10,7 @@ from safetensors import safe_open
 
 from harness import checkpoint, evaluate, models, run
 from harness.config import build_run
+from harness.runs.execute import execute_run
 from harness.stream import logits
 from tests.conftest import resolve
 
@@ -23,7 +24,7 @@ def saved(tmp_path: Path, *overrides: str) -> tuple[run.record.Record, Path]:
     raw = resolve(
         "model=tiny", *LONG, f"results_dir={tmp_path}", f"save={place}", "scheme.weight.group_size=16", *overrides
     )
-    found = run.execute(raw)[0]
+    found = execute_run(raw)[0]
     return found, place
 
 
@@ -66,7 +67,7 @@ def test_a_finished_run_runs_again_to_save_and_nothing_is_overwritten(tmp_path: 
     assert second.status == "failed"
     assert "holds a model already; name another folder" in str(second.error)
     assert (place / "model.safetensors").read_bytes() == before
-    again, skipped = run.execute(first.config | {"save": str(tmp_path / "other")})
+    again, skipped = execute_run(first.config | {"save": str(tmp_path / "other")})
     assert not skipped
     assert again.run_id == first.run_id
     assert (tmp_path / "other/model.safetensors").read_bytes() == before

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness import linear, run
+from harness import linear
 from harness.determinism import repeatable
+from harness.runs.execute import execute_run
 from tests.conftest import ROOT, TINY, resolve
 
 # Each way of choosing codes: by rounding, by errors fed back, by searches, by k-means and training, at random.
@@ -44,7 +45,7 @@ def results(folder: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(linear.QuantLinear, "__init__", hashed)
         options = ("measure=off", "engine.cache_gib=0", f"results_dir={folder}")
-        found, _ = run.execute(resolve(*TINY, *options, *overrides))
+        found, _ = execute_run(resolve(*TINY, *options, *overrides))
     assert found.status == "ok", found.error
     threads = found.environment["threads"]
     shown = {"run_id": found.run_id, "window_nll": found.window_nll, "layers": found.layers, "threads": threads}

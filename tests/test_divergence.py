@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import divergence, evaluate, models, run, spool
+from harness import divergence, evaluate, models, spool
+from harness.runs.execute import execute_run
 from harness.statcache import StatCache
 from tests.families import build
 
@@ -87,11 +88,11 @@ def test_context_of_strided_windows_is_not_compared() -> None:
 
 def test_a_strided_run_is_scored_and_compared_alike(tiny: Tiny) -> None:
     strided = ("data.protocol=strided", "data.stride=16")
-    found = run.execute(tiny(*strided))[0]
+    found = execute_run(tiny(*strided))[0]
     assert found.status == "ok", found.error
     assert found.data["protocol"] == "strided-64-16"
     assert found.metrics["kl"] > 0
-    assert found.run_id != run.execute(tiny())[0].run_id
+    assert found.run_id != execute_run(tiny())[0].run_id
 
 
 def test_a_model_does_not_diverge_from_itself() -> None:
@@ -165,55 +166,55 @@ def test_runs_of_a_sweep_share_one_float_pass(tiny: Tiny, monkeypatch: pytest.Mo
     passes: list[int] = []
     original = evaluate.perplexity
     monkeypatch.setattr(evaluate, "perplexity", lambda *args: passes.append(1) or original(*args))
-    first, second = (run.execute(tiny(f"bits={bits}"))[0] for bits in (4, 3))
+    first, second = (execute_run(tiny(f"bits={bits}"))[0] for bits in (4, 3))
     assert len(passes) == 3, "two of their own and one of the float model"
     assert 0 < first.metrics["kl"] < second.metrics["kl"]
     assert 0 < second.metrics["top5_agreement"] <= first.metrics["top5_agreement"] <= 1
     assert len(first.window_kl) == len(first.window_nll)
     assert first.metrics["kl"] == pytest.approx(sum(first.window_kl) / len(first.window_kl))
-    baseline = run.execute(tiny("method=none"))[0]
+    baseline = execute_run(tiny("method=none"))[0]
     assert baseline.metrics["kl"] == 0
     assert set(first.stages) >= {"divergence"}
 
 
 def test_a_float_run_leaves_its_states_to_others(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert run.execute(tiny("method=none"))[0].status == "ok"
+    assert execute_run(tiny("method=none"))[0].status == "ok"
     passes: list[int] = []
     original = evaluate.perplexity
     monkeypatch.setattr(evaluate, "perplexity", lambda *args: passes.append(1) or original(*args))
-    assert run.execute(tiny("bits=3"))[0].metrics["kl"] > 0
+    assert execute_run(tiny("bits=3"))[0].metrics["kl"] > 0
     assert len(passes) == 1
 
 
 def test_without_room_nothing_is_measured_and_the_record_says_so(tiny: Tiny) -> None:
-    found = run.execute(tiny("measure.divergence_gib=0"))[0]
+    found = execute_run(tiny("measure.divergence_gib=0"))[0]
     assert found.status == "ok", found.error
     assert not {"kl", "top1_agreement"} & set(found.metrics)
     assert found.window_kl == []
     assert any("measure.divergence_gib=0 leaves no room for states" in warning for warning in found.warnings)
-    off = run.execute(tiny("measure.divergence=false", "bits=3"))[0]
+    off = execute_run(tiny("measure.divergence=false", "bits=3"))[0]
     assert "kl" not in off.metrics
     assert off.warnings == []
 
 
 def test_room_does_not_change_which_run_it_is(tiny: Tiny) -> None:
-    ids = {run.execute(tiny(f"measure.divergence_gib={room}"))[0].run_id for room in (4, 8)}
+    ids = {execute_run(tiny(f"measure.divergence_gib={room}"))[0].run_id for room in (4, 8)}
     assert len(ids) == 1
 
 
 def test_a_rotated_model_is_compared_by_its_own_head(tiny: Tiny) -> None:
-    turned = run.execute(tiny("method=rotate", "scheme=channel", "bits=8"))[0]
+    turned = execute_run(tiny("method=rotate", "scheme=channel", "bits=8"))[0]
     assert turned.status == "ok", turned.error
     assert turned.metrics["kl"] < 1e-3
 
 
 def test_the_float_model_is_loaded_only_where_its_tail_is_another(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run.execute(tiny("bits=3"))[0]
+    first = execute_run(tiny("bits=3"))[0]
     loads: list[int] = []
     original = models.load
     monkeypatch.setattr(models, "load", lambda *args: loads.append(1) or original(*args))
-    again = run.execute(tiny("bits=3", "force=true"))[0]
+    again = execute_run(tiny("bits=3", "force=true"))[0]
     assert len(loads) == 1
     assert again.window_kl == first.window_kl
-    assert run.execute(tiny("method=rotate", "scheme=channel", "bits=8"))[0].metrics["kl"] < 1e-3
+    assert execute_run(tiny("method=rotate", "scheme=channel", "bits=8"))[0].metrics["kl"] < 1e-3
     assert len(loads) == 3

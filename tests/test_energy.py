@@ -11,9 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from harness import energy, measure, run
+from harness import energy, measure
 from harness.config import MeasureConfig
 from harness.energy import Meter
+from harness.runs.execute import execute_run
 from tests.families import build
 
 Tiny = Callable[..., dict[str, Any]]
@@ -150,7 +151,7 @@ def test_short_calls_are_repeated_until_counters_have_ticked(monkeypatch: pytest
 def test_a_run_says_what_it_measured_and_nothing_where_it_cannot(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = ("method=none", "measure=quick", "measure.prompt_len=8", "measure.decode_tokens=2", "force=true")
     monkeypatch.setattr(energy, "meter", lambda _device: None)
-    without = run.execute(tiny(*timed))[0]
+    without = execute_run(tiny(*timed))[0]
     assert without.status == "ok", without.error
     assert not [name for name in without.metrics if "_j" in name]
     assert "energy_source" not in without.execution
@@ -159,7 +160,7 @@ def test_a_run_says_what_it_measured_and_nothing_where_it_cannot(tiny: Tiny, mon
     readings = iter(range(10**6))
     monkeypatch.setattr(measure, "_BLOCK_S", 0.01)
     monkeypatch.setattr(energy, "meter", lambda _device: Meter("fake", lambda: [next(readings)], (0,), 1.0))
-    measured = run.execute(tiny(*timed))[0]
+    measured = execute_run(tiny(*timed))[0]
     assert measured.status == "ok", measured.error
     assert measured.execution["energy_source"] == "fake"
     for name in ("prefill_j", "decode_j_per_token", "baseline_prefill_j", "baseline_decode_j_per_token"):

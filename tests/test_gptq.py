@@ -200,7 +200,7 @@ def test_a_hessian_without_a_factor_is_refused(hessian: Tensor) -> None:
 
 
 def test_without_tokens_it_rounds_to_nearest_and_says_so() -> None:
-    with pytest.warns(UserWarning, match="no calibration token reached it, so it is rounded to nearest"):
+    with pytest.warns(UserWarning, match="no calibration token reached this linear; its weight is rounded to nearest"):
         found = solve(weights(), FORMATS["group"], Stats([Hessian], COLUMNS))
     assert codes_of(found) == round_to_nearest(weights(), FORMATS["group"]).codes.tolist()
 

@@ -152,7 +152,7 @@ def test_scales_are_as_stored_and_far_groups_are_refused_with_the_remedy() -> No
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"norm": 0.0}, "norm=0.0 is out of range; expected more than 0, up to 1"),
+        ({"norm": 0.0}, "norm=0.0 is out of range; expected more than 0, at most 1"),
         ({"norm": 1.5}, "norm=1.5 is out of range"),
         ({"beta": 0.0}, "beta=0.0 is out of range; expected more than 0"),
         ({"beta": float("nan")}, "beta=nan is out of range"),
@@ -172,7 +172,8 @@ def test_its_yaml_stores_float_zero_points_and_the_command_line_wins() -> None:
     assert chosen["weight"]["zero_point"] == "integer"
     HQQ().check(build(Scheme, chosen, "scheme"))
     with pytest.raises(
-        ValueError, match="scheme=group64_sym is symmetric, and hqq moves zero points; use another, as scheme=group64"
+        ValueError,
+        match="scheme=group64_sym is symmetric, but hqq adjusts zero points; use an asymmetric scheme such as scheme=group64",
     ):
         HQQ().check(build(Scheme, resolve("scheme=group64_sym")["scheme"], "scheme"))
     with pytest.raises(ValueError, match="scheme=native is for methods with a format of their own"):

@@ -17,6 +17,7 @@ from harness import evaluate, kvcache, run
 from harness.config import build_run
 from harness.core.kv import KVFormat, StatesFormat
 from harness.core.states import States
+from harness.runs.execute import execute_run
 from tests.conftest import ROOT, resolve
 from tests.families import FAMILIES, build
 
@@ -326,7 +327,7 @@ def test_shipped_formats_build_and_name_themselves(path: Any) -> None:
 def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:
     timed = ("measure=quick", "measure.prompt_len=8", "measure.repeats=1", "measure.decode_tokens=3")
     plain, coded, both = (
-        run.execute(tiny(*timed, *more))[0]
+        execute_run(tiny(*timed, *more))[0]
         for more in (("method=none",), ("method=none", "kv=kv4_token", *SMALL), ("kv=kv4_token", *SMALL))
     )
     assert (plain.status, coded.status, both.status) == ("ok", "ok", "ok"), (plain.error, coded.error, both.error)
@@ -348,12 +349,12 @@ def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:
 
 
 def test_batch_size_does_not_change_a_run(tiny: Tiny) -> None:
-    one, two = (run.execute(tiny("kv=kv2_channel", f"data.batch_size={n}"))[0].window_nll for n in (1, 2))
+    one, two = (execute_run(tiny("kv=kv2_channel", f"data.batch_size={n}"))[0].window_nll for n in (1, 2))
     assert one == pytest.approx(two, rel=1e-6)
 
 
 def test_simulated_weights_claim_no_cache(tiny: Tiny) -> None:
-    found = run.execute(tiny("execution=simulated", "kv=kv8_channel"))[0]
+    found = execute_run(tiny("execution=simulated", "kv=kv8_channel"))[0]
     assert found.status == "ok", found.error
     assert found.kv == []
     assert not [name for name in found.metrics if name.startswith("kv")]
@@ -373,7 +374,7 @@ def test_simulated_weights_claim_no_cache(tiny: Tiny) -> None:
 )
 def test_refused_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str) -> None:
     monkeypatch.setattr(run.engine, "quantize", lambda *_: pytest.fail("it was quantized before it was refused"))
-    found = run.execute(tiny(*overrides))[0]
+    found = execute_run(tiny(*overrides))[0]
     assert found.status == "failed"
     assert str(found.error).startswith(message)
 
@@ -381,5 +382,5 @@ def test_refused_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, overrides: tu
 def test_a_run_without_a_coded_cache_keeps_no_keys(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvcache, "footprint", lambda *_: (None, []))
     monkeypatch.setattr(DynamicCache, "__init__", lambda *_args, **_options: pytest.fail("a cache was made"))
-    found = run.execute(tiny("method=none"))[0]
+    found = execute_run(tiny("method=none"))[0]
     assert found.status == "ok", found.error

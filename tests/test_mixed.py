@@ -23,6 +23,8 @@ from harness.config import RunConfig, build_run
 from harness.core.grid import snap_weight
 from harness.core.qtensor import QTensor, round_to_nearest
 from harness.linear import QuantLinear
+from harness.runs.execute import execute_run
+from harness.runs.identity import run_id
 from harness.statcache import StatCache
 from tests.blocks import GROUP8, Block, relative
 from tests.conftest import TINY, resolve
@@ -86,7 +88,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> record.Record:
     """A sensitivity run of the tiny model."""
     folder = tmp_path_factory.mktemp("measured")
     asked = ("bits=3", "analysis.sensitivity=linear", "execution=simulated", "measure=off", f"results_dir={folder}")
-    return run.execute(resolve(*TINY, *asked))[0]
+    return execute_run(resolve(*TINY, *asked))[0]
 
 
 @pytest.fixture
@@ -226,7 +228,7 @@ def test_a_trial_rounds_each_linear_of_a_group_to_its_own_width() -> None:
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "rotate_gptq"])
 def test_a_whole_run(tiny: Tiny, method: str, followed: Path) -> None:
-    found, _ = run.execute(mixing(tiny, followed, f"method={method}"))
+    found, _ = execute_run(mixing(tiny, followed, f"method={method}"))
     assert found.status == "ok", found.error
     plan = found.analysis["mixed"]
     assert plan["sensitivity"] == record.read(followed).run_id
@@ -245,7 +247,7 @@ def test_a_whole_run(tiny: Tiny, method: str, followed: Path) -> None:
 def test_the_figures_that_are_followed_decide_the_run_and_the_file_does_not(tiny: Tiny, followed: Path) -> None:
     def identity(path: Path, *options: str) -> str:
         raw = mixing(tiny, path, *options)
-        return run.run_id(build_run(raw), raw)
+        return run_id(build_run(raw))
 
     first = identity(followed)
     assert identity(followed.parent) == first, "the folder's newest"
@@ -256,7 +258,7 @@ def test_the_figures_that_are_followed_decide_the_run_and_the_file_does_not(tiny
     changed = record.write(source, followed.parent)
     assert identity(changed) != first
     plain = tiny("mixed.widths=[2,4]")
-    assert run.run_id(build_run(plain), plain) == run.run_id(build_run(tiny()), tiny()), "nothing is mixed"
+    assert run_id(build_run(plain)) == run_id(build_run(tiny())), "nothing is mixed"
 
 
 def test_the_newest_of_a_folder_that_fits_is_taken(tiny: Tiny, followed: Path) -> None:
@@ -303,7 +305,7 @@ def test_another_scheme_is_said_and_a_linear_that_was_not_measured_refused(tiny:
     source = record.read(followed)
     del source.analysis["sensitivity"][3]
     record.write(source, followed.parent)
-    found, _ = run.execute(mixing(tiny, followed))
+    found, _ = execute_run(mixing(tiny, followed))
     assert found.error is not None
     assert f"run {source.run_id} says nothing of model.layers.0.self_attn.o_proj; measure it with" in found.error
 
@@ -321,7 +323,7 @@ class Wasteful(QTensor):
 
 def test_a_method_that_stores_more_is_told_of(tiny: Tiny, followed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("methods.rtn.RTN.quantize", lambda _self, weight, _scheme, _stats: Wasteful(weight))
-    found, _ = run.execute(mixing(tiny, followed))
+    found, _ = execute_run(mixing(tiny, followed))
     assert found.status == "ok", found.error
     assert "mixed.budget=4 is exceeded: the method stores 16 bits a weight, scales included" in found.warnings
 
@@ -339,7 +341,7 @@ def test_a_method_that_stores_more_is_told_of(tiny: Tiny, followed: Path, monkey
     ],
 )
 def test_what_cannot_be_mixed_is_refused(tiny: Tiny, followed: Path, options: list[str], message: str) -> None:
-    found, _ = run.execute(mixing(tiny, followed, *options))
+    found, _ = execute_run(mixing(tiny, followed, *options))
     assert found.status == "failed"
     with pytest.raises(ValueError, match=message):
         raise ValueError(found.error)

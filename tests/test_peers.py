@@ -11,13 +11,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import run
 from harness.config import build
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import round_to_nearest
 from harness.core.scheme import Scheme
 from harness.core.stats import Stats
 from harness.linear import QuantLinear
+from harness.runs.execute import execute_run
 from methods.peers.bitsandbytes import Bnb4Bit, Bnb4BitQTensor, BnbFP4, BnbInt8, BnbInt8QTensor, BnbNF4
 from tests.conftest import TINY, Done, resolve
 
@@ -195,7 +195,7 @@ def test_a_method_chooses_its_scheme_and_the_command_line_wins(tiny: Callable[..
         (("method=bnb_fp4", "bits=3"), "method.bnb_fp4: bits=3 is not what fp4 has; use bits=4"),
         (("method=rtn", "scheme=native"), "method.rtn: scheme=native is for methods with a format of their own"),
     ):
-        found = run.execute(tiny(*overrides))[0]
+        found = execute_run(tiny(*overrides))[0]
         assert found.status == "failed"
         assert str(found.error).startswith(message)
 

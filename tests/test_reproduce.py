@@ -10,10 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from harness import isolate, record, reproduce, run
-from harness.config import LimitsConfig
+from harness import record, reproduce
+from harness.config import LimitsConfig, build_run
 from harness.hub import UNREACHABLE
+from harness.isolate import execute_isolated
 from harness.record import Record
+from harness.runs.identity import run_id
 from tests.conftest import ROOT, resolve
 
 Tiny = Callable[..., dict[str, Any]]
@@ -25,7 +27,7 @@ def committed(tiny: Tiny, tmp_path: Path) -> Callable[..., Record]:
     """Runs the tiny model as `overrides` say, into a folder that stands for results/reference."""
 
     def make(*overrides: str) -> Record:
-        found, _ = isolate.execute(tiny(f"results_dir={tmp_path}/reference", *overrides), LimitsConfig())
+        found, _ = execute_isolated(tiny(f"results_dir={tmp_path}/reference", *overrides), LimitsConfig())
         assert found.status == "ok", found.error
         return found
 
@@ -203,10 +205,10 @@ def test_every_committed_record_can_be_run_again(monkeypatch: pytest.MonkeyPatch
         found = record.read(path)
         config = reproduce.rerun_config(found, "elsewhere")
         config["device"] = "cpu"
-        cfg = run.build_run(config)
+        cfg = build_run(config)
         assert cfg.results_dir == "elsewhere"
         if cfg.data.path is None:
-            assert len(run.run_id(cfg, config)) == 16
+            assert len(run_id(cfg)) == 16
 
 
 def test_command_line_errors(capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,8 +15,10 @@ import pytest
 import torch
 from hydra.errors import MissingConfigException
 
-from harness import models, record, run
+from harness import models, record
 from harness.config import build_run
+from harness.runs.execute import execute_run
+from harness.runs.identity import run_id
 from tests.conftest import ROOT, TINY, Done, harness, resolve
 
 Tiny = Callable[..., dict[str, Any]]
@@ -25,7 +27,7 @@ SWEEP = [*TINY, "measure=off"]
 
 
 def test_record_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
-    found, skipped = run.execute(tiny("bits=3", "measure=quick", "measure.prompt_len=8", "measure.repeats=2"))
+    found, skipped = execute_run(tiny("bits=3", "measure=quick", "measure.prompt_len=8", "measure.repeats=2"))
     assert (found.status, found.error, skipped) == ("ok", None, False)
     assert record.read(tmp_path / f"{found.run_id}.json") == found
     assert found.config["scheme"]["weight"]["bits"] == 3
@@ -46,8 +48,8 @@ def test_record_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
 
 
 def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:
-    packed = run.execute(tiny("measure=quick", "measure.prompt_len=8"))[0]
-    simulated = run.execute(tiny("measure=quick", "measure.prompt_len=8", "execution=simulated"))[0]
+    packed = execute_run(tiny("measure=quick", "measure.prompt_len=8"))[0]
+    simulated = execute_run(tiny("measure=quick", "measure.prompt_len=8", "execution=simulated"))[0]
     assert packed.run_id != simulated.run_id
     assert simulated.execution["mode"] == "simulated"
     assert "kernel" not in simulated.execution
@@ -73,7 +75,7 @@ def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:
 def test_packed_and_simulated_runs_agree(tiny: Tiny, options: tuple[str, ...], kernel: str) -> None:
     if kernel in ("cpu_w8a8", "cpu_llm_int8") and not torch.cpu._is_vnni_supported():
         pytest.skip("this processor has no VNNI")
-    packed, simulated = (run.execute(tiny(*options, f"execution={how}"))[0] for how in ("packed", "simulated"))
+    packed, simulated = (execute_run(tiny(*options, f"execution={how}"))[0] for how in ("packed", "simulated"))
     assert packed.status == "ok", packed.error
     assert packed.execution["kernel"] == kernel
     assert packed.metrics["perplexity"] == pytest.approx(simulated.metrics["perplexity"], rel=1e-3)
@@ -81,14 +83,14 @@ def test_packed_and_simulated_runs_agree(tiny: Tiny, options: tuple[str, ...], k
 
 
 def test_a_model_that_is_not_scored_is_measured_alone(tiny: Tiny) -> None:
-    found = run.execute(tiny("model.scored=false", "measure=quick", "measure.prompt_len=8"))[0]
+    found = execute_run(tiny("model.scored=false", "measure=quick", "measure.prompt_len=8"))[0]
     assert found.status == "ok", found.error
     assert "perplexity" not in found.metrics
     assert found.window_nll == []
     assert found.metrics["decode_ms_p50"] > 0
     assert found.metrics["peak_memory_mib"] > found.metrics["resident_mib"]
     assert any("has random weights: no perplexity is computed" in warning for warning in found.warnings)
-    refused = run.execute(tiny("model.scored=false"))[0]
+    refused = execute_run(tiny("model.scored=false"))[0]
     assert "measure.latency=False leaves nothing to do" in str(refused.error)
 
 
@@ -103,7 +105,7 @@ def test_real_shapes_with_random_weights_have_their_parameters(name: str) -> Non
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float64", 64), ("float32", 32), ("float16", 16), ("bfloat16", 16)])
 def test_float_types_are_rows(tiny: Tiny, dtype: str, bits: int) -> None:
-    found = run.execute(tiny("method=none", f"model.dtype={dtype}"))[0]
+    found = execute_run(tiny("method=none", f"model.dtype={dtype}"))[0]
     assert found.status == "ok", found.error
     assert found.execution["mode"] == "float"
     assert found.execution["dtype"] == dtype
@@ -114,13 +116,13 @@ def test_float_types_are_rows(tiny: Tiny, dtype: str, bits: int) -> None:
 
 
 def test_runs_repeat_to_the_bit(tiny: Tiny) -> None:
-    first, second = (run.execute(tiny("scheme=w8a8_static", "force=true"))[0] for _ in range(2))
+    first, second = (execute_run(tiny("scheme=w8a8_static", "force=true"))[0] for _ in range(2))
     assert first.window_nll == second.window_nll
     assert first.run_id == second.run_id
 
 
 def test_finished_runs_are_skipped_unless_forced(tiny: Tiny) -> None:
-    first, again, forced = (run.execute(tiny(*more)) for more in ((), (), ("force=true",)))
+    first, again, forced = (execute_run(tiny(*more)) for more in ((), (), ("force=true",)))
     assert [skipped for _, skipped in (first, again, forced)] == [False, True, False]
     assert again[0] == first[0]
 
@@ -128,7 +130,7 @@ def test_finished_runs_are_skipped_unless_forced(tiny: Tiny) -> None:
 def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny: Tiny, tmp_path: Path) -> None:
     def id_of(*overrides: str) -> str:
         raw = tiny(*overrides)
-        return run.run_id(build_run(raw), raw)
+        return run_id(build_run(raw))
 
     base = id_of()
     text = tmp_path / "copy.txt"
@@ -155,7 +157,7 @@ def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny:
 
 
 def test_skipped_linears_stay_float_and_count_as_float(tiny: Tiny) -> None:
-    found = run.execute(tiny("skip=['*.down_proj']", "bits=8", "scheme=channel"))[0]
+    found = execute_run(tiny("skip=['*.down_proj']", "bits=8", "scheme=channel"))[0]
     floats = [layer for layer in found.layers if layer["bits_per_weight"] == 32]
     assert [layer["name"] for layer in floats] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
     assert 8.5 < found.metrics["bits_per_weight"] < 32
@@ -165,13 +167,13 @@ def test_calibration_is_read_only_where_something_needs_it(tiny: Tiny, tmp_path:
     text = tmp_path / "e.txt"
     text.write_text("evaluation " * 50)
     alone = ("data=text_file", f"data.path={text}")
-    assert run.execute(tiny(*alone))[0].status == "ok"
-    static = run.execute(tiny(*alone, "scheme=w8a8_static"))[0]
+    assert execute_run(tiny(*alone))[0].status == "ok"
+    static = execute_run(tiny(*alone, "scheme=w8a8_static"))[0]
     assert static.status == "failed"
     assert "data.calibration_path=None; data=text_file has no calibration text" in str(static.error)
-    shared = run.execute(tiny(*alone, "scheme=w8a8_static", f"data.calibration_path={text}"))[0]
+    shared = execute_run(tiny(*alone, "scheme=w8a8_static", f"data.calibration_path={text}"))[0]
     assert "overlap" in str(shared.error)
-    asked = run.execute(tiny(*alone, "scheme=w8a8_static", f"data.calibration_path={text}", "data.allow_overlap=true"))[
+    asked = execute_run(tiny(*alone, "scheme=w8a8_static", f"data.calibration_path={text}", "data.allow_overlap=true"))[
         0
     ]
     assert asked.status == "ok"
@@ -200,7 +202,7 @@ def test_failures_are_records_and_come_before_the_model(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
-    found, _ = run.execute(tiny(*overrides))
+    found, _ = execute_run(tiny(*overrides))
     assert found.status == "failed"
     assert str(found.error).startswith(message)
     assert "\n" not in str(found.error)
@@ -209,26 +211,26 @@ def test_failures_are_records_and_come_before_the_model(
 
 def test_a_bug_is_one_line_too_and_keeps_its_name(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models, "load", lambda *_: {}["gone"])
-    found, _ = run.execute(tiny())
+    found, _ = execute_run(tiny())
     assert found.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows where"
 
 
 def test_an_early_failure_is_forgotten_once_the_run_succeeds(tiny: Tiny, tmp_path: Path) -> None:
     text = tmp_path / "late.txt"
     raw = tiny(f"data.path={text}", f"results_dir={tmp_path}/runs")
-    assert run.execute(raw)[0].status == "failed"
+    assert execute_run(raw)[0].status == "failed"
     text.write_text("it is here now, and long enough for a window " * 20)
-    assert run.execute(raw)[0].status == "ok"
+    assert execute_run(raw)[0].status == "ok"
     assert len(list((tmp_path / "runs").glob("*.json"))) == 1
 
 
 def test_a_results_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    found, _ = run.execute(tiny(f"results_dir={tmp_path}/file"))
+    found, _ = execute_run(tiny(f"results_dir={tmp_path}/file"))
     assert found.status == "failed"
     assert f"results_dir={tmp_path}/file cannot be written" in str(found.error)
     for none in (None, ""):
-        found, _ = run.execute(tiny() | {"results_dir": none})
+        found, _ = execute_run(tiny() | {"results_dir": none})
         assert "is no folder; expected a name such as results/runs" in str(found.error)
 
 

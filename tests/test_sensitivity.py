@@ -13,12 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import attribution, engine, record, run, sensitivity
+from harness import attribution, engine, record, sensitivity
 from harness.analysis import Analysis
 from harness.architecture import linears, weight_of
 from harness.config import RunConfig, build_run
 from harness.engine import Result
 from harness.linear import swapped
+from harness.runs.execute import execute_run
+from harness.runs.identity import run_id
 from harness.statcache import StatCache
 from tests.blocks import TOKENS, logits, relative
 from tests.families import build, uneven
@@ -207,8 +209,8 @@ def test_outliers_before_and_after_rewrites(tiny: Tiny, method: str) -> None:
 
 def test_the_record_has_it_and_the_figures_of_the_run_stay(tiny: Tiny) -> None:
     options = ("bits=2", "method=rtn", "execution=simulated")
-    found, _ = run.execute(tiny(*options, "analysis.sensitivity=linear", "analysis.windows=2"))
-    plain, _ = run.execute(tiny(*options))
+    found, _ = execute_run(tiny(*options, "analysis.sensitivity=linear", "analysis.windows=2"))
+    plain, _ = execute_run(tiny(*options))
     assert found.status == plain.status == "ok", found.error
     assert found.metrics["perplexity"] == plain.metrics["perplexity"]
     assert "quantize_s" not in found.metrics, "it would be the analysis's too"
@@ -226,7 +228,7 @@ def test_the_record_has_it_and_the_figures_of_the_run_stay(tiny: Tiny) -> None:
 
 
 def test_blocks_are_rows_of_their_own(tiny: Tiny) -> None:
-    found, _ = run.execute(tiny("bits=2", "analysis.sensitivity=block", "execution=simulated"))
+    found, _ = execute_run(tiny("bits=2", "analysis.sensitivity=block", "execution=simulated"))
     assert [row["name"] for row in found.analysis["sensitivity"]] == ["model.layers.0", "model.layers.1"]
     assert not any("kl_alone" in row for row in found.layers)
 
@@ -234,7 +236,7 @@ def test_blocks_are_rows_of_their_own(tiny: Tiny) -> None:
 def test_what_decides_the_id_of_a_run(tiny: Tiny) -> None:
     def identity(*options: str) -> str:
         raw = tiny(*options)
-        return run.run_id(build_run(raw), raw)
+        return run_id(build_run(raw))
 
     assert identity() == identity("analysis.windows=2"), "nothing is asked"
     assert identity() != identity("analysis.sensitivity=block")
@@ -257,7 +259,7 @@ def test_what_decides_the_id_of_a_run(tiny: Tiny) -> None:
     ],
 )
 def test_what_cannot_be_analysed_is_refused(tiny: Tiny, options: list[str], message: str) -> None:
-    found, _ = run.execute(tiny(*options))
+    found, _ = execute_run(tiny(*options))
     assert found.status == "failed"
     assert found.error is not None
     with pytest.raises(ValueError, match=message):

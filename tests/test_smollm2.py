@@ -9,6 +9,7 @@ import torch
 
 from harness import embedded, models, run
 from harness.config import ModelConfig, build
+from harness.runs.execute import execute_run
 from tests.conftest import resolve
 from tests.reference import naive_perplexity
 
@@ -39,10 +40,10 @@ def test_it_knows_the_capital_of_france() -> None:
 def test_more_bits_are_better_and_the_baseline_is_the_plain_loop(tmp_path: Path) -> None:
     figures, stored = {}, {}
     for bits in (8, 4, 3):
-        found, _ = run.execute(resolve(*SMALL, f"bits={bits}", "scheme=group64", f"results_dir={tmp_path}"))
+        found, _ = execute_run(resolve(*SMALL, f"bits={bits}", "scheme=group64", f"results_dir={tmp_path}"))
         assert found.status == "ok", found.error
         figures[bits], stored[bits] = found.metrics["perplexity"], found.metrics["bits_per_weight"]
-    baseline, _ = run.execute(resolve(*SMALL, "method=none", f"results_dir={tmp_path}"))
+    baseline, _ = execute_run(resolve(*SMALL, "method=none", f"results_dir={tmp_path}"))
     plain = baseline.metrics["perplexity"]
     assert plain < figures[4] < figures[3]
     assert figures[8] == pytest.approx(plain, rel=0.01)

@@ -17,8 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from harness import isolate, record, run, sweep
+from harness import record, sweep
 from harness.config import LimitsConfig, build_limits
+from harness.isolate import execute_isolated
+from harness.runs.execute import execute_run
 from harness.sweepsheet import sweeps_sheet
 from tests.conftest import ROOT, TINY, harness, resolve
 
@@ -134,7 +136,7 @@ def until(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 
 def test_a_run_of_its_own_process_gives_the_same_record(tiny: Tiny, tmp_path: Path) -> None:
-    here, _ = run.execute(tiny("method=gptq", "bits=3"))
+    here, _ = execute_run(tiny("method=gptq", "bits=3"))
     shown: list[str] = []
 
     def track(items: Any, label: Any, total: int | None = None) -> Iterator[Any]:
@@ -143,7 +145,7 @@ def test_a_run_of_its_own_process_gives_the_same_record(tiny: Tiny, tmp_path: Pa
             shown.append(label() if callable(label) else label)
 
     raw = tiny("method=gptq", "bits=3", f"results_dir={tmp_path}/other")
-    there, skipped = isolate.execute(raw, LimitsConfig(), track)
+    there, skipped = execute_isolated(raw, LimitsConfig(), track)
     assert (there.status, there.error, skipped) == ("ok", None, False)
     assert there.run_id == here.run_id
     assert there.window_nll == here.window_nll
@@ -151,7 +153,7 @@ def test_a_run_of_its_own_process_gives_the_same_record(tiny: Tiny, tmp_path: Pa
     assert record.read(tmp_path / f"other/{there.run_id}.json") == there
     assert "perplexity" in shown
     assert any("gptq block 2/2, error" in label for label in shown)
-    assert isolate.execute(raw, LimitsConfig()) == (there, True)
+    assert execute_isolated(raw, LimitsConfig()) == (there, True)
 
 
 def test_isolation_is_for_sweeps_and_limits_unless_said_otherwise() -> None:
@@ -162,10 +164,10 @@ def test_isolation_is_for_sweeps_and_limits_unless_said_otherwise() -> None:
     assert of(False) is of(True, "isolate=false") is None
     assert of(False, "limits.time_s=3") == LimitsConfig(time_s=3.0)
     for overrides, message in [
-        (["isolate=maybe"], "isolate='maybe' is unknown; expected true, false, or null"),
+        (["isolate=maybe"], "isolate='maybe' has type str; expected bool"),
         (["isolate=false", "limits.time_s=3"], "isolate=False cannot hold limits.memory_gib or limits.time_s"),
         (["limits.memory_gib=0"], "limits.memory_gib=0.0 is out of range; expected more than 0"),
-        (["objectives=nll"], "objectives='nll' is no list; expected names of metrics"),
+        (["objectives=nll"], "objectives='nll' is no list; expected \\[value, ...\\]"),
     ]:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             of(True, *overrides)
@@ -189,15 +191,15 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_full_disk_is_reported_and_loses_nothing(small_disk: Path, tiny: Tiny) -> None:
-    first, _ = run.execute(tiny(f"results_dir={small_disk}"))
+    first, _ = execute_run(tiny(f"results_dir={small_disk}"))
     assert first.status == "ok"
     (small_disk / "other").write_bytes(bytes(2 * 2**20 + 2**19))
-    full, _ = run.execute(tiny("bits=3", f"results_dir={small_disk}"))
+    full, _ = execute_run(tiny("bits=3", f"results_dir={small_disk}"))
     assert full.status == "failed"
     assert f"results_dir={small_disk} cannot be written (No space left on device); free space" in str(full.error)
     assert [path.name for path in small_disk.glob("*.json")] == [f"{first.run_id}.json"]
     (small_disk / "other").unlink()
-    assert run.execute(tiny("bits=3", f"results_dir={small_disk}"))[0].status == "ok"
+    assert execute_run(tiny("bits=3", f"results_dir={small_disk}"))[0].status == "ok"
 
 
 def test_a_record_that_finds_no_room_at_the_end_is_kept_elsewhere(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,7 +212,7 @@ def test_a_record_that_finds_no_room_at_the_end_is_kept_elsewhere(tiny: Tiny, mo
         return write(found, folder)
 
     monkeypatch.setattr(record, "write", full)
-    found, _ = run.execute(tiny())
+    found, _ = execute_run(tiny())
     assert found.status == "failed"
     place = Path(str(found.error).partition("it is kept as ")[2].partition(",")[0])
     kept = record.read(place)

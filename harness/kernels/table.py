@@ -19,21 +19,16 @@ Within a kernel, the number of rows decides the path; its module says where.
 
 from __future__ import annotations
 
-import importlib.util
+import functools
+import importlib
 from collections.abc import Callable
 
 import torch
 
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import IntQTensor, PermutedQTensor, QTensor
-from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
 from harness.kernels.reordered import Reordered
-
-_SHARED = ("base", "reordered", "table")
-_TRITON = ("decode", "int8_kernels", "int8_matmul", "int8_rows", "matmul", "tiles", "tune", "w4a16", "w8a8")
-# Modules whose source decides what a run on a device gives.
-MODULES = {"cpu": (*_SHARED, "cpu_int4", "cpu_int8", "cpu_w8a8"), "cuda": (*_SHARED, *_TRITON)}
 
 Make = Callable[[IntQTensor, InputQuantizer | None, torch.dtype], Kernel | None]
 
@@ -48,37 +43,19 @@ def choose(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype, d
         return None if base is None else Reordered(base, weight.order)
     if not isinstance(weight, IntQTensor):
         return None
-    found = (make(weight, inputs, dtype) for make in _RULES.get(device.type, ()))
+    found = (make(weight, inputs, dtype) for make in rules(device.type))
     return next((kernel for kernel in found if kernel is not None), None)
 
 
-def _cpu_w8a8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    if inputs is None or not cpu_w8a8.supports(weight, inputs, dtype):
-        return None
-    return cpu_w8a8.build(weight, inputs)
+@functools.cache
+def rules(device_type: str) -> tuple[Make, ...]:
+    """The rules of a type of device, in the order in which they are tried: those of the module that has its name.
 
-
-def _cpu_int8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    return cpu_int8.CpuInt8(weight) if cpu_int8.supports(weight, dtype) else None
-
-
-def _cpu_int4(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    return cpu_int4.CpuInt4(weight) if cpu_int4.supports(weight, dtype) else None
-
-
-def _triton_int(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    from harness.kernels import w4a16
-
-    return w4a16.TritonInt(weight, dtype) if w4a16.supports(weight, dtype) else None
-
-
-def _triton_w8a8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    from harness.kernels import w8a8
-
-    return w8a8.TritonW8A8(weight, inputs, dtype) if inputs and w8a8.supports(weight, inputs, dtype) else None
-
-
-_RULES: dict[str, tuple[Make, ...]] = {
-    "cuda": (_triton_w8a8, _triton_int) if importlib.util.find_spec("triton") else (),
-    "cpu": (_cpu_w8a8, _cpu_int8, _cpu_int4),
-}
+    The module is imported by name, so that kernels of one device are no part of the code of runs on another.
+    """
+    try:
+        module = importlib.import_module(f"{__package__}.{device_type}")
+    except ModuleNotFoundError:
+        return ()
+    found: tuple[Make, ...] = module.RULES
+    return found

@@ -1,0 +1,45 @@
+"""What each field of a configuration class says about itself: when its value decides the result of a run.
+
+A field carries one of these mappings as its metadata. `harness.runs.identity` reads them to compute the run id; there
+is no other list. A field without metadata, such as an option of a method, always decides.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from enum import Enum
+from types import MappingProxyType
+from typing import Any
+
+
+class Decides(Enum):
+    """When a field decides a result."""
+
+    ALWAYS = "always"
+    NEVER = "never"
+    QUANTIZED = "in runs that quantize"
+    CALIBRATED = "in runs that read calibration data"
+    ANALYSED = "in runs that analyse the quantized model"
+    MIXED = "in runs that choose a width for each linear"
+
+
+Metadata = Mapping[str, Decides]
+
+
+def _metadata(when: Decides) -> Metadata:
+    return MappingProxyType({"decides": when})
+
+
+ALWAYS = _metadata(Decides.ALWAYS)
+NEVER = _metadata(Decides.NEVER)
+QUANTIZED = _metadata(Decides.QUANTIZED)
+CALIBRATED = _metadata(Decides.CALIBRATED)
+ANALYSED = _metadata(Decides.ANALYSED)
+MIXED = _metadata(Decides.MIXED)
+
+
+def decides(field: dataclasses.Field[Any]) -> Decides:
+    """When the value of `field` decides a result."""
+    when: Decides = field.metadata.get("decides", Decides.ALWAYS)
+    return when

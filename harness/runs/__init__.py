@@ -1,0 +1,1 @@
+"""One run, from its configuration to its record. `cli` calls it; nothing below knows that there are records of runs."""

@@ -1,0 +1,119 @@
+"""Which run a record holds, in two parts: `run_id` says what was run, `code` says which code ran it.
+
+A finished run is skipped when both agree. A changed configuration, other weights or another text give another run id.
+A changed module gives another `code` to the runs that reach it, and to no other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import sys
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from harness import analysis, checkpoint, mixed, models, run, text
+from harness.config import JobConfig, RunConfig
+from harness.core.method import Method
+from harness.options import Decides, decides
+from harness.runs.sources import Sources, followed
+
+Json = dict[str, Any]
+
+_PROJECT = Path(run.__file__).parents[1]
+
+
+def run_id(cfg: RunConfig) -> str:
+    """A short hash of everything that decides the result of a run: its typed configuration, weights and texts."""
+    deciding = _deciding(cfg, _conditions(cfg))
+    deciding["fingerprint"] = models.fingerprint(cfg.model, cfg.seed)
+    deciding["device"] = str(run.device_of(cfg.device))
+    deciding["texts"] = [text.identity(cfg.data, "evaluation")]
+    if cfg.calibrates:
+        deciding["texts"].append(text.identity(cfg.data, "calibration"))
+    if cfg.mixes:
+        deciding["sensitivity"] = mixed.identity(cfg)
+        deciding["scheme"]["weight"]["bits"] = None  # chosen for each linear
+    return _hash(deciding)
+
+
+def early_id(raw: Mapping[str, Any]) -> str:
+    """Stands for the run id of a run that fails before everything that decides it is known."""
+    fields = {item.name: item for item in (*dataclasses.fields(RunConfig), *dataclasses.fields(JobConfig))}
+    never = {name for name, item in fields.items() if decides(item) is Decides.NEVER}
+    return _hash({key: value for key, value in raw.items() if key not in never})
+
+
+def code(cfg: RunConfig, device: str) -> str:
+    """A digest of the code that `cfg` reaches on a device of type `device`: stages, method, formats and kernels."""
+    return _sources().digest(roots(cfg, device), unused(cfg))
+
+
+def roots(cfg: RunConfig, device: str) -> list[str]:
+    """The modules where the code of `cfg` begins: the stages, the kernels of the device, and the method."""
+    return [run.__name__, f"harness.kernels.{device}", *_method_modules(cfg)]
+
+
+def unused(cfg: RunConfig) -> set[str]:
+    """The modules of stages that a run of `cfg` does not enter; all others that `run` imports count."""
+    entered = {analysis: cfg.analyses, mixed: cfg.mixes, checkpoint: cfg.save is not None}
+    return {module.__name__ for module, enters in entered.items() if not enters}
+
+
+def _method_modules(cfg: RunConfig) -> Iterator[str]:
+    """The modules of the steps' classes, of the classes that they inherit from, and of their statistics."""
+    for step in cfg.steps.values():
+        for cls in (*type(step).__mro__, *(base for stat in step.needs for base in stat.__mro__)):
+            yield cls.__module__
+
+
+@functools.lru_cache(maxsize=1)
+def _all_sources(places: tuple[Path, ...]) -> Sources:
+    return Sources(places)
+
+
+def _sources() -> Sources:
+    """The project's modules, and those of plug-ins on Python's path."""
+    path = [Path(place or ".").resolve() for place in sys.path]
+    return _all_sources((_PROJECT, *(place for place in path if place.is_dir() and followed(place))))
+
+
+def _conditions(cfg: RunConfig) -> dict[Decides, bool]:
+    return {
+        Decides.ALWAYS: True,
+        Decides.NEVER: False,
+        Decides.QUANTIZED: bool(cfg.steps),
+        Decides.CALIBRATED: cfg.calibrates,
+        Decides.ANALYSED: cfg.analyses,
+        Decides.MIXED: cfg.mixes,
+    }
+
+
+def _deciding(config: Any, holds: Mapping[Decides, bool]) -> Json:
+    """The fields of a configuration that decide a result, as plain values; a method's class counts too."""
+    fields = {
+        item.name: _plain(getattr(config, item.name), holds)
+        for item in dataclasses.fields(config)
+        if holds[decides(item)]
+    }
+    return fields | ({"class": _class_name(config)} if isinstance(config, Method) else {})
+
+
+def _plain(value: Any, holds: Mapping[Decides, bool]) -> Any:
+    if dataclasses.is_dataclass(value):
+        return _deciding(value, holds)
+    if isinstance(value, Mapping):  # steps, in their order
+        return [[key, _plain(item, holds)] for key, item in value.items()]
+    return [_plain(item, holds) for item in value] if isinstance(value, tuple | list) else value
+
+
+def _class_name(step: Method) -> str:
+    return f"{type(step).__module__}.{type(step).__qualname__}"
+
+
+def _hash(deciding: Json) -> str:
+    canonical = json.dumps(deciding, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]

@@ -1,0 +1,183 @@
+"""A digest of source code: every module that some modules import, directly or through others.
+
+A module counts as its syntax tree without docstrings, comments, imports, annotations and `__all__`: only a change of
+what it computes changes the digest, and a file may move. A name that a package re-exports leads to the module that
+defines it, so that an import from a package does not reach the whole package. C++ sources in the folder of a reached
+module count too, without their comments.
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import re
+import sysconfig
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+
+_NATIVE = (".cpp", ".cc", ".h", ".hpp", ".cu", ".cuh")
+_CPP_COMMENT = re.compile(r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')', re.DOTALL)
+_INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
+
+
+@dataclass(frozen=True)
+class Module:
+    """A Python file as `digest` sees it; `name` is dotted, without the `__init__` of a package."""
+
+    name: str
+    file: Path
+
+    @property
+    def is_package(self) -> bool:
+        return self.file.name == "__init__.py"
+
+    @cached_property
+    def tree(self) -> ast.Module:
+        return ast.parse(self.file.read_bytes(), str(self.file))
+
+    @cached_property
+    def imports(self) -> list[tuple[str, str | None, str]]:
+        """What it imports, at any depth: module, the name taken from it or None, and the name it is bound to."""
+        return [bound for statement in _statements(self.tree) for bound in self._bound(statement)]
+
+    def _bound(self, statement: ast.AST) -> Iterator[tuple[str, str | None, str]]:
+        if isinstance(statement, ast.Import):
+            for alias in statement.names:
+                yield alias.name, None, alias.asname or alias.name
+        elif isinstance(statement, ast.ImportFrom):
+            for alias in statement.names:
+                yield self._absolute(statement), alias.name, alias.asname or alias.name
+
+    def _absolute(self, statement: ast.ImportFrom) -> str:
+        """The module of a `from` import, a relative one too."""
+        if not statement.level:
+            return statement.module or ""
+        package = self.name.split(".") if self.is_package else self.name.split(".")[:-1]
+        parents = package[: len(package) - (statement.level - 1)]
+        return ".".join([*parents, *([statement.module] if statement.module else [])])
+
+    @cached_property
+    def digest(self) -> str:
+        """Hash of its own code; empty where nothing but docstrings and imports is there."""
+        code = _written(self.tree)
+        return hashlib.sha256(code.encode()).hexdigest() if code else ""
+
+
+@dataclass
+class Sources:
+    """The modules below some folders, found as Python finds them. Modules of other libraries are not followed."""
+
+    places: tuple[Path, ...]
+    _modules: dict[str, Module | None] = field(default_factory=dict)
+
+    def module(self, name: str) -> Module | None:
+        """The module called `name`; None if it is below none of the places, or a library's."""
+        if name not in self._modules:
+            self._modules[name] = self._find(name)
+        return self._modules[name]
+
+    def closure(self, roots: Iterable[str], without: Collection[str] = ()) -> dict[str, Module]:
+        """The modules that `roots` reach by imports, `roots` included, by name; those of `without` are left out."""
+        waiting, reached = list(roots), dict[str, Module]()
+        while waiting:
+            name = waiting.pop()
+            module = self.module(name)
+            if module is None or name in reached or name in without:
+                continue
+            reached[name] = module
+            waiting += [target for source, part, _ in module.imports for target in self._defining(source, part)]
+        return reached
+
+    def digest(self, roots: Iterable[str], without: Collection[str] = ()) -> str:
+        """A short hash of the code of all modules that `roots` reach."""
+        modules = self.closure(roots, without).values()
+        found = {module.digest for module in modules if module.digest}
+        found |= {
+            _native_digest(file) for folder in {module.file.parent for module in modules} for file in _native(folder)
+        }
+        return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
+
+    def _defining(self, source: str, part: str | None) -> Iterator[str]:
+        """The modules that an import reaches: a package's re-export leads to where the name is defined."""
+        package = self.module(source)
+        if package is None:
+            return
+        submodule = f"{source}.{part}"
+        if part is not None and self.module(submodule) is not None:
+            yield submodule
+            return
+        if part is not None and package.is_package:
+            for inner, name, bound in package.imports:
+                if bound == part and (inner, name) != (source, part):
+                    yield from self._defining(inner, name)
+                    return
+        yield source
+
+    def _find(self, name: str) -> Module | None:
+        parts = name.split(".")
+        for place in self.places:
+            path = place.joinpath(*parts)
+            for file in (path / "__init__.py", path.with_suffix(".py")):
+                if file.is_file():
+                    return _module(name, file, file.stat().st_mtime_ns)
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _module(name: str, file: Path, _time: int) -> Module:
+    """One instance for each file as it is now, so that it is parsed once."""
+    return Module(name, file)
+
+
+def followed(folder: Path) -> bool:
+    """Whether modules of a folder on Python's path belong to somebody's own code, not to an installed library."""
+    return not any(folder.is_relative_to(place) for place in _INSTALLED)
+
+
+def _statements(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those of blocks that only a type checker reads."""
+    for node in ast.iter_child_nodes(tree):
+        if not _for_types(node):
+            yield node
+            yield from _statements(node)
+
+
+def _for_types(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def _written(node: object) -> str:
+    """A syntax tree as text that depends on nothing but the code: no positions, no empty fields."""
+    if isinstance(node, list):
+        return "".join(f"{_written(item)}," for item in node if not _is_silent(item))
+    if not isinstance(node, ast.AST):
+        return repr(node)
+    fields = (
+        (name, value)
+        for name, value in ast.iter_fields(node)
+        if name not in ("annotation", "returns", "type_comment", "kind", "type_ignores", "ctx")
+        and value not in (None, [])
+    )
+    written = [f"{name}={text}" for name, value in fields if (text := _written(value))]
+    return f"{type(node).__name__}({' '.join(written)})" if written or not isinstance(node, ast.Module) else ""
+
+
+def _is_silent(node: object) -> bool:
+    """Whether a statement computes nothing: an import, a docstring, `__all__`, or what only a type checker reads."""
+    if isinstance(node, ast.Expr):
+        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    if isinstance(node, ast.Assign):
+        return any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets)
+    return isinstance(node, (ast.Import, ast.ImportFrom)) or (isinstance(node, ast.AST) and _for_types(node))
+
+
+def _native(folder: Path) -> list[Path]:
+    return [file for file in sorted(folder.iterdir()) if file.suffix in _NATIVE]
+
+
+def _native_digest(file: Path) -> str:
+    """Hash of a C++ source without comments and with its white space folded."""
+    code = " ".join(_CPP_COMMENT.sub(lambda match: match.group(1) or " ", file.read_text()).split())
+    return hashlib.sha256(code.encode()).hexdigest()

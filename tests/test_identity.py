@@ -1,0 +1,345 @@
+"""Identity of runs: what changes a run id, what changes the digest of the code, and what becomes of finished runs."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import shutil
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from harness import config as configuration
+from harness import record
+from harness.config import RunConfig, build_run
+from harness.options import Decides, decides
+from harness.runs import identity
+from harness.runs.execute import execute_run
+from harness.runs.sources import Sources
+from tests.conftest import ROOT, TINY, resolve
+
+Tiny = Callable[..., dict[str, Any]]
+CLASSES = [
+    cls
+    for cls in vars(configuration).values()
+    if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__.startswith("harness.config")
+]
+# Other values than those of EVERYTHING; a change of any other kind is covered by its type.
+OTHER = {
+    "model.package": "other==1",
+    "model.id": "other/model",
+    "model.revision": "abc",
+    "model.path": "elsewhere",
+    "model.dtype": "float64",
+    "model.baseline_dtype": "float64",
+    "data.source": "text_file",
+    "data.path": "other.txt",
+    "data.calibration_path": "other.txt",
+    "data.calibration_source": "c4",
+    "data.sampling": "random",
+    "data.protocol": "gptq",
+    "engine.propagate": "float",
+    "analysis.sensitivity": "block",
+    "analysis.outliers": ("*",),
+    "mixed.widths": (2, 4),
+    "mixed.sensitivity": "elsewhere",
+    "model.architecture": {"model_type": "gpt2"},
+    "skip": ("*.down_proj",),
+    "execution": "simulated",
+    "device": "cuda",
+    "save": "elsewhere",
+    "stale": "keep",
+    "warnings": ("one",),
+    "kv": None,
+}
+
+
+@pytest.mark.parametrize("cls", CLASSES, ids=lambda cls: cls.__name__)
+def test_every_field_of_a_configuration_class_says_when_it_decides(cls: type) -> None:
+    for item in dataclasses.fields(cls):
+        assert isinstance(item.metadata.get("decides"), Decides), f"{cls.__name__}.{item.name}"
+
+
+@pytest.fixture
+def everything(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
+    """A configuration in which every condition holds: it calibrates, analyses and chooses widths."""
+    raw = resolve(*TINY, "kv=kivi4", "data.protocol=strided", "data.stride=8", "analysis.sensitivity=linear")
+    raw["mixed"] |= {"budget": 4.0, "sensitivity": "somewhere"}
+    monkeypatch.setattr(identity.mixed, "identity", lambda _cfg: {})
+    monkeypatch.setattr(identity.models, "fingerprint", lambda *_: "weights")
+    monkeypatch.setattr(identity.text, "identity", lambda *_: "text")
+    monkeypatch.setattr(identity.run, "device_of", str)
+    return build_run(raw)
+
+
+def test_a_field_changes_the_run_id_if_it_decides_and_only_then(everything: RunConfig) -> None:
+    base = identity.run_id(everything)
+    tried = 0
+    for key, item, changed in _changes(everything):
+        assert (identity.run_id(changed) != base) == (decides(item) is not Decides.NEVER), key
+        tried += 1
+    assert tried > 40
+
+
+def _changes(cfg: RunConfig) -> Iterator[tuple[str, dataclasses.Field[Any], RunConfig]]:
+    """For each field of a configuration class: its key, itself, and a configuration with another value for it."""
+    for item in dataclasses.fields(cfg):
+        value = getattr(cfg, item.name)
+        if type(value) in CLASSES:
+            for inner in dataclasses.fields(value):
+                key = f"{item.name}.{inner.name}"
+                part = _replaced(value, inner.name, OTHER[key] if key in OTHER else _other(getattr(value, inner.name)))
+                yield key, inner, _replaced(cfg, item.name, part)
+        elif item.name not in ("steps", "scheme"):  # not configuration classes: below
+            yield item.name, item, _replaced(cfg, item.name, OTHER[item.name] if item.name in OTHER else _other(value))
+
+
+def _replaced(config: Any, name: str, value: Any) -> Any:
+    """A copy with another value for a field, whatever its class's checks say."""
+    copied = object.__new__(type(config))
+    for item in dataclasses.fields(config):
+        object.__setattr__(copied, item.name, getattr(config, item.name))
+    object.__setattr__(copied, name, value)
+    return copied
+
+
+def _other(value: Any) -> Any:
+    if isinstance(value, bool):
+        return not value
+    return f"{value}x" if isinstance(value, str) else (value or 0) + 1
+
+
+@pytest.mark.parametrize(
+    "override", ["method.gptq.damp=0.5", "method=rtn", "scheme.weight.symmetric=true", "bits=5", "+seed=3"]
+)
+def test_method_and_scheme_change_the_run_id(override: str) -> None:
+    base = build_run(resolve(*TINY, "method=gptq"))
+    changed = build_run(resolve(*TINY, "method=gptq", override.removeprefix("+")))
+    assert identity.run_id(base) != identity.run_id(changed)
+
+
+def test_run_id_of_a_strided_run_follows_which_targets_are_scored(tiny: Tiny) -> None:
+    """The property that says so is code that the run reaches."""
+    cfg = build_run(tiny("data.protocol=strided", "data.stride=8"))
+    files = [module.file for module in _closure(Sources((ROOT,)), cfg).values()]
+    assert any("def unscored" in file.read_text() for file in files)
+
+
+CACHE = ("kv=kv8_token", "kv.key.group_size=16", "kv.value.group_size=16")
+CASES = {
+    "float": ["method=none"],
+    "gptq": ["method=gptq", "scheme=group32"],
+    "composite": ["method=smoothquant_gptq", "scheme=w8a8_static", *CACHE],
+    "aqlm": ["method=aqlm", "scheme=native"],
+}
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources that a test may change; it puts back what it changed."""
+    folder = tmp_path_factory.mktemp("tree")
+    for package in ("harness", "methods"):
+        shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_code_changes_with_every_module_that_it_reaches(case: str, tree: Path) -> None:
+    cfg = build_run(resolve(*TINY, *CASES[case]))
+    base = _code(tree, cfg)
+    modules = _closure(Sources((tree,)), cfg)
+    assert len(modules) > 30
+    for name, module in modules.items():
+        with _edited(module.file, _mutated(module.file)):
+            assert _code(tree, cfg) != base, name
+    assert _code(tree, cfg) == base
+
+
+def test_code_stays_with_what_computes_nothing(tree: Path) -> None:
+    cfg = build_run(resolve(*TINY, *CASES["gptq"]))
+    base = _code(tree, cfg)
+    for name, module in _closure(Sources((tree,)), cfg).items():
+        with _edited(module.file, _silently(module.file)):
+            assert _code(tree, cfg) == base, name
+
+
+def test_code_stays_with_modules_that_it_does_not_reach(tree: Path) -> None:
+    cfg = build_run(resolve(*TINY, *CASES["gptq"]))
+    base, reached = _code(tree, cfg), {module.file for module in _closure(Sources((tree,)), cfg).values()}
+    others = [file for file in sorted(tree.rglob("*.py")) if file not in reached]
+    assert {"awq.py", "hqq.py", "frame.py", "kmeans.py"} <= {file.name for file in others}
+    for file in others:
+        text = file.read_text()
+        with _edited(file, text + "\nADDED = 1\n"):
+            assert _code(tree, cfg) == base, file
+
+
+def test_a_moved_module_keeps_the_code(tree: Path) -> None:
+    cfg = build_run(resolve(*TINY, *CASES["gptq"]))
+    base = _code(tree, cfg)
+    module = next(module for name, module in _closure(Sources((tree,)), cfg).items() if name.endswith(".damping"))
+    package, _, stem = module.name.rpartition(".")
+    module.file.rename(module.file.with_name("elsewhere.py"))
+    importers = [file for file in tree.rglob("*.py") if f"{package}.{stem}" in file.read_text()]
+    before = {file: file.read_text() for file in importers}
+    try:
+        for file, text in before.items():
+            file.write_text(text.replace(f"{package}.{stem}", f"{package}.elsewhere"))
+        assert _code(tree, cfg) == base
+    finally:
+        module.file.with_name("elsewhere.py").rename(module.file)
+        for file, text in before.items():
+            file.write_text(text)
+
+
+def test_cpp_sources_count_without_their_comments(tmp_path: Path) -> None:
+    (tmp_path / "root.py").write_text("import kernel\n")
+    (tmp_path / "kernel.py").write_text("built = 1\n")
+    native = tmp_path / "dot.cpp"
+    digests = []
+    for text in (
+        "int a = 1; // one\n",
+        "/* another */ int a =\n 1;",
+        "int a = 2; // one\n",
+        'auto a = "//1";',
+        'auto a = "//2";',
+    ):
+        native.write_text(text)
+        digests.append(Sources((tmp_path,)).digest(["root"]))
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 4
+
+
+def test_a_name_of_a_package_leads_to_its_module(tmp_path: Path) -> None:
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package/__init__.py").write_text("from package.one import first\nfrom .two import second as other\n")
+    (tmp_path / "package/one.py").write_text("first = 1\n")
+    (tmp_path / "package/two.py").write_text("second = 2\n")
+    for line, expected in (("from package import first", "one"), ("from package import other", "two")):
+        (tmp_path / "root.py").write_text(line + "\n")
+        assert set(Sources((tmp_path,)).closure(["root"])) == {"root", f"package.{expected}"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_every_module_that_runs_is_reached(case: str, tiny: Tiny, tmp_path: Path) -> None:
+    """Watched while it runs, a run executes no module of the project that its code does not cover."""
+    raw = tiny(*CASES[case], "measure=quick", "measure.prompt_len=8", "measure.repeats=1", "measure.decode_tokens=2")
+    cfg = build_run(raw)
+    files = {str(module.file) for module in _closure(Sources((ROOT,)), cfg).values()}
+    executed: set[str] = set()
+
+    def note(frame: Any, event: str, _argument: Any) -> None:
+        if event == "call":
+            executed.add(frame.f_code.co_filename)
+
+    threading.setprofile(note)
+    sys.setprofile(note)
+    try:
+        identity.run.run(cfg, record.Record("watched", config=raw))
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    ours = {file for file in executed if file.startswith((f"{ROOT}/harness/", f"{ROOT}/methods/"))}
+    assert len(ours) > 15
+    assert ours <= files
+
+
+def test_a_finished_run_of_other_code_is_repeated_and_confirmed(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tiny("bits=3", "measure=quick", "measure.prompt_len=8", "measure.repeats=2")
+    first, _ = execute_run(raw)
+    monkeypatch.setattr(identity, "code", lambda *_: "other")
+    kept, skipped = execute_run(raw | {"stale": "keep"})
+    assert skipped
+    assert kept == first
+    again, skipped = execute_run(raw)
+    assert not skipped
+    assert again.code == "other" != first.code
+    assert again.metrics == first.metrics, "timings included"
+    assert record.read(record.path_of(tmp_path, first.run_id)) == again
+    assert execute_run(raw)[1], "confirmed once"
+
+
+def test_a_run_that_other_code_moves_says_which_metric(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = tiny("bits=3")
+    first, _ = execute_run(raw)
+    first.metrics["nll"] += 0.5
+    first.code = "earlier"
+    record.write(first, tmp_path)
+    again, skipped = execute_run(raw)
+    assert not skipped
+    assert again.metrics["nll"] == pytest.approx(first.metrics["nll"] - 0.5)
+    (warning,) = [text for text in again.warnings if "other code" in text]
+    assert f"nll {first.metrics['nll']:.6g} -> {again.metrics['nll']:.6g}" in warning
+    assert "perplexity" not in warning
+
+
+def _closure(sources: Sources, cfg: RunConfig) -> dict[str, Any]:
+    return sources.closure(identity.roots(cfg, "cpu"), identity.unused(cfg))
+
+
+def _code(tree: Path, cfg: RunConfig) -> str:
+    return Sources((tree,)).digest(identity.roots(cfg, "cpu"), identity.unused(cfg))
+
+
+class _edited:  # noqa: N801 - reads as a verb
+    """A file with another text, put back at the end."""
+
+    def __init__(self, file: Path, text: str) -> None:
+        self.file, self.text = file, text
+
+    def __enter__(self) -> None:
+        self.before = self.file.read_text()
+        assert self.text != self.before, self.file
+        self.file.write_text(self.text)
+
+    def __exit__(self, *_: object) -> None:
+        self.file.write_text(self.before)
+
+
+def _mutated(file: Path) -> str:
+    """The text of a module with one constant or operator changed."""
+    text = file.read_text()
+    tree = ast.parse(text)
+    silent = {id(node) for parent in ast.walk(tree) for node in _silent_parts(parent)}
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in silent]
+    numbers = [node for node in nodes if type(node.value) in (int, float)] or nodes
+    node = numbers[0]
+    lines = text.splitlines(keepends=True)
+    start = sum(len(line.encode()) for line in lines[: node.lineno - 1]) + node.col_offset
+    stop = sum(len(line.encode()) for line in lines[: (node.end_lineno or 0) - 1]) + (node.end_col_offset or 0)
+    source = text.encode()
+    return (source[:start] + b"(12345)" + source[stop:]).decode()
+
+
+def _silent_parts(parent: ast.AST) -> Iterator[ast.AST]:
+    """Nodes that compute nothing: docstrings, annotations, and parts of strings that cannot be exchanged alone."""
+    if isinstance(parent, ast.Expr) and isinstance(parent.value, ast.Constant):
+        yield parent.value
+    for part in (getattr(parent, "annotation", None), getattr(parent, "returns", None)):
+        yield from ast.walk(part) if part is not None else ()
+    if isinstance(parent, ast.JoinedStr):
+        yield from ast.walk(parent)
+
+
+def _silently(file: Path) -> str:
+    """The text of a module with another docstring, comments, an annotation, and its imports in another order."""
+    lines = file.read_text().splitlines()
+    tree = ast.parse("\n".join(lines))
+    docstring = tree.body[0]
+    imports = [
+        node for node in tree.body if isinstance(node, ast.ImportFrom | ast.Import) and node.lineno == node.end_lineno
+    ]
+    imports = [node for node in imports if getattr(node, "module", "") != "__future__"]
+    if len(imports) > 1:
+        first, last = imports[0].lineno - 1, imports[-1].lineno - 1
+        lines[first], lines[last] = lines[last], lines[first]
+    lines[docstring.lineno - 1 : docstring.end_lineno] = ['"""Another docstring."""', "# a comment"]
+    return "\n".join([*lines, "", "# the end"]) + "\n"

@@ -1,13 +1,14 @@
-"""AQLM: groups of eight weights as sums of vectors, from codebooks that are fitted to the weight and its inputs.
+"""AQLM: represent each group of eight weights as a sum of codebook vectors, fitted to the weight and its inputs.
 
 Paper: Egiazarian et al. 2024, arXiv 2401.06118, section 3 and algorithm 1: phase 1 (codes), phase 2 (codebooks and
     scales) and phase 3 (fine-tuning of a block).
-Differs: codebooks follow by preconditioned conjugate gradients on the least squares problem that they solve, where the
-    authors take 100 steps of Adam, and scales in closed form: fewer passes, and no learning rate. k-means weighs each
-    coordinate by the Hessian's diagonal and the row's scale, where theirs is plain, and trains on a sample. The beam
-    holds combinations of one group's codes, all rows at once, and replaces one codebook's code after another. Floats
-    are rounded to float16 before the last choice of codes. The Hessian is damped. A block is fine-tuned towards the
-    float model's output of float inputs, where theirs is that of the inputs which the quantized blocks before give.
+Differs: codebooks are fitted by preconditioned conjugate gradients on their least squares problem, and scales in closed
+    form, instead of the authors' 100 steps of Adam: this takes fewer passes and no learning rate. k-means weights each
+    coordinate by the Hessian's diagonal and the row's scale, and trains on a sample; the authors' k-means is
+    unweighted. The beam search keeps combinations of codes for one group, for all rows at once, and replaces the code
+    of one codebook after another. Codebooks and scales are rounded to float16 before the final search for codes. The
+    Hessian is damped. The fine-tuning target of a block is the float model's output for float inputs; the authors' is
+    the output for inputs from the quantized blocks before it.
 """
 
 from __future__ import annotations
@@ -30,26 +31,26 @@ from harness.core.ranges import above_zero, at_least
 from harness.core.scheme import Scheme, require_native
 from harness.core.stats import Hessian, Stats
 
-_SAMPLE = 64  # vectors for each entry that k-means sees
-_FEWEST_BITS, _MOST_BITS = 2, 8  # that a scheme has
-_EXTREME = 10  # powers of two from 1 at which float16 needs help
+_SAMPLE = 64  # training vectors of k-means for each codebook entry
+_FEWEST_BITS, _MOST_BITS = 2, 8  # the range of a scheme's `bits`
+_EXTREME = 10  # for weights of magnitude 2^power with a larger |power|, float16 scales alone do not suffice
 
 
 @dataclass(frozen=True, kw_only=True)
 class AQLM(Finetuned):
-    """Additive codebooks under the Hessian of the inputs.
+    """Additive codebooks that minimise the output error, measured by the Hessian of the inputs.
 
-    codebooks          vectors that are added up for each group
-    code_bits          a codebook has 2^code_bits of them
-    group_size         neighbouring inputs of a row that one sum stands for
-    beam               combinations kept while one group's codes are searched; 1: one codebook's code after another
-    iterations         rounds of codebooks, codes and scales at most
-    tolerance          rounds end when one leaves more than this share less than 1 of the error
-    codebook_steps     conjugate gradients a round
-    kmeans_iterations  of each codebook's start
-    damp               added to the Hessian's diagonal, as a share of its mean
-    seed               of the k-means and of the order in which groups are searched
-    epochs             of training codebooks, scales and norms, block by block; 0 for none
+    codebooks          number of codebooks; each group is a sum of one vector from each
+    code_bits          bits of one code: a codebook has 2^code_bits vectors
+    group_size         consecutive weights of a row that one sum of vectors represents
+    beam               combinations kept in the search for one group's codes; 1: a greedy search, codebook by codebook
+    iterations         maximum number of rounds; each round updates codebooks, codes and scales
+    tolerance          stop when a round lowers the error by less than this share
+    codebook_steps     conjugate gradient steps in each round
+    kmeans_iterations  k-means iterations that initialise each codebook
+    damp               added to the Hessian's diagonal, as a share of the diagonal's mean
+    seed               of k-means and of the order in which groups are searched
+    epochs             of fine-tuning codebooks, scales and norms, block by block; 0: no fine-tuning
     """
 
     needs: ClassVar = (Hessian,)
@@ -82,70 +83,73 @@ class AQLM(Finetuned):
         if bits > _MOST_BITS:
             raise ValueError(
                 f"codebooks={self.codebooks} of code_bits={self.code_bits} for group_size={self.group_size} take "
-                f"{bits} bits a weight; expected {_MOST_BITS} or less, use fewer codebooks"
+                f"{bits} bits per weight; expected at most {_MOST_BITS}, use fewer codebooks"
             )
         if scheme.weight.bits != bits:
             raise ValueError(
-                f"bits={scheme.weight.bits} is not what codebooks={self.codebooks} of code_bits={self.code_bits} for "
-                f"group_size={self.group_size} take; use bits={bits}"
+                f"bits={scheme.weight.bits} does not match codebooks={self.codebooks} of code_bits={self.code_bits} "
+                f"for group_size={self.group_size}; use bits={bits}"
             )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         grid.check_finite(weight)
         if weight.shape[1] % self.group_size:
             raise ValueError(
-                f"group_size={self.group_size} does not divide in_features={weight.shape[1]}; use a divisor, or skip it"
+                f"group_size={self.group_size} does not divide in_features={weight.shape[1]}; use a divisor, "
+                "or skip this linear"
             )
         power = _power(weight)
-        values = (weight.double() * 2.0**-power).float()
-        problem = Problem(values, self._hessian(stats[Hessian], values), self.group_size)
+        W = (weight.double() * 2.0**-power).float()
+        problem = Problem(W, self._hessian(stats[Hessian], W), self.group_size)
         generator = torch.Generator().manual_seed(self.seed)
         fit = self._start(problem, generator)
         self._alternate(problem, fit, generator)
         return self._store(problem, fit, power, generator)
 
-    def _hessian(self, stat: Hessian, values: Tensor) -> Tensor:
-        """The damped Hessian (K, K) of mean diagonal 1 + damp."""
-        eye = torch.eye(values.shape[1], device=values.device)
-        found = stat.value.to(values)
-        mean = found.diagonal().mean()
+    def _hessian(self, stat: Hessian, W: Tensor) -> Tensor:
+        """Damped Hessian (K, K), scaled so that its mean diagonal is 1 + damp."""
+        eye = torch.eye(W.shape[1], device=W.device)
+        H = stat.value.to(W)
+        mean = H.diagonal().mean()
         if not mean > 0:
-            warnings.warn("no calibration token reached it, so all its inputs count alike", stacklevel=3)
+            warnings.warn("no calibration token reached this linear; all its inputs get equal weight", stacklevel=3)
             return eye
-        return found.div_(mean).add_(eye, alpha=self.damp)
+        return H.div_(mean).add_(eye, alpha=self.damp)
 
     def _start(self, problem: Problem, generator: torch.Generator) -> Fit:
-        """Residual k-means: each codebook on what those before it leave of rows of one norm."""
-        rows = len(problem.weight)
+        """Initialise by residual k-means: each codebook fits what the previous ones left, on rows of equal norm."""
+        N = len(problem.weight)
         norm = problem.weight.square().mean(1).sqrt()
         scale = torch.where(norm > 0, norm, 1.0)
-        left = (problem.weight / scale[:, None]).view(-1, self.group_size)
+        residual = (problem.weight / scale[:, None]).view(-1, self.group_size)
         weights = (scale.square()[:, None] * problem.hessian.diagonal()).view(-1, self.group_size)
-        sample = torch.randperm(len(left), generator=generator)[: _SAMPLE << self.code_bits].to(left.device)
+        sample = torch.randperm(len(residual), generator=generator)[: _SAMPLE << self.code_bits].to(residual.device)
         codebooks, codes = [], []
         for _ in range(self.codebooks):
-            entries, _ = kmeans(left[sample], weights[sample], 1 << self.code_bits, self.kmeans_iterations, generator)
-            chosen, _ = assign(left, weights, entries)
-            left = left - entries[chosen]
+            entries, _ = kmeans(
+                residual[sample], weights[sample], 1 << self.code_bits, self.kmeans_iterations, generator
+            )
+            indices, _ = assign(residual, weights, entries)
+            residual = residual - entries[indices]
             codebooks.append(entries)
-            codes.append(chosen.view(rows, -1).T)
+            codes.append(indices.view(N, -1).T)
         return Fit(torch.stack(codes, 1).contiguous(), torch.stack(codebooks), scale)
 
     def _alternate(self, problem: Problem, fit: Fit, generator: torch.Generator) -> None:
-        """Codebooks, codes and scales in turn until a round gains too little."""
+        """Update codebooks, codes and scales in turn, until a round lowers the error by less than `tolerance`."""
         slope, loss = problem.rescale(fit)
         for _ in range(self.iterations):
             problem.refit(fit, slope, self.codebook_steps)
             problem.search(fit, self.beam, generator)
-            before = loss
+            previous_loss = loss
             slope, loss = problem.rescale(fit)
-            if loss > before * (1 - self.tolerance):
+            if loss > previous_loss * (1 - self.tolerance):
                 break
 
     def _store(self, problem: Problem, fit: Fit, power: int, generator: torch.Generator) -> AdditiveQTensor:
-        """Codes chosen once more for codebooks and scales as float16 holds them.
+        """Round codebooks and scales to float16, then search the codes again for the rounded values.
 
-        The weight's magnitude, 2^power, goes to the scales, and half of it to the codebooks where it is extreme.
+        The weight's magnitude 2^power goes into the scales; for an extreme power, half of it goes into the codebooks.
         """
         shared = power // 2 if abs(power) > _EXTREME else 0
         codebooks = half(fit.codebooks * 2.0**shared, "codebooks")
@@ -158,6 +162,6 @@ class AQLM(Finetuned):
 
 
 def _power(weight: Tensor) -> int:
-    """The power of two next to a weight's root mean square; 0 for a weight of zeros."""
-    square = float(weight.double().square().mean())
-    return round(math.log2(square) / 2) if square > 0 else 0
+    """Exponent of the power of two nearest to the weight's root mean square; 0 for a weight of zeros."""
+    mean_square = float(weight.double().square().mean())
+    return round(math.log2(mean_square) / 2) if mean_square > 0 else 0

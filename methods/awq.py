@@ -1,12 +1,13 @@
-"""AWQ: scale input channels by how large their activations are, so that what matters is rounded more finely.
+"""AWQ: scale input channels by the size of their activations, so that important channels are rounded more finely.
 
 Paper: Lin et al. 2023, arXiv 2306.00978, equations 4 and 5: s = m^r with m_j = mean|x_j|, and r from a grid search on
-    the output error of the module that the linears belong to; then ranges are clipped by the error of each group.
-Differs: the clip search works on the Hessian's diagonal blocks, which hold all tokens where the authors' code
-    (mit-han-lab/llm-awq auto_clip.py) takes 512, shrinks both ends of a range apart, and covers query and key too.
-    Every proved producer absorbs a scale; `pairs=paper` leaves out the value projection under grouped queries,
-    `pairs=norms` all but norms. The grid is searched from coarse to fine, with `exhaustive` as theirs, on
-    `engine.search_tokens` tokens; for a linear alone in its group on all.
+    the output error of the module that contains the linears; then ranges are clipped by the error of each group.
+Differs: the clip search uses the Hessian's diagonal blocks, which include all tokens (the authors' code,
+    mit-han-lab/llm-awq auto_clip.py, uses 512), shrinks the two ends of a range independently, and includes the query
+    and key projections. Every proved producer absorbs a scale; `pairs=paper` excludes the value projection with
+    grouped queries, `pairs=norms` excludes everything except norms. The grid is searched from coarse to fine
+    (`exhaustive=true`: in full, as the authors do), on `engine.search_tokens` tokens; on all tokens for a linear that
+    is alone in its group.
 """
 
 from __future__ import annotations
@@ -25,17 +26,18 @@ from harness.core.ranges import at_least
 from harness.core.scheme import Scheme
 from harness.core.stats import AbsMean, Hessian, Stats
 
-_TINY = 1e-4  # the authors' floor
+_TINY = 1e-4  # the authors' lower bound of a mean magnitude
 
 
 @dataclass(frozen=True, kw_only=True)
 class AWQ(Method):
-    """Searches scales, then clips.
+    """Searches scales for input channels, then clips ranges.
 
-    scale, clip  each search can be left out
-    ratios       values of r in [0, 1) on the grid; 0 is always tried, so that scaling never costs anything
-    exhaustive   try them all, as the authors; else every fourth, then the neighbours of the best at half the step
-    pairs        all: every proved producer; paper: those with a scale for each channel; norms: norms alone
+    scale, clip  false skips the search for scales, or the clipping
+    ratios       number of values of r in [0, 1) on the grid; 0 is always tried, so scaling never raises the error
+    exhaustive   true: try all values, as the authors do; false: try every fourth, then the neighbours of the best one
+                 at half the step, and so on
+    pairs        all: every proved producer; paper: producers with a separate scale for each channel; norms: only norms
     """
 
     needs: ClassVar = (AbsMean, Hessian)
@@ -56,18 +58,18 @@ class AWQ(Method):
     def transform(self, group: InputGroup, stats: Stats) -> None:
         if not self.scale or not self._may_scale(group):
             return
-        magnitude = stats[AbsMean].value.clamp(min=_TINY)
+        X_mean = stats[AbsMean].value.clamp(min=_TINY)
 
         @functools.cache
         def error(i: int) -> float:
-            return group.error(scale_of(magnitude, i / self.ratios))
+            return group.error(scale_of(X_mean, i / self.ratios))
 
         step = 1 if self.exhaustive else max(1, self.ratios // 5)
         best = min(range(0, self.ratios, step), key=error)
         while step > 1:
             step //= 2
             best = min((i for i in (best - step, best, best + step) if 0 <= i < self.ratios), key=error)
-        group.rescale(scale_of(magnitude, best / self.ratios))
+        group.rescale(scale_of(X_mean, best / self.ratios))
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         if not self.clip:
@@ -83,6 +85,6 @@ class AWQ(Method):
 
 
 def scale_of(magnitude: Tensor, ratio: float) -> Tensor:
-    """s = m^r of input magnitudes (K,), centred so that sqrt(max s * min s) is 1."""
+    """s = m^r (K,) for mean input magnitudes m (K,), normalised so that sqrt(max s * min s) = 1."""
     scale = magnitude**ratio
     return scale / torch.sqrt(scale.max() * scale.min())

@@ -1,11 +1,12 @@
-"""GPTQ: quantize column after column, and let the columns that are left make up for each error.
+"""GPTQ: quantize one column after another, and update the remaining columns to compensate for each error.
 
 Paper: Frantar et al. 2022, arXiv 2210.17323, algorithm 1, with act_order, static groups and true sequential order as in
     the authors' code (IST-DASLab/gptq gptq.py).
-Differs: ranges are clipped where the Hessian's diagonal blocks say that it costs less (`clip`; without it the paper's
-    minimum-maximum grid), which is worth more than all else at 3 bits. A group's scale without static groups is taken
-    from weights that all errors so far have reached, where the authors' code takes every second group of 64 from stale
-    ones (its column block is 128). A Hessian that is not positive definite is damped more, and the record says so.
+Differs: `clip` shrinks a range where the Hessian's diagonal blocks show that this lowers the error; `clip=false` is the
+    paper's minimum-maximum grid. At 3 bits, clipping gains more than all other options. Without static groups, a
+    group's scale is computed from weights that are updated with all errors so far; the authors' code computes every
+    second group of 64 from outdated weights, because it updates blocks of 128 columns. A Hessian that is not positive
+    definite gets more damping, and the record has a warning.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ Params = tuple[Tensor, Tensor]  # scale and zero point
 class GPTQ(Method):
     """Second-order rounding with error feedback.
 
-    damp             added to the Hessian's diagonal, as a share of its mean
-    act_order        columns in order of decreasing diagonal of the Hessian
-    static_groups    all ranges from the weight as it was; false: from updated weights, when a group is entered
-    true_sequential  a block's groups one after another, each seeing the ones before quantized; without effect under
-                     engine.propagate=float
-    column_block     columns between two updates of all that follow; decides speed alone
-    clip             clip ranges where that lowers the error of their group; false: the paper's grid
+    damp             added to the Hessian's diagonal, as a share of the diagonal's mean
+    act_order        quantize columns in order of decreasing Hessian diagonal
+    static_groups    true: compute all ranges from the original weight; false: compute a group's range from the updated
+                     weight when its first column is reached
+    true_sequential  quantize the input groups of a block one after another, each with inputs from the quantized groups
+                     before it; no effect with engine.propagate=float
+    column_block     columns between two updates of all later columns; affects only speed
+    clip             clip a range where that lowers the error of its group; false: the paper's grid
     """
 
     needs: ClassVar = (Hessian,)
@@ -63,73 +65,75 @@ class GPTQ(Method):
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         grid.check_finite(weight)
         if not int(stats[Hessian].tokens):
-            warnings.warn("no calibration token reached it, so it is rounded to nearest", stacklevel=2)
+            warnings.warn("no calibration token reached this linear; its weight is rounded to nearest", stacklevel=2)
             return round_to_nearest(weight, scheme.weight)
         fmt = scheme.weight
-        values = weight.to(grid.compute_dtype(weight)).clone()
-        hessian = stats[Hessian].value.to(values.dtype)
-        diagonal = hessian.diagonal()
+        W = weight.to(grid.compute_dtype(weight)).clone()
+        H = stats[Hessian].value.to(W.dtype)
+        diagonal = H.diagonal()
         dead = diagonal == 0
-        diagonal[dead], values[:, dead] = 1, 0
+        diagonal[dead], W[:, dead] = 1, 0
         order = torch.argsort(diagonal, descending=True, stable=True) if self.act_order else None
-        moving = fmt.granularity == "group" and not self.static_groups
-        if order is not None and moving:  # groups are of neighbours in the new order
-            values, hessian = values[:, order], hessian[order][:, order]
-        params = None if moving else self._params(values, fmt, hessian)
-        solved = self._solve(values, hessian, fmt, params, None if moving else order)
-        found = round_to_grid(*solved, fmt)
-        return PermutedQTensor(found, order) if order is not None and moving else found
+        dynamic_groups = fmt.granularity == "group" and not self.static_groups
+        if order is not None and dynamic_groups:  # a group is consecutive columns of the new order
+            W, H = W[:, order], H[order][:, order]
+        params = None if dynamic_groups else self._params(W, fmt, H)
+        solved = self._solve(W, H, fmt, params, None if dynamic_groups else order)
+        quantized = round_to_grid(*solved, fmt)
+        return PermutedQTensor(quantized, order) if order is not None and dynamic_groups else quantized
 
-    def _params(self, weight: Tensor, fmt: WeightFormat, hessian: Tensor) -> Params:
-        return clipped_params(weight, fmt, hessian) if self.clip else grid.weight_params(weight, fmt)
+    def _params(self, W: Tensor, fmt: WeightFormat, H: Tensor) -> Params:
+        return clipped_params(W, fmt, H) if self.clip else grid.weight_params(W, fmt)
 
     def _solve(
         self,
-        weight: Tensor,
-        hessian: Tensor,
+        W: Tensor,
+        H: Tensor,
         fmt: WeightFormat,
         params: tuple[Tensor, Tensor] | None,
         order: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Algorithm 1 on a weight (N, K): the values on the grid with scale and zero point, columns in their own order.
+        """Run algorithm 1 on W (N, K) in column order `order`, with Hessian H (K, K).
 
-        `params` None has each group's range found when its first column is reached.
+        With `params` None, each group's range is computed when its first column is reached.
+
+        Returns: Q (N, K), the values on the grid with columns in their original order; scale and zero point.
         """
-        rows, columns = weight.shape
-        size = columns // fmt.groups((rows, columns))[1]
-        path = torch.arange(columns, device=weight.device) if order is None else order
-        factor = inverse_factor(hessian[path][:, path], self.damp)
-        scale, zero_point = params or tuple(weight.new_empty(fmt.groups((rows, columns))) for _ in range(2))
-        work = weight.T[path].contiguous()  # a column is a row here, contiguous
-        chosen = torch.empty_like(work)
-        group_of = (path // size).tolist()
+        N, K = W.shape
+        size = K // fmt.groups((N, K))[1]
+        permutation = torch.arange(K, device=W.device) if order is None else order
+        U = inverse_factor(H[permutation][:, permutation], self.damp)
+        scale, zero_point = params or tuple(W.new_empty(fmt.groups((N, K))) for _ in range(2))
+        W_T = W.T[permutation].contiguous()  # transposed: each column of W is contiguous
+        Q_T = torch.empty_like(W_T)
+        group_of = (permutation // size).tolist()
         step = self.column_block if params is not None else size * max(1, self.column_block // size)
-        for start in range(0, columns, step):
-            stop = min(start + step, columns)
-            part, errors = work[start:stop], torch.empty_like(work[start:stop])
-            inner = factor[start:stop, start:stop]
+        for start in range(0, K, step):
+            stop = min(start + step, K)
+            panel, Err = W_T[start:stop], torch.empty_like(W_T[start:stop])
+            U_panel = U[start:stop, start:stop]
             for i in range(stop - start):
                 g = group_of[start + i]
                 if params is None and (start + i) % size == 0:
                     cells = slice(start + i, start + i + size)
-                    found = self._params(part[i : i + size].T, _one_group(fmt), hessian[cells, cells])
-                    scale[:, g : g + 1], zero_point[:, g : g + 1] = found
-                chosen[start + i] = grid.snap(part[i], scale[:, g], zero_point[:, g], fmt)
-                torch.div(part[i] - chosen[start + i], inner[i, i], out=errors[i])
-                part[i + 1 :].addr_(inner[i, i + 1 :], errors[i], alpha=-1)
-            work[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
-        return chosen[path.argsort()].T, scale, zero_point
+                    group_params = self._params(panel[i : i + size].T, _one_group(fmt), H[cells, cells])
+                    scale[:, g : g + 1], zero_point[:, g : g + 1] = group_params
+                Q_T[start + i] = grid.snap(panel[i], scale[:, g], zero_point[:, g], fmt)
+                torch.div(panel[i] - Q_T[start + i], U_panel[i, i], out=Err[i])
+                panel[i + 1 :].addr_(U_panel[i, i + 1 :], Err[i], alpha=-1)
+            W_T[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
+        return Q_T[permutation.argsort()].T, scale, zero_point
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:
-    """Upper Cholesky factor U of the damped inverse Hessian, H^-1 = U^T U, (K, K)."""
+    """Upper Cholesky factor U (K, K) of the inverse of the damped Hessian: H^-1 = U^T U."""
     return damped_factor(hessian, damp, _factor_of_inverse)[0]
 
 
 def _factor_of_inverse(matrix: Tensor) -> Tensor | None:
-    """Upper U with matrix^-1 = U^T U, None if `matrix` is not positive definite in its precision."""
+    """Upper U with matrix^-1 = U^T U; None if `matrix` is not positive definite in its own precision."""
     lower = cholesky(matrix)
-    if lower is None:  # torch.cholesky_inverse raises where the diagonal of what is left of a factor has a zero
+    if lower is None:  # torch.cholesky_inverse would raise on the zero diagonal of an incomplete factor
         return None
     return cholesky(torch.cholesky_inverse(lower), upper=True)
 

@@ -1,13 +1,14 @@
-"""Half-quadratic quantization: move each group's zero point until the weight error is small in a sparse norm.
+"""Half-quadratic quantization: adjust each group's zero point to minimise the weight error in a sparse norm.
 
 Paper: Badri and Shaji 2023, "Half-Quadratic Quantization of Large Machine Learning Models" (mobiusml's blog), with the
-    constants of the authors' code (mobiusml/hqq core/optimize.py). e stands for W - W' in |W - W'|_p^p; e and
-    the zero point are solved for in turn (sub-problems 1 and 2), while the coupling beta between e and W - W' grows.
-Differs: each group stops by itself once its mean |W - W'| no longer falls, and keeps its best, where the authors stop a
-    whole layer: perplexity is lower, and rows do not depend on one another. What is stored is what is optimised, where
-    theirs is float32. `round_zero` is theirs, at 4 bits alone: the start is a whole zero point, what is stored a float;
-    at 3 bits it decides the result. A zero point that the scheme has as an integer cannot follow, as it moves by less
-    than half a code, so there the same sub-problem is solved for the scale, from the range widened to hold 0.
+    constants of the authors' code (mobiusml/hqq core/optimize.py). e replaces W - W' in |W - W'|_p^p; e and
+    the zero point are solved in turn (sub-problems 1 and 2), while the coupling beta between e and W - W' grows.
+Differs: each group stops separately when its mean |W - W'| no longer decreases, and keeps its best parameters; the
+    authors stop a whole layer. This gives lower perplexity, and rows do not affect each other. The optimised
+    parameters have the dtype that is stored; the authors' are float32. `round_zero` starts from an integer zero point
+    and stores a float; the authors do this only at 4 bits, and at 3 bits it decides the result. A zero point that
+    the scheme stores as an integer cannot be adjusted, because it moves by less than half a code; then the same
+    sub-problem is solved for the scale, starting from the range extended to include 0.
 """
 
 from __future__ import annotations
@@ -26,18 +27,18 @@ from harness.core.stats import Stats
 
 Params = tuple[Tensor, Tensor]  # scale and zero point
 
-_CACHED = 2**17  # values of a weight that are solved at once, and stay in the processor's cache
+_CACHED = 2**17  # weights that are solved at once, so that they stay in the processor's cache
 
 
 @dataclass(frozen=True, kw_only=True)
 class HQQ(Method):
-    """Data free.
+    """Fits zero points, or scales, to the weight alone; needs no calibration data.
 
     norm         p of |W - W'|_p^p
-    beta         coupling at the start; errors under beta^(-1 / (2 - p)) count as no outliers
+    beta         initial coupling; errors below beta^(-1 / (2 - p)) are not outliers
     beta_growth  factor of beta from one iteration to the next
-    iterations   at most so many, for each group
-    round_zero   start float zero points from whole ones, so that 0.0 is near a code
+    iterations   maximum number of iterations for each group
+    round_zero   start float zero points from integers, so that 0.0 is near a code
     """
 
     norm: float = 0.7
@@ -48,7 +49,7 @@ class HQQ(Method):
 
     def __post_init__(self) -> None:
         if not 0 < self.norm <= 1:
-            raise ValueError(f"norm={self.norm} is out of range; expected more than 0, up to 1")
+            raise ValueError(f"norm={self.norm} is out of range; expected more than 0, at most 1")
         above_zero(self, "beta")
         at_least(self, 1, "beta_growth")
         at_least(self, 0, "iterations")
@@ -57,36 +58,37 @@ class HQQ(Method):
         super().check(scheme)
         if scheme.weight.symmetric:
             raise ValueError(
-                f"scheme={scheme.name} is symmetric, and hqq moves zero points; use another, as scheme=group64"
+                f"scheme={scheme.name} is symmetric, but hqq adjusts zero points; use an asymmetric scheme such as "
+                "scheme=group64"
             )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         fmt = scheme.weight
         grid.check_finite(weight)
-        values = weight.to(grid.compute_dtype(weight))
-        rows = len(values) if fmt.granularity == "tensor" else max(1, _CACHED // values.shape[1])
-        scale, zero_point = zip(*(self._solve(part, fmt) for part in values.split(rows)), strict=True)
-        return round_to_grid(values, torch.cat(scale), torch.cat(zero_point), fmt)
+        W = weight.to(grid.compute_dtype(weight))
+        rows = len(W) if fmt.granularity == "tensor" else max(1, _CACHED // W.shape[1])
+        scale, zero_point = zip(*(self._solve(part, fmt) for part in W.split(rows)), strict=True)
+        return round_to_grid(W, torch.cat(scale), torch.cat(zero_point), fmt)
 
-    def _solve(self, values: Tensor, fmt: WeightFormat) -> Params:
-        """The best scale and zero point of each group of `values` (N, K), as stored."""
-        groups, beta = grid.to_groups(values, fmt), self.beta
+    def _solve(self, W: Tensor, fmt: WeightFormat) -> Params:
+        """Return the best scale and zero point of each group of W (N, K), in their stored precision."""
+        groups, beta = grid.to_groups(W, fmt), self.beta
         scale, zero_point = best = self._start(groups, fmt)
-        decoded = _snap(groups, best, fmt)
-        error = groups - decoded
-        least = _mean_magnitude(error)
-        moving = torch.ones_like(least, dtype=torch.bool)
+        W_r = _snap(groups, best, fmt)
+        error = groups - W_r
+        best_error = _mean_magnitude(error)
+        improving = torch.ones_like(best_error, dtype=torch.bool)
         for _ in range(self.iterations):
-            rest = error.sub_(shrink(error, beta, self.norm))
-            scale, zero_point = _fit(decoded, rest, scale, zero_point, fmt)
-            decoded = _snap(groups, (scale, zero_point), fmt)
-            torch.sub(groups, decoded, out=error)
-            found = _mean_magnitude(error)
-            moving &= found < least
-            if not moving.any():
+            target_change = error.sub_(shrink(error, beta, self.norm))
+            scale, zero_point = _fit(W_r, target_change, scale, zero_point, fmt)
+            W_r = _snap(groups, (scale, zero_point), fmt)
+            torch.sub(groups, W_r, out=error)
+            mean_error = _mean_magnitude(error)
+            improving &= mean_error < best_error
+            if not improving.any():
                 break
-            least = torch.where(moving, found, least)
-            best = torch.where(moving, scale, best[0]), torch.where(moving, zero_point, best[1])
+            best_error = torch.where(improving, mean_error, best_error)
+            best = torch.where(improving, scale, best[0]), torch.where(improving, zero_point, best[1])
             beta *= self.beta_growth
         return best
 
@@ -96,30 +98,33 @@ class HQQ(Method):
 
 
 def shrink(error: Tensor, beta: float, norm: float) -> Tensor | float:
-    """The e that minimises |e|^p + beta / 2 (e - error)^2 value by value: exactly at p = 1, by one step below it.
+    """Sub-problem 1: the e that minimises |e|^p + beta / 2 (e - error)^2 for each value.
 
-    sign(x) max(|x| - |x|^(p - 1) / beta, 0); 0 where that is 0 for all, as of the small errors of most groups.
+    e = sign(x) max(|x| - |x|^(p - 1) / beta, 0) with x = error: exact for p = 1, one step of an iteration for p < 1.
+
+    Returns: e in the shape of `error`, which is unchanged; the float 0.0 if all of e is 0, as in most groups, where
+    errors are small.
     """
-    size = error.abs()
-    if bool(size.amax() <= beta ** (-1 / (2 - norm))):
+    magnitude = error.abs()
+    if bool(magnitude.amax() <= beta ** (-1 / (2 - norm))):
         return 0.0
-    return size.sub_(size.pow(norm - 1).div_(beta)).clamp_(min=0).copysign_(error)
+    return magnitude.sub_(magnitude.pow(norm - 1).div_(beta)).clamp_(min=0).copysign_(error)
 
 
-def _fit(decoded: Tensor, rest: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat) -> Params:
-    """Sub-problem 2: what brings `decoded` nearest to decoded + rest = W - e in the squared error, codes as they are.
+def _fit(W_r: Tensor, target_change: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat) -> Params:
+    """Sub-problem 2: with fixed codes, fit W' to W - e = W' + target_change by least squares.
 
-    decoded and rest are (N, G, group_size). The zero point is the mean over a group of code - (W - e) / scale; where it
-    is an integer, the scale is fitted.
+    W_r is W' and target_change is W - e - W', both (N, G, group_size). A float zero point becomes the group's mean of
+    code - (W - e) / scale; if zero points are integers, the scale is fitted instead.
     """
     if fmt.zero_point == "float":
-        found = zero_point - rest.mean(-1) / scale
-        return scale, found.to(getattr(torch, fmt.scale_dtype)).to(scale.dtype)
-    power = (decoded * decoded).sum(-1)
-    fitted = scale * (1 + (decoded * rest).sum(-1) / power)
+        fitted_zero = zero_point - target_change.mean(-1) / scale
+        return scale, fitted_zero.to(getattr(torch, fmt.scale_dtype)).to(scale.dtype)
+    energy = (W_r * W_r).sum(-1)
+    fitted_scale = scale * (1 + (W_r * target_change).sum(-1) / energy)
     largest = torch.finfo(getattr(torch, fmt.scale_dtype)).max
-    usable = (power > 0) & (fitted > 0)
-    return grid.store_scale(torch.where(usable, fitted, scale).clamp(max=largest), fmt), zero_point
+    usable = (energy > 0) & (fitted_scale > 0)
+    return grid.store_scale(torch.where(usable, fitted_scale, scale).clamp(max=largest), fmt), zero_point
 
 
 def _snap(groups: Tensor, params: Params, fmt: WeightFormat) -> Tensor:

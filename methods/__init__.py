@@ -1,1 +1,1 @@
-"""Quantization methods, one idea a file; the harness finds them through `_target_` alone."""
+"""Quantization methods, one idea in each file; the harness loads them only through `_target_` in conf/method."""

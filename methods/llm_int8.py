@@ -1,12 +1,13 @@
-"""LLM.int8(): 8-bit rows and tokens, with the few channels that carry outliers multiplied as floats.
+"""LLM.int8(): 8-bit weight rows and 8-bit tokens; the few channels with outliers are multiplied as floats.
 
-Paper: Dettmers et al. 2022, arXiv 2208.07339, equations 7 and 8: the outlier channels of an input are found at run
-    time, all others are multiplied as int8 with one scale a token and one a row. The ladder of its table 1 is a matter
-    of the scheme: granularity of weights and activations, symmetric or not, with a threshold or without.
-Differs: outliers are found for each sequence, not over a batch, so that a result does not depend on the batch.
-    Weights are stored as int8 alone, as bitsandbytes does, so that outlier channels meet decoded codes;
-    `outlier_weights=float16` is the paper's: columns whose inputs reached the threshold in calibration are kept as
-    floats, and counted.
+Paper: Dettmers et al. 2022, arXiv 2208.07339, equations 7 and 8: the outlier channels of an input are detected at
+    run time; all other channels are multiplied as int8, with one scale per token and one per weight row. The steps of
+    its table 1 are choices of the scheme: granularity of weights and activations, symmetric or not, with or without a
+    threshold.
+Differs: outliers are detected in each sequence separately, not over a batch, so that a result does not depend on the
+    batch. All weights are stored as int8, as in bitsandbytes, so outlier channels are multiplied by decoded codes;
+    `outlier_weights=float16` is the paper's variant: columns whose inputs reached the threshold in calibration are
+    also stored as float16, and counted in bits_per_weight.
 """
 
 from __future__ import annotations
@@ -26,7 +27,11 @@ from harness.core.stats import MinMax, Stat, Stats
 
 @dataclass(frozen=True, kw_only=True)
 class LLMInt8(Method):
-    """Rounds rows to int8; the scheme's activation format finds the outliers."""
+    """Rounds weight rows to int8; the scheme's activation format detects the outliers at run time.
+
+    outlier_weights  int8: outlier channels are multiplied by decoded codes; float16: the columns that reached the
+                     threshold in calibration are stored as float16 too
+    """
 
     outlier_weights: Literal["int8", "float16"] = "int8"
 
@@ -37,14 +42,14 @@ class LLMInt8(Method):
     def check(self, scheme: Scheme) -> None:
         if scheme.activation is None or scheme.activation.threshold is None:
             raise ValueError(
-                f"scheme={scheme.name} has no activation.threshold, so nothing tells outliers; use scheme=llm_int8"
+                f"scheme={scheme.name} has no activation.threshold, so outliers cannot be detected; use scheme=llm_int8"
             )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        found = round_to_nearest(weight, scheme.weight)
+        rounded = round_to_nearest(weight, scheme.weight)
         if self.outlier_weights == "int8":
-            return found
+            return rounded
         assert scheme.activation is not None
         assert scheme.activation.threshold is not None
         columns = torch.nonzero(stats[MinMax].absmax >= scheme.activation.threshold).flatten().to(weight.device)
-        return MixedQTensor(found, columns, weight[:, columns].to(torch.float16))
+        return MixedQTensor(rounded, columns, weight[:, columns].to(torch.float16))

@@ -1,10 +1,11 @@
 """4-bit codebooks in blocks over the flattened weight: NormalFloat quantiles, and 4-bit floats.
 
-Paper: QLoRA, Dettmers et al. 2023, arXiv 2305.14314: NF4 of section 3 and appendix E, FP4 as its baseline, and double
+Paper: QLoRA, Dettmers et al. 2023, arXiv 2305.14314: NF4 of section 3 and appendix E, its baseline FP4, and double
     quantization of the blocks' scales.
-Differs: FP4 is not the common e2m1 but the one of the authors' library (bitsandbytes), whose exponent counts
-    downwards and whose one subnormal is 1/192 of the largest value. The second scales' blocks of 256 and the mean that
-    is taken off first are the library's too. Weights of any float type are quantized from their float32 values.
+Differs: FP4 is not the common e2m1 but the format of the authors' library (bitsandbytes): larger exponent fields mean
+    smaller values, and its only subnormal is 1/192 of the largest value. Double quantization also follows the
+    library: the mean of the scales is subtracted first, and 256 scales share a second scale. Weights of any float type
+    are quantized from their float32 values.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ from harness.core.ranges import at_least
 from harness.core.scheme import Scheme, require_native
 from harness.core.stats import Stats
 
-# Outermost probability: between those that would leave 1/32 and 1/30 outside. Rounded as in the authors' code.
+# Probability of the outermost quantile: the mean of 1 - 1/32 and 1 - 1/30, rounded as in the authors' code.
 _OUTERMOST = 0.9677083
-_BIAS = 3  # of FP4's exponent
+_BIAS = 3  # exponent bias of FP4
 
 
 @dataclass(frozen=True, kw_only=True)
 class Codebook(Method, ABC):
-    """Base of both: data free, 4 bits, in a format of its own.
+    """Base of NF4 and FP4: 4 bits, a native format, no calibration data.
 
     double_quant  store the blocks' scales in 8 bits
-    block_size    weights that share a scale
+    block_size    consecutive values of the flattened weight that share a scale
     """
 
     label: ClassVar[str]
@@ -47,12 +48,14 @@ class Codebook(Method, ABC):
     @staticmethod
     @abstractmethod
     def levels() -> Tensor:
-        """The codebook (16,) in float32, by code, with the largest magnitude 1."""
+        """Return the codebook (16,) float32, indexed by code, with largest magnitude 1."""
 
     def check(self, scheme: Scheme) -> None:
         require_native(scheme, f"the blocks of {self.label}")
         if scheme.weight.bits != BITS:
-            raise ValueError(f"bits={scheme.weight.bits} is not what {self.label} has; use bits={BITS}")
+            raise ValueError(
+                f"bits={scheme.weight.bits} does not match {self.label}, which has {BITS} bits; use bits={BITS}"
+            )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         return LevelsQTensor(weight, self.levels().to(weight.device), self.block_size, self.double_quant)
@@ -60,7 +63,7 @@ class Codebook(Method, ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class NF4(Codebook):
-    """Levels at quantiles of a normal distribution: 7 below zero, zero, and 8 above."""
+    """Levels at quantiles of a normal distribution: 7 negative levels, zero, and 8 positive levels."""
 
     label: ClassVar[str] = "nf4"
 
@@ -72,7 +75,7 @@ class NF4(Codebook):
 
 @dataclass(frozen=True, kw_only=True)
 class FP4(Codebook):
-    """A sign, two bits of exponent and one of mantissa; code 8 is a negative zero."""
+    """4-bit float: one sign bit, two exponent bits, one mantissa bit; code 8 is negative zero."""
 
     label: ClassVar[str] = "fp4"
 
@@ -83,14 +86,17 @@ class FP4(Codebook):
 
 
 def _quantiles(count: int) -> Tensor:
-    """Quantiles of the standard normal distribution, in `count` even steps from the outermost share towards 1/2."""
-    share = torch.linspace(_OUTERMOST, 0.5, count + 1)[:-1]
-    found: Tensor = torch.special.ndtri(share.double())
-    return found.float()
+    """Return quantiles (count,) float32 of the standard normal distribution, in decreasing order.
+
+    Their probabilities are evenly spaced from _OUTERMOST towards 1/2, without 1/2 itself, which is the level zero.
+    """
+    probabilities = torch.linspace(_OUTERMOST, 0.5, count + 1)[:-1]
+    quantiles: Tensor = torch.special.ndtri(probabilities.double())
+    return quantiles.float()
 
 
 def _float4(code: int) -> float:
-    """What the fields of a code say: its exponent is subtracted, and 0 there is a subnormal."""
+    """Decode a 4-bit float: the exponent field is subtracted from the bias, and exponent 0 is a subnormal."""
     sign, exponent, mantissa = code >> 3, code >> 1 & 3, code & 1
-    size = (1 + mantissa / 2) * 2.0 ** (_BIAS + 1 - exponent) if exponent else mantissa / 2 * 2.0**-_BIAS
-    return -size if sign else size
+    magnitude = (1 + mantissa / 2) * 2.0 ** (_BIAS + 1 - exponent) if exponent else mantissa / 2 * 2.0**-_BIAS
+    return -magnitude if sign else magnitude

@@ -1,10 +1,11 @@
-"""QuIP#: random rotations on both sides of a weight, then lattice codes with error feedback, eight columns at a time.
+"""QuIP#: rotate a weight randomly on both sides, then choose lattice codes of eight columns at a time with feedback.
 
 Paper: Tseng et al. 2024, arXiv 2402.04396: the randomized Hadamard transform (section 3), E8P and residual stages
     (section 4), block LDLQ (section 4.1), fine-tuning (section 5).
-Differs: where no Hadamard matrix of a size is constructed the transform has Hartley's for its odd factor; the paper's
-    takes a Fourier transform. The codes are revised in `passes` more sweeps, each block of columns given all others,
-    where that lowers the loss. Fine-tuning is of one block at a time, and not of the whole model after it.
+Differs: for a size without a known Hadamard matrix, the transform uses a Hartley matrix for the odd factor; the paper
+    uses a Fourier transform. `passes` more sweeps revise the codes: each block of columns is rounded again with all
+    other columns fixed, and the new codes are used where they lower the loss. Fine-tuning trains one decoder block at
+    a time; the whole model is not fine-tuned afterwards.
 """
 
 from __future__ import annotations
@@ -27,23 +28,23 @@ from harness.core.ranges import above_zero, at_least
 from harness.core.scheme import Scheme, require_native
 from harness.core.stats import Hessian, Stats
 
-Round = Callable[[Tensor], Tensor]  # (8, n) vectors to (stages, 8, n) points that sum up to near them
+Round = Callable[[Tensor], Tensor]  # maps vectors (8, n) to points (stages, 8, n) whose sum over stages is near them
 
-# By bits: the standard deviation at which values meet the first codebook, and by how much what is left is magnified for
-# the second. They are best for a normal source (tests/test_e8.py).
+# For each `bits`: the standard deviation to which values are scaled for the first codebook, and the factor by which the
+# remaining error is magnified for the second. These values are optimal for a normal source (tests/test_e8.py).
 _SPREAD = {2: 1.03, 3: 0.98, 4: 1.03}
 _MAGNIFIED = {2: (), 3: (2.04,), 4: (3.45,)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class QuIPSharp(Finetuned):
-    """Two, three or four bits a weight (`bits`), in a format of its own.
+    """Lattice codes of two, three or four bits per weight (`bits`), in a native format.
 
-    damp    added to the Hessian's diagonal, as a share of its mean
-    passes  sweeps over all columns after the first
-    spread  share of the codebook's best spread that weights are scaled to; under 1 leaves room for error feedback
+    damp    added to the Hessian's diagonal, as a share of the diagonal's mean
+    passes  sweeps over all columns after the first one
+    spread  scale of the weights, as a share of the codebook's optimal spread; below 1 leaves room for error feedback
     seed    of the random signs
-    epochs  of training the signs as real vectors, and the norms, block by block; 0 for none
+    epochs  of fine-tuning the signs as real vectors, and the norms, block by block; 0: no fine-tuning
     """
 
     needs: ClassVar = (Hessian,)
@@ -61,83 +62,93 @@ class QuIPSharp(Finetuned):
     def check(self, scheme: Scheme) -> None:
         require_native(scheme, "lattice codes")
         if scheme.weight.bits not in STAGES:
-            raise ValueError(f"bits={scheme.weight.bits} has no codebooks; expected one of {sorted(STAGES)}")
+            raise ValueError(
+                f"bits={scheme.weight.bits} is out of range for lattice codes; expected one of {sorted(STAGES)}"
+            )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         grid.check_finite(weight)
-        bits, exact = scheme.weight.bits, weight.to(grid.compute_dtype(weight))
-        rows, columns = weight.shape
-        if columns % e8.WIDTH:
-            raise ValueError(f"in_features={columns} is no multiple of {e8.WIDTH}, the weights of a code; skip it")
+        bits, W = scheme.weight.bits, weight.to(grid.compute_dtype(weight))
+        N, K = weight.shape
+        if K % e8.WIDTH:
+            raise ValueError(
+                f"in_features={K} is not a multiple of {e8.WIDTH}, the number of weights in a code; skip this linear"
+            )
         generator = torch.Generator().manual_seed(self.seed)
-        left, right = (random_signs(size, generator).to(exact) for size in (rows, columns))
-        turned = rotate(rotate(exact * right).T * left)  # (K, N): a column of the weight is a row here, contiguous
-        hessian = rotate(rotate(_hessian(stats, exact) * right).T * right)
-        first = float(turned.square().mean().sqrt()) / (_SPREAD[bits] * self.spread) or 1.0
-        scale = [first, *(first / more for more in _MAGNIFIED[bits])]
-        points = solve(turned, hessian, self.damp, self.passes, _rounding(bits, scale))
+        left, right = (random_signs(size, generator).to(W) for size in (N, K))
+        W_T = rotate(rotate(W * right).T * left)  # (K, N): each column of the weight is contiguous
+        H = rotate(rotate(_hessian(stats, W) * right).T * right)
+        base_scale = float(W_T.square().mean().sqrt()) / (_SPREAD[bits] * self.spread) or 1.0
+        scale = [base_scale, *(base_scale / factor for factor in _MAGNIFIED[bits])]
+        points = solve(W_T, H, self.damp, self.passes, _rounding(bits, scale))
         codes = [
-            book.encode((part / step).reshape(-1, e8.WIDTH, rows).transpose(0, 1).flatten(1)).view(-1, rows).T
-            for book, part, step in zip(STAGES[bits], points, scale, strict=True)
+            book.encode((stage_points / step).reshape(-1, e8.WIDTH, N).transpose(0, 1).flatten(1)).view(-1, N).T
+            for book, stage_points, step in zip(STAGES[bits], points, scale, strict=True)
         ]
         return IncoherentQTensor(codes, bits, torch.tensor(scale), left, right)
 
 
 def solve(weight: Tensor, hessian: Tensor, damp: float, passes: int, rounding: Round) -> Tensor:
-    """Block LDLQ of a transposed weight (K, N) with Hessian (K, K): the points (stages, K, N) of all stages.
+    """Round a transposed weight (K, N) by block LDLQ with Hessian (K, K).
 
-    From the last block of eight inputs to the first, each takes up the errors of those before it through the block
-    factor L of H = L D L^T (equation 2 of the paper); then `passes` sweeps revise it given all others.
+    Blocks of eight inputs are rounded from the last to the first. Before a block is rounded, the errors of the blocks
+    after it, multiplied by the factor L of H = L D L^T, are added to it (equation 2 of the paper). Then `passes` sweeps
+    revise each block with all other blocks fixed.
+
+    Returns: the points (stages, K, N) of all stages.
     """
-    lower, damped = damped_factor(hessian, damp, cholesky)
-    feedback = _unit_blocks(lower)
+    cholesky_factor, H = damped_factor(hessian, damp, cholesky)
+    L = _unit_blocks(cholesky_factor)
     points = torch.zeros_like(rounding(weight[: e8.WIDTH]))[:, :1].repeat(1, len(weight), 1)
-    error = torch.zeros_like(weight)
+    Err = torch.zeros_like(weight)
     blocks = [slice(start, start + e8.WIDTH) for start in reversed(range(0, len(weight), e8.WIDTH))]
     for cells in blocks:
-        after = slice(cells.stop, None)
-        points[:, cells] = rounding(weight[cells] + feedback[after, cells].T @ error[after])
-        error[cells] = weight[cells] - points[:, cells].sum(0)
+        later = slice(cells.stop, None)
+        points[:, cells] = rounding(weight[cells] + L[later, cells].T @ Err[later])
+        Err[cells] = weight[cells] - points[:, cells].sum(0)
     for _ in range(passes):
         for cells in blocks:
-            _revise(cells, weight, damped, points, error, rounding)
+            _revise(cells, weight, H, points, Err, rounding)
     return points
 
 
-def _revise(cells: slice, weight: Tensor, hessian: Tensor, points: Tensor, error: Tensor, rounding: Round) -> None:
-    """Round a block of columns anew, given all others; each row keeps what has the smaller loss. Works in place."""
-    own, pull = hessian[cells, cells], hessian[cells] @ error
+def _revise(cells: slice, weight: Tensor, H: Tensor, points: Tensor, Err: Tensor, rounding: Round) -> None:
+    """Round one block of columns again with all others fixed, and keep the better result for each row; in place.
+
+    The loss is smallest at current + H_block^-1 gradient, where gradient is H Err in the rows of the block.
+    """
+    H_block, gradient = H[cells, cells], H[cells] @ Err
     current = points[:, cells].sum(0)
-    trial = rounding(current + torch.linalg.solve(own, pull))
+    trial = rounding(current + torch.linalg.solve(H_block, gradient))
     change = trial.sum(0) - current
-    better = (change * (2 * pull - own @ change)).sum(0) > 0
+    better = (change * (2 * gradient - H_block @ change)).sum(0) > 0
     points[:, cells] = torch.where(better, trial, points[:, cells])
-    error[cells] -= torch.where(better, change, 0)
+    Err[cells] -= torch.where(better, change, 0)
 
 
 def _unit_blocks(lower: Tensor) -> Tensor:
-    """L (K, K) of H = L D L^T with blocks of 8 on the diagonal of D, from H's Cholesky factor."""
+    """L (K, K) of H = L D L^T, where D has 8 by 8 blocks on its diagonal, from the Cholesky factor of H."""
     count = len(lower) // e8.WIDTH
     panels = lower.view(len(lower), count, e8.WIDTH)
-    own = torch.stack([panels[i * e8.WIDTH : (i + 1) * e8.WIDTH, i] for i in range(count)])
-    return torch.einsum("rkc,kcd->rkd", panels, torch.linalg.inv(own)).reshape(lower.shape)
+    diagonal_blocks = torch.stack([panels[i * e8.WIDTH : (i + 1) * e8.WIDTH, i] for i in range(count)])
+    return torch.einsum("rkc,kcd->rkd", panels, torch.linalg.inv(diagonal_blocks)).reshape(lower.shape)
 
 
 def _rounding(bits: int, scale: Sequence[float]) -> Round:
-    """Nearest points, stage after stage, each of what those before it left."""
+    """Return a function that rounds to the nearest point of each stage; later stages round the remaining error."""
 
     def rounded(vectors: Tensor) -> Tensor:
-        found = []
+        points = []
         for book, step in zip(STAGES[bits], scale, strict=True):
-            found.append(book.nearest(vectors / step) * step)
-            vectors = vectors - found[-1]
-        return torch.stack(found)
+            points.append(book.nearest(vectors / step) * step)
+            vectors = vectors - points[-1]
+        return torch.stack(points)
 
     return rounded
 
 
 def _hessian(stats: Stats, weight: Tensor) -> Tensor:
     if not int(stats[Hessian].tokens):
-        warnings.warn("no calibration token reached it, so all its inputs count alike", stacklevel=3)
+        warnings.warn("no calibration token reached this linear; all its inputs get equal weight", stacklevel=3)
         return torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
     return stats[Hessian].value.to(weight)

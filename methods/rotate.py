@@ -1,13 +1,14 @@
-"""Rotate: turn the residual stream by a random orthogonal matrix, so that no channel of an input stands out.
+"""Rotate: multiply the residual stream by a random orthogonal matrix, so that no channel of an input is an outlier.
 
-Paper: Ashkboos et al. 2024, QuaRot, arXiv 2404.00456, section 4: norms folded, E <- E Q, W <- Q^T W of what writes into
-    the stream, W <- W Q of what reads it, and a Hadamard transform of the inputs of down and output projections at run
-    time. Folding LayerNorms: Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, section 3.
-Differs: the input of the output projection is turned whole at run time, where the paper turns each head's values in
-    v_proj and only the heads' axis at run time: the same matrix where head size and count are powers of two, at a
-    little more time. Queries, keys and their cache are left as they are. Sizes that are no power of two times a known
-    Hadamard matrix take the transform of harness.core.hadamard. Weights are rounded by whatever step and scheme
-    follow: alone, to nearest on the minimum-maximum grid, without the authors' search of a clip by weight error.
+Paper: Ashkboos et al. 2024, QuaRot, arXiv 2404.00456, section 4: norms are folded, E <- E Q, W <- Q^T W for linears
+    that write into the stream, W <- W Q for linears that read it, and a Hadamard transform at run time for the inputs
+    of down and output projections. Folding LayerNorms: Ashkboos et al. 2024, SliceGPT, arXiv 2401.15024, section 3.
+Differs: the whole input of the output projection is rotated at run time. The paper rotates each head's values in v_proj
+    and only the head axis at run time: if head size and head count are powers of two, the matrix is the same and our
+    run time is slightly longer. Queries, keys and their cache are not rotated. A size that is not a power of two times
+    the size of a known Hadamard matrix uses the transform of harness.core.hadamard. Weights are quantized by the next
+    method and the scheme; without one they are rounded to nearest on the minimum-maximum grid, without the authors'
+    search for a clipping range by weight error.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from harness.core.residual import Residual, Turn
 
 @dataclass(frozen=True, kw_only=True)
 class Rotate(Method):
-    """Turns the float model, and rounds to nearest unless a later step quantizes.
+    """Rotates the float model, and rounds to nearest unless a later method quantizes.
 
     seed    of the random signs or of the random matrix
-    kind    hadamard: random signs, then a Hadamard transform; orthogonal: a random matrix, from every one alike
-    online  turn the inputs of linears that read no norm (output and down projections) at run time too; they are then
-            called NAME.linear in the record. `skip` goes by the names of the float model; what it skips is turned too
+    kind    hadamard: random signs, then a Hadamard transform; orthogonal: a uniformly random orthogonal matrix
+    online  also rotate, at run time, the inputs of linears that do not read a norm (output and down projections); the
+            record calls them NAME.linear. `skip` uses the names of the float model; skipped linears are rotated too
     """
 
     seed: int = 0
@@ -49,17 +50,20 @@ class Rotate(Method):
 
 
 def turn(width: int, kind: str, seed: int) -> Turn:
-    """The map x -> x Q of float64 values (..., D), D = `width`, with Q drawn by `seed`."""
+    """Return the map x -> x Q of float64 values (..., D), where D = `width` and `seed` determines Q."""
     generator = torch.Generator().manual_seed(seed)
     if kind == "hadamard":
         signs = hadamard.random_signs(width, generator).double()
         return lambda values: hadamard.rotate(values * signs.to(values.device))
-    matrix = random_orthogonal(width, generator)
-    return lambda values: values @ matrix.to(values.device)
+    Q = random_orthogonal(width, generator)
+    return lambda values: values @ Q.to(values.device)
 
 
 def random_orthogonal(size: int, generator: torch.Generator) -> Tensor:
-    """An orthogonal (size, size) float64 matrix, uniform over all: QR of normal numbers with R's diagonal positive."""
-    q, r = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
-    found: Tensor = q * r.diagonal().sign()
-    return found
+    """Return a uniformly random orthogonal matrix (size, size) float64.
+
+    It is the Q of the QR decomposition of a matrix of normal numbers, with signs such that R's diagonal is positive.
+    """
+    Q, R = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64))
+    rotation: Tensor = Q * R.diagonal().sign()
+    return rotation

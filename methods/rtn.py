@@ -1,8 +1,8 @@
-"""Round to nearest: each weight to the nearest point of its group's minimum-maximum grid.
+"""Round to nearest: round each weight to the nearest point of its group's minimum-maximum grid.
 
 Paper: the baseline of every paper in this field; as in Frantar et al. 2022, arXiv 2210.17323, section 4.
-Differs: the scale is rounded to its stored dtype (float16 by default) before codes are chosen, where the
-    authors keep float32; `scheme.weight.scale_dtype=float32` gives theirs.
+Differs: the scale is rounded to its stored dtype (float16 by default) before codes are chosen; the authors keep
+    float32, which `scheme.weight.scale_dtype=float32` gives.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from harness.core.stats import Stats
 
 @dataclass(frozen=True, kw_only=True)
 class RTN(Method):
-    """Data free; no options beyond the scheme's."""
+    """Needs no calibration data; all options are the scheme's."""
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         return round_to_nearest(weight, scheme.weight)

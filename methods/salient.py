@@ -1,8 +1,8 @@
-"""Salient weights: keep a small share of input columns as floats, and see which choice of them matters.
+"""Salient weights: keep a small share of the input columns as floats, to compare criteria for choosing them.
 
 Paper: Lin et al. 2023, arXiv 2306.00978, section 3.1 and table 1: 0.1, 1 and 3 % of columns chosen by activation, by
-    weight norm or at random; section 3.2 and table 2: scale the chosen ones by s before rounding instead.
-Differs: the kept columns' codes stay stored beside the float16 values, and both are counted in bits_per_weight.
+    weight norm or at random; section 3.2 and table 2: scale the chosen columns by s before rounding instead.
+Differs: the chosen columns are stored both as codes and as float16 values, and bits_per_weight counts both.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from harness.core.stats import AbsMean, Stat, Stats
 
 @dataclass(frozen=True, kw_only=True)
 class Salient(Method):
-    """Rounds to nearest, with a share of the columns treated better.
+    """Rounds to nearest, and protects a share of the input columns.
 
-    share   of the input columns, rounded up to whole ones
-    choose  by mean input magnitude, by the column's norm, or at random from `seed`
-    scale   null: the columns are kept as float16; s: they are scaled by s, rounded with the rest, and scaled back
+    share   share of the input columns that are chosen; their number is rounded up
+    choose  activation: by mean input magnitude; weight: by the norm of the column; random: at random from `seed`
+    scale   null: chosen columns are kept as float16; s: they are multiplied by s, rounded with all others, divided by s
     """
 
     share: float = 0.01
@@ -48,16 +48,16 @@ class Salient(Method):
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         columns = self._columns(weight, stats)
         if self.scale is None:
-            kept = weight[:, columns].to(torch.float16)
-            return MixedQTensor(round_to_nearest(weight, scheme.weight), columns, kept)
+            float_columns = weight[:, columns].to(torch.float16)
+            return MixedQTensor(round_to_nearest(weight, scheme.weight), columns, float_columns)
         scaled = weight.clone()
         scaled[:, columns] *= self.scale
         return ScaledQTensor(round_to_nearest(scaled, scheme.weight), columns, self.scale)
 
     def _columns(self, weight: Tensor, stats: Stats) -> Tensor:
-        """Indices (C,) of the chosen input columns of a weight (N, K), in order."""
+        """Indices (C,) of the chosen input columns of a weight (N, K), in increasing order."""
         count = math.ceil(self.share * weight.shape[1])
-        if self.choose == "random":  # one draw a shape: the same for all linears that read one input
+        if self.choose == "random":  # depends only on K: the same columns for all linears that read one input
             generator = torch.Generator().manual_seed(self.seed)
             return torch.randperm(weight.shape[1], generator=generator)[:count].sort().values.to(weight.device)
         importance = stats[AbsMean].value if self.choose == "activation" else weight.float().norm(dim=0)

@@ -1,9 +1,9 @@
-"""SmoothQuant: move the difficulty of activations into weights, one scale a channel.
+"""SmoothQuant: move the quantization difficulty from activations to weights, with one scale per channel.
 
 Paper: Xiao et al. 2022, arXiv 2211.10438, equation 4: s_j = max|X_j|^alpha / max|W_:j|^(1 - alpha).
-Differs: every producer that is proved absorbs a scale, up_proj before down_proj and v_proj before o_proj included,
-    where the authors' code (mit-han-lab/smoothquant smooth.py) knows norms alone: `pairs=norms` is theirs. With
-    `search`, alpha is chosen for each group by the error of its module's output, as AWQ chooses its own.
+Differs: every proved producer absorbs a scale, including up_proj before down_proj and v_proj before o_proj; in the
+    authors' code (mit-han-lab/smoothquant smooth.py) only norms do, as with `pairs=norms`. With `search`, alpha is
+    chosen for each group by the output error of its module, as AWQ chooses its scales.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from torch import Tensor
 from harness.core.method import InputGroup, Method
 from harness.core.stats import MinMax, Stats
 
-_TINY = 1e-5  # the authors' floor for both maxima
+_TINY = 1e-5  # the authors' lower bound of both maxima
 _ALPHAS = tuple(i / 20 for i in range(6, 20))  # 0.3 to 0.95
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmoothQuant(Method):
-    """Smooths, and rounds to nearest unless a later step quantizes.
+    """Smooths the activations, and rounds to nearest unless a later method quantizes.
 
-    alpha   share of the difficulty that moves: 0.5 for OPT and BLOOM, 0.8 to 0.9 for Llama and Mistral
-    pairs   all: every proved producer; norms: those of the paper
-    search  choose alpha for each group, `alpha` among the candidates
+    alpha   share of the difficulty that moves to the weights: 0.5 for OPT and BLOOM, 0.8 to 0.9 for Llama and Mistral
+    pairs   all: every proved producer absorbs a scale; norms: only norms, as in the paper
+    search  choose alpha for each group; `alpha` is one of the candidates
     """
 
     needs: ClassVar = (MinMax,)
@@ -48,15 +48,15 @@ class SmoothQuant(Method):
         if group.producer is None or (self.pairs == "norms" and not group.producer.is_norm):
             return
         weights = [*group.weights.values(), *group.others.values()]
-        columns = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float()
-        absmax = stats[MinMax].absmax.to(columns.device)
+        W_max = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float()
+        X_max = stats[MinMax].absmax.to(W_max.device)
         if not self.search:
-            group.rescale(smoothing_scale(absmax, columns, self.alpha))
+            group.rescale(smoothing_scale(X_max, W_max, self.alpha))
             return
-        candidates = [smoothing_scale(absmax, columns, alpha) for alpha in (self.alpha, *_ALPHAS)]
-        group.rescale(min([torch.ones_like(columns), *candidates], key=group.error))
+        candidates = [smoothing_scale(X_max, W_max, alpha) for alpha in (self.alpha, *_ALPHAS)]
+        group.rescale(min([torch.ones_like(W_max), *candidates], key=group.error))
 
 
 def smoothing_scale(absmax: Tensor, columns: Tensor, alpha: float) -> Tensor:
-    """Equation 4 for inputs with maxima `absmax` (K,) and weight columns with maxima `columns` (K,)."""
+    """Equation 4: scales (K,) for maxima of inputs `absmax` (K,) and of weight columns `columns` (K,)."""
     return (absmax.clamp(min=_TINY) ** alpha / columns.clamp(min=_TINY) ** (1 - alpha)).clamp(min=_TINY)

@@ -1,1 +1,1 @@
-"""Other libraries' own layers, each in its own format, as methods: what a result here is compared with."""
+"""Quantized layers of other libraries, in their native formats, as methods: a reference for results of this project."""

@@ -1,11 +1,12 @@
-"""bitsandbytes' layers: int8 with outlier channels as floats, and 4-bit codebooks in blocks, run by its own matmuls.
+"""Layers of bitsandbytes: int8 with outlier channels as floats, and 4-bit codebooks in blocks, with its own kernels.
 
 Paper: LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, section 3; NF4, FP4 and double quantization, Dettmers et al.
-    2023, arXiv 2305.14314, section 3. The arithmetic is bitsandbytes' (MIT): Linear8bitLt, and Linear4bit.
-Differs: bitsandbytes takes a token's scale from all its values below the threshold, where the paper leaves whole
-    outlier channels out. Here those channels are one sequence's, where Linear8bitLt takes the whole batch's. 4-bit
-    layers run from what was stored, in the inputs' float type; on a CPU with AVX512-BF16, Linear4bit would first
-    repack itself with bfloat16 scales and compute in bfloat16.
+    2023, arXiv 2305.14314, section 3. The arithmetic is that of bitsandbytes (MIT license), classes Linear8bitLt
+    and Linear4bit.
+Differs: bitsandbytes computes a token's scale from all its values below the threshold; the paper excludes whole outlier
+    channels. Here outlier channels are detected in each sequence; Linear8bitLt detects them in the whole batch. 4-bit
+    layers compute from the stored tensors in the float type of the inputs; on a CPU with AVX512-BF16, Linear4bit would
+    first repack its weight with bfloat16 scales and compute in bfloat16.
 """
 
 from __future__ import annotations
@@ -26,16 +27,20 @@ from harness.core.ranges import at_least
 from harness.core.scheme import ActivationFormat, Scheme, WeightFormat, require_native
 from harness.core.stats import Stats
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product of inputs that are not float16
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product whose inputs are not float16
 
 _INT8_ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow")
 _INT8_TOKENS = ActivationFormat(bits=8, symmetric=True, grid="narrow")
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-_NESTED_BLOCK = 256  # scales that share a scale of their own
+_NESTED_BLOCK = 256  # scales that share a second scale
 
 
 class BnbInt8QTensor(QTensor):
-    """int8 rows as Linear8bitLt stores them: `qweight` (N, K) int8 and the row's largest magnitude `absmax` (N,)."""
+    """int8 rows as Linear8bitLt stores them.
+
+    qweight  (N, K) int8
+    absmax   (N,) the largest magnitude of each row
+    """
 
     kernel: ClassVar[str] = "bitsandbytes"
     quantizes_inputs: ClassVar[bool] = True
@@ -50,31 +55,31 @@ class BnbInt8QTensor(QTensor):
         self.register_buffer("absmax", absmax)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        found: Tensor = _library().functional.int8_vectorwise_dequant(self.qweight, self.absmax)
-        return found.to(dtype)
+        weight: Tensor = _library().functional.int8_vectorwise_dequant(self.qweight, self.absmax)
+        return weight.to(dtype)
 
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """One sequence (T, K) after another: the matmul looks for outlier channels in all tokens that it is given."""
+        """Multiply one sequence (T, K) at a time, because the kernel searches all of its tokens for outlier channels."""
         sequences = inputs.reshape(-1, *inputs.shape[-2:]) if inputs.dim() > 2 else inputs.reshape(1, -1, self.shape[1])
-        found = torch.stack([self._matmul(sequence, bias) for sequence in sequences])
-        return found.view(*inputs.shape[:-1], self.shape[0])
+        outputs = torch.stack([self._matmul(sequence, bias) for sequence in sequences])
+        return outputs.view(*inputs.shape[:-1], self.shape[0])
 
     def _matmul(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         library = _library()
         state = library.MatmulLtState()
         state.CB, state.SCB = self.qweight, self.absmax
-        state.has_fp16_weights = state.is_training = False  # in training, CPUs multiply as floats
-        found: Tensor = library.matmul(inputs, self.qweight, state=state, threshold=self.threshold, bias=bias)
-        return found
+        state.has_fp16_weights = state.is_training = False  # in training mode, the CPU kernel multiplies floats
+        outputs: Tensor = library.matmul(inputs, self.qweight, state=state, threshold=self.threshold, bias=bias)
+        return outputs
 
 
 class Bnb4BitQTensor(QTensor):
     """4-bit codes as Linear4bit stores them, in blocks over the flattened weight.
 
-    qweight        (N K / 2, 1) uint8, two codes a byte
+    qweight        (N K / 2, 1) uint8, two codes in each byte
     code           (16,) float32, the codebook
-    absmax         (blocks,) the block's largest magnitude: float32, or uint8 under double quantization
-    nested_absmax, nested_code, offset  what decodes those uint8: (blocks / 256,), (256,) and () float32
+    absmax         (blocks,) the largest magnitude of each block: float32, or uint8 with double quantization
+    nested_absmax, nested_code, offset  float32 (blocks / 256,), (256,) and (); they decode a uint8 `absmax`
     """
 
     kernel: ClassVar[str] = "bitsandbytes"
@@ -87,7 +92,7 @@ class Bnb4BitQTensor(QTensor):
     offset: Tensor | None
 
     def __init__(self, qweight: Tensor, state: Any) -> None:
-        """`qweight` and its QuantState, as `quantize_4bit` returns them."""
+        """Take `qweight` and its QuantState `state` as `quantize_4bit` returns them."""
         super().__init__((state.shape[0], state.shape[1]))
         self.quant_type: str = state.quant_type
         self.block_size: int = state.blocksize
@@ -100,20 +105,22 @@ class Bnb4BitQTensor(QTensor):
         self.register_buffer("offset", state.offset)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        direct = torch.float32 if dtype == torch.float64 else dtype
-        found: Tensor = _library().functional.dequantize_4bit(self.qweight, self._state(direct))
-        return found.to(dtype)
+        compute_dtype = torch.float32 if dtype == torch.float64 else dtype
+        weight: Tensor = _library().functional.dequantize_4bit(self.qweight, self._state(compute_dtype))
+        return weight.to(dtype)
 
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        found: Tensor = _library().matmul_4bit(inputs, self.qweight, self._state(inputs.dtype), bias=bias)
-        return found
+        outputs: Tensor = _library().matmul_4bit(inputs, self.qweight, self._state(inputs.dtype), bias=bias)
+        return outputs
 
     def _state(self, dtype: torch.dtype) -> Any:
-        """The QuantState of the buffers, wherever they are by now; it decodes to `dtype`."""
-        make, nested = _library().functional.QuantState, None
+        """Build the QuantState from the buffers, on their current device; it decodes to `dtype`."""
+        quant_state, nested = _library().functional.QuantState, None
         if self.nested_absmax is not None:
-            nested = make(self.nested_absmax, code=self.nested_code, blocksize=_NESTED_BLOCK, dtype=torch.float32)
-        return make(
+            nested = quant_state(
+                self.nested_absmax, code=self.nested_code, blocksize=_NESTED_BLOCK, dtype=torch.float32
+            )
+        return quant_state(
             self.absmax,
             shape=torch.Size(self.shape),
             code=self.code,
@@ -129,7 +136,7 @@ class Bnb4BitQTensor(QTensor):
 class BnbInt8(Method):
     """Linear8bitLt without float16 weights.
 
-    threshold  of LLM.int8(), the same as the scheme's; 0 for none
+    threshold  of LLM.int8(), must equal the threshold of the scheme; 0 if the scheme has none
     """
 
     threshold: float = 6.0
@@ -139,16 +146,17 @@ class BnbInt8(Method):
 
     def check(self, scheme: Scheme) -> None:
         _library()
-        inputs, known = scheme.activation, scheme.weight.scale_dtype
-        rows = dataclasses.replace(_INT8_ROWS, scale_dtype=known)  # float32 is stored, whatever the scheme says
+        inputs, scale_dtype = scheme.activation, scheme.weight.scale_dtype
+        rows = dataclasses.replace(_INT8_ROWS, scale_dtype=scale_dtype)  # any value: float32 is always stored
         if scheme.weight != rows or inputs is None or dataclasses.replace(inputs, threshold=None) != _INT8_TOKENS:
             raise ValueError(
-                f"scheme={scheme.name} is another format than the int8 rows and int8 tokens of bitsandbytes; "
+                f"scheme={scheme.name} is not the format of bitsandbytes, int8 weight rows and int8 tokens; "
                 "use scheme=llm_int8"
             )
         if (inputs.threshold or 0) != self.threshold:
             raise ValueError(
-                f"threshold={self.threshold:g} is not scheme.activation.threshold={inputs.threshold}; set both alike"
+                f"threshold={self.threshold:g} differs from scheme.activation.threshold={inputs.threshold}; "
+                "set both to one value"
             )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
@@ -160,10 +168,10 @@ class BnbInt8(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Bnb4Bit(Method):
-    """Base of bitsandbytes' 4-bit codebooks.
+    """Base of the two 4-bit codebooks of bitsandbytes.
 
     double_quant  store the blocks' scales in 8 bits
-    block_size    weights that share a scale
+    block_size    consecutive values of the flattened weight that share a scale: 32, 64, 128, ... 4096
     """
 
     quant_type: ClassVar[str]
@@ -179,14 +187,16 @@ class Bnb4Bit(Method):
         _library()
         require_native(scheme, f"the {self.quant_type} blocks of bitsandbytes")
         if scheme.weight.bits != 4:
-            raise ValueError(f"bits={scheme.weight.bits} is not what {self.quant_type} has; use bits=4")
+            raise ValueError(
+                f"bits={scheme.weight.bits} does not match {self.quant_type}, which has 4 bits; use bits=4"
+            )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         _check_weight(weight)
         if weight.device.type == "cpu" and weight.shape[1] % self.block_size:
-            raise ValueError(  # as of 0.50.2
-                f"block_size={self.block_size} does not divide in_features={weight.shape[1]}, and a block that spans "
-                "rows is decoded wrongly by bitsandbytes on CPUs with AVX-512; use a divisor, or skip it"
+            raise ValueError(  # as of bitsandbytes 0.50.2
+                f"block_size={self.block_size} does not divide in_features={weight.shape[1]}, and on CPUs with AVX-512 "
+                "bitsandbytes decodes blocks that span rows wrongly; use a divisor, or skip this linear"
             )
         qweight, state = _library().functional.quantize_4bit(
             weight.contiguous(),
@@ -199,22 +209,22 @@ class Bnb4Bit(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class BnbNF4(Bnb4Bit):
-    """Linear4bit with the levels of a normal distribution's quantiles, QLoRA's NF4."""
+    """Linear4bit with QLoRA's NF4: levels at quantiles of a normal distribution."""
 
     quant_type: ClassVar[str] = "nf4"
 
 
 @dataclass(frozen=True, kw_only=True)
 class BnbFP4(Bnb4Bit):
-    """Linear4bit with 4-bit floats."""
+    """Linear4bit with 4-bit floats, FP4."""
 
     quant_type: ClassVar[str] = "fp4"
 
 
 def _library() -> ModuleType:
-    """bitsandbytes itself.
+    """Import and return bitsandbytes.
 
-    Raises: ValueError if it is not installed.
+    Raises: ValueError if it cannot be imported.
     """
     try:
         import bitsandbytes
@@ -226,4 +236,4 @@ def _library() -> ModuleType:
 def _check_weight(weight: Tensor) -> None:
     grid.check_finite(weight)
     if weight.dtype == torch.float64:
-        raise ValueError("the weight is float64, which bitsandbytes does not take; use model.dtype=float32")
+        raise ValueError("the weight is float64, which bitsandbytes does not support; use model.dtype=float32")

@@ -59,7 +59,7 @@ class BnbInt8QTensor(QTensor):
         return weight.to(dtype)
 
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """Multiply one sequence (T, K) at a time, because the kernel searches all of its tokens for outlier channels."""
+        """Multiply one sequence (T, K) at a time: the kernel searches all its tokens for outlier channels."""
         sequences = inputs.reshape(-1, *inputs.shape[-2:]) if inputs.dim() > 2 else inputs.reshape(1, -1, self.shape[1])
         outputs = torch.stack([self._matmul(sequence, bias) for sequence in sequences])
         return outputs.view(*inputs.shape[:-1], self.shape[0])

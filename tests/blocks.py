@@ -7,14 +7,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from harness.architecture import block_prefix, input_groups, linears, weight_of
+from harness.calibration.replay import Stream
 from harness.core.rewrite import InputGroup
 from harness.core.scheme import Scheme, WeightFormat
 from harness.core.stats import Stat, Stats
-from harness.linear import QuantLinear
-from harness.producers import Discovery
-from harness.stream import Stream
-from harness.trial import Trial
+from harness.models.architecture import block_prefix, input_groups, linears, weight_of
+from harness.nn.linear import QuantLinear
+from harness.quantization.producers import Discovery
+from harness.quantization.scale_search import Trial
 
 TOKENS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(5))
 GROUP8 = Scheme(name="test", weight=WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"))

@@ -9,7 +9,7 @@ from torch import Tensor
 from harness.core.additive import _LOOKUP_ROWS, AdditiveQTensor, Gather
 from harness.core.qtensor import round_to_nearest
 from harness.core.scheme import WeightFormat
-from harness.linear import QuantLinear
+from harness.nn.linear import QuantLinear
 
 ROWS, GROUPS = 37, 11  # odd, and no power of two
 

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from harness import engine
-from harness.architecture import block_prefix, input_groups, linears, split_skipped, uncovered, weight_of
-from harness.config import build_run
-from harness.evaluate import perplexity
+from harness.config.load import build_run
+from harness.evaluation.perplexity import perplexity
+from harness.models.architecture import block_prefix, input_groups, linears, split_skipped, uncovered, weight_of
+from harness.quantization import engine
 from tests.families import FAMILIES, build
 from tests.reference import naive_perplexity
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from harness import checkpoint, evaluate, models, run
-from harness.config import build_run
+from harness.calibration.replay import logits
+from harness.config.load import build_run
+from harness.evaluation import perplexity
+from harness.models import source
+from harness.models.exchange import native
+from harness.runs import run
 from harness.runs.execute import execute_run
-from harness.stream import logits
 from tests.conftest import resolve
 
 CPU = torch.device("cpu")
@@ -43,8 +46,8 @@ def test_what_is_loaded_runs_as_what_was_saved(tmp_path: Path, options: tuple[st
     found, place = saved(tmp_path, *options, f"model.dtype={dtype}")
     assert found.status == "ok", found.error
     cfg = build_run(found.config)
-    loaded = checkpoint.load(models.load(cfg.model, getattr(torch, dtype), CPU, 1), place)  # other random weights
-    again = evaluate.perplexity(loaded, run.data.evaluation(cfg.data, models.tokenizer(cfg.model)).windows, 1)
+    loaded = native.load(source.load(cfg.model, getattr(torch, dtype), CPU, 1), place)  # other random weights
+    again = perplexity.perplexity(loaded, run.data.evaluation(cfg.data, source.tokenizer(cfg.model)).windows, 1)
     assert again.nll == pytest.approx(found.metrics["nll"], rel=1e-6)
 
 
@@ -81,13 +84,13 @@ def test_a_kind_that_has_no_place_in_the_file_is_refused(tmp_path: Path) -> None
 
 
 def test_a_folder_that_is_none_and_a_model_that_does_not_fit_are_refused(tmp_path: Path) -> None:
-    model = models.load(build_run(resolve("model=tiny")).model, torch.float32, CPU, 0)
+    model = source.load(build_run(resolve("model=tiny")).model, torch.float32, CPU, 0)
     with pytest.raises(ValueError, match="is no quantized model"):
-        checkpoint.load(model, tmp_path)
+        native.load(model, tmp_path)
     _, place = saved(tmp_path, "scheme=group64")
-    other = models.load(
+    other = source.load(
         build_run(resolve("model=tiny", "model.architecture.num_hidden_layers=1")).model, torch.float32, CPU, 0
     )
     with pytest.raises(ValueError, match="does not fit the model: model.layers.1"):
-        checkpoint.load(other, place)
+        native.load(other, place)
     assert torch.isfinite(logits(model, TOKENS)).all()

@@ -10,11 +10,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from harness import record, table
-from harness.compare import compare
-from harness.pairs import others_that_moved
-from harness.record import Record
-from harness.uncertainty import difference
+from harness.cli import table
+from harness.records import store
+from harness.records.store import Record
+from harness.reports.compare import compare
+from harness.reports.intervals import difference
+from harness.reports.match import others_that_moved
 from tests.test_table import NLL, WOBBLE, make, scored
 
 TIMES = {"decode_ms_p10": 10.0, "decode_ms_p50": 11.0, "decode_ms_p90": 12.0}
@@ -44,7 +45,7 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     ]
     for name, records in (("old", old), ("new", new)):
         for found in records:
-            record.write(found, tmp_path / name)
+            store.write(found, tmp_path / name)
     return tmp_path / "old", tmp_path / "new"
 
 
@@ -54,7 +55,7 @@ def test_verdicts_with_what_moved_first(folders: tuple[Path, Path]) -> None:
     shown = found.shown.set_index("bits")
     assert dict(shown["verdict"]) == {"4": "moved", "5": "ok -> failed", "3": "same", "2": "identical"}
     assert set(shown.index[:2]) == {"4", "5"}
-    old, new = (record.read(folder / f"{name}.json") for folder, name in zip(folders, ("run4", "moved"), strict=True))
+    old, new = (store.read(folder / f"{name}.json") for folder, name in zip(folders, ("run4", "moved"), strict=True))
     moved = rows[rows["verdict"] == "moved"].iloc[0]
     assert tuple(moved[["ratio", "ratio_low", "ratio_high"]]) == difference(new, old).ratio
     assert (moved["run_id_old"], moved["run_id_new"]) == ("run4", "moved")
@@ -87,17 +88,17 @@ def test_a_run_that_is_another_does_not_match(key: str, tmp_path: Path) -> None:
         new.config["scheme"]["activation"] = {"bits": 8}
     else:
         new.execution |= {key if key == "dtype" else "mode": "other"}
-    record.write(old, tmp_path / "old")
-    record.write(new, tmp_path / "new")
+    store.write(old, tmp_path / "old")
+    store.write(new, tmp_path / "new")
     found = compare(f"{tmp_path / 'old'},{tmp_path / 'new'}")
     assert len(found.shown) == 0
     assert len(found.notes) == 2
 
 
 def test_rows_that_are_alike_are_not_paired_by_chance(tmp_path: Path) -> None:
-    record.write(scored("a", NLL), tmp_path / "old")
-    record.write(scored("b", NLL), tmp_path / "old")
-    record.write(scored("c", NLL), tmp_path / "new")
+    store.write(scored("a", NLL), tmp_path / "old")
+    store.write(scored("b", NLL), tmp_path / "old")
+    store.write(scored("c", NLL), tmp_path / "new")
     found = compare(f"{tmp_path / 'old'},{tmp_path / 'new'}")
     assert len(found.shown) == 0
     assert [note.partition(" in ")[0] for note in found.notes] == ["1 alike", "2 alike", "2 alike"]
@@ -134,14 +135,14 @@ def test_two_records_are_a_pair_whatever_they_are(folders: tuple[Path, Path]) ->
 
 def test_what_was_not_scored_is_not_called_the_same(tmp_path: Path) -> None:
     for name, run in (("old", make("a", 20.0)), ("new", make("b", 20.0))):
-        record.write(run, tmp_path / name)
+        store.write(run, tmp_path / name)
     assert list(compare(f"{tmp_path / 'old'},{tmp_path / 'new'}").shown["verdict"]) == ["not scored"]
 
 
 def test_means_over_seeds_are_compared(tmp_path: Path) -> None:
     for name, shift in (("old", 0.0), ("new", 0.2)):
         for seed in range(2):
-            record.write(scored(f"{name}{seed}", near(shift + 0.01 * seed), seed=seed), tmp_path / name)
+            store.write(scored(f"{name}{seed}", near(shift + 0.01 * seed), seed=seed), tmp_path / name)
     found = compare(f"{tmp_path / 'old'},{tmp_path / 'new'}", seeds=True)
     assert list(found.shown["verdict"]) == ["moved"]
     assert found.frame["run_id_new"][0] == "new0+new1"
@@ -172,7 +173,7 @@ def test_bad_input_is_one_line(
     asked: str, message: str, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    record.write(scored("other", NLL, tokens="u"), tmp_path / "else")
+    store.write(scored("other", NLL, tokens="u"), tmp_path / "else")
     asked = asked.format(old=folders[0], empty=tmp_path / "empty", other=tmp_path / "else")
     assert table.main([f"compare={asked}"]) == 1
     written = capsys.readouterr().err

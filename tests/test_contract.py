@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.config import build, build_steps
+from harness.config.build import build
+from harness.config.load import build_steps
 from harness.core.method import Method, overrides
 from harness.core.qtensor import IntQTensor, QTensor, round_to_nearest
 from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
 from harness.core.stats import Stats
-from harness.linear import QuantLinear
+from harness.nn.linear import QuantLinear
 from tests.conftest import ROOT, resolve
 
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml") if path.stem != "none")

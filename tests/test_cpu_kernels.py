@@ -14,7 +14,7 @@ from harness.core.scheme import ActivationFormat, WeightFormat
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
 from harness.kernels.table import MODULES, choose
-from harness.linear import QuantLinear, resident_bytes
+from harness.nn.linear import QuantLinear, resident_bytes
 from tests.conftest import ROOT
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness import data, text
-from harness.config import DataConfig
+from harness.config.schema import DataConfig
+from harness.data import corpora, windows
 
 
 def encode(raw: str) -> list[int]:
@@ -28,7 +28,7 @@ def config(tmp_path: Path, content: str | bytes = "", name: str = "a.txt", **key
 
 def test_wikitext_rows_are_joined_as_the_hub_keeps_them() -> None:
     raw = " \n = Title = \n \n A row \u2028 with an odd break . \n"
-    assert text.wikitext_join(raw) == "\n\n = Title = \n\n\n\n\n A row \u2028 with an odd break . \n"
+    assert corpora.wikitext_join(raw) == "\n\n = Title = \n\n\n\n\n A row \u2028 with an odd break . \n"
 
 
 def test_pydocs_parts_hold_every_paragraph_once() -> None:
@@ -37,7 +37,7 @@ def test_pydocs_parts_hold_every_paragraph_once() -> None:
     def paragraphs(raw: str) -> list[str]:
         return [" ".join(paragraph.split()) for paragraph in raw.split("\n\n") if paragraph.split()]
 
-    first, second = text.pydocs("calibration"), text.pydocs("evaluation")
+    first, second = corpora.pydocs("calibration"), corpora.pydocs("evaluation")
     kept = paragraphs(first) + paragraphs(second)
     assert set(kept) == set(paragraphs("\n\n".join(topics.values())))
     assert len(kept) == len(set(kept))
@@ -45,56 +45,56 @@ def test_pydocs_parts_hold_every_paragraph_once() -> None:
 
 
 def test_windows_do_not_overlap_and_the_tail_is_dropped(tmp_path: Path) -> None:
-    stream = data.evaluation(config(tmp_path, "abcdefghijklmnopqrst"), encode)
+    stream = windows.evaluation(config(tmp_path, "abcdefghijklmnopqrst"), encode)
     assert ["".join(map(chr, row)) for row in stream.windows.tolist()] == ["abcdefgh", "ijklmnop"]
     assert stream.info["num_windows"] == 2
     assert stream.info["text_tokens"] == 20
     assert stream.info["source"] == "a.txt"
     assert stream.info["text_sha256"] == hashlib.sha256(b"abcdefghijklmnopqrst").hexdigest()
-    limited = data.evaluation(config(tmp_path, "abcdefghijklmnopqrst", max_windows=1), encode)
+    limited = windows.evaluation(config(tmp_path, "abcdefghijklmnopqrst", max_windows=1), encode)
     assert limited.windows.shape == (1, 8)
     assert limited.info["tokens_sha256"] != stream.info["tokens_sha256"]
 
 
 def test_strided_windows_overlap_and_name_their_protocol(tmp_path: Path) -> None:
     cfg = config(tmp_path, "abcdefghijklmnopqrst", protocol="strided", stride=3)
-    stream = data.evaluation(cfg, encode)
+    stream = windows.evaluation(cfg, encode)
     assert ["".join(map(chr, row)) for row in stream.windows.tolist()] == [
         *("abcdefgh", "defghijk", "ghijklmn", "jklmnopq", "mnopqrst"),
     ]
     assert cfg.protocol_id == "strided-8-3"
     assert cfg.unscored == 4
     limited = config(tmp_path, "abcdefghijklmnopqrst", protocol="strided", stride=3, max_windows=2)
-    assert torch.equal(data.evaluation(limited, encode).windows, stream.windows[:2])
+    assert torch.equal(windows.evaluation(limited, encode).windows, stream.windows[:2])
 
 
 def test_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"data.path=a.txt has 3 tokens, fewer than one window of data.seq_len=8"):
-        data.evaluation(config(tmp_path, "abc"), encode)
+        windows.evaluation(config(tmp_path, "abc"), encode)
 
 
 def test_unusable_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no text"):
-        data.evaluation(config(tmp_path, " \n "), encode)
+        windows.evaluation(config(tmp_path, " \n "), encode)
     with pytest.raises(ValueError, match="cannot be read .*expected UTF-8 text"):
-        data.evaluation(config(tmp_path, b"\xff\xfe\x00"), encode)
+        windows.evaluation(config(tmp_path, b"\xff\xfe\x00"), encode)
     with pytest.raises(ValueError, match="data.path=.*none.txt is no file"):
-        data.evaluation(config(tmp_path, path=str(tmp_path / "none.txt")), encode)
+        windows.evaluation(config(tmp_path, path=str(tmp_path / "none.txt")), encode)
     with pytest.raises(ValueError, match='JSON lines with a "text" key'):
-        data.evaluation(config(tmp_path, "{}\n", source="c4"), encode)
+        windows.evaluation(config(tmp_path, "{}\n", source="c4"), encode)
 
 
 def test_missing_calibration_text_names_the_key(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="data.calibration_path=None; data=text_file has no calibration text"):
-        data.calibration(config(tmp_path, "abc"), encode, seed=0)
+        windows.calibration(config(tmp_path, "abc"), encode, seed=0)
 
 
 def test_first_sampling_is_consecutive(tmp_path: Path) -> None:
     cfg = config(tmp_path, "abcdefghijkl", calibration_path=str(tmp_path / "a.txt"), num_samples=2)
     cfg = DataConfig(**{**vars(cfg), "calibration_seq_len": 5})
-    assert data.calibration(cfg, encode, 0).windows.tolist() == [list(b"abcde"), list(b"fghij")]
+    assert windows.calibration(cfg, encode, 0).windows.tolist() == [list(b"abcde"), list(b"fghij")]
     with pytest.raises(ValueError, match="has 12 tokens; expected data.num_samples=3 x data.calibration_seq_len=5"):
-        data.calibration(DataConfig(**{**vars(cfg), "num_samples": 3}), encode, 0)
+        windows.calibration(DataConfig(**{**vars(cfg), "num_samples": 3}), encode, 0)
 
 
 def test_random_sampling_draws_as_gptq_does(tmp_path: Path) -> None:
@@ -110,13 +110,13 @@ def test_random_sampling_draws_as_gptq_does(tmp_path: Path) -> None:
             pass
         start = draw.randint(0, len(document) - 10 - 1)
         expected.append(list(document.encode()[start : start + 10]))
-    assert data.calibration(cfg, encode, 7).windows.tolist() == expected
-    assert data.calibration(cfg, encode, 8).windows.tolist() != expected
+    assert windows.calibration(cfg, encode, 7).windows.tolist() == expected
+    assert windows.calibration(cfg, encode, 8).windows.tolist() != expected
 
 
 def test_c4_evaluation_joins_the_first_documents_by_blanks(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"text": f"d{i}"}) for i in range(1200))
-    stream = data.evaluation(config(tmp_path, lines, source="c4"), encode)
+    stream = windows.evaluation(config(tmp_path, lines, source="c4"), encode)
     joined = " ".join(f"d{i}" for i in range(1100))
     assert stream.info["text_sha256"] == hashlib.sha256(joined.encode()).hexdigest()
 
@@ -126,54 +126,54 @@ def test_calibration_may_come_from_another_corpus(tmp_path: Path) -> None:
     (tmp_path / "c4.json").write_text(lines)
     keys = {"source": "wikitext2", "calibration_source": "c4", "calibration_path": str(tmp_path / "c4.json")}
     cfg = config(tmp_path, "one row\n", **keys)
-    assert text.documents(cfg, "calibration") == ["document 0", "document 1", "document 2"]
-    assert text.documents(cfg, "evaluation") == ["one row\n"]
+    assert corpora.documents(cfg, "calibration") == ["document 0", "document 1", "document 2"]
+    assert corpora.documents(cfg, "evaluation") == ["one row\n"]
     apart = DataConfig(source="wikitext2", calibration_source="c4")
-    assert text.identity(apart, "calibration") == text.describe(apart, "calibration") == "c4:calibration"
-    assert text.identity(apart, "evaluation") == "wikitext2:evaluation"
-    assert text.identity(apart, "calibration") != text.identity(DataConfig(source="wikitext2"), "calibration")
+    assert corpora.identity(apart, "calibration") == corpora.describe(apart, "calibration") == "c4:calibration"
+    assert corpora.identity(apart, "evaluation") == "wikitext2:evaluation"
+    assert corpora.identity(apart, "calibration") != corpora.identity(DataConfig(source="wikitext2"), "calibration")
 
 
 def test_overlap_is_found_wherever_it_lies() -> None:
     generator = torch.Generator().manual_seed(0)
     evaluation = torch.randint(0, 5000, (4, 500), generator=generator)
     calibration = torch.randint(0, 5000, (3, 300), generator=generator)
-    assert data.overlap(calibration, evaluation) == 0
+    assert windows.overlap(calibration, evaluation) == 0
     calibration[1, 17:97] = evaluation.reshape(-1)[460:540]  # 80 tokens, across two windows
-    assert data.overlap(calibration, evaluation) == 80 - 64 + 1
+    assert windows.overlap(calibration, evaluation) == 80 - 64 + 1
     calibration[1, 17:97] = torch.roll(calibration[1, 17:97], 1)
-    assert data.overlap(calibration, evaluation) > 0
+    assert windows.overlap(calibration, evaluation) > 0
 
 
 def test_overlap_is_refused_unless_asked_for(tmp_path: Path) -> None:
     content = "".join(chr(97 + (i * i * 7 + i // 3) % 26) for i in range(600))
     keys = {"calibration_path": str(tmp_path / "a.txt"), "num_samples": 2, "calibration_seq_len": 100}
     cfg = config(tmp_path, content, **keys)
-    stream, calibration = data.evaluation(cfg, encode), data.calibration(cfg, encode, 0)
+    stream, calibration = windows.evaluation(cfg, encode), windows.calibration(cfg, encode, 0)
     with pytest.raises(ValueError, match="shares .* runs of tokens with evaluation text a.txt; name another text"):
-        data.check_overlap(cfg, calibration, stream)
+        windows.check_overlap(cfg, calibration, stream)
     allowed = DataConfig(**{**vars(cfg), "allow_overlap": True})
-    assert "perplexity is flattered" in str(data.check_overlap(allowed, calibration, stream))
+    assert "perplexity is flattered" in str(windows.check_overlap(allowed, calibration, stream))
     other = config(tmp_path, content[::-1].upper(), "b.txt")
-    assert data.check_overlap(cfg, calibration, data.evaluation(other, encode)) is None
+    assert windows.check_overlap(cfg, calibration, windows.evaluation(other, encode)) is None
 
 
 def test_pydocs_parts_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(data, "_OVERLAP_TOKENS", 200)  # bytes here, about 64 tokens of a word tokenizer
+    monkeypatch.setattr(windows, "_OVERLAP_TOKENS", 200)  # bytes here, about 64 tokens of a word tokenizer
     cfg = DataConfig(source="pydocs", calibration_seq_len=2048, num_samples=80)
-    assert data.check_overlap(cfg, data.calibration(cfg, encode, 0), data.evaluation(cfg, encode)) is None
+    assert windows.check_overlap(cfg, windows.calibration(cfg, encode, 0), windows.evaluation(cfg, encode)) is None
 
 
 def test_identity_follows_the_content(tmp_path: Path) -> None:
-    before = text.identity(config(tmp_path, "abc"), "evaluation")
-    assert text.identity(config(tmp_path, "abc", "b.txt"), "evaluation") == before
-    assert text.identity(config(tmp_path, "abd"), "evaluation") != before
+    before = corpora.identity(config(tmp_path, "abc"), "evaluation")
+    assert corpora.identity(config(tmp_path, "abc", "b.txt"), "evaluation") == before
+    assert corpora.identity(config(tmp_path, "abd"), "evaluation") != before
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4"])
 def test_an_unreachable_hub_is_one_line_with_the_remedy(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.hub.reachable", lambda: False)
+    monkeypatch.setattr("harness.utils.hub.reachable", lambda: False)
     with pytest.raises(
         ValueError, match=r"data.path=None.*the hub cannot be reached.*data.path=FILE, or use data=pydocs"
     ):
-        text.documents(DataConfig(source=source), "evaluation")  # type: ignore[arg-type]
+        corpora.documents(DataConfig(source=source), "evaluation")  # type: ignore[arg-type]

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness import linear
-from harness.determinism import repeatable
+from harness.nn import linear
 from harness.runs.execute import execute_run
+from harness.utils.determinism import repeatable
 from tests.conftest import ROOT, TINY, resolve
 
 # Each way of choosing codes: by rounding, by errors fed back, by searches, by k-means and training, at random.

@@ -12,9 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import divergence, evaluate, models, spool
+from harness.evaluation import divergence, hidden_states, perplexity
+from harness.models import source
 from harness.runs.execute import execute_run
-from harness.statcache import StatCache
+from harness.utils.disk_cache import DiskCache
 from tests.families import build
 
 Tiny = Callable[..., dict[str, Any]]
@@ -33,10 +34,10 @@ def noisy(model: nn.Module, size: float = 0.05) -> nn.Module:
     return other
 
 
-def kept(model: nn.Module) -> tuple[evaluate.Scorer, list[Tensor]]:
+def kept(model: nn.Module) -> tuple[perplexity.Scorer, list[Tensor]]:
     found: list[Tensor] = []
-    evaluate.perplexity(model, WINDOWS, keep=found.append)
-    return evaluate.scorer(model, WINDOWS), found
+    perplexity.perplexity(model, WINDOWS, keep=found.append)
+    return perplexity.scorer(model, WINDOWS), found
 
 
 @torch.no_grad()
@@ -56,7 +57,7 @@ def naive(model: nn.Module, other: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_equals_the_formulas_token_by_token(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(evaluate, "_LOGIT_ELEMENTS", 5 * 128)  # five positions at a time, 23 in all
+    monkeypatch.setattr(perplexity, "_LOGIT_ELEMENTS", 5 * 128)  # five positions at a time, 23 in all
     model = build(family)
     other = noisy(model)
     found = divergence.compare(kept(model), kept(other), WINDOWS)
@@ -74,7 +75,7 @@ def test_equals_the_formulas_token_by_token(family: str, monkeypatch: pytest.Mon
 def test_nll_is_the_perplexity_passs() -> None:
     model = build("llama")
     other = noisy(model)
-    assert divergence.compare(kept(model), kept(other), WINDOWS).nll == evaluate.perplexity(other, WINDOWS).nll
+    assert divergence.compare(kept(model), kept(other), WINDOWS).nll == perplexity.perplexity(other, WINDOWS).nll
 
 
 def test_context_of_strided_windows_is_not_compared() -> None:
@@ -83,7 +84,7 @@ def test_context_of_strided_windows_is_not_compared() -> None:
     whole = divergence.compare(kept(model), kept(other), WINDOWS)
     found = divergence.compare(kept(model), kept(other), WINDOWS, unscored=15)
     assert torch.equal(found.kl.view(3, 8), whole.kl.view(3, 23)[:, 15:])
-    assert found.nll == evaluate.perplexity(other, WINDOWS, unscored=15).nll
+    assert found.nll == perplexity.perplexity(other, WINDOWS, unscored=15).nll
 
 
 def test_a_strided_run_is_scored_and_compared_alike(tiny: Tiny) -> None:
@@ -119,7 +120,7 @@ def test_logits_that_are_not_finite_are_refused() -> None:
 
 def test_a_spool_gives_back_what_it_took_and_stops_at_its_limit(tmp_path: Path) -> None:
     given = [torch.randn(3, 4) for _ in range(4)]
-    with spool.spool(tmp_path, limit=3 * 48) as spooled:
+    with hidden_states.spool(tmp_path, limit=3 * 48) as spooled:
         for each in given[:3]:
             spooled.append(each)
         assert all(torch.equal(a, b) for a, b in zip(spooled, given, strict=False))
@@ -140,9 +141,9 @@ def test_float_states_are_computed_once_and_forgotten_within_their_limit(tmp_pat
             keep(each)
 
     def fill(limit: int, *decides: str) -> list[Tensor]:
-        cache = StatCache(tmp_path / "float", limit)
-        with spool.spool(tmp_path, limit=1000) as target:
-            shared = spool.FloatStates(cache, decides, len(given))
+        cache = DiskCache(tmp_path / "float", limit)
+        with hidden_states.spool(tmp_path, limit=1000) as target:
+            shared = hidden_states.FloatStates(cache, decides, len(given))
             shared.fill(target, compute)
             shared.publish(target, lambda states: 2 * states)
             return list(target)
@@ -152,10 +153,12 @@ def test_float_states_are_computed_once_and_forgotten_within_their_limit(tmp_pat
     assert len(computed) == 1
     fill(1000, "b")
     assert len(computed) == 2, "another stream is another"
-    kept = spool.FloatStates(StatCache(tmp_path / "float", 1000), ["b"], len(given))
+    kept = hidden_states.FloatStates(DiskCache(tmp_path / "float", 1000), ["b"], len(given))
     assert kept.vouch_for(lambda states: states + states)
     assert not kept.vouch_for(lambda states: 2.001 * states), "another tail"
-    assert not spool.FloatStates(kept.cache, ["z"], len(given)).vouch_for(lambda states: 2 * states), "none are kept"
+    assert not hidden_states.FloatStates(kept.cache, ["z"], len(given)).vouch_for(lambda states: 2 * states), (
+        "none are kept"
+    )
     fill(60, "c")  # room for one alone
     assert sum(path.stat().st_size for path in (tmp_path / "float").glob("*.safetensors")) < 60 + 200
     fill(60, "c")
@@ -164,8 +167,8 @@ def test_float_states_are_computed_once_and_forgotten_within_their_limit(tmp_pat
 
 def test_runs_of_a_sweep_share_one_float_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    original = evaluate.perplexity
-    monkeypatch.setattr(evaluate, "perplexity", lambda *args: passes.append(1) or original(*args))
+    original = perplexity.perplexity
+    monkeypatch.setattr(perplexity, "perplexity", lambda *args: passes.append(1) or original(*args))
     first, second = (execute_run(tiny(f"bits={bits}"))[0] for bits in (4, 3))
     assert len(passes) == 3, "two of their own and one of the float model"
     assert 0 < first.metrics["kl"] < second.metrics["kl"]
@@ -180,8 +183,8 @@ def test_runs_of_a_sweep_share_one_float_pass(tiny: Tiny, monkeypatch: pytest.Mo
 def test_a_float_run_leaves_its_states_to_others(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     assert execute_run(tiny("method=none"))[0].status == "ok"
     passes: list[int] = []
-    original = evaluate.perplexity
-    monkeypatch.setattr(evaluate, "perplexity", lambda *args: passes.append(1) or original(*args))
+    original = perplexity.perplexity
+    monkeypatch.setattr(perplexity, "perplexity", lambda *args: passes.append(1) or original(*args))
     assert execute_run(tiny("bits=3"))[0].metrics["kl"] > 0
     assert len(passes) == 1
 
@@ -211,8 +214,8 @@ def test_a_rotated_model_is_compared_by_its_own_head(tiny: Tiny) -> None:
 def test_the_float_model_is_loaded_only_where_its_tail_is_another(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     first = execute_run(tiny("bits=3"))[0]
     loads: list[int] = []
-    original = models.load
-    monkeypatch.setattr(models, "load", lambda *args: loads.append(1) or original(*args))
+    original = source.load
+    monkeypatch.setattr(source, "load", lambda *args: loads.append(1) or original(*args))
     again = execute_run(tiny("bits=3", "force=true"))[0]
     assert len(loads) == 1
     assert again.window_kl == first.window_kl

@@ -11,15 +11,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import engine
-from harness.architecture import linears, weight_of
-from harness.config import RunConfig, build_run
+from harness.config.load import build_run
+from harness.config.schema import RunConfig
 from harness.core.method import InputGroup, Method
 from harness.core.qtensor import QTensor, round_to_nearest
 from harness.core.residual import Residual
 from harness.core.scheme import Scheme
 from harness.core.stats import MinMax, Stat, Stats
-from harness.linear import QuantLinear
+from harness.models.architecture import linears, weight_of
+from harness.nn.linear import QuantLinear
+from harness.quantization import engine
 from methods.rtn import RTN
 from tests.blocks import Block, codes_of, logits, relative
 from tests.families import build, uneven

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import evaluate
-from harness.evaluate import Perplexity, perplexity
+from harness.evaluation import perplexity as evaluate
+from harness.evaluation.perplexity import Perplexity, perplexity
 from tests.families import build
 from tests.reference import naive_perplexity
 

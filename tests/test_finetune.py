@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import engine
-from harness import finetune as tuning
-from harness.architecture import first_of
-from harness.config import build_run
+from harness.config.load import build_run
 from harness.core.method import Finetune, Method
 from harness.core.qtensor import QTensor, Tuner
 from harness.core.scheme import Scheme
 from harness.core.stats import AbsMean, Stats
-from harness.linear import QuantLinear, replace
+from harness.nn.hooks import first_of
+from harness.nn.linear import QuantLinear, replace
+from harness.quantization import engine
+from harness.quantization import finetune as tuning
 from tests.blocks import TOKENS, logits, relative
 from tests.families import build, uneven
 

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from harness import config as configuration
-from harness import record
-from harness.config import RunConfig, build_run
-from harness.options import Decides, decides
+from harness.config import schema as configuration
+from harness.config.load import build_run
+from harness.config.options import Decides, decides
+from harness.config.schema import RunConfig
+from harness.records import store
 from harness.runs import identity
 from harness.runs.execute import execute_run
 from harness.runs.sources import Sources
@@ -239,7 +240,7 @@ def test_every_module_that_runs_is_reached(case: str, tiny: Tiny, tmp_path: Path
     threading.setprofile(note)
     sys.setprofile(note)
     try:
-        identity.run.run(cfg, record.Record("watched", config=raw))
+        identity.run.run(cfg, store.Record("watched", config=raw))
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
@@ -261,7 +262,7 @@ def test_a_finished_run_of_other_code_is_repeated_and_confirmed(
     assert not skipped
     assert again.code == "other" != first.code
     assert again.metrics == first.metrics, "timings included"
-    assert record.read(record.path_of(tmp_path, first.run_id)) == again
+    assert store.read(store.path_of(tmp_path, first.run_id)) == again
     assert execute_run(raw)[1], "confirmed once"
 
 
@@ -272,7 +273,7 @@ def test_a_run_that_other_code_moves_says_which_metric(
     first, _ = execute_run(raw)
     first.metrics["nll"] += 0.5
     first.code = "earlier"
-    record.write(first, tmp_path)
+    store.write(first, tmp_path)
     again, skipped = execute_run(raw)
     assert not skipped
     assert again.metrics["nll"] == pytest.approx(first.metrics["nll"] - 0.5)

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache
 
-from harness import evaluate, kvcache, run
-from harness.config import build_run
+from harness.config.load import build_run
 from harness.core.kv import KVFormat, StatesFormat
 from harness.core.states import States
+from harness.evaluation import perplexity
+from harness.nn import kvcache
+from harness.runs import run
 from harness.runs.execute import execute_run
 from tests.conftest import ROOT, resolve
 from tests.families import FAMILIES, build
@@ -219,14 +221,14 @@ def test_sliding_windows_are_masked(family: str) -> None:
 def test_perplexity_goes_through_the_cache_whatever_the_batch_size() -> None:
     model = build("llama")
     windows = torch.randint(3, 128, (5, 24), generator=torch.Generator().manual_seed(1))
-    plain = evaluate.perplexity(model, windows).window_nll
+    plain = perplexity.perplexity(model, windows).window_nll
     for fmt in (kv_format(2, "token"), kv_format(2, "channel")):
-        found = evaluate.perplexity(model, windows, cache=kvcache.maker(fmt)).window_nll
+        found = perplexity.perplexity(model, windows, cache=kvcache.maker(fmt)).window_nll
         assert found != pytest.approx(plain, rel=1e-5)
         for batch_size in (2, 5):
-            batched = evaluate.perplexity(model, windows, batch_size, cache=kvcache.maker(fmt)).window_nll
+            batched = perplexity.perplexity(model, windows, batch_size, cache=kvcache.maker(fmt)).window_nll
             assert batched == pytest.approx(found, rel=1e-6)
-    fine = evaluate.perplexity(model, windows, cache=kvcache.maker(kv_format(8, "token"))).window_nll
+    fine = perplexity.perplexity(model, windows, cache=kvcache.maker(kv_format(8, "token"))).window_nll
     assert fine == pytest.approx(plain, rel=1e-3)
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import round_to_nearest
 from harness.core.scheme import ActivationFormat, WeightFormat
-from harness.linear import QuantLinear, stored_bytes
+from harness.nn.linear import QuantLinear, stored_bytes
 
 
 def naive_symmetric(values: Tensor, bits: int) -> Tensor:

@@ -6,12 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.config import build_run
+from harness.config.load import build_run
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import MixedQTensor, round_to_nearest
 from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
 from harness.core.stats import MinMax, Stats
-from harness.linear import QuantLinear
+from harness.nn.linear import QuantLinear
 from methods.llm_int8 import LLMInt8
 from tests.conftest import resolve
 

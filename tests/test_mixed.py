@@ -16,23 +16,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from harness import engine, mixed, models, record, run, table
-from harness.allocation import Choice, allocate, hull
-from harness.architecture import linears, weight_of
-from harness.config import RunConfig, build_run
+from harness.cli import table
+from harness.config.load import build_run
+from harness.config.schema import RunConfig
 from harness.core.grid import snap_weight
 from harness.core.qtensor import QTensor, round_to_nearest
-from harness.linear import QuantLinear
+from harness.models import source as models
+from harness.models.architecture import linears, weight_of
+from harness.nn.linear import QuantLinear
+from harness.quantization import engine, mixed
+from harness.quantization.allocation import Choice, allocate, hull
+from harness.records import store
+from harness.runs import run
 from harness.runs.execute import execute_run
 from harness.runs.identity import run_id
-from harness.statcache import StatCache
+from harness.utils.disk_cache import DiskCache
 from tests.blocks import GROUP8, Block, relative
 from tests.conftest import TINY, resolve
 from tests.families import build, uneven
 
 Tiny = Callable[..., dict[str, Any]]
 WIDTHS = (2, 3, 4, 5, 6, 8)
-NO_CACHE = StatCache(Path(), 0)
+NO_CACHE = DiskCache(Path(), 0)
 
 choices = st.lists(
     st.tuples(st.integers(1, 40), st.floats(0, 10)), min_size=1, max_size=4, unique_by=lambda pair: pair[0]
@@ -84,7 +89,7 @@ def test_a_budget_under_the_narrowest_is_refused() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> record.Record:
+def measured(tmp_path_factory: pytest.TempPathFactory) -> store.Record:
     """A sensitivity run of the tiny model."""
     folder = tmp_path_factory.mktemp("measured")
     asked = ("bits=3", "analysis.sensitivity=linear", "execution=simulated", "measure=off", f"results_dir={folder}")
@@ -92,13 +97,13 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> record.Record:
 
 
 @pytest.fixture
-def followed(measured: record.Record, tmp_path: Path) -> Path:
+def followed(measured: store.Record, tmp_path: Path) -> Path:
     """Its record, with figures set to differ by linear beyond all noise."""
     found = copy.deepcopy(measured)
     assert found.status == "ok", found.error
     for i, row in enumerate(found.analysis["sensitivity"]):
         row["kl_alone"] = 0.001 * 4 ** (i % 5)
-    return record.write(found, tmp_path / "followed")
+    return store.write(found, tmp_path / "followed")
 
 
 def mixing(tiny: Tiny, followed: Path, *options: str, budget: float = 4.0) -> dict[str, Any]:
@@ -124,13 +129,13 @@ def inputs_of(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("by", ["linear", "block"])
 def test_a_plan_costs_what_its_formula_says(tiny: Tiny, followed: Path, by: str, tmp_path: Path) -> None:
-    source = record.read(followed)
+    source = store.read(followed)
     measured = {row["name"]: row["kl_alone"] for row in source.analysis["sensitivity"]}
     if by == "block":
         rows = source.analysis["sensitivity"]
         rows[:] = [rows[0] | {"name": "model.layers.0"}, rows[3] | {"name": "model.layers.1"}]
         measured = {row["name"]: row["kl_alone"] for row in rows}
-        followed = record.write(source, tmp_path / "blocks")
+        followed = store.write(source, tmp_path / "blocks")
     cfg = build_run(mixing(tiny, followed))
     assert cfg.scheme is not None
     model, tokens = float_model(cfg), calibration(cfg)
@@ -158,10 +163,10 @@ def test_a_plan_costs_what_its_formula_says(tiny: Tiny, followed: Path, by: str,
 
 
 def test_sensitive_linears_get_more_bits(tiny: Tiny, followed: Path) -> None:
-    source = record.read(followed)
+    source = store.read(followed)
     for row in source.analysis["sensitivity"]:
         row["kl_alone"] = 1.0 if row["name"].endswith("gate_proj") else 1e-3
-    record.write(source, followed.parent)
+    store.write(source, followed.parent)
     cfg = build_run(mixing(tiny, followed))
     bits = mixed.plan(float_model(cfg), cfg, calibration(cfg), NO_CACHE).bits
     gates = [width for name, width in bits.items() if name.endswith("gate_proj")]
@@ -231,7 +236,7 @@ def test_a_whole_run(tiny: Tiny, method: str, followed: Path) -> None:
     found, _ = execute_run(mixing(tiny, followed, f"method={method}"))
     assert found.status == "ok", found.error
     plan = found.analysis["mixed"]
-    assert plan["sensitivity"] == record.read(followed).run_id
+    assert plan["sensitivity"] == store.read(followed).run_id
     assert found.metrics["bits_per_weight"] == pytest.approx(plan["bits_per_weight"])
     assert 3.5 < plan["bits_per_weight"] <= 4
     assert len({row["bits"] for row in found.layers}) > 1
@@ -253,16 +258,16 @@ def test_the_figures_that_are_followed_decide_the_run_and_the_file_does_not(tiny
     assert identity(followed.parent) == first, "the folder's newest"
     assert identity(followed, "bits=3") == first, "the scheme's own width has no use"
     assert identity(followed, "mixed.widths=[2,4]") != first
-    source = record.read(followed)
+    source = store.read(followed)
     source.analysis["sensitivity"][0]["kl_alone"] *= 2
-    changed = record.write(source, followed.parent)
+    changed = store.write(source, followed.parent)
     assert identity(changed) != first
     plain = tiny("mixed.widths=[2,4]")
     assert run_id(build_run(plain)) == run_id(build_run(tiny())), "nothing is mixed"
 
 
 def test_the_newest_of_a_folder_that_fits_is_taken(tiny: Tiny, followed: Path) -> None:
-    good = record.read(followed)
+    good = store.read(followed)
     others = {
         "failed": replace(good, status="failed"),
         "none": replace(good, analysis={}),
@@ -279,10 +284,10 @@ def test_the_newest_of_a_folder_that_fits_is_taken(tiny: Tiny, followed: Path) -
 
 
 def test_linears_whose_measurement_says_nothing(tiny: Tiny, followed: Path) -> None:
-    source = record.read(followed)
+    source = store.read(followed)
     rows = source.analysis["sensitivity"]
     rows[0]["kl_alone"], rows[1]["kl_alone"] = 0.0, -1e-9
-    record.write(source, followed.parent)
+    store.write(source, followed.parent)
     cfg = build_run(mixing(tiny, followed))
     found = mixed.plan(float_model(cfg), cfg, calibration(cfg), NO_CACHE)
     (note,) = found.warnings
@@ -302,9 +307,9 @@ def test_another_scheme_is_said_and_a_linear_that_was_not_measured_refused(tiny:
     cfg = build_run(mixing(tiny, followed, "scheme=group32"))
     (note,) = mixed.plan(float_model(cfg), cfg, calibration(cfg), NO_CACHE).warnings
     assert note.endswith("measured sensitivities under another scheme (group_size)")
-    source = record.read(followed)
+    source = store.read(followed)
     del source.analysis["sensitivity"][3]
-    record.write(source, followed.parent)
+    store.write(source, followed.parent)
     found, _ = execute_run(mixing(tiny, followed))
     assert found.error is not None
     assert f"run {source.run_id} says nothing of model.layers.0.self_attn.o_proj; measure it with" in found.error

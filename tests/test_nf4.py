@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.config import build
+from harness.config.build import build
 from harness.core.codebook import NESTED_BLOCK, LevelsQTensor, decode_blocks, dynamic_levels, encode_blocks, nearest
 from harness.core.scheme import Scheme
 from harness.core.stats import Stats
-from harness.linear import QuantLinear
+from harness.nn.linear import QuantLinear
 from methods.nf4 import FP4, NF4, Codebook
 from tests.conftest import resolve
 
@@ -207,7 +207,7 @@ def test_weights_and_inputs_of_any_float_type(dtype: torch.dtype) -> None:
 def test_what_is_refused() -> None:
     for options, message in (
         (("method=nf4", "scheme=group64"), "scheme=group64 is another format than .* nf4; use scheme=native"),
-        (("method=fp4", "bits=3"), "bits=3 is not what nf4 has; use bits=4"),
+        (("method=fp4", "bits=3"), "bits=3 does not match nf4, which has 4 bits; use bits=4"),
     ):
         with pytest.raises(ValueError, match=message):
             NF4().check(scheme(*options))

@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.config import build
+from harness.config.build import build
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import round_to_nearest
 from harness.core.scheme import Scheme
 from harness.core.stats import Stats
-from harness.linear import QuantLinear
+from harness.nn.linear import QuantLinear
 from harness.runs.execute import execute_run
 from methods.peers.bitsandbytes import Bnb4Bit, Bnb4BitQTensor, BnbFP4, BnbInt8, BnbInt8QTensor, BnbNF4
 from tests.conftest import TINY, Done, resolve
@@ -151,10 +151,14 @@ def test_a_copy_and_a_move_take_all_along(method: BnbInt8 | Bnb4Bit) -> None:
 @pytest.mark.parametrize(
     ("method", "name", "message"),
     [
-        (BnbInt8(), "group64", "scheme=group64 is another format than the int8 rows .*; use scheme=llm_int8"),
+        (BnbInt8(), "group64", "scheme=group64 is not the format of bitsandbytes, .*; use scheme=llm_int8"),
         (BnbInt8(), "w8a8_tensor", "use scheme=llm_int8"),
-        (BnbInt8(threshold=5.0), "llm_int8", "threshold=5 is not scheme.activation.threshold=6.0; set both alike"),
-        (BnbInt8(), "w8a8_token", "threshold=6 is not scheme.activation.threshold=None"),
+        (
+            BnbInt8(threshold=5.0),
+            "llm_int8",
+            "threshold=5 differs from scheme.activation.threshold=6.0; set both to one value",
+        ),
+        (BnbInt8(), "w8a8_token", "threshold=6 differs from scheme.activation.threshold=None"),
         (BnbNF4(), "group64", "scheme=group64 is another format than the nf4 blocks .*; use scheme=native"),
     ],
 )
@@ -172,7 +176,7 @@ def test_what_a_peer_takes() -> None:
             BnbInt8(**options)
     with pytest.raises(ValueError, match="block_size=48 is unknown; expected one of"):
         BnbNF4(block_size=48)
-    with pytest.raises(ValueError, match="block_size=64 does not divide in_features=96, and a block that spans rows"):
+    with pytest.raises(ValueError, match="block_size=64 does not divide in_features=96, and on CPUs with AVX-512"):
         four_bit(BnbNF4(), torch.randn(4, 96))
     for method in (BnbInt8(), BnbNF4()):
         with pytest.raises(ValueError, match="the weight is float64, .*; use model.dtype=float32"):
@@ -192,7 +196,7 @@ def test_a_method_chooses_its_scheme_and_the_command_line_wins(tiny: Callable[..
     assert resolve("method=bnb_nf4", "scheme=group32")["scheme"]["name"] == "group32"
     for overrides, message in (
         (("method=bnb_nf4", "scheme=group32"), "method.bnb_nf4: scheme=group32 is another format"),
-        (("method=bnb_fp4", "bits=3"), "method.bnb_fp4: bits=3 is not what fp4 has; use bits=4"),
+        (("method=bnb_fp4", "bits=3"), "method.bnb_fp4: bits=3 does not match fp4, which has 4 bits; use bits=4"),
         (("method=rtn", "scheme=native"), "method.rtn: scheme=native is for methods with a format of their own"),
     ):
         found = execute_run(tiny(*overrides))[0]

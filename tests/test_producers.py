@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import engine
-from harness.architecture import linears, uncovered, weight_of
-from harness.config import RunConfig, build_run
+from harness.config.load import build_run
+from harness.config.schema import RunConfig
 from harness.core.rewrite import InputGroup, Producer
-from harness.linear import QuantLinear
-from harness.producers import Discovery, Found, _Scratch
+from harness.models.architecture import linears, uncovered, weight_of
+from harness.nn.linear import QuantLinear
+from harness.quantization import engine
+from harness.quantization.producers import Discovery, Found, _Scratch
 from tests.blocks import TOKENS, Block, logits, relative
 from tests.conftest import TINY, resolve
 from tests.families import FAMILIES, build, uneven

@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 import yaml
 
-from harness import published, record, reproduce, table
-from harness.config import build_run, changed_options
-from harness.published import Row
-from harness.record import Record
-from harness.tolerance import parse
+from harness.cli import reproduce, table
+from harness.config.changed import changed_options
+from harness.config.load import build_run
+from harness.records import store
+from harness.records.store import Record
+from harness.reports import published
+from harness.reports.published import Row
+from harness.reports.tolerance import parse
 from tests.conftest import ROOT, Done, resolve
 
 Command = Callable[..., Done]
@@ -85,7 +88,7 @@ def test_an_experiment_runs_its_published_rows_and_no_others(experiment: str) ->
 def test_a_paper_without_the_hub_fails_in_a_line_that_names_it(
     tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("harness.hub.reachable", lambda: False)
+    monkeypatch.setattr("harness.utils.hub.reachable", lambda: False)
     done = command("experiment=paper_small", f"results_dir={tmp_path}", "isolate=false")
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
@@ -220,7 +223,7 @@ def test_a_figure_off_its_target_fails_the_command(tmp_path: Path, capsys: pytes
     (tmp_path / "p.csv").write_text(
         "\n".join([lines[0], "one,m,rtn,group64,4,,wikitext2,gptq-2048,all,perplexity,9,+1%,s,no,"])
     )
-    record.write(a_record(), tmp_path / "runs")
+    store.write(a_record(), tmp_path / "runs")
     code = reproduce.main([f"published={tmp_path}/p.csv", f"runs={tmp_path}/runs"])
     out = capsys.readouterr().out
     assert code == 1

@@ -15,7 +15,7 @@ from harness.core.incoherent import STAGES, IncoherentQTensor
 from harness.core.qtensor import round_to_nearest
 from harness.core.scheme import Scheme, WeightFormat
 from harness.core.stats import Hessian, Stats
-from harness.linear import QuantLinear
+from harness.nn.linear import QuantLinear
 from methods.quip_sharp import QuIPSharp, solve
 
 ROWS, COLUMNS = 12, 48
@@ -200,7 +200,7 @@ def test_a_copy_packs_and_moves() -> None:
 
 
 def test_without_tokens_all_inputs_count_alike_and_a_warning_says_so() -> None:
-    with pytest.warns(UserWarning, match="^no calibration token reached it, so all its inputs count alike$"):
+    with pytest.warns(UserWarning, match="^no calibration token reached this linear; all its inputs get equal weight$"):
         found = QuIPSharp().quantize(weights(), scheme(2), Stats([Hessian], COLUMNS))
     assert torch.equal(found.dequantize(), quantized(weights(), 2, torch.eye(COLUMNS) * 3).dequantize())
 
@@ -208,11 +208,13 @@ def test_without_tokens_all_inputs_count_alike_and_a_warning_says_so() -> None:
 def test_what_it_refuses() -> None:
     for given, message in (
         (scheme(2, "group64"), "scheme=group64 is another format than lattice codes; use scheme=native"),
-        (scheme(5), r"bits=5 has no codebooks; expected one of \[2, 3, 4\]"),
+        (scheme(5), r"bits=5 is out of range for lattice codes; expected one of \[2, 3, 4\]"),
     ):
         with pytest.raises(ValueError, match=message):
             QuIPSharp().check(given)
-    with pytest.raises(ValueError, match="in_features=20 is no multiple of 8, the weights of a code; skip it"):
+    with pytest.raises(
+        ValueError, match="in_features=20 is not a multiple of 8, the number of weights in a code; skip this"
+    ):
         quantized(weights(8, 20))
     for key, value in (("damp", 0.0), ("spread", -1.0), ("lr", 0.0), ("passes", -1), ("epochs", -1), ("seed", -1)):
         with pytest.raises(ValueError, match=f"^{key}={value} is out of range; expected"):

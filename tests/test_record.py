@@ -12,46 +12,46 @@ from pathlib import Path
 
 import pytest
 
-from harness import record
-from harness.record import Record
+from harness.records import store
+from harness.records.store import Record
 from tests.conftest import ROOT
 
 
 def test_round_trip(tmp_path: Path) -> None:
     written = Record(run_id="a1", metrics={"perplexity": 2.5}, warnings=["w"], layers=[{"name": "x"}])
-    path = record.write(written, tmp_path)
-    assert record.read(path) == written
+    path = store.write(written, tmp_path)
+    assert store.read(path) == written
     assert [file.name for file in tmp_path.iterdir()] == ["a1.json"]
     assert path.stat().st_mode & 0o777 == 0o644
 
 
 def test_nan_never_reaches_a_file(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="Out of range float values"):
-        record.write(Record(run_id="a1", metrics={"nll": float("nan")}), tmp_path)
+        store.write(Record(run_id="a1", metrics={"nll": float("nan")}), tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    record.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
+    store.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
 
     def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(OSError, match="No space left"):
-        record.write(Record(run_id="a1", metrics={"nll": 2.0}), tmp_path)
+        store.write(Record(run_id="a1", metrics={"nll": 2.0}), tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["a1.json"]
-    assert record.read(tmp_path / "a1.json").metrics == {"nll": 1.0}
+    assert store.read(tmp_path / "a1.json").metrics == {"nll": 1.0}
 
 
 def test_a_failure_never_takes_the_place_of_a_result(tmp_path: Path) -> None:
-    record.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
-    record.write(Record(run_id="a1", status="failed", error="x"), tmp_path)
-    assert record.read(tmp_path / "a1.json").status == "ok"
-    record.write(Record(run_id="b2", status="failed", error="x"), tmp_path)
-    assert record.finished(tmp_path, "b2") is None
-    record.write(Record(run_id="b2"), tmp_path)
-    assert record.finished(tmp_path, "b2") is not None
+    store.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
+    store.write(Record(run_id="a1", status="failed", error="x"), tmp_path)
+    assert store.read(tmp_path / "a1.json").status == "ok"
+    store.write(Record(run_id="b2", status="failed", error="x"), tmp_path)
+    assert store.finished(tmp_path, "b2") is None
+    store.write(Record(run_id="b2"), tmp_path)
+    assert store.finished(tmp_path, "b2") is not None
 
 
 def test_a_failure_that_comes_between_does_not_win(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -60,25 +60,25 @@ def test_a_failure_that_comes_between_does_not_win(tmp_path: Path, monkeypatch: 
 
     def other_writer_first(descriptor: int) -> None:
         monkeypatch.setattr(os, "fsync", fsync)
-        record.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
+        store.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
 
     monkeypatch.setattr(os, "fsync", other_writer_first)
-    record.write(Record(run_id="a1", status="failed", error="x"), tmp_path)
-    assert record.read(tmp_path / "a1.json").status == "ok"
+    store.write(Record(run_id="a1", status="failed", error="x"), tmp_path)
+    assert store.read(tmp_path / "a1.json").status == "ok"
     assert [file.name for file in tmp_path.iterdir()] == ["a1.json"]
 
 
 def test_a_damaged_file_counts_as_absent(tmp_path: Path) -> None:
     (tmp_path / "a1.json").write_text('{"run_id": "a1", "sta')
-    assert record.finished(tmp_path, "a1") is None
+    assert store.finished(tmp_path, "a1") is None
     with pytest.raises(ValueError, match=r"a1.json is no record .*; expected JSON of a run"):
-        record.read(tmp_path / "a1.json")
+        store.read(tmp_path / "a1.json")
 
 
 @pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.replace"])
 def test_killed_while_writing(moment: str, tmp_path: Path) -> None:
     """SIGKILL at the last moments before a record is in place: the old one stays whole, no half one appears."""
-    record.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
+    store.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
     module, _, attribute = moment.rpartition(".")
     script = f"""
 import os, pathlib, signal
@@ -89,16 +89,16 @@ write(Record(run_id="a1", metrics={{"nll": 2.0}}), pathlib.Path({str(tmp_path)!r
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert [file.name for file in tmp_path.glob("*.json")] == ["a1.json"]
-    assert record.read(tmp_path / "a1.json").metrics == {"nll": 1.0}
+    assert store.read(tmp_path / "a1.json").metrics == {"nll": 1.0}
 
 
 def test_run_id_is_a_hash_of_values_whatever_their_order() -> None:
-    assert record.run_id({"a": 1, "b": 2}) == record.run_id({"b": 2, "a": 1})
-    assert record.run_id({"a": 1}) != record.run_id({"a": 2})
+    assert store.run_id({"a": 1, "b": 2}) == store.run_id({"b": 2, "a": 1})
+    assert store.run_id({"a": 1}) != store.run_id({"a": 2})
 
 
 def test_environment_says_what_two_machines_may_differ_in() -> None:
-    found = record.environment()
+    found = store.environment()
     assert found["packages"]["torch"].startswith("2.")
     assert {"python", "cpu", "cores", "threads", "commit", "platform"} <= set(found)
     json.dumps(found)

@@ -11,17 +11,17 @@ from typing import Any
 
 import pytest
 
-from harness import record
-from harness.record import Record
+from harness.records import store
+from harness.records.store import Record
 from tests.test_table import make
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 pytest.importorskip("itables")
 
-from harness.report import charts, details, layers, page, pareto, rows
-from harness.report.__main__ import main
-from harness.table import to_frame
+from harness.cli.report import main
+from harness.cli.table import to_frame
+from harness.reports.html import charts, details, layers, page, pareto, rows
 
 HOSTILE = "</script><script>document.title = 'owned'</script><b>&"
 METHODS = ("awq", "gptq", "rtn")
@@ -269,7 +269,7 @@ def test_odd_failed_records_are_shown(tmp_path: Path) -> None:
 
 def test_command_line_writes_page_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for found in records():
-        record.write(found, tmp_path)
+        store.write(found, tmp_path)
     picture = tmp_path / "plot.png"
     assert main([f"runs={tmp_path}", f"png={picture}"]) == 0
     assert capsys.readouterr().out == f"{picture}\n{tmp_path / 'report.html'}\n"
@@ -291,7 +291,7 @@ def test_command_line_errors(arguments: list[str], message: str, capsys: pytest.
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("harness.report.__main__.find_spec", lambda name: None if name == "itables" else sys)
+    monkeypatch.setattr("harness.cli.report.find_spec", lambda name: None if name == "itables" else sys)
     assert main(["runs=results/reference"]) == 1
     assert capsys.readouterr().err == (
         "error: the report needs itables, not installed here; run pip install ptqbench[report]\n"

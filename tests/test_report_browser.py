@@ -13,8 +13,8 @@ pytest.importorskip("altair")
 pytest.importorskip("vl_convert")
 pytest.importorskip("itables")
 
-from harness.report import page
-from harness.table import load
+from harness.cli.table import load
+from harness.reports.html import page
 from tests.conftest import ROOT
 from tests.test_report import HOSTILE, analysed
 

@@ -10,12 +10,14 @@ from typing import Any
 import pytest
 import torch
 
-from harness import record, reproduce
-from harness.config import LimitsConfig, build_run
-from harness.hub import UNREACHABLE
-from harness.isolate import execute_isolated
-from harness.record import Record
+from harness.cli import reproduce
+from harness.config.load import build_run
+from harness.config.schema import LimitsConfig
+from harness.records import store
+from harness.records.store import Record
 from harness.runs.identity import run_id
+from harness.runs.isolate import execute_isolated
+from harness.utils.hub import UNREACHABLE
 from tests.conftest import ROOT, resolve
 
 Tiny = Callable[..., dict[str, Any]]
@@ -41,7 +43,7 @@ def again(tmp_path: Path, capsys: pytest.CaptureFixture[str], *arguments: str) -
 
 
 def edit(tmp_path: Path, found: Record, change: Edit) -> None:
-    path = record.path_of(tmp_path / "reference", found.run_id)
+    path = store.path_of(tmp_path / "reference", found.run_id)
     loaded = json.loads(path.read_text())
     change(loaded)
     path.write_text(json.dumps(loaded))
@@ -73,8 +75,8 @@ def test_only_some_and_a_report_in_a_file(
     assert code == 0
     assert output.read_text() == out
     assert "bits=4" not in out
-    assert record.finished(tmp_path / "reproduced", one.run_id)
-    assert not record.finished(tmp_path / "reproduced", other.run_id)
+    assert store.finished(tmp_path / "reproduced", one.run_id)
+    assert not store.finished(tmp_path / "reproduced", other.run_id)
     code, _, err = again(tmp_path, capsys, "only=gptq")
     assert code == 1
     assert err.startswith("error: only=gptq is in the name of no finished record; expected a part of one of: tiny rtn")
@@ -202,7 +204,7 @@ def test_every_committed_record_can_be_run_again(monkeypatch: pytest.MonkeyPatch
     paths = sorted(path for path in (ROOT / "results/reference").rglob("*.json") if path.parent.name != "sweeps")
     assert len(paths) > 60
     for path in paths:
-        found = record.read(path)
+        found = store.read(path)
         config = reproduce.rerun_config(found, "elsewhere")
         config["device"] = "cpu"
         cfg = build_run(config)

@@ -15,15 +15,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from harness import engine
-from harness.architecture import linears, weight_of
-from harness.config import build_run
+from harness.config.load import build_run
 from harness.core import hadamard
 from harness.core.method import Method
 from harness.core.residual import Residual
 from harness.core.rotated import Rotated
-from harness.linear import QuantLinear, stored_bytes
-from harness.residual import discover, measured
+from harness.models.architecture import linears, weight_of
+from harness.nn.linear import QuantLinear, stored_bytes
+from harness.quantization import engine
+from harness.quantization.residual_stream import discover, measured
 from methods.rotate import Rotate, random_orthogonal, turn
 from methods.rtn import RTN
 from tests.blocks import TOKENS, codes_of, logits, relative

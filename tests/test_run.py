@@ -15,8 +15,9 @@ import pytest
 import torch
 from hydra.errors import MissingConfigException
 
-from harness import models, record
-from harness.config import build_run
+from harness.config.load import build_run
+from harness.models import source
+from harness.records import store
 from harness.runs.execute import execute_run
 from harness.runs.identity import run_id
 from tests.conftest import ROOT, TINY, Done, harness, resolve
@@ -29,7 +30,7 @@ SWEEP = [*TINY, "measure=off"]
 def test_record_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
     found, skipped = execute_run(tiny("bits=3", "measure=quick", "measure.prompt_len=8", "measure.repeats=2"))
     assert (found.status, found.error, skipped) == ("ok", None, False)
-    assert record.read(tmp_path / f"{found.run_id}.json") == found
+    assert store.read(tmp_path / f"{found.run_id}.json") == found
     assert found.config["scheme"]["weight"]["bits"] == 3
     assert found.execution["mode"] == "packed"
     assert found.execution["kernel"] == "reference"
@@ -98,7 +99,7 @@ def test_a_model_that_is_not_scored_is_measured_alone(tiny: Tiny) -> None:
 def test_real_shapes_with_random_weights_have_their_parameters(name: str) -> None:
     billions = {"llama3_2_1b": 1.24, "llama3_8b": 8.03, "llama3_70b": 70.6, "mistral_7b": 7.24, "qwen3_8b": 8.19}
     cfg = build_run(resolve(f"model={name}_random")).model
-    skeleton = models.skeleton(models.config(cfg))
+    skeleton = source.skeleton(source.config(cfg))
     assert sum(p.numel() for p in skeleton.parameters()) / 1e9 == pytest.approx(billions[name], rel=0.005)
     assert not cfg.scored
 
@@ -111,7 +112,7 @@ def test_float_types_are_rows(tiny: Tiny, dtype: str, bits: int) -> None:
     assert found.execution["dtype"] == dtype
     assert found.metrics["bits_per_weight"] == bits
     assert "quantize_s" not in found.metrics
-    whole = sum(p.numel() for p in models.skeleton(models.config(build_run(tiny()).model)).parameters())
+    whole = sum(p.numel() for p in source.skeleton(source.config(build_run(tiny()).model)).parameters())
     assert found.metrics["model_size_mib"] == whole * bits / 8 / 2**20
 
 
@@ -201,16 +202,16 @@ def test_calibration_is_read_only_where_something_needs_it(tiny: Tiny, tmp_path:
 def test_failures_are_records_and_come_before_the_model(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(models, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(source, "load", lambda *_: pytest.fail("the model was loaded"))
     found, _ = execute_run(tiny(*overrides))
     assert found.status == "failed"
     assert str(found.error).startswith(message)
     assert "\n" not in str(found.error)
-    assert record.read(tmp_path / f"{found.run_id}.json") == found
+    assert store.read(tmp_path / f"{found.run_id}.json") == found
 
 
 def test_a_bug_is_one_line_too_and_keeps_its_name(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "load", lambda *_: {}["gone"])
+    monkeypatch.setattr(source, "load", lambda *_: {}["gone"])
     found, _ = execute_run(tiny())
     assert found.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows where"
 
@@ -311,7 +312,7 @@ def test_two_sweeps_into_one_folder_lose_nothing(tmp_path: Path) -> None:
     running = [subprocess.Popen([*command, *axes], cwd=ROOT, stdout=-3, stderr=-3) for _ in range(2)]
     assert [process.wait(timeout=300) for process in running] == [0, 0]
     assert len(list(tmp_path.glob("*.json"))) == 5
-    assert all(record.read(path).status == "ok" for path in tmp_path.glob("*.json"))
+    assert all(store.read(path).status == "ok" for path in tmp_path.glob("*.json"))
     assert list(tmp_path.glob(".*")) == []
 
 
@@ -326,7 +327,7 @@ def test_a_sweep_killed_anywhere_leaves_whole_records_and_is_resumed(tmp_path: P
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
         for path in tmp_path.glob("*.json"):
-            assert record.read(path).status == "ok"
+            assert store.read(path).status == "ok"
     assert subprocess.run(command, cwd=ROOT, stdout=-3, stderr=-3, timeout=300).returncode == 0
     assert len(list(tmp_path.glob("*.json"))) == 7
 

@@ -13,21 +13,25 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import attribution, engine, record, sensitivity
-from harness.analysis import Analysis
-from harness.architecture import linears, weight_of
-from harness.config import RunConfig, build_run
-from harness.engine import Result
-from harness.linear import swapped
+from harness.cli import attribution
+from harness.config.load import build_run
+from harness.config.schema import RunConfig
+from harness.evaluation import sensitivity
+from harness.models.architecture import linears, weight_of
+from harness.nn.linear import swapped
+from harness.quantization import engine
+from harness.quantization.engine import Result
+from harness.records import store
+from harness.runs.analysis import Analysis
 from harness.runs.execute import execute_run
 from harness.runs.identity import run_id
-from harness.statcache import StatCache
+from harness.utils.disk_cache import DiskCache
 from tests.blocks import TOKENS, logits, relative
 from tests.families import build, uneven
 
 Tiny = Callable[..., dict[str, Any]]
 LINEAR = ("analysis.sensitivity=linear", "scheme=channel", "bits=3")
-NO_CACHE = StatCache(Path(), 0)
+NO_CACHE = DiskCache(Path(), 0)
 
 
 def naive_kl(expected: Tensor, found: Tensor) -> float:
@@ -273,7 +277,7 @@ def test_spearman_by_hand() -> None:
     assert attribution.spearman([1.0, 2.0, 2.0, 5.0], [0.0, 7.0, 3.0, 8.0]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
 
 
-def ranked_record() -> record.Record:
+def ranked_record() -> store.Record:
     same = {"nll_alone": 2.0, "kl_without": 0.1, "nll_without": 2.1, "params": 6}
     units = [{"name": "a", "kl_alone": 0.1} | same, {"name": "b", "kl_alone": 0.3} | same]
     layers = [
@@ -281,7 +285,7 @@ def ranked_record() -> record.Record:
         {"name": "b", "weight_error": 0.1, "hessian_error": 0.3},
     ]
     total = {"by": "linear", "windows": 4, "seq_len": 32, "kl": 0.5, "nll": 2.4, "nll_float": 2.0}
-    return record.Record(
+    return store.Record(
         "id",
         config={"scheme": {"name": "group64", "weight": {"bits": 3}}, "method": {"rtn": {}}},
         model={"name": "m"},
@@ -298,8 +302,8 @@ def test_the_ranking_is_by_kl_alone_with_shares_and_correlations(
     assert attribution.correlations(attribution.ranked(found)) == pytest.approx(
         {"weight_error": -1, "hessian_error": 1}
     )
-    record.write(found, tmp_path)
-    record.write(replace(found, run_id="other", analysis={}), tmp_path)
+    store.write(found, tmp_path)
+    store.write(replace(found, run_id="other", analysis={}), tmp_path)
     assert attribution.main([f"runs={tmp_path}", "top=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("m rtn group64 bits=3, by linear, 4 calibration sequences of 32 tokens")

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness import engine
-from harness.config import build_run
+from harness.config.load import build_run
 from harness.core.rewrite import InputGroup
 from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
 from harness.core.stats import MinMax
+from harness.quantization import engine
 from methods.smoothquant import SmoothQuant
 from tests.blocks import TOKENS, Block, logits, relative
 from tests.families import build, uneven

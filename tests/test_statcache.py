@@ -13,11 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import engine
-from harness.config import RunConfig, build_run
+from harness.calibration.observer import stat_identity
+from harness.calibration.replay import Stream
+from harness.config.load import build_run
+from harness.config.schema import RunConfig
 from harness.core.stats import AbsMean, Hessian, MinMax, Sample, Stat
-from harness.statcache import StatCache, digest, module_digest, stat_identity, tensor_digest
-from harness.stream import Stream
+from harness.quantization import engine
+from harness.utils.digests import digest, module_digest, tensor_digest
+from harness.utils.disk_cache import DiskCache
 from tests.blocks import TOKENS, codes_of
 from tests.conftest import ROOT, TINY, resolve
 from tests.families import build, uneven
@@ -33,14 +36,14 @@ def size_on_disk(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
-def aged(cache: StatCache, key: str, seconds: int) -> None:
+def aged(cache: DiskCache, key: str, seconds: int) -> None:
     """Make an entry look as if it was used long ago."""
     path = cache.folder / f"{key}.safetensors"
     os.utime(path, (path.stat().st_atime - seconds, path.stat().st_mtime - seconds))
 
 
 def test_an_entry_comes_back_as_it_was(tmp_path: Path) -> None:
-    cache = StatCache(tmp_path / "new", 10_000)
+    cache = DiskCache(tmp_path / "new", 10_000)
     kept = {
         "0.total": torch.randn(3, 5).double().T,  # not contiguous
         "0.tokens": torch.tensor(7),
@@ -73,11 +76,11 @@ def test_a_statistic_is_restored_and_goes_on(cls: type[Stat]) -> None:
 
 
 def test_the_least_recently_used_goes_first_and_the_bound_holds(tmp_path: Path) -> None:
-    one = StatCache(tmp_path, 10_000)
+    one = DiskCache(tmp_path, 10_000)
     one.save("probe", entry(0))
     each = size_on_disk(tmp_path)
     (tmp_path / "probe.safetensors").unlink()
-    cache = StatCache(tmp_path, 3 * each)
+    cache = DiskCache(tmp_path, 3 * each)
     for i, key in enumerate("abc"):
         cache.save(key, entry(i))
         aged(cache, key, 1000 - 100 * i)
@@ -91,7 +94,7 @@ def test_the_least_recently_used_goes_first_and_the_bound_holds(tmp_path: Path) 
 
 
 def test_an_entry_larger_than_the_bound_is_not_kept_and_costs_no_other(tmp_path: Path) -> None:
-    cache = StatCache(tmp_path, 2 * ENTRY)
+    cache = DiskCache(tmp_path, 2 * ENTRY)
     cache.save("small", entry(1))
     cache.save("large", {"x": torch.zeros(201)})
     assert cache.has("small")
@@ -99,8 +102,8 @@ def test_an_entry_larger_than_the_bound_is_not_kept_and_costs_no_other(tmp_path:
 
 
 def test_a_bound_of_zero_keeps_and_finds_nothing(tmp_path: Path) -> None:
-    StatCache(tmp_path, 10_000).save("key", entry(1))
-    nothing = StatCache(tmp_path, 0)
+    DiskCache(tmp_path, 10_000).save("key", entry(1))
+    nothing = DiskCache(tmp_path, 0)
     nothing.save("other", entry(1))
     nothing.save("without any tensor", {})
     assert not nothing.has("key")
@@ -109,7 +112,7 @@ def test_a_bound_of_zero_keeps_and_finds_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [lambda whole: whole[:-7], lambda _: b"", lambda _: b"no tensors at all" * 9])
 def test_a_damaged_entry_is_a_miss_and_removed(tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
-    cache = StatCache(tmp_path, 10_000)
+    cache = DiskCache(tmp_path, 10_000)
     cache.save("key", entry(1))
     path = tmp_path / "key.safetensors"
     path.write_bytes(damage(path.read_bytes()))
@@ -119,7 +122,7 @@ def test_a_damaged_entry_is_a_miss_and_removed(tmp_path: Path, damage: Callable[
 
 def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    cache = StatCache(tmp_path / "file" / "folder", 10_000)
+    cache = DiskCache(tmp_path / "file" / "folder", 10_000)
     cache.save("key", entry(1))
     assert not cache.has("key")
     assert cache.load("key") is None
@@ -128,8 +131,8 @@ def test_a_folder_that_cannot_be_made_is_no_error(tmp_path: Path) -> None:
 WRITER = """
 import sys, torch
 from pathlib import Path
-from harness.statcache import StatCache
-cache = StatCache(Path(sys.argv[1]), 2_000_000)
+from harness.utils.disk_cache import DiskCache
+cache = DiskCache(Path(sys.argv[1]), 2_000_000)
 for _ in range(30):
     cache.save("key", {"x": torch.full((50_000,), float(sys.argv[2]))})
     found = cache.load("key")
@@ -144,7 +147,7 @@ def test_two_processes_may_write_the_same_entry_at_once(tmp_path: Path) -> None:
     for writer in writers:
         _, errors = writer.communicate(timeout=120)
         assert writer.returncode == 0, errors.decode()
-    found = StatCache(tmp_path, 2_000_000).load("key")
+    found = DiskCache(tmp_path, 2_000_000).load("key")
     assert found is not None
     assert float(found["x"][0]) in (1.0, 2.0)
     assert not list(tmp_path.glob("*.part"))
@@ -190,7 +193,7 @@ def configured(*overrides: str) -> RunConfig:
     return build_run(resolve(*TINY, *scheme, *overrides))
 
 
-def quantized(cfg: RunConfig, cache: StatCache, change: Callable[[nn.Module], Any] = nn.Module.eval) -> nn.Module:
+def quantized(cfg: RunConfig, cache: DiskCache, change: Callable[[nn.Module], Any] = nn.Module.eval) -> nn.Module:
     model = uneven(build("llama"))
     with torch.no_grad():
         change(model)
@@ -214,8 +217,8 @@ def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_warm_cache_gives_the_same_codes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg, cache, positions = configured(*METHODS[name]), StatCache(tmp_path, 2**30), blocks_run(monkeypatch)
-    plain = quantized(cfg, StatCache(tmp_path, 0))
+    cfg, cache, positions = configured(*METHODS[name]), DiskCache(tmp_path, 2**30), blocks_run(monkeypatch)
+    plain = quantized(cfg, DiskCache(tmp_path, 0))
     uncached = len(positions)
     cold = quantized(cfg, cache)
     assert len(positions) == 2 * uncached > 0
@@ -232,7 +235,7 @@ def test_a_warm_cache_gives_the_same_codes(name: str, tmp_path: Path, monkeypatc
 
 def test_half_of_a_cache_is_used_too(tmp_path: Path) -> None:
     for overrides in METHODS["gptq quantized"], METHODS["gptq float"]:
-        cfg, cache = configured(*overrides), StatCache(tmp_path / overrides[-1], 2**30)
+        cfg, cache = configured(*overrides), DiskCache(tmp_path / overrides[-1], 2**30)
         plain = codes_of(quantized(cfg, cache))
         for path in sorted(cache.folder.glob("*.safetensors"))[::2]:
             path.unlink()
@@ -256,12 +259,12 @@ def changed(name: str) -> Callable[[nn.Module], Any]:
     ],
 )
 def test_another_weight_is_another_entry_from_its_block_on(weight: str, fresh: int, tmp_path: Path) -> None:
-    cfg, cache = configured(*METHODS["gptq float"]), StatCache(tmp_path, 2**30)
+    cfg, cache = configured(*METHODS["gptq float"]), DiskCache(tmp_path, 2**30)
     quantized(cfg, cache)
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
     found = quantized(cfg, cache, changed(weight))
     assert len(list(tmp_path.glob("*.safetensors"))) == 4 + fresh
-    plain = codes_of(quantized(cfg, StatCache(tmp_path, 0), changed(weight)))
+    plain = codes_of(quantized(cfg, DiskCache(tmp_path, 0), changed(weight)))
     assert all(torch.equal(value, plain[name]) for name, value in codes_of(found).items())
 
 
@@ -274,7 +277,7 @@ def test_another_weight_is_another_entry_from_its_block_on(weight: str, fresh: i
     ],
 )
 def test_what_decides_the_inputs_decides_the_entries(overrides: list[str], fresh: int, tmp_path: Path) -> None:
-    cache = StatCache(tmp_path, 2**30)
+    cache = DiskCache(tmp_path, 2**30)
     propagate = [each for each in overrides if "propagate" in each]
     quantized(configured("method=gptq", *propagate), cache)
     before = len(list(tmp_path.glob("*.safetensors")))
@@ -283,7 +286,7 @@ def test_what_decides_the_inputs_decides_the_entries(overrides: list[str], fresh
 
 
 def test_other_tokens_are_other_entries(tmp_path: Path) -> None:
-    cfg, cache = configured(*METHODS["gptq float"]), StatCache(tmp_path, 2**30)
+    cfg, cache = configured(*METHODS["gptq float"]), DiskCache(tmp_path, 2**30)
     for tokens in (TOKENS, TOKENS.flip(0), TOKENS[:2], TOKENS[:, :8]):
         before = len(list(tmp_path.glob("*.safetensors")))
         engine.quantize(uneven(build("llama")), cfg, tokens, cache=cache)

@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness import engine
-from harness.architecture import block_prefix, linears, linears_of
-from harness.config import build_run
-from harness.shortcut import shortcuts
-from harness.stream import Stream, verify
+from harness.calibration.replay import Stream, verify
+from harness.calibration.shortcut import shortcuts
+from harness.config.load import build_run
+from harness.models.architecture import block_prefix, linears, linears_of
+from harness.quantization import engine
 from tests.blocks import TOKENS, codes_of, logits, relative
 from tests.conftest import TINY, resolve
 from tests.families import FAMILIES, build, uneven

@@ -17,11 +17,12 @@ from typing import Any
 import psutil
 import pytest
 
-from harness import record, sweep
-from harness.config import LimitsConfig, build_limits
-from harness.isolate import execute_isolated
+from harness.config.load import build_limits
+from harness.config.schema import LimitsConfig
+from harness.records import store, sweep
+from harness.reports.sweep_table import sweeps_sheet
 from harness.runs.execute import execute_run
-from harness.sweepsheet import sweeps_sheet
+from harness.runs.isolate import execute_isolated
 from tests.conftest import ROOT, TINY, harness, resolve
 
 Tiny = Callable[..., dict[str, Any]]
@@ -150,7 +151,7 @@ def test_a_run_of_its_own_process_gives_the_same_record(tiny: Tiny, tmp_path: Pa
     assert there.run_id == here.run_id
     assert there.window_nll == here.window_nll
     assert there.layers == here.layers
-    assert record.read(tmp_path / f"other/{there.run_id}.json") == there
+    assert store.read(tmp_path / f"other/{there.run_id}.json") == there
     assert "perplexity" in shown
     assert any("gptq block 2/2, error" in label for label in shown)
     assert execute_isolated(raw, LimitsConfig()) == (there, True)
@@ -203,19 +204,19 @@ def test_a_full_disk_is_reported_and_loses_nothing(small_disk: Path, tiny: Tiny)
 
 
 def test_a_record_that_finds_no_room_at_the_end_is_kept_elsewhere(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, refused = record.write, []
+    write, refused = store.write, []
 
-    def full(found: record.Record, folder: Path) -> Path:
+    def full(found: store.Record, folder: Path) -> Path:
         if not refused:
             refused.append(folder)
             raise OSError(errno.ENOSPC, "No space left on device")
         return write(found, folder)
 
-    monkeypatch.setattr(record, "write", full)
+    monkeypatch.setattr(store, "write", full)
     found, _ = execute_run(tiny())
     assert found.status == "failed"
     place = Path(str(found.error).partition("it is kept as ")[2].partition(",")[0])
-    kept = record.read(place)
+    kept = store.read(place)
     assert (kept.status, kept.run_id) == ("ok", found.run_id)
     assert kept.metrics["perplexity"] > 0
 
@@ -225,7 +226,7 @@ def test_a_record_that_finds_no_room_at_the_end_is_kept_elsewhere(tiny: Tiny, mo
 
 def test_entries_and_their_summary(tmp_path: Path) -> None:
     for number, work, skipped in ((1, 6.0, False), (0, 2.0, False), (2, 9.0, True)):
-        found = record.Record(f"run{number}", stages={"load": 1.0, "evaluate": work})
+        found = store.Record(f"run{number}", stages={"load": 1.0, "evaluate": work})
         sweep.note(tmp_path / "s", sweep.entry_of(number, found, skipped, 0.5 if skipped else work + 1.5))
     entries = sweep.entries(tmp_path / "s")
     assert [entry.run_id for entry in entries] == ["run0", "run1", "run2"]

@@ -13,11 +13,13 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from harness import record, sheet, table
-from harness.kvsheet import kv_sheet
-from harness.record import Record
-from harness.seeds import mean_over_seeds
-from harness.uncertainty import difference, interval
+from harness.cli import table
+from harness.records import store
+from harness.records.store import Record
+from harness.reports import render
+from harness.reports.intervals import difference, interval
+from harness.reports.kv_table import kv_sheet
+from harness.reports.seeds import mean_over_seeds
 from tests.conftest import ROOT
 
 
@@ -96,7 +98,7 @@ def test_caches_by_batch_and_length(tmp_path: Path, capsys: pytest.CaptureFixtur
         found.metrics["kv_bytes_per_token"] = slope
         found.kv = [{"batch": b, "length": 2048, "mib": slope * b * 2048 / 2**20} for b in (1, 32)]
     for found in (coded, plain, simulated):
-        record.write(found, tmp_path)
+        store.write(found, tmp_path)
     assert table.main([f"runs={tmp_path}", "show=kv"]) == 0
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
     assert lines[2] == ["kv", "bytes / token", "1 x 2048", "32 x 2048"]
@@ -138,7 +140,7 @@ def test_markdown_shows_figures_failures_and_what_all_rows_share() -> None:
 
 def test_a_terminal_of_80_columns_shows_every_figure_whole() -> None:
     out = io.StringIO()
-    Console(width=80, file=out).print(sheet.drawn(table.to_sheet(table.to_frame(RECORDS))))
+    Console(width=80, file=out).print(render.drawn(table.to_sheet(table.to_frame(RECORDS))))
     assert max(map(len, out.getvalue().splitlines())) <= 80
     assert "…" not in out.getvalue()
     assert "25.00" in out.getvalue()
@@ -156,7 +158,7 @@ def test_options_tell_rows_apart() -> None:
 
 
 def test_load_names_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    record.write(RECORDS[0], tmp_path)
+    store.write(RECORDS[0], tmp_path)
     (tmp_path / "other.json").write_text("[]")
     assert [found.run_id for found in table.load(tmp_path)] == ["c"]
     assert "other.json is no record" in capsys.readouterr().err
@@ -267,7 +269,7 @@ def test_the_seed_is_shown_where_it_varies() -> None:
 def test_latex_escapes_text_and_closes_what_it_opens() -> None:
     odd = scored("b", [x + d for x, d in zip(NLL, WOBBLE, strict=True)])
     odd.options = {"rtn.ratio_of": "50%&{x}"}
-    text = sheet.latex(table.to_sheet(table.to_frame([scored("a", NLL, "none"), odd])))
+    text = render.latex(table.to_sheet(table.to_frame([scored("a", NLL, "none"), odd])))
     rows = [line for line in text.splitlines() if line.endswith(r"\\")]
     assert len(rows) == 3
     assert len({len(re.findall(r"(?<!\\)&", row)) for row in rows}) == 1
@@ -280,7 +282,7 @@ def test_latex_escapes_text_and_closes_what_it_opens() -> None:
 
 def test_command_line_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for found in RECORDS:
-        record.write(found, tmp_path)
+        store.write(found, tmp_path)
     assert table.main([f"runs={tmp_path}", "format=csv"]) == 0
     from_csv = pd.read_csv(io.StringIO(capsys.readouterr().out))
     assert table.main([f"runs={tmp_path}", "format=parquet"]) == 0

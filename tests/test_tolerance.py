@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 
-from harness.record import Record
-from harness.tolerance import EXACT, Tolerance, of_metric, parse
-from harness.verdict import Figure, Report
+from harness.records.store import Record
+from harness.reports.tolerance import EXACT, Tolerance, of_metric, parse
+from harness.reports.verdict import Figure, Report
 
 
 def a_record(bits: int = 4, calibrated: bool = False, inputs: int | None = None, method: str = "rtn") -> Record:

@@ -7,8 +7,8 @@ import math
 import numpy as np
 import pytest
 
-from harness.record import Record
-from harness.uncertainty import FEWEST, difference, interval, intervals, t_quantile, windows
+from harness.records.store import Record
+from harness.reports.intervals import FEWEST, difference, interval, intervals, t_quantile, windows
 
 
 def run(nll: list[float], fingerprint: str = "f", tokens: str = "t", seq_len: int = 8, run_id: str = "r") -> Record:

@@ -1,1 +1,1 @@
-"""One run, from its configuration to its record. `cli` calls it; nothing below knows that there are records of runs."""
+"""One run, from its configuration to its record: its identity, its stages, and the process that it runs in."""

@@ -11,18 +11,20 @@ from typing import Any
 
 import torch
 
-from harness import record
-from harness.config import RunConfig, build_run, changed_options
-from harness.errors import one_line
-from harness.progress import Track, silent
-from harness.run import device_of, run
+from harness.config.changed import changed_options
+from harness.config.load import build_run
+from harness.config.schema import RunConfig
+from harness.records import store
 from harness.runs import identity
 from harness.runs.moved import moved, stamped
+from harness.runs.run import device_of, run
+from harness.utils.errors import one_line
+from harness.utils.progress import Track, silent
 
 Json = dict[str, Any]
 
 
-def execute_run(raw: Json, track: Track = silent, show_traceback: bool = False) -> tuple[record.Record, bool]:
+def execute_run(raw: Json, track: Track = silent, show_traceback: bool = False) -> tuple[store.Record, bool]:
     """Run what `raw`, the resolved configuration, says, unless a record of it by the same code is there already.
 
     A run of other code is repeated (`stale=keep` keeps it). If the repetition gives the same bits, the earlier record
@@ -30,21 +32,21 @@ def execute_run(raw: Json, track: Track = silent, show_traceback: bool = False) 
 
     Returns: the record, failed ones included, and whether it was there already.
     """
-    result = record.Record(run_id=identity.early_id(raw), config=raw)
+    result = store.Record(run_id=identity.early_id(raw), config=raw)
     try:
-        folder = record.usable(raw.get("results_dir"))
+        folder = store.usable(raw.get("results_dir"))
     except ValueError as error:
         result.status, result.error = "failed", one_line(error)
         return result, False
-    before: record.Record | None = None
+    before: store.Record | None = None
     try:
         cfg = build_run(raw)
         result.run_id, result.options = identity.run_id(cfg), changed_options(cfg)
         result.code = identity.code(cfg, device_of(cfg.device).type)
-        before = record.finished(folder, result.run_id)
+        before = store.finished(folder, result.run_id)
         if before is not None and _is_enough(before, result, cfg):
             return before, True
-        result.environment = record.environment()
+        result.environment = store.environment()
         torch.manual_seed(cfg.seed)
         run(cfg, result, track)
         if before is not None and not cfg.force and before.code != result.code:
@@ -59,12 +61,12 @@ def execute_run(raw: Json, track: Track = silent, show_traceback: bool = False) 
     return result, False
 
 
-def _is_enough(before: record.Record, now: record.Record, cfg: RunConfig) -> bool:
+def _is_enough(before: store.Record, now: store.Record, cfg: RunConfig) -> bool:
     """Whether a finished record makes the run unnecessary."""
     return not (cfg.force or cfg.save) and (before.code == now.code or cfg.stale == "keep")
 
 
-def _compared(before: record.Record, now: record.Record) -> record.Record:
+def _compared(before: store.Record, now: store.Record) -> store.Record:
     """The record to keep of a run that was repeated by other code."""
     changes = moved(before, now)
     if not changes:
@@ -73,22 +75,22 @@ def _compared(before: record.Record, now: record.Record) -> record.Record:
     return now
 
 
-def failed_run(raw: Json, error: str) -> record.Record:
+def failed_run(raw: Json, error: str) -> store.Record:
     """Write the record of a run whose process could not do it."""
-    result = record.Record(identity.early_id(raw), "failed", error, raw, environment=record.environment())
+    result = store.Record(identity.early_id(raw), "failed", error, raw, environment=store.environment())
     with suppress(ValueError):  # without a folder, the line on the screen is all there is
-        _keep(result, record.usable(raw.get("results_dir")))
+        _keep(result, store.usable(raw.get("results_dir")))
     return result
 
 
-def _keep(result: record.Record, folder: Path) -> None:
+def _keep(result: store.Record, folder: Path) -> None:
     """Write a record, elsewhere if its folder has no room; an early failure of the same run is removed."""
     try:
-        record.write(result, folder)
+        store.write(result, folder)
         if result.status == "ok":
-            record.path_of(folder, identity.early_id(result.config)).unlink(missing_ok=True)
+            store.path_of(folder, identity.early_id(result.config)).unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a full disk; a figure that JSON cannot hold
-        place = record.rescue(result)
+        place = store.rescue(result)
         saved = f"it is kept as {place}, move it there" if place else "it is lost"
         result.status = "failed"
         result.error = (

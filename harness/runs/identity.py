@@ -15,25 +15,29 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness import analysis, checkpoint, mixed, models, run, text
-from harness.config import JobConfig, RunConfig
+from harness.config.options import Decides, decides
+from harness.config.schema import JobConfig, RunConfig
 from harness.core.method import Method
-from harness.options import Decides, decides
+from harness.data import corpora
+from harness.models import source
+from harness.models.exchange import native
+from harness.quantization import mixed
+from harness.runs import analysis, run
 from harness.runs.sources import Sources, followed
 
 Json = dict[str, Any]
 
-_PROJECT = Path(run.__file__).parents[1]
+_PROJECT = Path(run.__file__).parents[2]
 
 
 def run_id(cfg: RunConfig) -> str:
     """A short hash of everything that decides the result of a run: its typed configuration, weights and texts."""
     deciding = _deciding(cfg, _conditions(cfg))
-    deciding["fingerprint"] = models.fingerprint(cfg.model, cfg.seed)
+    deciding["fingerprint"] = source.fingerprint(cfg.model, cfg.seed)
     deciding["device"] = str(run.device_of(cfg.device))
-    deciding["texts"] = [text.identity(cfg.data, "evaluation")]
+    deciding["texts"] = [corpora.identity(cfg.data, "evaluation")]
     if cfg.calibrates:
-        deciding["texts"].append(text.identity(cfg.data, "calibration"))
+        deciding["texts"].append(corpora.identity(cfg.data, "calibration"))
     if cfg.mixes:
         deciding["sensitivity"] = mixed.identity(cfg)
         deciding["scheme"]["weight"]["bits"] = None  # chosen for each linear
@@ -59,7 +63,7 @@ def roots(cfg: RunConfig, device: str) -> list[str]:
 
 def unused(cfg: RunConfig) -> set[str]:
     """The modules of stages that a run of `cfg` does not enter; all others that `run` imports count."""
-    entered = {analysis: cfg.analyses, mixed: cfg.mixes, checkpoint: cfg.save is not None}
+    entered = {analysis: cfg.analyses, mixed: cfg.mixes, native: cfg.save is not None}
     return {module.__name__ for module, enters in entered.items() if not enters}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.record import Record
+from harness.records.store import Record
 
 _CHANCE = ("_ms_", "_speedup", "_j", "peak", "quantize_s")  # measured anew each time: no two runs agree
 

@@ -1,0 +1,172 @@
+"""The command line: starts runs and sweeps, shows their progress, and prints their table."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Generator, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from harness.cli import table
+from harness.cli.hydra_errors import one_line
+from harness.config.load import build_limits
+from harness.records import store, sweep
+from harness.runs.execute import execute_run, failed_run
+from harness.runs.isolate import execute_isolated
+from harness.utils.progress import Label, text
+
+T = TypeVar("T")
+
+CONF = Path(__file__).parents[2] / "conf"
+_console = Console(stderr=True)
+_TRACEBACK = "PTQBENCH_TRACEBACK"  # whether the user asked Hydra for tracebacks, for every process of a sweep
+
+
+def main() -> int:
+    """Start the runs that the command line asks for and print their table; 0 if every one ended well."""
+    asked = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    os.environ[_TRACEBACK] = "1" if asked else ""
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
+    _ended.clear()
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
+    except Exception as error:  # runs catch their own: this is a command line that Hydra cannot read
+        if asked:
+            raise
+        _fail(one_line(error))
+        return 1
+    except KeyboardInterrupt:
+        _fail("interrupted; finished runs are kept and will be skipped next time")
+        return 130
+    return 1 if "failed" in _ended else 0
+
+
+_ended: list[str] = []  # how the runs of this command ended, for its exit code: Hydra hands nothing back
+
+
+def job(cfg: DictConfig) -> list[float] | None:
+    """One run, as Hydra's launchers call it, in this process or in another; returns its objectives."""
+    context = HydraConfig.get()
+    sweeping = context.mode == RunMode.MULTIRUN
+    start = time.perf_counter()
+    try:
+        raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
+    except OmegaConfBaseException as error:
+        _fail(one_line(error))
+        if sweeping:
+            sweep.note(Path(context.sweep.dir), sweep.Entry(context.job.num, None, "failed", 0.0))
+        else:
+            _ended.append("failed")
+        return None
+    found, skipped = _execute(raw, sweeping)
+    _report(found, skipped)
+    if sweeping:
+        entry = sweep.entry_of(context.job.num, found, skipped, time.perf_counter() - start)
+        sweep.note(Path(context.sweep.dir), entry)
+    else:
+        _ended.append(found.status)
+        if found.status == "ok":
+            _show_table([found])
+    return _objectives(found)
+
+
+def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[store.Record, bool]:
+    """Run in this process or in one of its own, as `isolate` says."""
+    show_traceback = bool(os.environ.get(_TRACEBACK))
+    try:
+        limits = build_limits(raw, sweeping)
+    except ValueError as error:
+        return failed_run(raw, one_line(error)), False
+    if limits is None:
+        return execute_run(raw, _track, show_traceback)
+    return execute_isolated(raw, limits, _track, show_traceback)
+
+
+def _objectives(found: store.Record) -> list[float] | None:
+    """What a sweeper that optimizes is to make small or large; None, a failed trial, if it was not measured."""
+    names = found.config.get("objectives") or []
+    known = found.status == "ok" and all(name in found.metrics for name in names)
+    return [found.metrics[name] for name in names] if known and names else None
+
+
+class SweepEnd(Callback):
+    """Hydra's callback around a sweep, in the process that started it: what it did, where its time went, its table."""
+
+    def __init__(self) -> None:
+        self.start = time.perf_counter()
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Summarize what all processes of the sweep have left."""
+        folder = Path(config.hydra.sweep.dir)
+        done = sweep.entries(folder)
+        _ended.extend(entry.status for entry in done)
+        about = sweep.summary(done, time.perf_counter() - self.start)
+        if any(entry.run_id for entry in done):
+            _show_table(_records(Path(config.results_dir), done))
+        _console.print(
+            f"{about['runs']} runs, {about['failed']} failed, {about['skipped']} skipped in {about['wall_s']:.0f} s; "
+            f"{about['own_share']:.1%} of it is the harness's own; {sweep.write_summary(folder, about)}",
+            highlight=False,
+            soft_wrap=True,
+        )
+
+
+def _records(folder: Path, done: Sequence[sweep.Entry]) -> list[store.Record]:
+    """The records of a sweep's runs; one that could not be written is named and left out."""
+    found = []
+    for name in dict.fromkeys(entry.run_id for entry in done if entry.run_id):
+        try:
+            found.append(store.read(store.path_of(folder, name)))
+        except ValueError as error:
+            _fail(str(error))
+    return found
+
+
+def _track(items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]:
+    """A progress bar with the time left on a terminal, nothing elsewhere."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as progress:
+        task = progress.add_task(text(label), total=total)
+        for item in items:
+            yield item
+            progress.update(task, advance=1, description=text(label))
+
+
+def _report(found: store.Record, skipped: bool) -> None:
+    label = escape(table.label(found))
+    if skipped:
+        _console.print(
+            f"[dim]skip[/]  {label}: finished before as {found.run_id}; force=true repeats it", soft_wrap=True
+        )
+        return
+    for warning in found.warnings:
+        _console.print(f"[yellow]warn[/]  {label}: {escape(warning)}", highlight=False, soft_wrap=True)
+    if found.status == "failed":
+        _fail(f"{table.label(found)}: {found.error}")
+    else:
+        shown = next((name for name in ("perplexity", "nll", "decode_ms_p50") if name in found.metrics), "")
+        figure = f"{shown} {found.metrics[shown]:.4g} in " if shown else ""
+        seconds = sum(found.stages.values())
+        _console.print(f"[green]done[/]  {label}: {figure}{seconds:.1f} s", highlight=False, soft_wrap=True)
+
+
+def _show_table(shown: Sequence[store.Record]) -> None:
+    """The table of these runs, with ratios to float baselines that may be from an earlier command."""
+    folder = Path(str(shown[0].config["results_dir"]))
+    table.show(table.to_frame(shown, table.load(folder) if folder.is_dir() else ()))
+
+
+def _fail(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")

@@ -1,0 +1,29 @@
+"""The options of a run that are not at their defaults, as records and tables name them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from harness.config.schema import RunConfig
+
+_UNTOLD = ("engine.cache_gib", "mixed.sensitivity")  # neither tells one result from another
+
+
+def changed_options(cfg: RunConfig) -> dict[str, Any]:
+    """Options of steps, engine, analysis and mixed that are not at their class's defaults, by `step.option`."""
+    if not cfg.steps:
+        return {}
+    parts: dict[str, Any] = {**cfg.steps, "engine": cfg.engine}
+    parts |= {"analysis": cfg.analysis} if cfg.analyses else {}
+    parts |= {"mixed": cfg.mixed} if cfg.mixes else {}
+    return {
+        f"{label}.{item.name}": getattr(part, item.name)
+        for label, part in parts.items()
+        for item in dataclasses.fields(part)
+        if f"{label}.{item.name}" not in _UNTOLD and getattr(part, item.name) != _default(item)
+    }
+
+
+def _default(item: dataclasses.Field[Any]) -> Any:
+    return item.default_factory() if item.default_factory is not dataclasses.MISSING else item.default

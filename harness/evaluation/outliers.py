@@ -1,0 +1,28 @@
+"""The largest inputs of linears, channel by channel, over the calibration data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from harness.calibration.survey import survey
+from harness.core.stats import MinMax
+from harness.utils.disk_cache import DiskCache
+from harness.utils.progress import Track, silent
+
+
+@torch.no_grad()
+def absmax(
+    model: nn.Module, names: Sequence[str], tokens: Tensor, cache: DiskCache, track: Track = silent
+) -> dict[str, list[float]]:
+    """Largest magnitude of each input channel (K,) of the linears `names` over `tokens` (B, T), to four digits.
+
+    Linears that read the same input are there once, by the name of the first of them.
+    """
+    return {
+        next(iter(group.linears)): [float(f"{value:.4g}") for value in seen[MinMax].absmax.tolist()]
+        for groups, stats in survey(model, tokens, names, [MinMax], cache, track)
+        for group, seen in zip(groups, stats, strict=True)
+    }

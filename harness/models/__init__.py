@@ -1,0 +1,1 @@
+"""Models in, checkpoints in and out: where weights come from, and the decoder blocks and linears that a model has."""

@@ -1,0 +1,1 @@
+"""Modules that a quantized model consists of: QuantLinear, KV caches that hold codes, and hooks on modules."""

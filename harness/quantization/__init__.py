@@ -1,0 +1,1 @@
+"""A method applied to a model, block by block. `runs` calls `quantize`; methods see only `harness.core`."""

@@ -1,0 +1,129 @@
+"""What a rescaling would cost: the output error of a group's module with scaled, quantized weights and inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.calibration.replay import Stream
+from harness.core.activation import InputQuantizer
+from harness.core.grid import snap_weight
+from harness.core.rewrite import InputGroup
+from harness.core.stats import Hessian, Stats
+from harness.nn.hooks import first_of, hooked
+
+Call = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class Trial:
+    """Mean squared error of the output of the smallest module that holds a group's linears, for a given scale.
+
+    It sees whole sequences, as many as fit `tokens`, evenly spread over those of the stream; their inputs are
+    captured at the first call. A group of one linear whose inputs stay float has all in its Hessian.
+    """
+
+    def __init__(self, stream: Stream, model: nn.Module, group: InputGroup, stats: Stats, tokens: int) -> None:
+        self.stream, self.group, self.tokens = stream, group, tokens
+        self.module = _smallest_module(model, [*group.linears, *group.others])
+        self.hessian = _hessian(group, stats)
+        self._calls: list[Call] | None = None
+        self._expected: list[Tensor] = []
+
+    @torch.no_grad()
+    def __call__(self, scale: Tensor) -> float:
+        """The error at `scale` (K,), all positive.
+
+        Raises: ValueError if it is not finite.
+        """
+        error = self._by_running(scale) if self.hessian is None else self._by_hessian(scale, self.hessian)
+        if not torch.isfinite(torch.tensor(error)):
+            raise ValueError(f"{self.group.name}: the output error of a trial scale is not finite; expected a number")
+        return error
+
+    def _rounded(self, scale: Tensor) -> dict[str, Tensor]:
+        """The group's weights (N, K), scaled and rounded to nearest."""
+        return {
+            name: snap_weight(weight * scale.to(weight.dtype), self.group.scheme_of(name).weight)
+            for name, weight in self.group.weights.items()
+        }
+
+    def _by_hessian(self, scale: Tensor, hessian: Tensor) -> float:
+        """tr(D H D^T) / 2N with D the weight error as the unscaled input sees it: H is 2 X^T X / T."""
+        ((name, rounded),) = self._rounded(scale).items()
+        delta = (rounded / scale - self.group.weights[name]).to(hessian.dtype)
+        return float(((delta @ hessian) * delta).sum()) / (2 * len(delta))
+
+    def _by_running(self, scale: Tensor) -> float:
+        calls = self._captured()
+        rounded = self._rounded(scale)
+        total, count = 0.0, 0
+        with self._replaced(rounded, scale):
+            for (args, options), expected in zip(calls, self._expected, strict=True):
+                total += float((first_of(self.module(*args, **options)) - expected).double().square().sum())
+                count += expected.numel()
+        return total / count
+
+    def _captured(self) -> list[Call]:
+        """The module's calls on the chosen sequences, with the float outputs beside them."""
+        if self._calls is None:
+            states = self.stream.states
+            wanted = max(1, min(len(states), self.tokens // states[0].shape[1]))
+            chosen = [states[i * len(states) // wanted] for i in range(wanted)]
+            self._calls = [self.stream.call_of(self.module, each) for each in chosen]
+            self._expected = [first_of(self.module(*args, **options)) for args, options in self._calls]
+        return self._calls
+
+    @contextmanager
+    def _replaced(self, rounded: dict[str, Tensor], scale: Tensor) -> Iterator[None]:
+        """The module with quantized weights and inputs, undone at the end."""
+        weights = self.group.weights
+        kept = {name: weights[name].clone() for name in rounded}
+        hook = self._scaled(scale)
+        try:
+            for name, weight in rounded.items():
+                weights[name].copy_(weight)
+            with hooked(module.register_forward_pre_hook(hook) for module in self.group.linears.values()):
+                yield
+        finally:
+            for name, weight in kept.items():
+                weights[name].copy_(weight)
+
+    def _scaled(self, scale: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        """A hook that hands a linear its input as the rescaled producer would give it, rounded as the scheme says."""
+        assert self.group.scheme is not None
+        fmt = self.group.scheme.activation
+
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+            inputs = args[0] / scale.to(args[0].dtype)
+            if fmt is None:
+                return (inputs, *args[1:])
+            bounds = None if fmt.dynamic else (inputs.amin(), inputs.amax())
+            return (InputQuantizer(fmt, bounds)(inputs), *args[1:])
+
+        return hook
+
+
+def _hessian(group: InputGroup, stats: Stats) -> Tensor | None:
+    if len(group.linears) > 1 or group.others or (group.scheme is not None and group.scheme.activation is not None):
+        return None
+    try:
+        return stats[Hessian].value
+    except KeyError:
+        return None
+
+
+def _smallest_module(model: nn.Module, names: list[str]) -> nn.Module:
+    """The deepest module that holds all of `names` and can be called."""
+    parts = [name.split(".") for name in names]
+    shared: list[str] = []
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1:
+            break
+        shared.append(level[0])
+    while isinstance(model.get_submodule(".".join(shared)), nn.ModuleList | nn.ModuleDict):
+        shared.pop()
+    return model.get_submodule(".".join(shared))

@@ -1,0 +1,202 @@
+"""Altair charts of the report, as Vega-Lite JSON; the page inlines one copy of Vega, vl-convert draws the PNG.
+
+Every chart has two parameters that the page sets: `shown`, the runs that the table's filters leave, and `selected`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import altair as alt
+
+from harness.reports.html.pareto import Plot
+
+Json = dict[str, Any]
+
+INK, MUTED, GRID = "#1b2430", "#5d6878", "#e6e9ee"
+FONT = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+FLOAT = "datum.label == 'none' ? 'float' : datum.label"  # what the legend calls method none
+COLORS = ("#2f6db3", "#d9622b", "#2a8f5c", "#b0387a", "#7a5bc0", "#b58a00", "#1697a6", "#c0392b", "#6b7f1e", "#8a5a3b",
+          "#4b55c4", "#d0679d", "#5c6b7a", "#4f9d2f")  # fmt: skip
+
+
+def palette(methods: Sequence[str]) -> dict[str, str]:
+    """A colour for each method, the same in every chart; float is ink."""
+    named = sorted({method for method in methods if method != "none"})
+    return {"none": INK} | {method: COLORS[i % len(COLORS)] for i, method in enumerate(named)}
+
+
+def pareto(plot: Plot, colors: dict[str, str], *, wide: bool, legend: bool = False, font: int = 12) -> Json:
+    """Points with their intervals, the front through those that no run beats, and float's figure as a line."""
+    base = alt.Chart(alt.InlineData(values=_named(plot.points, wide, font))).encode(
+        x=_x(plot, 0.012 * font if wide else 0.24), y=_y(plot)
+    )
+    halo, names = _labels(base, font, stroke="white", strokeWidth=4), _labels(base, font, color=INK)
+    marks = [*_floats(plot), *_intervals(base, plot), _front(base), halo, _points(base, plot, colors, legend), names]
+    chart = alt.layer(*marks).add_params(alt.param(name="shown", value="all"), alt.param(name="selected", value=""))
+    return finish(chart.properties(height=400 if wide else 320, width="container"), font)
+
+
+def layers(font: int = 12) -> Json:
+    """A heat map of linears by block, of rows {block, linear, value, name} that the page gives as `layers`."""
+    chart = (
+        alt.Chart(alt.NamedData(name="layers"))
+        .mark_rect(stroke="white", strokeWidth=1)
+        .encode(
+            x=alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            y=alt.Y("linear:N", title=None, sort=None),
+            color=alt.Color(
+                "value:Q",
+                title=None,
+                scale=alt.Scale(scheme="yelloworangered", type="sqrt", zero=False, nice=False),
+                legend=alt.Legend(orient="top", gradientLength=260, gradientThickness=10, format=".3~g"),
+            ),
+            tooltip=[alt.Tooltip("name:N", title="linear"), alt.Tooltip("value:Q", title="figure", format=".4~g")],
+        )
+        .properties(width="container", height={"step": 26})
+    )
+    return finish(chart, font)
+
+
+def outliers(font: int = 12) -> Json:
+    """The largest magnitude of each channel, of rows {rank, channel, stage, absmax} given as `channels`."""
+    base = alt.Chart(alt.NamedData(name="channels")).encode(
+        x=alt.X("rank:Q", title="channels, largest before smoothing first", scale=alt.Scale(nice=False)),
+        y=alt.Y("absmax:Q", title="largest magnitude", scale=alt.Scale(type="log", nice=False, padding=12)),
+        color=alt.Color(
+            "stage:N",
+            title=None,
+            scale=alt.Scale(domain=["before", "after"], range=[COLORS[1], COLORS[0]]),
+            legend=alt.Legend(orient="top", symbolType="circle"),
+        ),
+        tooltip=[alt.Tooltip(name) for name in ("stage:N", "channel:Q")] + [alt.Tooltip("absmax:Q", format=".4~g")],
+    )
+    points = base.mark_circle(size=22, opacity=0.85)
+    return finish(points.properties(width="container", height=300), font)
+
+
+def ticks(low: float, high: float) -> list[float]:
+    """At most nine round values between two positive bounds, spaced by ratio."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 3), (1,)):
+        found = [float(f"{step * 10.0**decade:g}") for decade in decades for step in steps]
+        inside = [value for value in found if low <= value <= high]
+        if len(inside) <= 9:
+            break
+    return inside
+
+
+def finish(chart: alt.TopLevelMixin, font: int) -> Json:
+    """The specification with the report's look, without the address of its schema: nothing is fetched."""
+    axis = {"labelColor": MUTED, "titleColor": INK, "gridColor": GRID, "domainColor": "#b9c1cc", "tickColor": "#b9c1cc"}
+    sizes = {"labelFontSize": font, "titleFontSize": font + 1, "titleFontWeight": 600, "titlePadding": 10}
+    spec: Json = chart.to_dict()
+    spec.pop("$schema")
+    spec["config"] = {
+        "font": FONT,
+        "background": "white",
+        "view": {"stroke": None},
+        "axis": axis | sizes,
+        "legend": {"labelColor": INK, "titleColor": MUTED, "labelFontSize": font, "titleFontSize": font},
+    }
+    return spec
+
+
+def _named(points: Sequence[Json], wide: bool, font: int) -> list[Json]:
+    """Points with the `name` that stands beside them: of the front, those that run into no other name."""
+    across, up = [math.log(at["across"]) for at in points], [math.log(at["height"]) for at in points]
+    across_scale = (900 if wide else 200) / (max(across) - min(across) or 1)  # pixels, about
+    up_scale = (300 if wide else 220) / (max(up) - min(up) or 1)
+    taken: list[tuple[float, float, float]] = []
+    named = {}
+    for i in sorted((i for i, at in enumerate(points) if at["front"]), key=lambda i: across[i]):
+        right, top, width = across[i] * across_scale, up[i] * up_scale, 0.6 * font * len(points[i]["short"]) + 8
+        if all(right - width > end or right < start or abs(top - height) > 1.3 * font for start, end, height in taken):
+            taken.append((right - width, right, top))
+            named[i] = points[i]["short"]
+    return [at | {"name": named.get(i, "")} for i, at in enumerate(points)]
+
+
+def _x(plot: Plot, room: float) -> alt.X:
+    """The cost's scale, with room for labels on the left, as a share of its length."""
+    lows = [point.get("cost_low", point["across"]) for point in plot.points]
+    highs = [point.get("cost_high", point["across"]) for point in plot.points]
+    return alt.X("across:Q", **_scaled(plot.cost.title, min(lows), max(highs), (room, 0.03)))
+
+
+def _y(plot: Plot) -> alt.Y:
+    lows = [point.get("loss_low", point["height"]) for point in plot.points]
+    highs = [point.get("loss_high", point["height"]) for point in plot.points]
+    return alt.Y("height:Q", **_scaled(plot.loss.title, min(lows), max(highs), (0.09, 0.04)))
+
+
+def _scaled(title: str, low: float, high: float, room: tuple[float, float]) -> Json:
+    span = max(high / low, 1.05)
+    low, high = low / span ** room[0], high * span ** room[1]
+    scale = alt.Scale(type="log", domain=[low, high], nice=False)
+    return {"title": title, "scale": scale, "axis": alt.Axis(values=ticks(low, high), format="~g")}
+
+
+def _floats(plot: Plot) -> list[alt.Chart]:
+    floats = [point["height"] for point in plot.points if point["method"] == "none"]
+    if not floats:
+        return []
+    lowest = alt.Chart(alt.InlineData(values=[{"height": min(floats)}]))
+    return [lowest.mark_rule(color=INK, strokeDash=[2, 4], opacity=0.5).encode(y=alt.Y("height:Q"))]
+
+
+def _intervals(base: alt.Chart, plot: Plot) -> list[alt.Chart]:
+    found = []
+    rule: Json = {"color": MUTED, "strokeWidth": 1.2}
+    dim = {"opacity": _opacity(0.75)}
+    if any("loss_low" in point for point in plot.points):
+        found.append(base.mark_rule(**rule).encode(y="loss_low:Q", y2="loss_high:Q", **dim))
+    if any("cost_low" in point for point in plot.points):
+        found.append(base.mark_rule(**rule).encode(x="cost_low:Q", x2="cost_high:Q", **dim))
+    return found
+
+
+def _front(base: alt.Chart) -> alt.Chart:
+    line = base.transform_filter("datum.front").mark_line(interpolate="step-after", color=INK, strokeWidth=1.4)
+    front: alt.Chart = line.encode(opacity=alt.value(0.55), order=alt.Order("across:Q"))
+    return front
+
+
+def _points(base: alt.Chart, plot: Plot, colors: dict[str, str], legend: bool) -> alt.Chart:
+    """Hollow where simulated, a diamond for float, a triangle at the edge for what lies beyond it."""
+    colors = {method: color for method, color in colors.items() if any(at["method"] == method for at in plot.points)}
+    key = alt.Legend(title="method", symbolType="circle", symbolStrokeWidth=0, labelExpr=FLOAT) if legend else None
+    scale = alt.Scale(domain=list(colors), range=list(colors.values()))
+    chosen = "datum.run == selected"
+    marks = base.mark_point(filled=True, strokeWidth=2, cursor="pointer", shape=alt.expr("datum.shape"))
+    points: alt.Chart = marks.encode(
+        fill=alt.Fill("method:N", scale=scale, legend=key),
+        stroke=alt.condition(chosen, alt.value(INK), alt.Stroke("method:N", scale=scale, legend=None)),
+        strokeWidth=alt.condition(chosen, alt.value(4), alt.value(1.8)),
+        fillOpacity=alt.condition("datum.simulated", alt.value(0.12), alt.value(0.85)),
+        size=alt.condition(chosen, alt.value(190), alt.value(95)),
+        opacity=_opacity(1),
+        description="label:N",
+        tooltip=[
+            alt.Tooltip("label:N", title="run"),
+            alt.Tooltip("loss_text:N", title=plot.loss.title.partition(",")[0]),
+            alt.Tooltip("cost_text:N", title=plot.cost.title.partition(",")[0]),
+            alt.Tooltip("run:N", title="run id"),
+        ],
+    )
+    return points
+
+
+def _labels(base: alt.Chart, font: int, **look: Any) -> alt.Chart:
+    """Names of the runs on the front, below and left of their points, where no other run is."""
+    marks = base.transform_filter("datum.name").mark_text(
+        align="right", baseline="top", dx=-6, dy=5, fontSize=font, **look
+    )
+    names: alt.Chart = marks.encode(text="name:N", opacity=_opacity(1))
+    return names
+
+
+def _opacity(full: float) -> Any:
+    return alt.condition("shown == 'all' || indexof(shown, datum.run) >= 0", alt.value(full), alt.value(0.08))

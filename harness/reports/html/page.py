@@ -1,0 +1,193 @@
+"""The page: records in, one self-contained HTML text out; and the plot for a README."""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import altair as alt
+import itables
+import pandas as pd
+import vl_convert
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from harness.cli.table import to_frame
+from harness.records.store import Record
+from harness.reports.cells import number
+from harness.reports.html import charts, details, layers, pareto, rows
+
+TEMPLATES = Path(__file__).parent / "templates"
+VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
+PIXELS = 1000  # width of the PNG, at twice the density
+
+
+def html(records: Sequence[Record], folder: Path) -> str:
+    """The page of all records, with the sweeps of `folder`."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    return environment.get_template("report.html").render(_context(_ordered(records), folder)) + "\n"
+
+
+def png(records: Sequence[Record]) -> bytes:
+    """Perplexity against bits per weight of the largest group of runs.
+
+    Raises: ValueError if fewer than two runs have both figures.
+    """
+    frame = _frame(records)
+    for title, part in pareto.groups(frame):
+        plot = pareto.plot(part, pareto.COSTS[0], pareto.LOSSES[0], pareto.labels(frame))
+        if len(plot.points) > 1:
+            spec = charts.pareto(plot, charts.palette(list(part["method"])), wide=True, legend=True, font=14)
+            spec |= {"width": PIXELS, "height": 560, "autosize": {"type": "fit", "contains": "padding"}, "padding": 16}
+            spec |= {"title": _title(title, plot)}
+            return vl_convert.vegalite_to_png(spec, vl_version=VEGA_LITE, scale=2)
+    raise ValueError(
+        "png= needs two finished runs with a perplexity; run `make bench`, or name another folder by runs="
+    )
+
+
+def _title(title: str, plot: pareto.Plot) -> dict[str, Any]:
+    beyond = f"At the edge, beyond the plot: {'; '.join(pareto.named(plot.beyond))}" if plot.beyond else ""
+    look = {
+        "anchor": "start",
+        "color": charts.INK,
+        "fontSize": 17,
+        "subtitleFontSize": 13,
+        "subtitleColor": charts.MUTED,
+        "offset": 14,
+    }
+    text = f"{plot.loss.title} against {plot.cost.title}: {title}"
+    return {"text": text, "subtitle": textwrap.wrap(beyond, 140)} | look
+
+
+def _ordered(records: Sequence[Record]) -> list[Record]:
+    """One record a run, in the order of the table."""
+    known = {record.run_id: record for record in records}
+    return [known[run] for run in to_frame(records)["run_id"]]
+
+
+def _context(records: list[Record], folder: Path) -> dict[str, Any]:
+    frame = _frame(records)
+    labels, colors = pareto.labels(frame), charts.palette(list(frame["method"]))
+    groups = [_group(title, part, labels, colors) for title, part in pareto.groups(frame)]
+    groups = [group for group in groups if group["losses"]]
+    sensitivity, outliers = layers.sensitivity(records, labels), layers.outliers(records, labels)
+    columns, table = rows.table(frame)
+    data = {
+        "charts": [plot.pop("spec") for group in groups for loss in group["losses"] for plot in loss["plots"]],
+        "layers": sensitivity | {"spec": charts.layers()},
+        "outliers": {"runs": outliers, "spec": charts.outliers()},
+    }
+    return _libraries() | {
+        "folder": folder,
+        "summary": _summary(frame),
+        "groups": groups,
+        "colors": colors,
+        "columns": columns,
+        "rows": table,
+        "details": [details.details(record, labels[record.run_id]) for record in records],
+        "failed": [(record.run_id, labels[record.run_id], record.error) for record in records if record.status != "ok"],
+        "has_layers": bool(sensitivity["runs"]),
+        "has_outliers": bool(outliers),
+        "environments": details.classes(records, "environment"),
+        "protocols": details.classes(records, "data"),
+        "sweeps": details.sweeps(folder),
+        "data": as_json(data),
+    }
+
+
+def _frame(records: Sequence[Record]) -> pd.DataFrame:
+    """The table's frame with the class of each run's protocol and environment."""
+    frame = to_frame(records)
+    for column, name in (("protocol_class", "data"), ("environment_class", "environment")):
+        frame[column] = frame["run_id"].map(details.classes(records, name).of).astype(str)
+    return frame
+
+
+def _group(title: str, part: pd.DataFrame, labels: dict[str, str], colors: dict[str, str]) -> dict[str, Any]:
+    found = list(pareto.plots(part, labels))
+    losses = [_loss([plot for plot in found if plot.loss is loss], colors) for loss in pareto.LOSSES]
+    methods = [method for method in colors if method in set(part["method"]) - {"none"}]
+    return {
+        "title": title,
+        "losses": [loss for loss in losses if loss["plots"]],
+        "best": _best(part),
+        "methods": methods,
+    }
+
+
+def _loss(found: list[pareto.Plot], colors: dict[str, str]) -> dict[str, Any]:
+    """The plots of one loss; what lies beyond any of them is named once."""
+    plots = []
+    for plot in found:
+        wide = plot.cost.name == "bits_per_weight"
+        title = f"{plot.loss.title.partition(',')[0]} against {plot.cost.title.partition(',')[0]}"
+        plots.append({"title": title, "wide": wide, "spec": charts.pareto(plot, colors, wide=wide)})
+    beyond = pareto.named([name for plot in found for name in plot.beyond])
+    return {
+        "plots": plots,
+        "beyond": beyond,
+        "zeros": list(dict.fromkeys(name for plot in found for name in plot.zeros)),
+    }
+
+
+def _best(part: pd.DataFrame) -> list[dict[str, str]]:
+    """Float, and the run of least perplexity at each weight width, widest first."""
+    scored = part.dropna(subset=["perplexity"]).sort_values("perplexity")
+    scored = scored.assign(width=scored["bits"].where(scored["method"] != "none", float("inf")))
+    best = scored.dropna(subset=["width"]).drop_duplicates("width").sort_values("width", ascending=False)
+    return [
+        {
+            "run": row["run_id"],
+            "width": "float" if row["method"] == "none" else f"best at {row['bits']:g} bits",
+            "perplexity": number(row["perplexity"], ".2f"),
+            "ratio": "" if pd.isna(row["perplexity_ratio"]) else f"{row['perplexity_ratio']:.2f}{pareto.TIMES}",
+            "label": row["dtype"] if row["method"] == "none" else pareto.kind(row),
+        }
+        for _, row in best.iterrows()
+    ]
+
+
+def _summary(frame: pd.DataFrame) -> str:
+    failed = int((frame["status"] != "ok").sum())
+    parts = [_count(len(frame), "run")] + ([f"{failed} failed"] if failed else [])
+    methods = frame.loc[frame["method"] != "none", "method"].nunique()
+    shared = [frame[name].dropna().unique() for name in ("model", "data", "protocol")]
+    return ", ".join([*parts, _count(methods, "method"), *(str(values[0]) for values in shared if len(values) == 1)])
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+@cache
+def _libraries() -> dict[str, Markup]:
+    """Stylesheet and scripts, inlined; DataTables is the bundle that itables ships for use without network."""
+    bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
+    return {
+        "style": Markup((TEMPLATES / "report.css").read_text()),
+        "script": Markup((TEMPLATES / "report.js").read_text()),
+        "vega": in_script(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;", vl_version=VEGA_LITE)),
+        "datatables": in_script(bundle.read_text(encoding="utf-8")),
+    }
+
+
+def in_script(source: str) -> Markup:
+    """JavaScript in which nothing ends or hides the element around it."""
+    return Markup(re.sub(r"<(?=!--|/?script)", r"\\x3c", source, flags=re.IGNORECASE))
+
+
+def as_json(value: Any) -> Markup:
+    """JSON that can stand in a script element whatever its texts hold."""
+    return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))

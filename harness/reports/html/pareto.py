@@ -1,0 +1,214 @@
+"""What the Pareto plots show: which runs may be compared, their points, and those that no other run beats."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pandas as pd
+
+from harness.reports.frame import has_coded_caches
+
+# Rows of one group were measured on the same model, text, windows and device: their figures can be compared.
+COMPARABLE = ("model", "fingerprint", "data", "tokens_sha256", "seq_len", "protocol", "windows", "device")
+REACH = 5  # how many times the float perplexity a plot reaches; what lies beyond is drawn at its edge and named
+TIMES = "\u00d7"
+FLOAT_ROOM = 1.4  # float, where it costs more than this times the dearest other run, is drawn at the right edge
+STACKED = 0.95  # points at an edge that would hide one another are drawn this far apart
+# What may tell two runs apart that agree in method, scheme, bits and options.
+_TELLING = ("model", "data", "dtype", "execution", "kernel", "calibration", "device", "seed", "run_id")
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A figure of runs: its column, how it is called, and the columns of its interval."""
+
+    name: str
+    title: str
+    low: str = ""
+    high: str = ""
+    reach: float | None = None
+
+
+COSTS = (
+    Axis("bits_per_weight", "bits per weight"),
+    Axis("model_size_mib", "model size, MiB"),
+    Axis("resident_mib", "resident memory, MiB"),
+    Axis("decode_ms_p50", "decode latency, ms per token", "decode_ms_p10", "decode_ms_p90"),
+    Axis("kv_bytes_per_token", "KV cache, bytes per token"),  # the last: drawn where a cache is quantized
+)
+LOSSES = (
+    Axis("perplexity", "perplexity", "perplexity_low", "perplexity_high", REACH),
+    Axis("kl", "KL divergence from float, nats", "kl_low", "kl_high"),
+)
+
+
+@dataclass
+class Plot:
+    """Points of one loss against one cost; `zeros` names the runs that it leaves out.
+
+    beyond     the runs drawn at its edge, each with the figure that puts it there
+    """
+
+    cost: Axis
+    loss: Axis
+    points: list[dict[str, Any]]
+    beyond: list[tuple[str, str]] = field(default_factory=list)
+    zeros: list[str] = field(default_factory=list)
+
+
+def groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Finished rows that can be compared with one another, under a heading; the largest group first."""
+    finished = frame[frame["status"] == "ok"]
+    parts = [part for _, part in finished.groupby(list(COMPARABLE), dropna=False, sort=False)]
+    for part in sorted(parts, key=len, reverse=True):
+        yield heading(part.iloc[0]), part
+
+
+def heading(row: pd.Series[Any]) -> str:
+    """What the rows of a group share, in a few words."""
+    windows = "" if pd.isna(row["windows"]) else f"{int(row['windows'])} windows of {int(row['seq_len'])} tokens"
+    parts = (row["model"], row["data"], windows, row["device"])
+    return " · ".join(str(part) for part in parts if part and not pd.isna(part))
+
+
+def labels(frame: pd.DataFrame) -> dict[str, str]:
+    """A name for each run_id: method, scheme, bits and options, and where two agree in these what tells them apart."""
+    named = {index: _name(row) for index, row in frame.iterrows()}
+    for column in _TELLING:
+        names = pd.Series(named)
+        for name, same in names[names.duplicated(keep=False)].groupby(names):
+            values = frame.loc[same.index, column]
+            if values.nunique(dropna=False) > 1:
+                named |= {index: f"{name} {'-' if pd.isna(value) else value}" for index, value in values.items()}
+    return {row["run_id"]: named[index] for index, row in frame.iterrows()}
+
+
+def plots(frame: pd.DataFrame, names: dict[str, str]) -> Iterator[Plot]:
+    """Each loss against each cost, for the rows of one group; none with fewer than two points."""
+    costs = COSTS if has_coded_caches(frame) else COSTS[:-1]
+    for loss in LOSSES:
+        for cost in costs:
+            if {loss.name, cost.name} <= set(frame.columns):
+                found = plot(frame, cost, loss, names)
+                if len(found.points) > 1:
+                    yield found
+
+
+def plot(frame: pd.DataFrame, cost: Axis, loss: Axis, names: dict[str, str]) -> Plot:
+    """The points of rows that have both figures. Zero has no place on a logarithmic axis: such rows are named."""
+    both = frame.dropna(subset=[cost.name, loss.name])
+    rows = both[(both[cost.name] > 0) & (both[loss.name] > 0)]
+    points = [_point(row, cost, loss, names) for _, row in rows.iterrows()]
+    for point, best in zip(points, front([(point["cost"], point["loss"]) for point in points]), strict=True):
+        point["front"] = best
+    beyond = _keep_low(points, loss) + _keep_left(points, cost)
+    zeros = [names[row["run_id"]] for _, row in both.drop(rows.index).iterrows()]
+    return Plot(cost, loss, points, beyond, zeros)
+
+
+def named(beyond: Sequence[tuple[str, str]]) -> list[str]:
+    """Each run that lies beyond plots, with all its figures that do."""
+    figures: dict[str, list[str]] = {}
+    for label, shown in dict.fromkeys(beyond):
+        figures.setdefault(label, []).append(shown)
+    return [f"{label}: {', '.join(shown)}" for label, shown in figures.items()]
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Whether each (cost, loss) is on the Pareto front: no other point is as good in both and better in one."""
+    return [not any(a <= cost and b <= loss and (a, b) != (cost, loss) for a, b in points) for cost, loss in points]
+
+
+def _name(row: pd.Series[Any]) -> str:
+    kv = "" if row["kv"] == "none" else row["kv"]
+    if row["method"] == "none":
+        return f"float {row['dtype']} {kv}" if kv else f"float baseline {row['dtype']}"
+    bits = "" if pd.isna(row["bits"]) else f"{row['bits']:g} bits"
+    parts = (kind(row), bits, row["options"], kv)
+    return " ".join(str(part) for part in parts if part and not pd.isna(part))
+
+
+def kind(row: pd.Series[Any]) -> str:
+    """Method and scheme, unless the format is the method's own."""
+    own = pd.isna(row["scheme"]) or row["scheme"] in ("native", row["method"])
+    return str(row["method"]) if own else f"{row['method']} {row['scheme']}"
+
+
+def _short(row: pd.Series[Any]) -> str:
+    if row["method"] == "none":
+        return str(row["dtype"] if row["kv"] == "none" else row["kv"].split()[0])
+    return str(row["method"]) if pd.isna(row["bits"]) else f"{row['method']} {row['bits']:g}"
+
+
+def _point(row: pd.Series[Any], cost: Axis, loss: Axis, names: dict[str, str]) -> dict[str, Any]:
+    point = {"run": row["run_id"], "label": names[row["run_id"]], "short": _short(row), "method": row["method"]}
+    point |= {"simulated": row["execution"] == "simulated", "shape": "diamond" if row["method"] == "none" else "circle"}
+    point |= {"cost": float(row[cost.name]), "loss": float(row[loss.name])}
+    point |= {"across": point["cost"], "height": point["loss"]}
+    point |= {"cost_text": text(row, cost), "loss_text": text(row, loss)}
+    for axis, kind in ((loss, "loss"), (cost, "cost")):
+        if interval := _interval(row, axis):
+            point |= {f"{kind}_low": interval[0], f"{kind}_high": interval[1]}
+    return point
+
+
+def _keep_low(points: list[dict[str, Any]], loss: Axis) -> list[tuple[str, str]]:
+    """Draw points of a loss beyond its reach at the top edge; their names and figures."""
+    floats = [point["loss"] for point in points if point["method"] == "none"]
+    if loss.reach is None or not points:
+        return []
+    limit = loss.reach * min(floats or [point["loss"] for point in points])
+    beyond = sorted((point for point in points if point["loss"] > limit), key=lambda point: point["cost"])
+    for point in points:
+        if "loss_high" in point:
+            point["loss_high"] = min(point["loss_high"], limit)
+    for before, point in zip([None, *beyond], beyond, strict=False):
+        crowded = before is not None and point["cost"] < 1.03 * before["cost"]
+        point |= {"height": before["height"] * STACKED if before and crowded else limit, "shape": "triangle-up"}
+        point.pop("loss_low", None)
+        point.pop("loss_high", None)
+    return [(point["label"], f"{loss.name} {point['loss_text']}") for point in beyond]
+
+
+def _keep_left(points: list[dict[str, Any]], cost: Axis) -> list[tuple[str, str]]:
+    """Draw float at the right edge where it would press all others into a corner; its name and figure."""
+    floats = [point for point in points if point["method"] == "none"]
+    others = [point["cost"] for point in points if point["method"] != "none"]
+    if not others or cost.low:
+        return []
+    limit = FLOAT_ROOM * max(others)
+    beyond = sorted((point for point in floats if point["cost"] > limit), key=lambda point: point["cost"])
+    for i, point in enumerate(beyond):
+        point |= {"across": limit / STACKED**i, "shape": "triangle-right"}
+    return [(point["label"], f"{cost.title.partition(',')[0]} {point['cost']:.4g}") for point in beyond]
+
+
+def _interval(row: pd.Series[Any], axis: Axis) -> tuple[float, float] | None:
+    low, high = row.get(axis.low), row.get(axis.high)
+    if low is None or high is None or pd.isna(low) or pd.isna(high) or low <= 0:
+        return None
+    return float(low), float(high)
+
+
+def text(row: pd.Series[Any], axis: Axis) -> str:
+    """A figure with its interval and its ratio to float, as read beside a point."""
+    interval, ratio = _interval(row, axis), row.get(f"{axis.name}_ratio")
+    shown = figure(row[axis.name])
+    if interval:
+        shown += f", {figure(interval[0])} to {figure(interval[1])}"
+    if axis.low.endswith("p10"):  # its ratio is not of the two medians but of pairs, and stands in the table
+        return shown
+    return (
+        shown
+        if ratio is None or pd.isna(ratio)
+        else f"{shown} ({ratio:.3g}{TIMES} float)"
+        if ratio < 1e3
+        else f"{shown} ({ratio:,.0f}{TIMES} float)"
+    )
+
+
+def figure(value: float) -> str:
+    """A figure in four digits, without an exponent where that can be read."""
+    return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"

@@ -1,0 +1,1 @@
+"""Small helpers that know nothing of models or runs: progress, digests, files, the disk cache, errors. For everyone."""

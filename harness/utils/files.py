@@ -1,0 +1,30 @@
+"""Files that are written whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+@contextmanager
+def replacing(target: Path) -> Iterator[Path]:
+    """A new file in the folder of `target`, which replaces `target` at the end, once it is on the disk.
+
+    After an error, the new file is removed and `target` is as it was.
+    Raises: OSError if the disk is full or the folder cannot be written.
+    """
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
+    os.close(handle)
+    part = Path(name)
+    try:
+        yield part
+        with part.open("rb") as stream:
+            os.fsync(stream.fileno())
+        part.chmod(0o644)  # mkstemp makes it readable by its owner only
+        part.replace(target)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise

@@ -1,1 +1,1 @@
-"""Measurements of the harness itself; each prints what it found and keeps it in results/benchmarks."""
+"""Benchmarks of the harness itself; each prints its results and writes them to results/benchmarks."""

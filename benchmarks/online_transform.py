@@ -1,10 +1,10 @@
-"""What an online Hadamard transform costs: QuIP#'s layer beside the same one without its two transforms.
+"""Cost of the online Hadamard transforms: the time of a QuIP# linear, and of its two transforms alone.
 
     python -m benchmarks.online_transform [repeats]
 
-Layers of the embedded model and of a 1B model, for one token and for 128. Times are medians, taken in turn within
-one run. Written to results/benchmarks/online_transform.json: milliseconds of the float32 linear, of the packed one, of
-its transforms alone, and the transforms' share of the packed one.
+Shapes are those of linears in the embedded model and in a 1B model, with 1 and 128 tokens. Times are medians of calls
+that alternate within one run. The output, results/benchmarks/online_transform.json, contains the milliseconds of the
+float32 linear, of the packed linear and of its transforms alone, and the transforms' share of the packed linear's time.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness import record
 from harness.core.hadamard import random_signs, rotate, unrotate
 from harness.core.incoherent import IncoherentQTensor
+from harness.records import store
 
 OUTPUT = Path(__file__).parent.parent / "results/benchmarks/online_transform.json"
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (8192, 2048))
@@ -31,7 +31,7 @@ TOKENS = (1, 128)
 
 @torch.inference_mode()
 def measure(shape: tuple[int, int], tokens: int, repeats: int) -> dict[str, float]:
-    """Median milliseconds of each part for a weight of `shape` (N, K) and inputs (tokens, K)."""
+    """Measure the median milliseconds of each part, for a weight of `shape` (N, K) and inputs (tokens, K)."""
     rows, columns = shape
     generator = torch.Generator().manual_seed(0)
     left, right = random_signs(rows, generator), random_signs(columns, generator)
@@ -55,20 +55,20 @@ def measure(shape: tuple[int, int], tokens: int, repeats: int) -> dict[str, floa
             start = time.perf_counter()
             call()
             seconds[name].append(time.perf_counter() - start)
-    return {f"{name}_ms": statistics.median(taken[2:]) * 1e3 for name, taken in seconds.items()}
+    return {f"{name}_ms": statistics.median(samples[2:]) * 1e3 for name, samples in seconds.items()}
 
 
 def main(repeats: int = 30) -> None:
-    """Measure, print and write."""
+    """Measure all shapes, print the results and write OUTPUT."""
     layers = []
     for shape in SHAPES:
         for tokens in TOKENS:
-            found = measure(shape, tokens, repeats)
-            share = found["transforms_ms"] / found["packed_ms"]
-            layers.append({"shape": list(shape), "tokens": tokens} | found | {"transforms_share": share})
+            times = measure(shape, tokens, repeats)
+            share = times["transforms_ms"] / times["packed_ms"]
+            layers.append({"shape": list(shape), "tokens": tokens} | times | {"transforms_share": share})
             print(json.dumps(layers[-1]))
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps({"layers": layers, "environment": record.environment()}, indent=1) + "\n")
+    OUTPUT.write_text(json.dumps({"layers": layers, "environment": store.environment()}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

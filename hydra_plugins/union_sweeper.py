@@ -1,6 +1,6 @@
-"""A Hydra sweeper for experiments that are no single grid: a list of sweeps.
+"""A Hydra sweeper that runs a list of sweeps, for experiments that are not a single grid.
 
-Hydra finds sweepers in the namespace package hydra_plugins alone, which is why this file is here.
+This file is in hydra_plugins because Hydra searches only this namespace package for sweepers.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 
 
 class UnionSweeper(BasicSweeper):
-    """Each of `sweeps` is a line of overrides, comma-separated values included; the command line adds to all."""
+    """Runs each line of `sweeps`, overrides with comma-separated values; the command line adds overrides to all lines."""
 
     def __init__(self, sweeps: Sequence[str], max_batch_size: int | None = None) -> None:
         super().__init__(max_batch_size=max_batch_size)
@@ -22,11 +22,11 @@ class UnionSweeper(BasicSweeper):
     def split_arguments(  # type: ignore[override]
         self, overrides: list[Override], max_batch_size: int | None
     ) -> list[list[list[str]]]:
-        """Batches of jobs, all lines together, so that a launcher may run them side by side."""
+        """Return batches of jobs of all lines together, so that a launcher can run them in parallel."""
         assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         jobs: list[list[str]] = []
         for line in self.sweeps:
-            (own,) = BasicSweeper.split_arguments([*parser.parse_overrides(line.split()), *overrides], None)
-            jobs += own
+            (line_jobs,) = BasicSweeper.split_arguments([*parser.parse_overrides(line.split()), *overrides], None)
+            jobs += line_jobs
         return list(self.split_overrides_to_chunks(jobs, max_batch_size))

@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override
 
 
 class UnionSweeper(BasicSweeper):
-    """Runs each line of `sweeps`, overrides with comma-separated values; the command line adds overrides to all lines."""
+    """Runs each line of `sweeps`, overrides with comma-separated values; the command line adds to all lines."""
 
     def __init__(self, sweeps: Sequence[str], max_batch_size: int | None = None) -> None:
         super().__init__(max_batch_size=max_batch_size)

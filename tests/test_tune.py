@@ -1,4 +1,4 @@
-"""Launch configurations: the table's rules, and a cache that overrides it."""
+"""Launch configurations: the rules of the table, and the cache that overrides them."""
 
 from __future__ import annotations
 
@@ -46,14 +46,14 @@ def test_k_is_split_until_the_grid_fills_the_gpu_twice() -> None:
 
 def test_an_autotuned_configuration_overrides_the_table_for_its_bucket_alone(cache: Path) -> None:
     times = {Config(): 2.0, OTHER: 1.0}
-    called: list[Config] = []
+    timed: list[Config] = []
 
     def clock(call: object) -> float:
         call()  # type: ignore[operator]
-        return times[called[-1]]
+        return times[timed[-1]]
 
-    assert tune.autotune(PROBLEM, times, called.append, CPU, clock) == OTHER
-    assert called == list(times)
+    assert tune.autotune(PROBLEM, times, timed.append, CPU, clock) == OTHER
+    assert timed == list(times)
     assert choose(8) == OTHER
     assert choose(9) != OTHER
     assert [file.name for file in cache.parent.iterdir()] == ["kernels.json"]
@@ -86,7 +86,7 @@ def test_a_candidate_that_fails_is_passed_over() -> None:
 def test_a_damaged_cache_says_so(cache: Path, content: str) -> None:
     cache.parent.mkdir(parents=True)
     cache.write_text(content)
-    with pytest.raises(ValueError, match="is no cache of kernel configurations .* delete it"):
+    with pytest.raises(ValueError, match="is not a cache of kernel configurations .* delete it"):
         choose(1)
 
 

@@ -1,1 +1,1 @@
-"""Matmuls that run from packed weights: a table that chooses one, and a module for each kind of device and format."""
+"""Matmuls on packed weights: a table that chooses a kernel, and one module per device type and format."""

@@ -1,4 +1,4 @@
-"""What a kernel is: one packed weight in the order in which its matmul reads it."""
+"""The interface of a kernel: one weight, packed in the order in which its matmul reads it."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 
 class Kernel(nn.Module, ABC):
-    """One weight (N out, K in) in a kernel's own order. All that it keeps is a buffer of this module.
+    """One weight (N out, K in), packed in the order of this kernel. All stored tensors are buffers of the module.
 
-    name              what the record calls the kernel
+    name              the kernel's name in the record
     shape             (N, K)
-    quantizes_inputs  whether it quantizes its inputs too, so that nobody else must
+    quantizes_inputs  whether the kernel also quantizes its inputs; the caller then must not do it
     """
 
     name: str
@@ -24,4 +24,4 @@ class Kernel(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """y = x W^T + b of inputs (..., K), in their dtype."""
+        """Compute y = x W^T + b for inputs x (..., K), in the dtype of x."""

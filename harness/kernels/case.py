@@ -1,4 +1,4 @@
-"""One compiled variant of a kernel, as the tests and the resource table want it."""
+"""One compiled variant of a kernel, for the tests and the resource table."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from triton.runtime.jit import JITFunction
 
 @dataclass(frozen=True)
 class Case:
-    """`signature` maps each argument to its triton type, "constexpr" for those that `constexprs` holds."""
+    """A variant; `signature` maps each argument to its triton type, or to "constexpr" if `constexprs` has its value."""
 
     name: str
     kernel: JITFunction

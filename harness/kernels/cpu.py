@@ -1,4 +1,4 @@
-"""The rules of CPUs: `harness.kernels.table` tries them in order."""
+"""The kernel rules for CPUs; `harness.kernels.table` tries them in order."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rules of NVIDIA GPUs: `harness.kernels.table` tries them in order. Without triton there are none."""
+"""The kernel rules for NVIDIA GPUs; `harness.kernels.table` tries them in order. Without triton the list is empty."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""What the compiler makes of every kernel: registers, memory and instructions, found without a GPU.
+"""Compile every kernel, without a GPU, and list the registers, memory and instructions that it uses.
 
     python -m harness.kernels.inspect [--arch 80,90] [--kernel w8a8] [--format md|json]
 
-Pointers and integers are taken as multiples of 16, as a model's shapes are, where triton looks whether they are: it
-decides how wide the loads are. A case whose name ends in _sm90 is of a launch that older GPUs never get, and is not
-compiled for them.
+Where triton checks divisibility, pointers and integers are assumed to be multiples of 16, as they are for a model's
+shapes: this determines the width of the loads. A case whose name ends in _sm90 is launched on GPUs from sm_90 on only,
+and is not compiled for older ones.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from harness.kernels.case import Case
 
 MODULES = ("w4a16", "w8a8")
 ARCHES = (80, 90)
-SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes a block can have, by the CUDA programming guide
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes available to one block, from the CUDA programming guide
 _BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
 
 
 @dataclass(frozen=True)
 class Resources:
-    """What one compiled case takes of an SM.
+    """The resources of a streaming multiprocessor (SM) that one compiled case uses.
 
-    registers     of a thread
-    shared        bytes of a block
-    spilled       bytes of stack and local memory of a thread
-    matmul        whether the kernel asks for a matmul at all
-    tensor_core   the instruction that does it: wgmma, mma, or nothing
-    instructions  SASS instructions, the padding left out
-    load_bits     of the widest load from global memory
+    registers     per thread
+    shared        bytes of shared memory per block
+    spilled       bytes of stack and local memory per thread
+    matmul        whether the kernel contains a matmul
+    tensor_core   the instruction that computes the matmul: "wgmma", "mma", or "" if none does
+    instructions  number of SASS instructions, without padding
+    load_bits     width of the widest load from global memory
     """
 
     registers: int
@@ -53,7 +53,7 @@ class Resources:
 
 
 def compiled(case: Case, arch: int) -> Resources:
-    """Compile `case` for compute capability `arch` (90 is 9.0) and read what came out."""
+    """Compile `case` for compute capability `arch` (90 is 9.0) and read its resources."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -76,12 +76,12 @@ def compiled(case: Case, arch: int) -> Resources:
 
 def cases(module: str) -> list[Case]:
     """The cases of one kernel module."""
-    found: list[Case] = importlib.import_module(f"harness.kernels.{module}").cases()
-    return found
+    module_cases: list[Case] = importlib.import_module(f"harness.kernels.{module}").cases()
+    return module_cases
 
 
 def main() -> str | None:
-    """Print the table; returns what keeps it from doing so."""
+    """Print the table. Returns: the reason why it cannot be printed, or None."""
     options = _options()
     if problem := _problem():
         return problem
@@ -100,24 +100,27 @@ def main() -> str | None:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m harness.kernels.inspect", description="Compile without a GPU.")
     arches = ",".join(map(str, ARCHES))
-    parser.add_argument("--arch", type=_arches, default=ARCHES, help=f"compute capabilities, {arches} unless told")
-    parser.add_argument("--kernel", choices=MODULES, help="one module alone")
-    parser.add_argument("--format", choices=("md", "json"), default="md")
+    parser.add_argument(
+        "--arch", type=_arches, default=ARCHES, help=f"compute capabilities, comma-separated; default {arches}"
+    )
+    parser.add_argument("--kernel", choices=MODULES, help="compile only the kernels of this module")
+    parser.add_argument("--format", choices=("md", "json"), default="md", help="format of the printed table")
     return parser.parse_args()
 
 
 def _arches(text: str) -> tuple[int, ...]:
-    found = tuple(int(part) for part in text.split(",") if part.isdigit())
-    if not found or not set(found) <= set(ARCHES):
-        raise argparse.ArgumentTypeError(f"{text} is none of {', '.join(map(str, ARCHES))}; write one, or 80,90")
-    return found
+    arches = tuple(int(part) for part in text.split(",") if part.isdigit())
+    if not arches or not set(arches) <= set(ARCHES):
+        expected = ", ".join(map(str, ARCHES))
+        raise argparse.ArgumentTypeError(f"{text} is not supported; expected a comma-separated list of {expected}")
+    return arches
 
 
 def _problem() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; install ptqbench[kernels]"
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
-        return "TRITON_INTERPRET is set, so that nothing is compiled; unset it"
+        return "TRITON_INTERPRET is set, so triton compiles nothing; unset it"
     return None
 
 
@@ -128,9 +131,9 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def _divisible(case: Case) -> dict[tuple[int], list[list[object]]]:
-    looked_at = [i for i, parameter in enumerate(case.kernel.params) if not parameter.do_not_specialize]
-    kinds = [case.signature[name] for name in case.kernel.arg_names]
-    return {(i,): [["tt.divisibility", 16]] for i in looked_at if kinds[i].startswith(("*", "i"))}
+    specialized = [i for i, parameter in enumerate(case.kernel.params) if not parameter.do_not_specialize]
+    types = [case.signature[name] for name in case.kernel.arg_names]
+    return {(i,): [["tt.divisibility", 16]] for i in specialized if types[i].startswith(("*", "i"))}
 
 
 def _tensor_core(ptx: str) -> str:
@@ -147,22 +150,22 @@ def _load_bits(opcode: str) -> int:
 
 
 def _usage(word: str, text: str) -> int:
-    found = re.search(rf"\b{word}:(\d+)", text)
-    if found is None:
-        raise RuntimeError(f"cuobjdump -res-usage names no {word}: {text.strip()[:200]}")
-    return int(found[1])
+    match = re.search(rf"\b{word}:(\d+)", text)
+    if match is None:
+        raise RuntimeError(f"the output of cuobjdump -res-usage has no {word}: {text.strip()[:200]}")
+    return int(match[1])
 
 
 def _cuobjdump(flag: str, cubin: bytes) -> str:
-    """What the tool of that name in the triton package says of a cubin."""
+    """The output of cuobjdump, the copy in the triton package, for a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        done = subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
-    return done.stdout + done.stderr
+        process = subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True)
+    return process.stdout + process.stderr
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""A kernel for a weight whose groups are of input columns in another order (GPTQ's act_order, no static groups)."""
+"""A kernel for a weight whose groups use another column order (GPTQ's act_order without static groups)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from harness.kernels.base import Kernel
 
 
 class Reordered(Kernel):
-    """Another kernel's weight, for inputs whose columns have to be brought into its order first.
+    """A wrapper of another kernel: it reorders the input columns and then calls that kernel.
 
     order  (K,) column i of the kernel is input column order[i]
     """
@@ -23,5 +23,5 @@ class Reordered(Kernel):
         self.register_buffer("order", order)
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        found: Tensor = self.kernel(inputs[..., self.order.int()], bias)
-        return found
+        outputs: Tensor = self.kernel(inputs[..., self.order.int()], bias)
+        return outputs

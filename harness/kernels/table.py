@@ -1,8 +1,8 @@
-"""Which kernel runs a weight: one table, read from the top.
+"""The table that chooses the kernel of a weight: the first rule that applies is used.
 
-A rule holds for a device and a kind of format; its `make` gives the kernel, or None where the weight's shape, groups or
-dtype are not for it, and the next rule is asked. Where none holds, the weight is decoded at every call (`reference`).
-Within a kernel, the number of rows decides the path; its module says where.
+A rule belongs to a device type and a kind of format. It returns a kernel, or None if it does not support the shape, the
+groups or the dtype of the weight; then the next rule is tried. If no rule applies, the weight is decoded at every call
+(`reference`). Inside a kernel, the number of rows of x selects the path; the limits are in the kernel's module.
 
     device  codes   inputs            kernel           rows of x
     cuda    4       float16, bfloat16 triton_w4a16     few: split-K; many: tensor cores; most: decode and cuBLAS
@@ -12,9 +12,9 @@ Within a kernel, the number of rows decides the path; its module says where.
     cpu     4       bfloat16          cpu_w4a16        few: torch's int4 kernel; many: decode and matmul
     cpu     8       bfloat16          cpu_w8a16        few: torch's int8 kernel; many: cast and matmul
     cpu     8       int8              cpu_w8a8         (small weights: torch's int8 product; large: oneDNN's)
-    cpu     8       int8, outliers    cpu_llm_int8     torch's int8 product, outlier columns apart
+    cpu     8       int8, outliers    cpu_llm_int8     torch's int8 product, outlier columns separately
     any     2 to 8  any               reference        decode in slabs of rows and matmul
-    any     vectors any               additive         few: a table of products; many: likewise (harness.core.additive)
+    any     vectors any               additive         few: a table of products; many: decode (harness.core.additive)
 """
 
 from __future__ import annotations
@@ -34,28 +34,28 @@ Make = Callable[[IntQTensor, InputQuantizer | None, torch.dtype], Kernel | None]
 
 
 def choose(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype, device: torch.device) -> Kernel | None:
-    """The kernel that runs `weight` for inputs of `dtype`; None where it is decoded at every call.
+    """The kernel that runs `weight` for inputs of `dtype`, or None if the weight is decoded at every call.
 
-    `inputs` quantizes them first, unless the kernel does it itself.
+    `inputs` quantizes the inputs before the kernel, unless the kernel does it itself.
     """
     if isinstance(weight, PermutedQTensor):
         base = choose(weight.base, inputs, dtype, device)
         return None if base is None else Reordered(base, weight.order)
     if not isinstance(weight, IntQTensor):
         return None
-    found = (make(weight, inputs, dtype) for make in rules(device.type))
-    return next((kernel for kernel in found if kernel is not None), None)
+    kernels = (make(weight, inputs, dtype) for make in rules(device.type))
+    return next((kernel for kernel in kernels if kernel is not None), None)
 
 
 @functools.cache
 def rules(device_type: str) -> tuple[Make, ...]:
-    """The rules of a type of device, in the order in which they are tried: those of the module that has its name.
+    """The rules of a device type, in the order in which they are tried: `RULES` of the module with the same name.
 
-    The module is imported by name, so that kernels of one device are no part of the code of runs on another.
+    The module is imported by name, so that the kernels of one device are not part of the code of runs on another.
     """
     try:
         module = importlib.import_module(f"{__package__}.{device_type}")
     except ModuleNotFoundError:
         return ()
-    found: tuple[Make, ...] = module.RULES
-    return found
+    device_rules: tuple[Make, ...] = module.RULES
+    return device_rules

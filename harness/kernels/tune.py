@@ -1,8 +1,8 @@
-"""Which tile sizes a matmul kernel runs with: a table first, overridden by what `autotune` found on this GPU.
+"""Launch configurations of the matmul kernels: a table, overridden by the results of `autotune` on this GPU.
 
-Results of autotuning are kept in a JSON file (environment variable PTQBENCH_KERNEL_CACHE, else
-$XDG_CACHE_HOME/ptqbench/kernels.json, else ~/.cache/ptqbench/kernels.json) that is read once a process. Timing
-happens in `autotune` alone, never in a forward pass.
+Results of autotuning are stored in a JSON file (environment variable PTQBENCH_KERNEL_CACHE, else
+$XDG_CACHE_HOME/ptqbench/kernels.json, else ~/.cache/ptqbench/kernels.json), which each process reads once. Only
+`autotune` measures times; a forward pass never does.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-_DEFAULT_PROCESSORS = 132  # an H100's, where there is no GPU to ask
+_DEFAULT_PROCESSORS = 132  # multiprocessors of an H100, used if there is no GPU
 _BLOCK_K = 128
 _DEQUANTIZE_FROM = 1024
 
@@ -26,9 +26,9 @@ _DEQUANTIZE_FROM = 1024
 class Config:
     """How a kernel is launched.
 
-    block_n, block_m   rows of the weight and of the input that a program computes
-    split_k            programs that share the sum over K
-    num_warps, num_stages   as triton's
+    block_n, block_m   rows of the weight and of the input in the tile of one program
+    split_k            number of programs that share the sum over K
+    num_warps, num_stages   triton's launch options
     path               "split" (memory-bound), "tensor" (tensor cores busy), "dequantize" (weights decoded first)
     """
 
@@ -42,7 +42,7 @@ class Config:
 
 @dataclass(frozen=True)
 class Problem:
-    """What a choice depends on: M is the input's rows, N and K the weight's shape, `group_size` K for whole rows."""
+    """A matmul to choose a configuration for: input (M, K), weight (N, K); `group_size` is K for whole rows."""
 
     kernel: str
     M: int
@@ -52,7 +52,7 @@ class Problem:
     dtype: torch.dtype
 
     def key(self, device: torch.device) -> str:
-        """Name of this problem in the cache; M counts by its power of two."""
+        """Key of this problem in the cache; M is rounded up to a power of two."""
         dtype = str(self.dtype).removeprefix("torch.")
         M = bucket(self.M)
         return (
@@ -61,20 +61,20 @@ class Problem:
 
 
 def bucket(M: int) -> int:
-    """The power of two at or above M."""
+    """M rounded up to a power of two."""
     return 1 << max(M - 1, 0).bit_length()
 
 
-def choose(  # noqa: PLR0913 - the shape of a matmul, said in full
+def choose(  # noqa: PLR0913 - all dimensions of a matmul
     kernel: str, M: int, N: int, K: int, group_size: int, dtype: torch.dtype, device: torch.device
 ) -> Config:
-    """The configuration for a matmul of (M, K) by a weight (N, K): from the cache, or else from the table."""
-    found = read_cache().get(Problem(kernel, M, N, K, group_size, dtype).key(device))
-    return found or heuristic(bucket(M), N, K, processors(device))
+    """The configuration for a matmul of inputs (M, K) with a weight (N, K): from the cache, else from the table."""
+    cached = read_cache().get(Problem(kernel, M, N, K, group_size, dtype).key(device))
+    return cached or heuristic(bucket(M), N, K, processors(device))
 
 
 def heuristic(M: int, N: int, K: int, count: int) -> Config:
-    """The table: M a power of two, `count` the GPU's processors."""
+    """The table: M is a power of two, `count` the number of the GPU's multiprocessors."""
     if M >= _DEQUANTIZE_FROM:
         return Config(path="dequantize")
     if M <= 32:
@@ -87,7 +87,7 @@ def heuristic(M: int, N: int, K: int, count: int) -> Config:
 
 
 def _split(programs: int, K: int, count: int) -> int:
-    """Parts of K, a power of two, so that about two programs run on each processor and each has 4 blocks of K."""
+    """Number of parts of K, a power of two: about two programs per multiprocessor, each with at least 4 blocks of K."""
     split = 1
     while split < 32 and programs * split <= count and split * 8 * _BLOCK_K <= K:
         split *= 2
@@ -96,7 +96,7 @@ def _split(programs: int, K: int, count: int) -> int:
 
 @lru_cache
 def processors(device: torch.device) -> int:
-    """Streaming multiprocessors of `device`."""
+    """Number of streaming multiprocessors of `device`."""
     if device.type != "cuda":
         return _DEFAULT_PROCESSORS
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
@@ -115,17 +115,17 @@ def _triton_version() -> str:
 
 
 def cache_file() -> Path:
-    """Where results of autotuning are kept."""
-    if given := os.environ.get("PTQBENCH_KERNEL_CACHE"):
-        return Path(given)
+    """The file that stores the results of autotuning."""
+    if path := os.environ.get("PTQBENCH_KERNEL_CACHE"):
+        return Path(path)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ptqbench" / "kernels.json"
 
 
 @lru_cache(maxsize=1)
 def read_cache() -> dict[str, Config]:
-    """All stored configurations; `read_cache.cache_clear()` reads them anew.
+    """All stored configurations. After `read_cache.cache_clear()` the file is read again.
 
-    Raises: ValueError if the file is not what `autotune` writes.
+    Raises: ValueError if the file does not have the format that `autotune` writes.
     """
     path = cache_file()
     if not path.exists():
@@ -134,12 +134,12 @@ def read_cache() -> dict[str, Config]:
         return {key: Config(**fields) for key, fields in json.loads(path.read_text()).items()}
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{path} is no cache of kernel configurations ({error}); delete it, and autotune anew"
+            f"{path} is not a cache of kernel configurations ({error}); delete it and run autotune again"
         ) from error
 
 
 def write_cache(configs: dict[str, Config]) -> None:
-    """Replace the cache at once, so that no reader ever sees half a file."""
+    """Replace the cache file atomically, so that no reader sees an incomplete file."""
     path = cache_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".json", delete=False) as file:
@@ -155,20 +155,20 @@ def autotune(
     device: torch.device,
     clock: Callable[[Callable[[], None]], float] | None = None,
 ) -> Config:
-    """Time `run` with each candidate, store the quickest for `problem` and return it.
+    """Time `run` with each candidate, store the fastest one for `problem` and return it.
 
-    `clock` returns the time of a call; None is the median of replays of a CUDA graph. `run` must be fit to be
-    captured. What does not compile or does not fit the GPU is passed over.
+    `clock` returns the time of a call; None means the median over replays of a CUDA graph, which requires that `run`
+    can be captured. Candidates that do not compile or do not fit the GPU are skipped.
     Raises: RuntimeError if no candidate runs.
     """
     times, failure = {}, None
     for config in candidates:
         try:
             times[config] = (clock or _graph_time)(lambda config=config: run(config))  # type: ignore[misc]
-        except Exception as error:  # triton raises many kinds where a kernel is too large
+        except Exception as error:  # triton raises many types if a kernel is too large
             failure = error
     if not times:
-        raise RuntimeError(f"no configuration of {problem.kernel} runs at {problem}; the last failed") from failure
+        raise RuntimeError(f"no configuration of {problem.kernel} runs for {problem}; see the last error") from failure
     best = min(times, key=times.__getitem__)
     write_cache({**read_cache(), problem.key(device): best})
     return best

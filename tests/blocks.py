@@ -1,4 +1,4 @@
-"""One block of a tiny model as the engine meets it: its input groups, their producers and statistics."""
+"""One block of a tiny model, prepared as in the engine: its input groups, their producers and statistics."""
 
 from __future__ import annotations
 
@@ -29,10 +29,12 @@ class Block:
         self.stream = Stream(model, tokens)
         for _ in range(index):
             self.stream.advance()
-        found = {name: module for name, module in linears(model).items() if name.startswith(self.prefix)}
-        members = input_groups(found, lambda: self.stream.run(self.stream.states[0]))
+        block_linears = {name: module for name, module in linears(model).items() if name.startswith(self.prefix)}
+        members = input_groups(block_linears, lambda: self.stream.run(self.stream.states[0]))
         self.groups = [
-            InputGroup({n: found[n] for n in names}, {n: weight_of(found[n]) for n in names}, scheme=scheme)
+            InputGroup(
+                {n: block_linears[n] for n in names}, {n: weight_of(block_linears[n]) for n in names}, scheme=scheme
+            )
             for names in members
         ]
         Discovery().producers(self.stream, self.groups, self.prefix)
@@ -42,32 +44,32 @@ class Block:
         return next(group for group in self.groups if any(name.endswith(member) for name in group.linears))
 
     def inputs(self, group: InputGroup) -> Tensor:
-        """What the group reads (T, K), over all sequences."""
-        seen: list[Tensor] = []
+        """The inputs (T, K) of the group, over all sequences."""
+        batches: list[Tensor] = []
         reader = next(iter(group.linears.values()))
-        self.stream.outputs({reader: lambda inputs: seen.append(inputs.detach().flatten(0, -2))}, keep=False)
-        return torch.cat(seen)
+        self.stream.outputs({reader: lambda inputs: batches.append(inputs.detach().flatten(0, -2))}, keep=False)
+        return torch.cat(batches)
 
     def stats(self, group: InputGroup, needs: Sequence[type[Stat]]) -> Stats:
-        found = Stats(needs, group.in_features)
-        self.stream.outputs({next(iter(group.linears.values())): found.update}, keep=False)
-        return found
+        collected = Stats(needs, group.in_features)
+        self.stream.outputs({next(iter(group.linears.values())): collected.update}, keep=False)
+        return collected
 
     def search(self, group: InputGroup, stats: Stats, tokens: int = 4096) -> None:
-        """Let the group answer what a scale would cost."""
+        """Let `group.error` measure the output error of a trial scale."""
         group.trial = Trial(self.stream, self.model, group, stats, tokens)
 
 
 def logits(model: nn.Module, tokens: Tensor = TOKENS) -> Tensor:
     with torch.no_grad():
-        found: Tensor = model(input_ids=tokens, use_cache=False).logits
-    return found
+        output: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return output
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
-    """Relative Frobenius error."""
-    exact = expected.detach().double()
-    return float((found.detach().double() - exact).norm() / exact.norm())
+    """Relative Frobenius error of `found` against `expected`."""
+    reference = expected.detach().double()
+    return float((found.detach().double() - reference).norm() / reference.norm())
 
 
 def codes_of(model: nn.Module) -> dict[str, Tensor]:

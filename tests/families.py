@@ -1,4 +1,4 @@
-"""Tiny random models of many families, from their config classes: what the harness must understand unlisted."""
+"""Tiny random models of many families, built from their config classes, which the harness must support unlisted."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def build(family: str, **options: Any) -> nn.Module:
-    """A model of the family in eval mode, with the same weights at every call; `options` are of its config."""
+    """A model of the family in eval mode, with the same weights at every call; `options` override its config."""
     torch.manual_seed(0)
     model: nn.Module = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **FAMILIES[family] | options))
     return model.eval()
 
 
 def uneven(model: nn.Module) -> nn.Module:
-    """The model with gains and biases as training leaves them: none is 1 or 0 any more, a few gains are large."""
+    """Give the model gains and biases as after training: none is 1 or 0, and a few gains are large."""
     generator = torch.Generator().manual_seed(6)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -47,5 +47,5 @@ def uneven(model: nn.Module) -> nn.Module:
                 parameter += noise - 0.5 if name.endswith("bias") else noise * 0.5
                 parameter[::11] *= 1.0 if name.endswith("bias") else 4.0
             else:
-                parameter *= 4  # so that attention and gates are no longer flat
+                parameter *= 4  # so that attention and gates are not uniform
     return model

@@ -1,4 +1,4 @@
-"""Naive float64 versions of the formulas, written from the papers for the tests alone."""
+"""Naive float64 versions of the formulas, written from the papers and used only in tests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harness.core.scheme import WeightFormat
 
-# Schemes of every kind, whose scales are stored as they are computed.
+# Weight formats of every kind, with float32 scales.
 FORMATS = {
     "channel": WeightFormat(bits=3, scale_dtype="float32"),
     "group": WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"),
@@ -23,7 +23,7 @@ FORMATS = {
 
 
 def naive_rtn(weight: Tensor, fmt: WeightFormat) -> tuple[list[list[int]], Tensor]:
-    """Codes and decoded values of round-to-nearest, one group and one value at a time, float32 scales."""
+    """Codes and decoded values of round-to-nearest with float32 scales, one group and one value at a time."""
     rows, columns = weight.shape
     values = weight.double()
     codes = [[0] * columns for _ in range(rows)]
@@ -62,12 +62,12 @@ def _params(group: list[float], fmt: WeightFormat) -> tuple[float, float]:
 
 
 def _stored(value: float) -> float:
-    """The nearest float32: what the tests' formats store."""
+    """The nearest float32 value, as the formats of the tests store it."""
     return float(torch.tensor(value, dtype=torch.float32))
 
 
 def naive_perplexity(model: nn.Module, windows: Tensor) -> float:
-    """exp of the mean over windows of the mean nll, from whole logits in float64, one window at a time."""
+    """exp of the mean over windows of the mean nll, from full float64 logits, one window at a time."""
     means = []
     for window in windows:
         with torch.no_grad():
@@ -79,7 +79,7 @@ def naive_perplexity(model: nn.Module, windows: Tensor) -> float:
 
 @dataclass
 class Solved:
-    """What a naive rounding chose: codes and decoded values (N, K), and the loss in its own terms."""
+    """Result of a naive method: codes and decoded values (N, K), and the loss that the method minimises."""
 
     codes: list[list[int]]
     decoded: Tensor
@@ -98,28 +98,28 @@ def naive_gptq(
     fmt: WeightFormat,
     damp: float,
     order: list[int] | None = None,
-    moving: bool = False,
+    dynamic_groups: bool = False,
 ) -> Solved:
-    """GPTQ as optimal brain quantization in a fixed order: one column after another, with the inverse Hessian kept.
+    """GPTQ as optimal brain quantization in a fixed order: one column after another, with an updated inverse Hessian.
 
-    Frantar et al. 2022, arXiv 2210.17323, equations 2 and 3. Ranges are those of the weight as it was, or (`moving`,
-    for groups, in their own order) of the updated one when a group's first column is reached.
+    Frantar et al. 2022, arXiv 2210.17323, equations 2 and 3. Ranges are computed from the original weight, or, with
+    `dynamic_groups` (in the original column order), from the updated weight when a group's first column is reached.
     """
     rows, columns = weight.shape
-    work, inverse = weight.double().clone(), torch.linalg.inv(naive_damped(hessian, damp))
-    params = {} if moving else _cell_params(work, fmt)
-    codes, decoded, loss = [[0] * columns for _ in range(rows)], torch.zeros_like(work), 0.0
-    left = list(order or range(columns))
-    while left:
-        j = left.pop(0)
+    updated, inverse = weight.double().clone(), torch.linalg.inv(naive_damped(hessian, damp))
+    params = {} if dynamic_groups else _cell_params(updated, fmt)
+    codes, decoded, loss = [[0] * columns for _ in range(rows)], torch.zeros_like(updated), 0.0
+    remaining = list(order or range(columns))
+    while remaining:
+        j = remaining.pop(0)
         if (0, j) not in params:
-            params |= _cell_params(work, fmt, j)
+            params |= _cell_params(updated, fmt, j)
         for i in range(rows):
-            codes[i][j], decoded[i, j] = _nearest(float(work[i, j]), *params[i, j], fmt)
-            error = (work[i, j] - decoded[i, j]) / inverse[j, j]
+            codes[i][j], decoded[i, j] = _nearest(float(updated[i, j]), *params[i, j], fmt)
+            error = (updated[i, j] - decoded[i, j]) / inverse[j, j]
             loss += float(error**2 * inverse[j, j])
-            for k in left:
-                work[i, k] -= error * inverse[j, k]
+            for k in remaining:
+                updated[i, k] -= error * inverse[j, k]
         inverse = inverse - torch.outer(inverse[:, j], inverse[j]) / inverse[j, j]
     return Solved(codes, decoded, loss)
 
@@ -127,7 +127,7 @@ def naive_gptq(
 def naive_ldlq(weight: Tensor, hessian: Tensor, fmt: WeightFormat, damp: float) -> Solved:
     """LDLQ: H = (U + I) D (U + I)^T with U strictly upper, w'_k = Q(w_k + (w - w')_{<k} U_{<k, k}).
 
-    Chee et al. 2023, arXiv 2307.13304, equation 2: the feedback is of the errors made so far.
+    Chee et al. 2023, arXiv 2307.13304, equation 2: the feedback term contains the errors of all previous columns.
     """
     rows, columns = weight.shape
     upper, diagonal = _udu(naive_damped(hessian, damp).tolist())
@@ -136,34 +136,34 @@ def naive_ldlq(weight: Tensor, hessian: Tensor, fmt: WeightFormat, damp: float) 
     for i in range(rows):
         exact = weight[i].double().tolist()
         for k in range(columns):
-            wanted = exact[k] + sum((exact[j] - float(decoded[i, j])) * upper[j][k] for j in range(k))
-            codes[i][k], decoded[i, k] = _nearest(wanted, *params[i, k], fmt)
-            loss += diagonal[k] * (wanted - float(decoded[i, k])) ** 2
+            target = exact[k] + sum((exact[j] - float(decoded[i, j])) * upper[j][k] for j in range(k))
+            codes[i][k], decoded[i, k] = _nearest(target, *params[i, k], fmt)
+            loss += diagonal[k] * (target - float(decoded[i, k])) ** 2
     return Solved(codes, decoded, loss)
 
 
 def _udu(matrix: list[list[float]]) -> tuple[list[list[float]], list[float]]:
-    """The unit upper U and the diagonal D of matrix = U D U^T, last column first."""
+    """The unit upper triangular U and the diagonal D of matrix = U D U^T, from the last column to the first."""
     size = len(matrix)
     upper, diagonal = [[0.0] * size for _ in range(size)], [0.0] * size
     for k in reversed(range(size)):
         diagonal[k] = matrix[k][k] - sum(upper[k][j] ** 2 * diagonal[j] for j in range(k + 1, size))
         for i in range(k):
-            known = sum(upper[i][j] * upper[k][j] * diagonal[j] for j in range(k + 1, size))
-            upper[i][k] = (matrix[i][k] - known) / diagonal[k]
+            partial = sum(upper[i][j] * upper[k][j] * diagonal[j] for j in range(k + 1, size))
+            upper[i][k] = (matrix[i][k] - partial) / diagonal[k]
     return upper, diagonal
 
 
 def _cell_params(
     weight: Tensor, fmt: WeightFormat, column: int | None = None
 ) -> dict[tuple[int, int], tuple[float, float]]:
-    """Scale and zero point of every value, or of those in groups that hold one of `column`."""
-    found: dict[tuple[int, int], tuple[float, float]] = {}
+    """Scale and zero point of every value; with `column`, only of values in groups that include this column."""
+    params: dict[tuple[int, int], tuple[float, float]] = {}
     for cells in _groups(weight.shape[0], weight.shape[1], fmt):
         if column is not None and column not in [j for _, j in cells]:
             continue
-        found.update(dict.fromkeys(cells, _params([float(weight[i, j]) for i, j in cells], fmt)))
-    return found
+        params.update(dict.fromkeys(cells, _params([float(weight[i, j]) for i, j in cells], fmt)))
+    return params
 
 
 def _nearest(value: float, scale: float, zero_point: float, fmt: WeightFormat) -> tuple[int, float]:
@@ -172,13 +172,13 @@ def _nearest(value: float, scale: float, zero_point: float, fmt: WeightFormat) -
 
 
 def naive_smoothquant_scale(inputs: Tensor, weights: list[Tensor], alpha: float) -> Tensor:
-    """Equation 4 of SmoothQuant, one channel at a time: inputs (T, K), weights (N, K) that read them."""
-    found = []
+    """Equation 4 of SmoothQuant, one channel at a time, for inputs (T, K) and the weights (N, K) that multiply them."""
+    scales = []
     for j in range(inputs.shape[1]):
         activation = max(max(abs(float(x)) for x in inputs[:, j]), 1e-5)
         column = max(max(abs(float(w)) for weight in weights for w in weight[:, j]), 1e-5)
-        found.append(activation**alpha / column ** (1 - alpha))
-    return torch.tensor(found, dtype=torch.float64)
+        scales.append(activation**alpha / column ** (1 - alpha))
+    return torch.tensor(scales, dtype=torch.float64)
 
 
 def naive_awq_search(
@@ -189,9 +189,9 @@ def naive_awq_search(
     output: Callable[[list[Tensor]], Tensor],
     tied: list[int] | None = None,
 ) -> tuple[Tensor, list[float]]:
-    """The best scale of AWQ's grid (K,) and the error of every ratio: mean |output(Q(W s) / s) - output(W)|^2.
+    """The best scale (K,) on AWQ's grid, and the error of every ratio: mean |output(Q(W s) / s) - output(W)|^2.
 
-    `tied` names, for each channel, the one whose scale it shares; they take the largest.
+    `tied` assigns each channel to a set of channels; all channels of a set use the largest of their scales.
     """
     magnitude = [max(float(inputs[:, j].double().abs().mean()), 1e-4) for j in range(inputs.shape[1])]
     expected = output([weight.double() for weight in weights])
@@ -201,7 +201,7 @@ def naive_awq_search(
         middle = math.sqrt(max(scale) * min(scale))
         scale = [value / middle for value in scale]
         if tied is not None:
-            scale = [max(s for s, other in zip(scale, tied, strict=True) if other == own) for own in tied]
+            scale = [max(s for s, other in zip(scale, tied, strict=True) if other == row) for row in tied]
         factor = torch.tensor(scale, dtype=torch.float64)
         rounded = [naive_rtn(weight.double() * factor, fmt)[1] / factor for weight in weights]
         scales.append(factor)
@@ -210,9 +210,9 @@ def naive_awq_search(
 
 
 def naive_group_errors(weight: Tensor, decoded: Tensor, inputs: Tensor, fmt: WeightFormat) -> Tensor:
-    """Twice the mean over inputs (T, K) of each group's squared output error, (N, G) or (1, 1) per tensor."""
+    """Twice the mean over inputs (T, K) of each group's squared output error: (N, G), or (1, 1) per tensor."""
     rows, columns = weight.shape
-    found = []
+    errors = []
     for cells in _groups(rows, columns, fmt):
         total = 0.0
         for x in inputs.double():
@@ -220,12 +220,12 @@ def naive_group_errors(weight: Tensor, decoded: Tensor, inputs: Tensor, fmt: Wei
             for i, j in cells:
                 outputs[i] = outputs.get(i, 0.0) + float(decoded[i, j] - weight[i, j]) * float(x[j])
             total += sum(value**2 for value in outputs.values())
-        found.append(2 * total / len(inputs))
-    return torch.tensor(found, dtype=torch.float64).view(fmt.groups((rows, columns)))
+        errors.append(2 * total / len(inputs))
+    return torch.tensor(errors, dtype=torch.float64).view(fmt.groups((rows, columns)))
 
 
 def naive_clip(weight: Tensor, hessian: Tensor, fmt: WeightFormat, shares: list[float]) -> float:
-    """The least error d H d^T of one group (1, K) over ranges that shrink at both ends together."""
+    """The smallest error d H d^T of one group (1, K) over ranges whose two ends shrink by the same share."""
     exact = weight.double()
     best = math.inf
     for share in shares:
@@ -237,39 +237,40 @@ def naive_clip(weight: Tensor, hessian: Tensor, fmt: WeightFormat, shares: list[
 
 
 def naive_shrink(error: float, beta: float, norm: float) -> float:
-    """The shrinkage of HQQ on one value."""
+    """The shrinkage operator of HQQ for one value."""
     return math.copysign(max(abs(error) - abs(error) ** (norm - 1) / beta, 0.0), error) if error else 0.0
 
 
 def naive_hqq(weight: Tensor, fmt: WeightFormat, norm: float, beta: float, growth: float, iterations: int) -> Solved:
-    """Half-quadratic quantization from whole zero points, one group at a time; the loss is the mean |W - W'|.
+    """Half-quadratic quantization from integer zero points, one group at a time; the loss is the mean |W - W'|.
 
-    Badri and Shaji 2023: e = shrink(W - W'), then zero_point = mean(code - (W - e) / scale), or, where zero points are
-    integers, the scale that fits W - e best to the codes. A group stops when its mean |W - W'| does not fall.
+    Badri and Shaji 2023: e = shrink(W - W'), then zero_point = mean(code - (W - e) / scale). If zero points are
+    integers, the scale is fitted to W - e by least squares instead. A group stops when its mean |W - W'| does not
+    decrease.
     """
     rows, columns = weight.shape
     codes, decoded = [[0] * columns for _ in range(rows)], torch.zeros(rows, columns, dtype=torch.float64)
     for cells in _groups(rows, columns, fmt):
-        exact, now = [float(weight[i, j]) for i, j in cells], beta
-        scale, zero_point = _params(exact, fmt)
+        group, coupling = [float(weight[i, j]) for i, j in cells], beta
+        scale, zero_point = _params(group, fmt)
         zero_point = float(round(zero_point))
-        found = [_nearest(w, scale, zero_point, fmt) for w in exact]
+        rounded = [_nearest(w, scale, zero_point, fmt) for w in group]
         for _ in range(iterations):
-            wanted = [w - naive_shrink(w - d, now, norm) for w, (_, d) in zip(exact, found, strict=True)]
-            pairs = list(zip(wanted, (code for code, _ in found), strict=True))
-            tried = scale, zero_point
+            targets = [w - naive_shrink(w - d, coupling, norm) for w, (_, d) in zip(group, rounded, strict=True)]
+            pairs = list(zip(targets, (code for code, _ in rounded), strict=True))
+            fitted = scale, zero_point
             if fmt.zero_point == "float":
-                tried = scale, _stored(sum(code - target / scale for target, code in pairs) / len(pairs))
-            elif (power := sum((code - zero_point) ** 2 for _, code in pairs)) > 0:
-                tried = _stored(sum(target * (code - zero_point) for target, code in pairs) / power), zero_point
-            candidate = [_nearest(w, *tried, fmt) for w in exact]
-            if _mean_off(candidate, exact) >= _mean_off(found, exact):
+                fitted = scale, _stored(sum(code - target / scale for target, code in pairs) / len(pairs))
+            elif (energy := sum((code - zero_point) ** 2 for _, code in pairs)) > 0:
+                fitted = _stored(sum(target * (code - zero_point) for target, code in pairs) / energy), zero_point
+            candidate = [_nearest(w, *fitted, fmt) for w in group]
+            if _mean_error(candidate, group) >= _mean_error(rounded, group):
                 break
-            (scale, zero_point), found, now = tried, candidate, now * growth
-        for (i, j), (code, value) in zip(cells, found, strict=True):
+            (scale, zero_point), rounded, coupling = fitted, candidate, coupling * growth
+        for (i, j), (code, value) in zip(cells, rounded, strict=True):
             codes[i][j], decoded[i, j] = code, value
     return Solved(codes, decoded, float((decoded - weight.double()).abs().mean()))
 
 
-def _mean_off(found: list[tuple[int, float]], exact: list[float]) -> float:
-    return sum(abs(value - w) for (_, value), w in zip(found, exact, strict=True)) / len(exact)
+def _mean_error(rounded: list[tuple[int, float]], exact: list[float]) -> float:
+    return sum(abs(value - w) for (_, value), w in zip(rounded, exact, strict=True)) / len(exact)

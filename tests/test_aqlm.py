@@ -1,4 +1,4 @@
-"""AQLM: each of its moves against float64 of the same error, exhaustive search, least squares and planted weights."""
+"""Compare each step of AQLM with the same error in float64, exhaustive search, least squares and planted weights."""
 
 from __future__ import annotations
 
@@ -39,19 +39,19 @@ def inputs(columns: int = COLUMNS, tokens: int = 80) -> Tensor:
 
 
 def weights(rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
-    """Weights whose rows differ in scale."""
+    """Weights whose rows have different scales."""
     return torch.randn(rows, columns, generator=generator(4)) * torch.linspace(0.01, 0.2, rows)[:, None]
 
 
-def stats_of(seen: Tensor) -> Stats:
-    stats = Stats([Hessian], seen.shape[1])
-    stats.update(seen)
+def stats_of(X: Tensor) -> Stats:
+    stats = Stats([Hessian], X.shape[1])
+    stats.update(X)
     return stats
 
 
 def hessian(columns: int = COLUMNS) -> Tensor:
-    seen = inputs(columns)
-    return seen.T @ seen / len(seen) + 0.1 * torch.eye(columns)
+    X = inputs(columns)
+    return X.T @ X / len(X) + 0.1 * torch.eye(columns)
 
 
 def random_fit(bits: int = 3, count: int = 2, seed: int = 5) -> Fit:
@@ -65,17 +65,20 @@ def decoded(fit: Fit) -> Tensor:
     count = fit.codes.shape[1]
     rows = []
     for r in range(len(fit.scale)):
-        parts = [torch.stack([fit.codebooks[m, own[m, r]].double() for m in range(count)]).sum(0) for own in fit.codes]
+        parts = [
+            torch.stack([fit.codebooks[m, group_codes[m, r]].double() for m in range(count)]).sum(0)
+            for group_codes in fit.codes
+        ]
         rows.append(float(fit.scale[r]) * torch.cat(parts))
     return torch.stack(rows)
 
 
-def row_losses(weight: Tensor, found: Tensor, about: Tensor) -> list[float]:
-    """d H d^T of each row's d = w - w', one product at a time."""
+def row_losses(weight: Tensor, decoded_weight: Tensor, H: Tensor) -> list[float]:
+    """The loss d H d^T of each row, d = w - w', one product at a time."""
     losses = []
-    for row, other in zip(weight.double(), found.double(), strict=True):
+    for row, other in zip(weight.double(), decoded_weight.double(), strict=True):
         d = row - other
-        losses.append(sum(float(d[i] * about[i, j] * d[j]) for i in range(len(d)) for j in range(len(d))))
+        losses.append(sum(float(d[i] * H[i, j] * d[j]) for i in range(len(d)) for j in range(len(d))))
     return losses
 
 
@@ -111,18 +114,18 @@ def test_a_row_of_zeros_gets_scale_zero() -> None:
     assert torch.isfinite(fit.vectors()).all()
 
 
-def least_squares(weight: Tensor, fit: Fit, about: Tensor) -> float:
-    """The error of the best codebooks for these codes and scales, by lstsq on (W - W') L with H = L L^T."""
-    lower = torch.linalg.cholesky(about.double())
+def least_squares(weight: Tensor, fit: Fit, H: Tensor) -> float:
+    """The error of the best codebooks for fixed codes and scales, by lstsq on (W - W') L with H = L L^T."""
+    lower = torch.linalg.cholesky(H.double())
     count, entries, size = fit.codebooks.shape
     columns = []
     for m, c, k in itertools.product(range(count), range(entries), range(size)):
         used = torch.zeros(ROWS, GROUPS, size, dtype=torch.float64)
         used[:, :, k] = fit.codes[:, m].T.eq(c).double()
         columns.append((fit.scale.double()[:, None] * used.view(ROWS, -1) @ lower).reshape(-1))
-    system, wanted = torch.stack(columns, 1), (weight.double() @ lower).reshape(-1)
-    solution = torch.linalg.lstsq(system, wanted[:, None], driver="gelsd").solution[:, 0]
-    return float((wanted - system @ solution).square().sum())
+    system, target = torch.stack(columns, 1), (weight.double() @ lower).reshape(-1)
+    solution = torch.linalg.lstsq(system, target[:, None], driver="gelsd").solution[:, 0]
+    return float((target - system @ solution).square().sum())
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -167,56 +170,56 @@ def test_a_search_raises_no_row_s_error(count: int, beam: int, monkeypatch: pyte
 
 
 def test_a_wide_beam_finds_the_best_combination_of_a_group() -> None:
-    """M=2, B=3, a single group: nothing else moves, so all 64 combinations can be tried."""
-    about, weight = hessian(SIZE), weights(ROWS, SIZE)
-    whole = random_fit()
+    """Two codebooks of 8 vectors and one group: all 64 combinations can be tried, because nothing else changes."""
+    H, weight = hessian(SIZE), weights(ROWS, SIZE)
+    initial = random_fit()
     losses = {}
     for beam in (1, 8):
-        fit = Fit(whole.codes[:1].clone(), whole.codebooks, whole.scale)
-        Problem(weight, about, SIZE).search(fit, beam, generator())
-        losses[beam] = row_losses(weight, decoded(fit), about)
+        fit = Fit(initial.codes[:1].clone(), initial.codebooks, initial.scale)
+        Problem(weight, H, SIZE).search(fit, beam, generator())
+        losses[beam] = row_losses(weight, decoded(fit), H)
     for r in range(ROWS):
-        tried = []
+        losses_of_pairs = []
         for pair in itertools.product(range(8), range(8)):
-            vector = whole.codebooks[0, pair[0]] + whole.codebooks[1, pair[1]]
-            tried.append(row_losses(weight[r : r + 1], whole.scale[r] * vector[None], about)[0])
-        assert losses[8][r] == pytest.approx(min(tried), rel=1e-4)
+            vector = initial.codebooks[0, pair[0]] + initial.codebooks[1, pair[1]]
+            losses_of_pairs.append(row_losses(weight[r : r + 1], initial.scale[r] * vector[None], H)[0])
+        assert losses[8][r] == pytest.approx(min(losses_of_pairs), rel=1e-4)
     assert sum(losses[1]) > sum(losses[8])
 
 
 def test_one_group_s_code_is_chosen_for_the_errors_of_all_others() -> None:
-    """M=1: the last group that is searched has the best code given the rest, by trying all."""
-    about, fit = hessian(), random_fit(count=1)
-    problem = Problem(weights(), about, SIZE)
-    problem.search(fit, 1, generator())  # the groups are one run, so the last is the last
-    before = row_losses(weights(), decoded(fit), about)
+    """One codebook: trying all codes shows that the last group searched has the best code with the others fixed."""
+    H, fit = hessian(), random_fit(count=1)
+    problem = Problem(weights(), H, SIZE)
+    problem.search(fit, 1, generator())  # all groups fit in one pass, so the last group is searched last
+    before = row_losses(weights(), decoded(fit), H)
     for r, c in itertools.product(range(ROWS), range(8)):
         other = Fit(fit.codes.clone(), fit.codebooks, fit.scale)
         other.codes[-1, 0, r] = c
-        assert row_losses(weights(), decoded(other), about)[r] >= before[r] * (1 - 1e-4)
+        assert row_losses(weights(), decoded(other), H)[r] >= before[r] * (1 - 1e-4)
 
 
-def quantize(weight: Tensor, seen: Tensor, **options: Any) -> AdditiveQTensor:
-    found = AQLM(**options).quantize(weight, scheme(), stats_of(seen))
-    assert isinstance(found, AdditiveQTensor)
-    return found
+def quantize(weight: Tensor, X: Tensor, **options: Any) -> AdditiveQTensor:
+    qtensor = AQLM(**options).quantize(weight, scheme(), stats_of(X))
+    assert isinstance(qtensor, AdditiveQTensor)
+    return qtensor
 
 
 def test_a_weight_that_one_codebook_made_is_recovered_to_float16() -> None:
-    """Each row has every entry once, so that all rows have one norm, as k-means assumes of its start."""
+    """Each row uses every entry once, so that all rows have the same norm, as the k-means initialisation assumes."""
     codebook = torch.randn(16, SIZE, generator=generator(7))
     order = torch.stack([torch.randperm(16, generator=generator(i)) for i in range(50)])
     planted = 0.05 * torch.linspace(0.5, 2, 50)[:, None] * codebook[order].view(50, 16 * SIZE)
-    found = quantize(planted, inputs(16 * SIZE), codebooks=1, code_bits=4, group_size=SIZE)
-    assert float((found.dequantize() - planted).norm() / planted.norm()) <= 2**-11
+    qtensor = quantize(planted, inputs(16 * SIZE), codebooks=1, code_bits=4, group_size=SIZE)
+    assert float((qtensor.dequantize() - planted).norm() / planted.norm()) <= 2**-11
 
 
 def test_more_rounds_and_a_wider_beam_lower_the_error() -> None:
-    weight, seen = weights(48, 64), inputs(64, 300)
+    weight, X = weights(48, 64), inputs(64, 300)
     options = {"code_bits": 5, "group_size": 8}
 
-    def loss(**more: Any) -> float:
-        return float((seen @ (quantize(weight, seen, **options, **more).dequantize() - weight).T).square().sum())
+    def loss(**extra: Any) -> float:
+        return float((X @ (quantize(weight, X, **options, **extra).dequantize() - weight).T).square().sum())
 
     start, one, many = loss(iterations=0), loss(iterations=1), loss(iterations=20, tolerance=0.001)
     assert start > one > many
@@ -229,26 +232,24 @@ def test_bits_per_weight_are_those_of_the_formula(count: int, bits: int, size: i
     label = max(2, math.ceil(count * bits / size))
     method = AQLM(codebooks=count, code_bits=bits, group_size=size, iterations=1, kmeans_iterations=2)
     method.check(scheme(label))
-    found = method.quantize(weights(rows, columns), scheme(label), stats_of(inputs(columns)))
+    qtensor = method.quantize(weights(rows, columns), scheme(label), stats_of(inputs(columns)))
     stored = 16 * count * size * 2**bits / (rows * columns) + 16 / columns
-    assert found.bits_per_weight == pytest.approx(count * bits / size + stored, rel=1e-12)
+    assert qtensor.bits_per_weight == pytest.approx(count * bits / size + stored, rel=1e-12)
 
 
 def test_it_depends_on_the_seed_and_on_nothing_else() -> None:
-    found = []
+    weights_by_seed = []
     for seed, global_seed in ((0, 1), (0, 2), (3, 1)):
         torch.manual_seed(global_seed)
-        found.append(quantize(weights(24, 64), inputs(64), code_bits=4, seed=seed).dequantize())
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+        weights_by_seed.append(quantize(weights(24, 64), inputs(64), code_bits=4, seed=seed).dequantize())
+    assert torch.equal(weights_by_seed[0], weights_by_seed[1])
+    assert not torch.equal(weights_by_seed[0], weights_by_seed[2])
 
 
 @pytest.mark.parametrize("factor", [1e-8, 1e5])
 def test_extreme_magnitudes_are_shared_by_scales_and_codebooks(factor: float) -> None:
-    weight, seen = weights(24, 64), inputs(64)
-    errors = [
-        float((quantize(weight * by, seen, code_bits=5).dequantize() / by - weight).norm()) for by in (1.0, factor)
-    ]
+    weight, X = weights(24, 64), inputs(64)
+    errors = [float((quantize(weight * by, X, code_bits=5).dequantize() / by - weight).norm()) for by in (1.0, factor)]
     assert errors[1] == pytest.approx(errors[0], rel=0.05)
 
 
@@ -257,14 +258,16 @@ def test_a_weight_beyond_float16_is_refused() -> None:
         quantize(weights() * 1e12, inputs(), code_bits=3, group_size=SIZE)
 
 
-def test_without_tokens_all_inputs_count_alike_and_it_says_so() -> None:
+def test_without_tokens_all_inputs_get_equal_weight_with_a_warning() -> None:
     options: dict[str, Any] = {"code_bits": 4, "group_size": SIZE}
     with pytest.warns(UserWarning, match="no calibration token reached this linear; all its inputs get equal weight"):
-        found = AQLM(**options).quantize(weights(), scheme(), Stats([Hessian], COLUMNS)).dequantize()
+        without_tokens = AQLM(**options).quantize(weights(), scheme(), Stats([Hessian], COLUMNS)).dequantize()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        alike = AQLM(**options, damp=1e-9).quantize(weights(), scheme(), stats_of(torch.eye(COLUMNS))).dequantize()
-    assert (found - alike).norm() <= 1e-3 * alike.norm()
+        equal_inputs = (
+            AQLM(**options, damp=1e-9).quantize(weights(), scheme(), stats_of(torch.eye(COLUMNS))).dequantize()
+        )
+    assert (without_tokens - equal_inputs).norm() <= 1e-3 * equal_inputs.norm()
 
 
 def test_a_hessian_that_is_not_positive_definite_is_refused() -> None:
@@ -273,10 +276,10 @@ def test_a_hessian_that_is_not_positive_definite_is_refused() -> None:
 
 
 def test_a_float64_weight_and_an_input_that_is_always_zero() -> None:
-    seen = inputs()
-    seen[:, 3] = 0
-    found = quantize(weights().double(), seen, code_bits=4, group_size=SIZE)
-    assert torch.isfinite(found.dequantize(torch.float64)).all()
+    X = inputs()
+    X[:, 3] = 0
+    qtensor = quantize(weights().double(), X, code_bits=4, group_size=SIZE)
+    assert torch.isfinite(qtensor.dequantize(torch.float64)).all()
 
 
 @pytest.mark.parametrize(

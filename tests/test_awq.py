@@ -1,4 +1,4 @@
-"""AWQ's searches against a naive one over whole outputs in float64, and what scaling may never cost."""
+"""Compare AWQ's searches with a naive search over full outputs in float64; scaling must never raise the error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def transformed(block: Block, group: InputGroup, **options: Any) -> Tensor | Non
 
 
 def output_of(block: Block, group: InputGroup) -> Callable[[list[Tensor]], Tensor]:
-    """The output of the smallest module around a group of llama, from other weights, written out."""
+    """A function from weights to the output of the smallest module that contains a group of llama, written out."""
     inputs = block.inputs(group).double()
     if len(group.linears) == 1:
         return lambda weights: inputs @ weights[0].T
@@ -60,26 +60,26 @@ def test_the_search_finds_what_a_naive_one_finds(member: str, scheme: Scheme) ->
     group = block.group(member)
     assert group.producer is not None
     tied = group.producer.rows.tolist()
-    wanted, errors = naive_awq_search(
+    expected, errors = naive_awq_search(
         block.inputs(group), list(group.weights.values()), scheme.weight, 10, output_of(block, group), tied
     )
-    found = transformed(block, group, ratios=10, exhaustive=True)
-    assert found is not None
-    assert min(errors) < errors[0], "a search that chooses no scaling would prove little"
-    assert relative(found, wanted) < 1e-5
+    scale = transformed(block, group, ratios=10, exhaustive=True)
+    assert scale is not None
+    assert min(errors) < errors[0], "the test needs a case in which scaling is better than no scaling"
+    assert relative(scale, expected) < 1e-5
 
 
 @pytest.mark.parametrize("member", ["o_proj", "up_proj", "down_proj"])
 def test_the_error_of_a_group_is_that_of_its_module(member: str) -> None:
     block = block_of()
     group = block.group(member)
-    wanted = naive_awq_search(
+    errors = naive_awq_search(
         block.inputs(group), list(group.weights.values()), GROUP8.weight, 4, output_of(block, group)
     )[1]
     magnitude = block.inputs(group).abs().mean(0)
-    group.producer = None  # every channel on its own
+    group.producer = None  # no channels share a scale
     block.search(group, stats_of(block, group))
-    for k, error in enumerate(wanted):
+    for k, error in enumerate(errors):
         scale = magnitude ** (k / 4)
         scale = scale / (scale.max() * scale.min()).sqrt()
         assert group.error(scale) == pytest.approx(error, rel=1e-3)
@@ -100,17 +100,17 @@ def test_an_attention_module_is_run_with_its_heads() -> None:
     for states in block.stream.states:
         block.stream.run(states)
     handle.remove()
-    wanted = float((torch.cat(outputs[:4]) - torch.cat(outputs[4:])).square().mean())
+    expected = float((torch.cat(outputs[:4]) - torch.cat(outputs[4:])).square().mean())
     fresh = block_of()
     fresh.search(fresh.groups[0], stats_of(fresh, fresh.groups[0]))
-    assert fresh.groups[0].error(scale) == pytest.approx(wanted, rel=1e-6)
+    assert fresh.groups[0].error(scale) == pytest.approx(expected, rel=1e-6)
 
 
 def test_a_search_takes_as_many_whole_sequences_as_fit_evenly_spread() -> None:
-    few, chosen = block_of(), Block(uneven(build("llama")).double(), tokens=TOKENS[[0, 2]])
+    subset, expected = block_of(), Block(uneven(build("llama")).double(), tokens=TOKENS[[0, 2]])
     scale = torch.linspace(0.5, 2, 32).double()
     errors = []
-    for block, tokens in ((few, 47), (chosen, 4096), (block_of(), 4096)):
+    for block, tokens in ((subset, 47), (expected, 4096), (block_of(), 4096)):
         block.search(block.groups[0], stats_of(block, block.groups[0]), tokens)
         errors.append(block.groups[0].error(scale))
     assert errors[0] == pytest.approx(errors[1], rel=1e-9)
@@ -126,26 +126,26 @@ def test_quantized_inputs_count_where_the_scheme_has_them() -> None:
     (weight,) = group.weights.values()
     inputs = block.inputs(group) / scale
     step = inputs.abs().amax(1, keepdim=True) / 7
-    seen = (inputs / step).round().clamp(-8, 7) * step
+    quantized_inputs = (inputs / step).round().clamp(-8, 7) * step
     rounded = round_to_nearest(weight * scale, GROUP8.weight).dequantize(torch.float64)
-    wanted = (seen @ rounded.T - block.inputs(group) @ weight.T).square().mean()
-    assert group.error(scale) == pytest.approx(float(wanted), rel=1e-4)
+    expected = (quantized_inputs @ rounded.T - block.inputs(group) @ weight.T).square().mean()
+    assert group.error(scale) == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt"])
 def test_scaling_is_never_worse_than_rounding(family: str) -> None:
-    scaled, plain = block_of(family), block_of(family)
+    scaled, unscaled = block_of(family), block_of(family)
     better = 0
-    for group, before in zip(scaled.groups, plain.groups, strict=True):
+    for group, unscaled_group in zip(scaled.groups, unscaled.groups, strict=True):
         if group.producer is None:
             continue
-        found = transformed(scaled, group, clip=False)
-        assert found is not None
-        plain.search(before, stats_of(plain, before))
-        identity = torch.ones_like(found)
-        assert before.error(found) <= before.error(identity)
-        better += before.error(found) < before.error(identity)
-        before.rescale(found)  # as the other, for the next group
+        scale = transformed(scaled, group, clip=False)
+        assert scale is not None
+        unscaled.search(unscaled_group, stats_of(unscaled, unscaled_group))
+        identity = torch.ones_like(scale)
+        assert unscaled_group.error(scale) <= unscaled_group.error(identity)
+        better += unscaled_group.error(scale) < unscaled_group.error(identity)
+        unscaled_group.rescale(scale)  # the same rescaling in both models, for the next group
     assert better
 
 
@@ -166,11 +166,11 @@ def test_the_function_stays_and_so_do_weights_while_searching(family: str) -> No
 @pytest.mark.parametrize("ratios", [2, 7, 12, 20, 24])
 @pytest.mark.parametrize("best", [0.0, 0.3, 0.5, 0.77, 0.99])
 def test_from_coarse_to_fine_it_finds_the_one_valley_with_fewer_trials(ratios: int, best: float) -> None:
-    magnitude, tried = torch.linspace(0.1, 3, 16), list[float]()
+    magnitude, tried_ratios = torch.linspace(0.1, 3, 16), list[float]()
 
-    def error(scale: Tensor) -> float:  # the ratio is read back from the spread of the scale
-        tried.append(float((scale.max() / scale.min()).log() / (magnitude.max() / magnitude.min()).log()))
-        return abs(tried[-1] - best)
+    def error(scale: Tensor) -> float:  # the ratio follows from the spread of the scale
+        tried_ratios.append(float((scale.max() / scale.min()).log() / (magnitude.max() / magnitude.min()).log()))
+        return abs(tried_ratios[-1] - best)
 
     weight, gain = torch.randn(4, 16), torch.ones(16)
     group = InputGroup({}, {"x": weight}, producer=Producer("norm", "norm", gain, None, torch.arange(16)), trial=error)
@@ -180,8 +180,8 @@ def test_from_coarse_to_fine_it_finds_the_one_valley_with_fewer_trials(ratios: i
     assert group.scale is not None
     chosen = float((group.scale.max() / group.scale.min()).log() / (magnitude.max() / magnitude.min()).log())
     assert abs(chosen - best) == pytest.approx(min(abs(i / ratios - best) for i in range(ratios)), abs=1e-4)
-    assert min(tried) == pytest.approx(0, abs=1e-6)  # no scaling is always tried
-    assert len(tried) == len(set(tried)) <= min(ratios, 6 + ratios // 4)
+    assert min(tried_ratios) == pytest.approx(0, abs=1e-6)  # the search always includes no scaling
+    assert len(tried_ratios) == len(set(tried_ratios)) <= min(ratios, 6 + ratios // 4)
     assert torch.allclose(gain * group.scale, torch.ones(16))
 
 
@@ -189,9 +189,9 @@ def test_one_ratio_is_no_scaling() -> None:
     block = block_of()
     before = {name: value.clone() for name, value in block.model.state_dict().items()}
     for group in block.groups:
-        found = transformed(block, group, ratios=1)
-        assert found is not None
-        assert torch.equal(found, torch.ones_like(found))
+        scale = transformed(block, group, ratios=1)
+        assert scale is not None
+        assert torch.equal(scale, torch.ones_like(scale))
     assert all(torch.equal(value, before[name]) for name, value in block.model.state_dict().items())
 
 
@@ -218,11 +218,11 @@ def test_each_search_can_be_left_out() -> None:
     assert not AWQ(scale=False).searches
     stats = stats_of(block, group)
     (weight,) = group.weights.values()
-    plain, clipped = (AWQ(clip=on).quantize(weight, GROUP8, stats).dequantize() for on in (False, True))
+    unclipped, clipped = (AWQ(clip=on).quantize(weight, GROUP8, stats).dequantize() for on in (False, True))
     params = clipped_params(weight, GROUP8.weight, stats[Hessian].value)
-    assert torch.equal(plain, round_to_nearest(weight, GROUP8.weight).dequantize())
+    assert torch.equal(unclipped, round_to_nearest(weight, GROUP8.weight).dequantize())
     assert torch.equal(clipped, round_to_grid(weight, *params, GROUP8.weight).dequantize())
-    assert not torch.equal(plain, clipped)
+    assert not torch.equal(unclipped, clipped)
 
 
 def test_a_search_that_was_not_announced_says_so() -> None:

@@ -1,4 +1,4 @@
-"""LLM.int8() against its formulas in float64: outliers found, kept apart, and counted where they are stored."""
+"""Compare LLM.int8() with its formulas in float64: outliers are detected, kept as floats, and counted if stored."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ SCHEME = Scheme(name="llm_int8", weight=ROWS, activation=TOKENS)
 
 
 def inputs() -> Tensor:
-    """Inputs (T, K) of which channel 3 reaches the threshold at one token, and channel 7 always does."""
-    seen = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
-    seen[4, 3], seen[:, 7] = -6.0, 50.0 + torch.arange(10)
-    return seen
+    """Inputs (T, K); channel 3 reaches the threshold in one token, channel 7 in all tokens."""
+    X = torch.randn(10, 16, generator=torch.Generator().manual_seed(0))
+    X[4, 3], X[:, 7] = -6.0, 50.0 + torch.arange(10)
+    return X
 
 
 def weights() -> Tensor:
@@ -32,7 +32,7 @@ def weights() -> Tensor:
 
 
 def naive_llm_int8(x: Tensor, w: Tensor, threshold: float) -> Tensor:
-    """Equation 8, value by value, with int8 weights for the outlier columns too."""
+    """Equation 8, value by value, with int8 weights also for the outlier columns."""
     x, w = x.double(), w.double()
     outliers = [j for j in range(x.shape[1]) if any(abs(float(v)) >= threshold for v in x[:, j])]
     out = torch.zeros(len(x), len(w), dtype=torch.float64)
@@ -40,48 +40,50 @@ def naive_llm_int8(x: Tensor, w: Tensor, threshold: float) -> Tensor:
         weight_scale = max(abs(float(v)) for v in w[i]) / 127
         codes = [round(float(v) / weight_scale) for v in w[i]]
         for t in range(len(x)):
-            rest = [0.0 if j in outliers else float(x[t, j]) for j in range(x.shape[1])]
-            scale = max(map(abs, rest)) / 127
-            whole = sum(round(value / scale) * code for value, code in zip(rest, codes, strict=True))
-            out[t, i] = whole * scale * weight_scale + sum(float(x[t, j]) * codes[j] * weight_scale for j in outliers)
+            regular = [0.0 if j in outliers else float(x[t, j]) for j in range(x.shape[1])]
+            scale = max(map(abs, regular)) / 127
+            int_product = sum(round(value / scale) * code for value, code in zip(regular, codes, strict=True))
+            out[t, i] = int_product * scale * weight_scale + sum(
+                float(x[t, j]) * codes[j] * weight_scale for j in outliers
+            )
     return out
 
 
 def test_the_layer_is_the_decomposition() -> None:
     quantized = LLMInt8().quantize(weights(), SCHEME, Stats())
     layer = QuantLinear(quantized, None, torch.float32, InputQuantizer(TOKENS)).pack()
-    found = layer(inputs()[None])[0].double()
+    output = layer(inputs()[None])[0].double()
     expected = naive_llm_int8(inputs(), weights(), 6.0)
-    assert (found - expected).norm() < 1e-5 * expected.norm()
+    assert (output - expected).norm() < 1e-5 * expected.norm()
 
 
-def test_outliers_are_kept_exactly_and_have_no_part_in_the_scale_of_the_rest() -> None:
-    seen = inputs()
-    out = InputQuantizer(TOKENS)(seen[None])[0]
-    assert torch.equal(out[:, [3, 7]], seen[:, [3, 7]])
-    rest = [j for j in range(16) if j not in (3, 7)]
-    steps = seen[:, rest].abs().amax(1) / 127
-    assert bool(((out - seen)[:, rest].abs() <= steps[:, None] / 2 * 1.001).all())
-    assert not torch.equal(out[:, rest], seen[:, rest])
+def test_outliers_stay_exact_and_do_not_affect_the_scale_of_other_channels() -> None:
+    X = inputs()
+    out = InputQuantizer(TOKENS)(X[None])[0]
+    assert torch.equal(out[:, [3, 7]], X[:, [3, 7]])
+    others = [j for j in range(16) if j not in (3, 7)]
+    steps = X[:, others].abs().amax(1) / 127
+    assert bool(((out - X)[:, others].abs() <= steps[:, None] / 2 * 1.001).all())
+    assert not torch.equal(out[:, others], X[:, others])
 
 
-def test_outliers_of_one_sequence_are_not_another_s() -> None:
-    calm = torch.randn(1, 10, 16, generator=torch.Generator().manual_seed(2)).clamp(-3, 3)
+def test_outliers_of_one_sequence_do_not_affect_another() -> None:
+    without_outliers = torch.randn(1, 10, 16, generator=torch.Generator().manual_seed(2)).clamp(-3, 3)
     quantizer = InputQuantizer(TOKENS)
-    both = quantizer(torch.cat([inputs()[None], calm]))
-    assert torch.equal(both[1:], quantizer(calm))
+    output = quantizer(torch.cat([inputs()[None], without_outliers]))
+    assert torch.equal(output[1:], quantizer(without_outliers))
 
 
-def test_float16_columns_are_those_that_calibration_saw_and_are_counted() -> None:
+def test_float16_columns_are_the_outliers_of_calibration_and_are_counted() -> None:
     stats = Stats([MinMax], 16)
     stats.update(inputs())
-    found = LLMInt8(outlier_weights="float16").quantize(weights(), SCHEME, stats)
-    assert isinstance(found, MixedQTensor)
-    assert found.columns.tolist() == [3, 7]
-    assert torch.equal(found.dequantize()[:, [3, 7]], weights()[:, [3, 7]].half().float())
-    plain = round_to_nearest(weights(), ROWS)
-    assert torch.equal(found.dequantize()[:, :3], plain.dequantize()[:, :3])
-    assert found.stored_bits == plain.stored_bits + 2 * 5 * 16 + 2 * 16
+    qtensor = LLMInt8(outlier_weights="float16").quantize(weights(), SCHEME, stats)
+    assert isinstance(qtensor, MixedQTensor)
+    assert qtensor.columns.tolist() == [3, 7]
+    assert torch.equal(qtensor.dequantize()[:, [3, 7]], weights()[:, [3, 7]].half().float())
+    rounded = round_to_nearest(weights(), ROWS)
+    assert torch.equal(qtensor.dequantize()[:, :3], rounded.dequantize()[:, :3])
+    assert qtensor.stored_bits == rounded.stored_bits + 2 * 5 * 16 + 2 * 16
 
 
 def test_a_scheme_without_a_threshold_is_refused() -> None:
@@ -101,10 +103,10 @@ def test_a_threshold_needs_a_dynamic_format() -> None:
         ActivationFormat(bits=8, granularity="tensor", dynamic=False, threshold=6.0)
 
 
-def test_the_ladder_s_steps_are_what_they_are_called() -> None:
-    """Per tensor is the coarsest, then tokens, then rows, then decomposition: on outliers each step helps."""
-    seen, weight = inputs(), weights()
-    exact = seen.double() @ weight.double().T
+def test_each_step_of_the_ladder_lowers_the_error() -> None:
+    """Per tensor, per token, per row, decomposition: with outliers, each step lowers the error."""
+    X, weight = inputs(), weights()
+    exact = X.double() @ weight.double().T
     errors = []
     for granularity, tokens, threshold in (
         ("tensor", "tensor", None),
@@ -115,6 +117,6 @@ def test_the_ladder_s_steps_are_what_they_are_called() -> None:
         fmt = WeightFormat(bits=8, symmetric=True, grid="narrow", granularity=granularity)  # type: ignore[arg-type]
         rounding = ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity=tokens, threshold=threshold)  # type: ignore[arg-type]
         layer = QuantLinear(round_to_nearest(weight, fmt), None, torch.float32, InputQuantizer(rounding))
-        errors.append(float(((layer(seen[None])[0].double() - exact) / weight.norm(dim=1)).norm()))
+        errors.append(float(((layer(X[None])[0].double() - exact) / weight.norm(dim=1)).norm()))
     assert errors == sorted(errors, reverse=True)
     assert errors[-1] < 0.5 * errors[0]

@@ -1,4 +1,4 @@
-"""Codebooks against published levels and naive loops, and code for code against bitsandbytes."""
+"""Compare the 4-bit codebooks with published levels and naive loops, and their codes with those of bitsandbytes."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from tests.conftest import resolve
 
 NF4_LEVELS = """-1 -.6961928 -.5250731 -.3949175 -.2844414 -.1847734 -.0910500 0
     .0795803 .1609302 .2461123 .3379152 .4407098 .5626170 .7229568 1"""  # QLoRA, appendix E
-FP4_LEVELS = [0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4]  # sign bit beside them
+FP4_LEVELS = [0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4]  # for sign bit 0
 METHODS = [NF4, FP4]
-# Blocks within rows, blocks that span rows, a short last block, fewer values than a block, an odd count, two slabs.
+# Blocks within rows, blocks that span rows, a short last block, fewer values than a block, an odd count, two parts.
 SHAPES = [(40, 128), (12, 96), (5, 70), (3, 7), (9, 25), (600, 576)]
 
-# Its 8-bit codes look up which of 2^16 cells a value is in, so a middle is off by up to half a cell of 2 / 2^16, and
-# the distances to both levels by twice that.
+# bitsandbytes finds 8-bit codes with a table of 2^16 cells, so its midpoint between two levels is off by up to half a
+# cell of 2 / 2^16, and the difference of the distances to both levels by twice that.
 _TABLE = 2.0**-15
 
 
@@ -33,15 +33,15 @@ def scheme(*overrides: str) -> Scheme:
 
 
 def weights(rows: int, columns: int) -> Tensor:
-    """Weights whose every block has a range of its own."""
+    """Weights; each block has a different range."""
     spread = torch.rand(rows * columns // 32 + 1).mul(3).exp().repeat_interleave(32)[: rows * columns]
     return torch.randn(rows, columns) * spread.view(rows, columns) * 0.02
 
 
 def quantized(method: Codebook, weight: Tensor) -> LevelsQTensor:
-    found = method.quantize(weight, scheme("method=nf4"), Stats())
-    assert isinstance(found, LevelsQTensor)
-    return found
+    qtensor = method.quantize(weight, scheme("method=nf4"), Stats())
+    assert isinstance(qtensor, LevelsQTensor)
+    return qtensor
 
 
 def test_levels_are_the_published_ones() -> None:
@@ -68,11 +68,11 @@ def test_codes_are_the_nearest_of_all_levels_and_decode_as_level_times_scale(
     method: type[Codebook], shape: tuple[int, int]
 ) -> None:
     weight = weights(*shape)
-    found = quantized(method(double_quant=False), weight)
+    qtensor = quantized(method(double_quant=False), weight)
     levels, values = method.levels().double(), weight.double().flatten().tolist()
-    codes, decoded = found.codes.flatten().tolist(), found.dequantize().double().flatten().tolist()
-    assert found.codes.shape == shape
-    assert len(found.absmax) == math.ceil(weight.numel() / 64)
+    codes, decoded = qtensor.codes.flatten().tolist(), qtensor.dequantize().double().flatten().tolist()
+    assert qtensor.codes.shape == shape
+    assert len(qtensor.absmax) == math.ceil(weight.numel() / 64)
     for start in range(0, weight.numel(), 64):
         block = slice(start, start + 64)
         scale = max(map(abs, values[block]))
@@ -90,51 +90,52 @@ def test_codes_scales_and_values_are_those_of_bitsandbytes(
 ) -> None:
     functional = pytest.importorskip("bitsandbytes").functional
     weight = weights(*shape)
-    found = quantized(method(double_quant=double_quant), weight)
+    qtensor = quantized(method(double_quant=double_quant), weight)
     packed, state = functional.quantize_4bit(
         weight, blocksize=64, compress_statistics=double_quant, quant_type=method.label
     )
-    assert torch.equal(found.levels, state.code)
+    assert torch.equal(qtensor.levels, state.code)
     pairs = packed.flatten()
     theirs = torch.stack([pairs >> 4, pairs & 15], 1).flatten()[: weight.numel()].view(shape)
-    _agree_but_for_ties(found.codes, theirs, _shares(weight.flatten(), 64).view(shape), found.levels)
+    _agree_but_for_ties(qtensor.codes, theirs, _shares(weight.flatten(), 64).view(shape), qtensor.levels)
     theirs_scales = state.absmax
     if double_quant:
-        assert found.nested_levels is not None
-        assert found.nested_absmax is not None
-        assert found.offset is not None
-        assert torch.equal(found.nested_levels, state.state2.code)
-        exact = encode_blocks(weight.flatten(), found.levels, 64)[1] - found.offset
-        known = found.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(exact)] > 0  # a lone scale is its own mean
-        shares = _shares(exact, NESTED_BLOCK)[known]
-        _agree_but_for_ties(found.absmax[known], state.absmax[known], shares, found.nested_levels, _TABLE)
-        torch.testing.assert_close(found.offset, state.offset, rtol=1e-6, atol=0)
-        torch.testing.assert_close(found.nested_absmax, state.state2.absmax, rtol=1e-6, atol=0)
+        assert qtensor.nested_levels is not None
+        assert qtensor.nested_absmax is not None
+        assert qtensor.offset is not None
+        assert torch.equal(qtensor.nested_levels, state.state2.code)
+        exact = encode_blocks(weight.flatten(), qtensor.levels, 64)[1] - qtensor.offset
+        # A single scale equals the mean, so its nested absmax is 0.
+        nonzero = qtensor.nested_absmax.repeat_interleave(NESTED_BLOCK)[: len(exact)] > 0
+        shares = _shares(exact, NESTED_BLOCK)[nonzero]
+        _agree_but_for_ties(qtensor.absmax[nonzero], state.absmax[nonzero], shares, qtensor.nested_levels, _TABLE)
+        torch.testing.assert_close(qtensor.offset, state.offset, rtol=1e-6, atol=0)
+        torch.testing.assert_close(qtensor.nested_absmax, state.state2.absmax, rtol=1e-6, atol=0)
         theirs_scales = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-        same = found.absmax == state.absmax
-        torch.testing.assert_close(found.scales()[same], theirs_scales[same], rtol=1e-6, atol=1e-8)
+        same = qtensor.absmax == state.absmax
+        torch.testing.assert_close(qtensor.scales()[same], theirs_scales[same], rtol=1e-6, atol=1e-8)
     else:
-        assert torch.equal(found.absmax, state.absmax)
-    decoded = found.levels[theirs.int()].flatten() * found.scales().repeat_interleave(64)[: weight.numel()]
-    if shape[1] % 64 == 0:  # it decodes blocks that span rows wrongly on some CPUs
+        assert torch.equal(qtensor.absmax, state.absmax)
+    decoded = qtensor.levels[theirs.int()].flatten() * qtensor.scales().repeat_interleave(64)[: weight.numel()]
+    if shape[1] % 64 == 0:  # bitsandbytes decodes blocks that span rows wrongly on some CPUs
         decoded = functional.dequantize_4bit(packed, state).flatten()
-    same = (found.codes == theirs).flatten() & _of_blocks(_close(found.scales(), theirs_scales), weight.numel())
-    torch.testing.assert_close(found.dequantize().flatten()[same], decoded[same], rtol=2e-6, atol=1e-9)
+    same = (qtensor.codes == theirs).flatten() & _of_blocks(_close(qtensor.scales(), theirs_scales), weight.numel())
+    torch.testing.assert_close(qtensor.dequantize().flatten()[same], decoded[same], rtol=2e-6, atol=1e-9)
     assert same.float().mean() > 0.99
 
 
 def _shares(values: Tensor, block_size: int) -> Tensor:
-    """Values over the largest magnitude of their block, in float64."""
-    parts = [part / part.abs().max().clamp(min=1e-38) for part in values.double().split(block_size)]
+    """Values divided by the largest magnitude of their block, in float64."""
+    parts = [block / block.abs().max().clamp(min=1e-38) for block in values.double().split(block_size)]
     return torch.cat(parts)
 
 
 def _agree_but_for_ties(ours: Tensor, theirs: Tensor, shares: Tensor, levels: Tensor, slack: float = 1e-6) -> None:
-    """Wherever codes differ, both levels are as near to the value, but for `slack`; and few differ."""
-    off = levels[ours.int()].double(), levels[theirs.int()].double()
+    """Few codes differ, and where they do, both levels are equally near to the value, within `slack`."""
+    decoded = levels[ours.int()].double(), levels[theirs.int()].double()
     differ = ours != theirs
     assert int(differ.sum()) <= 1 + differ.numel() // 200
-    first, second = ((level - shares).abs()[differ] for level in off)
+    first, second = ((level - shares).abs()[differ] for level in decoded)
     assert bool(((first - second).abs() <= slack).all())
 
 
@@ -149,13 +150,13 @@ def _of_blocks(flags: Tensor, count: int) -> Tensor:
 @pytest.mark.parametrize("size", [1, 5, 64, 96])
 def test_blocks_of_any_size(size: int) -> None:
     weight = weights(10, 33)
-    found = quantized(NF4(block_size=size, double_quant=False), weight)
-    largest = [part.abs().max() for part in weight.flatten().split(size)]
-    assert torch.equal(found.absmax, torch.stack(largest))
-    tops = torch.stack([part.abs().max() for part in found.dequantize().flatten().split(size)])
-    torch.testing.assert_close(tops, found.absmax)
+    qtensor = quantized(NF4(block_size=size, double_quant=False), weight)
+    largest = [block.abs().max() for block in weight.flatten().split(size)]
+    assert torch.equal(qtensor.absmax, torch.stack(largest))
+    tops = torch.stack([block.abs().max() for block in qtensor.dequantize().flatten().split(size)])
+    torch.testing.assert_close(tops, qtensor.absmax)
     if size == 1:
-        torch.testing.assert_close(found.dequantize(), weight)
+        torch.testing.assert_close(qtensor.dequantize(), weight)
 
 
 def test_nearest_takes_levels_in_any_order_and_the_lower_of_two() -> None:
@@ -173,7 +174,7 @@ def test_double_quantization_costs_little() -> None:
     single, double = (quantized(NF4(double_quant=on), weight) for on in (False, True))
     assert torch.equal(single.codes, double.codes)
     assert (double.scales() - single.scales()).norm() <= 0.01 * single.scales().norm()
-    errors = [float((found.dequantize() - weight).norm() / weight.norm()) for found in (single, double)]
+    errors = [float((qtensor.dequantize() - weight).norm() / weight.norm()) for qtensor in (single, double)]
     assert 0.05 < errors[0] <= errors[1] * 1.001
     assert errors[1] < errors[0] * 1.01
 
@@ -196,12 +197,12 @@ def test_bits_are_counted_from_what_is_stored() -> None:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_weights_and_inputs_of_any_float_type(dtype: torch.dtype) -> None:
     weight, inputs = weights(24, 65).to(dtype), torch.randn(2, 3, 65).to(dtype)
-    found = quantized(NF4(), weight)
-    assert torch.equal(found.codes, quantized(NF4(), weight.float()).codes)
-    assert torch.equal(found.dequantize(dtype), found.dequantize().to(dtype))
-    packed = QuantLinear(found, None, dtype).pack()
+    qtensor = quantized(NF4(), weight)
+    assert torch.equal(qtensor.codes, quantized(NF4(), weight.float()).codes)
+    assert torch.equal(qtensor.dequantize(dtype), qtensor.dequantize().to(dtype))
+    packed = QuantLinear(qtensor, None, dtype).pack()
     assert packed.kernel == "codebook"
-    torch.testing.assert_close(packed(inputs), inputs @ found.dequantize(dtype).T, rtol=2e-2, atol=2e-2)
+    torch.testing.assert_close(packed(inputs), inputs @ qtensor.dequantize(dtype).T, rtol=2e-2, atol=2e-2)
 
 
 def test_what_is_refused() -> None:

@@ -1,4 +1,4 @@
-"""The study of salient weights: who is chosen, what is kept, what is scaled, and that all of it is counted."""
+"""Salient columns: the choice of columns, float16 columns, scaled columns, and their stored bits."""
 
 from __future__ import annotations
 
@@ -18,39 +18,39 @@ N, K = 6, 32
 
 def weights() -> Tensor:
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(3))
-    weight[:, 20] *= 30  # the heaviest column
+    weight[:, 20] *= 30  # the column of largest norm
     return weight
 
 
 def stats() -> Stats:
-    seen = torch.randn(50, K, generator=torch.Generator().manual_seed(4))
-    seen[:, 11] *= 40  # the loudest input
-    seen[::2, 5] += 25  # and the next
-    found = Stats([AbsMean], K)
-    found.update(seen)
-    return found
+    X = torch.randn(50, K, generator=torch.Generator().manual_seed(4))
+    X[:, 11] *= 40  # the largest input
+    X[::2, 5] += 25  # the second largest
+    collected = Stats([AbsMean], K)
+    collected.update(X)
+    return collected
 
 
 @pytest.mark.parametrize(("choose", "share", "columns"), [("activation", 0.03, [11]), ("activation", 0.05, [5, 11])])
 def test_columns_follow_the_inputs(choose: str, share: float, columns: list[int]) -> None:
-    found = Salient(choose=choose, share=share).quantize(weights(), SCHEME, stats())  # type: ignore[arg-type]
-    assert isinstance(found, MixedQTensor)
-    assert found.columns.tolist() == columns
+    qtensor = Salient(choose=choose, share=share).quantize(weights(), SCHEME, stats())  # type: ignore[arg-type]
+    assert isinstance(qtensor, MixedQTensor)
+    assert qtensor.columns.tolist() == columns
 
 
 def test_columns_follow_the_weights_without_data() -> None:
     method = Salient(choose="weight", share=0.01)
     assert method.needs == ()
-    found = method.quantize(weights(), SCHEME, Stats())
-    assert isinstance(found, MixedQTensor)
-    assert found.columns.tolist() == [20]
+    qtensor = method.quantize(weights(), SCHEME, Stats())
+    assert isinstance(qtensor, MixedQTensor)
+    assert qtensor.columns.tolist() == [20]
 
 
 def test_random_columns_are_the_seed_s() -> None:
     def columns(seed: int) -> list[int]:
-        found = Salient(choose="random", share=0.2, seed=seed).quantize(weights(), SCHEME, Stats())
-        assert isinstance(found, MixedQTensor)
-        return found.columns.tolist()
+        qtensor = Salient(choose="random", share=0.2, seed=seed).quantize(weights(), SCHEME, Stats())
+        assert isinstance(qtensor, MixedQTensor)
+        return qtensor.columns.tolist()
 
     assert columns(0) == columns(0)
     assert columns(0) != columns(1)
@@ -59,34 +59,34 @@ def test_random_columns_are_the_seed_s() -> None:
 
 def test_kept_columns_are_exact_in_float16_and_cost_16_bits_each() -> None:
     weight = weights()
-    plain = round_to_nearest(weight, FMT)
-    found = Salient(share=0.03).quantize(weight, SCHEME, stats())
-    assert torch.equal(found.dequantize()[:, 11], weight[:, 11].half().float())
+    rounded = round_to_nearest(weight, FMT)
+    qtensor = Salient(share=0.03).quantize(weight, SCHEME, stats())
+    assert torch.equal(qtensor.dequantize()[:, 11], weight[:, 11].half().float())
     others = [j for j in range(K) if j != 11]
-    assert torch.equal(found.dequantize()[:, others], plain.dequantize()[:, others])
-    assert found.bits_per_weight == pytest.approx(plain.bits_per_weight + (16 * N + 16) / (N * K))
+    assert torch.equal(qtensor.dequantize()[:, others], rounded.dequantize()[:, others])
+    assert qtensor.bits_per_weight == pytest.approx(rounded.bits_per_weight + (16 * N + 16) / (N * K))
 
 
 def test_scaled_columns_are_rounded_larger_and_scaled_back() -> None:
     weight = weights()
-    found = Salient(share=0.03, scale=2.0).quantize(weight, SCHEME, stats())
-    assert isinstance(found, ScaledQTensor)
+    qtensor = Salient(share=0.03, scale=2.0).quantize(weight, SCHEME, stats())
+    assert isinstance(qtensor, ScaledQTensor)
     scaled = weight.clone()
     scaled[:, 11] *= 2
     expected = round_to_nearest(scaled, FMT).dequantize()
     expected[:, 11] /= 2
-    torch.testing.assert_close(found.dequantize(), expected)
-    assert (found.dequantize() - round_to_nearest(weight, FMT).dequantize()).norm() > 0
+    torch.testing.assert_close(qtensor.dequantize(), expected)
+    assert (qtensor.dequantize() - round_to_nearest(weight, FMT).dequantize()).norm() > 0
 
 
 def test_activation_beats_random_and_weight_on_the_output() -> None:
-    seen = torch.randn(50, K, generator=torch.Generator().manual_seed(4))
-    seen[:, 11] *= 40
+    X = torch.randn(50, K, generator=torch.Generator().manual_seed(4))
+    X[:, 11] *= 40
     weight = torch.randn(N, K, generator=torch.Generator().manual_seed(3))
 
     def error(choose: str) -> float:
-        found = Salient(choose=choose, share=0.04).quantize(weight, SCHEME, stats())  # type: ignore[arg-type]
-        return float((seen @ (found.dequantize() - weight).T).norm())
+        qtensor = Salient(choose=choose, share=0.04).quantize(weight, SCHEME, stats())  # type: ignore[arg-type]
+        return float((X @ (qtensor.dequantize() - weight).T).norm())
 
     assert error("activation") < 0.5 * min(error("random"), error("weight"))
 

@@ -1,4 +1,4 @@
-"""SmoothQuant against equation 4 one channel at a time, and what it may never cost."""
+"""Compare SmoothQuant with equation 4, one channel at a time; the search must never raise the error."""
 
 from __future__ import annotations
 
@@ -51,26 +51,31 @@ def test_scales_are_those_of_equation_4(family: str, alpha: float) -> None:
     for group in block.groups:
         if group.producer is None:
             continue
-        wanted = naive_smoothquant_scale(block.inputs(group), list(group.weights.values()), alpha)
-        shared = group.producer.rows.tolist()
-        wanted = torch.stack([max(w for w, row in zip(wanted, shared, strict=True) if row == own) for own in shared])
-        found = transformed(block, group, SmoothQuant(alpha=alpha))
-        assert found is not None
-        assert relative(found, wanted) < 1e-5
+        expected = naive_smoothquant_scale(block.inputs(group), list(group.weights.values()), alpha)
+        producer_rows = group.producer.rows.tolist()
+        expected = torch.stack(
+            [
+                max(scale for scale, other in zip(expected, producer_rows, strict=True) if other == row)
+                for row in producer_rows
+            ]
+        )
+        scale = transformed(block, group, SmoothQuant(alpha=alpha))
+        assert scale is not None
+        assert relative(scale, expected) < 1e-5
 
 
-def test_the_weight_maximum_is_over_all_that_read_the_input_skipped_ones_too() -> None:
+def test_the_weight_maximum_includes_skipped_linears_that_read_the_input() -> None:
     block = block_of()
     group = block.group("q_proj")
-    kept = next(iter(group.weights))
-    group.others = {name: weight for name, weight in group.weights.items() if name != kept}
-    group.weights = {kept: group.weights[kept]}
-    everyone = [*group.weights.values(), *group.others.values()]
-    wanted = naive_smoothquant_scale(block.inputs(group), everyone, 0.5)
-    alone = naive_smoothquant_scale(block.inputs(group), everyone[:1], 0.5)
-    found = transformed(block, group, SmoothQuant(alpha=0.5))
-    assert found is not None
-    assert relative(found, wanted) < 1e-5 < relative(found, alone)
+    quantized_name = next(iter(group.weights))
+    group.others = {name: weight for name, weight in group.weights.items() if name != quantized_name}
+    group.weights = {quantized_name: group.weights[quantized_name]}
+    all_weights = [*group.weights.values(), *group.others.values()]
+    expected = naive_smoothquant_scale(block.inputs(group), all_weights, 0.5)
+    without_skipped = naive_smoothquant_scale(block.inputs(group), all_weights[:1], 0.5)
+    scale = transformed(block, group, SmoothQuant(alpha=0.5))
+    assert scale is not None
+    assert relative(scale, expected) < 1e-5 < relative(scale, without_skipped)
 
 
 def test_dead_channels_and_columns_have_a_floor() -> None:
@@ -80,10 +85,10 @@ def test_dead_channels_and_columns_have_a_floor() -> None:
         model.get_parameter(f"model.layers.0.self_attn.{name}.weight")[:, 1:3] = 0
     block = Block(model, scheme=W8A8)
     before, group = logits(model), block.groups[0]
-    wanted = naive_smoothquant_scale(block.inputs(group), list(group.weights.values()), 0.8)
-    found = transformed(block, group, SmoothQuant())
-    assert found is not None
-    assert (found[:3].double() / wanted[:3] - 1).abs().max() < 1e-4
+    expected = naive_smoothquant_scale(block.inputs(group), list(group.weights.values()), 0.8)
+    scale = transformed(block, group, SmoothQuant())
+    assert scale is not None
+    assert (scale[:3].double() / expected[:3] - 1).abs().max() < 1e-4
     assert relative(logits(model), before) < 1e-4
 
 
@@ -109,29 +114,30 @@ def test_the_function_stays(family: str, search: bool) -> None:
 def test_query_heads_of_one_value_head_share_their_largest_scale() -> None:
     block = block_of()
     group = block.group("o_proj")
-    free = naive_smoothquant_scale(block.inputs(group), list(group.weights.values()), 0.8).view(2, 2, 8)
-    found = transformed(block, group, SmoothQuant())
-    assert found is not None
-    assert relative(found.view(2, 2, 8), free.amax(1, keepdim=True).expand(2, 2, 8)) < 1e-5
-    assert relative(found.view(2, 2, 8), free) > 0.01
+    unshared = naive_smoothquant_scale(block.inputs(group), list(group.weights.values()), 0.8).view(2, 2, 8)
+    scale = transformed(block, group, SmoothQuant())
+    assert scale is not None
+    assert relative(scale.view(2, 2, 8), unshared.amax(1, keepdim=True).expand(2, 2, 8)) < 1e-5
+    assert relative(scale.view(2, 2, 8), unshared) > 0.01
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.8])
 def test_a_search_takes_the_best_and_never_loses(alpha: float) -> None:
     searched, untouched = block_of(), block_of()
-    for group, before in zip(searched.groups, untouched.groups, strict=True):
-        found = transformed(searched, group, SmoothQuant(alpha=alpha, search=True))
-        assert found is not None
-        untouched.search(before, untouched.stats(before, [MinMax]))
-        absmax = untouched.inputs(before).abs().amax(0)[:, None].T
-        tried = [
-            naive_smoothquant_scale(absmax, list(before.weights.values()), share).float()
+    for group, untouched_group in zip(searched.groups, untouched.groups, strict=True):
+        chosen_scale = transformed(searched, group, SmoothQuant(alpha=alpha, search=True))
+        assert chosen_scale is not None
+        untouched.search(untouched_group, untouched.stats(untouched_group, [MinMax]))
+        absmax = untouched.inputs(untouched_group).abs().amax(0)[:, None].T
+        candidates = [
+            naive_smoothquant_scale(absmax, list(untouched_group.weights.values()), share).float()
             for share in (alpha, *(i / 20 for i in range(6, 20)))
         ]
-        errors = [before.error(scale) for scale in (torch.ones_like(found), *tried)]
-        assert before.error(found) <= min(errors) * (1 + 1e-3)
-        assert before.error(found) <= errors[0]
-        transformed(untouched, before, SmoothQuant(alpha=alpha, search=True))  # as the other, for the next group
+        errors = [untouched_group.error(scale) for scale in (torch.ones_like(chosen_scale), *candidates)]
+        assert untouched_group.error(chosen_scale) <= min(errors) * (1 + 1e-3)
+        assert untouched_group.error(chosen_scale) <= errors[0]
+        # The same rescaling in both models, for the next group.
+        transformed(untouched, untouched_group, SmoothQuant(alpha=alpha, search=True))
 
 
 def test_smoothing_lowers_the_error_where_channels_are_large(tiny: Callable[..., dict[str, Any]]) -> None:

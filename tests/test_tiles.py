@@ -1,4 +1,4 @@
-"""The packed layout: an inverse, as many bytes as the plain packing, and every code where the docstring puts it."""
+"""The packed layout: unpacking inverts it, its size is that of plain packing, each code is at its documented place."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def test_every_nibble_is_where_a_lane_wants_it(K: int, group_size: int) -> None:
         for k in range(K):
             block, inside = divmod(k, 2 * half)
             nibble, inside = divmod(inside, half)
-            step, rest = divmod(inside, 16)
-            h, t, p = rest // 8, rest % 8 // 2, rest % 2
+            step, inside = divmod(inside, 16)
+            h, t, p = inside // 8, inside % 8 // 2, inside % 2
             tile, w, r, g = row // 64, row % 64 // 16, row % 16 // 8, row % 8
             in_lane = step * 8 + h * 4 + p * 2 + r
             chunk, in_chunk = divmod(in_lane, lane_bytes)

@@ -1,8 +1,9 @@
 """The weight-only matmul in Triton's interpreter, against float64 arithmetic on the same rounded operands.
 
-Bounds. A path with fp32 sums rounds its result once to 16 bits, at most 2^-11 of each value in fp16. Where weights
-are scaled before the dot they are rounded to 16 bits too, after a scale that is rounded itself: three roundings more.
-The interpreter truncates to bf16 rather than rounding, which makes one of those 2^-7, and does bf16 products in fp32.
+Bounds. A path with fp32 sums rounds its result once to 16 bits, which changes each value by at most 2^-11 in fp16.
+If weights are scaled before the dot, the scale and the scaled weights are also rounded to 16 bits: the bound is three
+times as large. The interpreter truncates to bf16 instead of rounding, which changes a value by up to 2^-7, and it
+computes bf16 products in fp32.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ PATHS = (SPLIT, PARTS, TENSOR, DEQUANTIZE)
 
 
 def random_weight(N: int, K: int, group_size: int = -1, kind: str = "integer", bits: int = 4) -> IntQTensor:
-    """Codes, and in every group a scale and a zero point of its own."""
+    """Random codes, with a different scale and zero point in every group."""
     zero_point = "float" if kind == "float" else "integer"
     fmt = WeightFormat(
         bits=bits, symmetric=kind == "none", zero_point=zero_point, granularity="group", group_size=group_size
@@ -108,9 +109,9 @@ def test_dequantized_weights_are_those_of_the_reference(N: int, K: int, group_si
 @pytest.mark.parametrize("config", [SPLIT, TENSOR], ids=("split", "tensor"))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=("fp16", "bf16"))
 def test_large_constant_inputs_cancel_exactly(dtype: torch.dtype, config: Config) -> None:
-    """With 1024 in the codes that enter the dot, sums would be thousands of times what is left of them."""
-    codes = torch.tensor([7, 9], dtype=torch.uint8).repeat(64, 64)  # about a zero point of 8: every sum is 0
-    codes[:, 0] = 10  # save for this code, which is worth 3 steps more than the 7 in its place
+    """If the codes still contained the offset 1024 in the dot, the sums would be thousands of times the result."""
+    codes = torch.tensor([7, 9], dtype=torch.uint8).repeat(64, 64)  # symmetric about the zero point 8: every sum is 0
+    codes[:, 0] = 10  # except for this code, 3 steps above the 7 that it replaces
     fmt = WeightFormat(bits=4, granularity="group", group_size=64)
     scale = (torch.rand(64, 2) * 0.05 + 0.01).half().float()
     weight = IntQTensor(codes, scale, torch.full((64, 2), 8.0), fmt)
@@ -166,9 +167,9 @@ def test_what_is_supported() -> None:
 def test_the_operator_keeps_torchs_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "read_cache", lambda: {})
     kernel = TritonInt(random_weight(70, 96, 32), torch.float16)
-    rest = (kernel.packed, kernel.scale, kernel.zero_point, torch.randn(70).half(), 70, 4, 32)
+    arguments = (kernel.packed, kernel.scale, kernel.zero_point, torch.randn(70).half(), 70, 4, 32)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(weight_only_linear, (torch.randn(3, 96).half(), *rest), test_utils=tests)
+    torch.library.opcheck(weight_only_linear, (torch.randn(3, 96).half(), *arguments), test_utils=tests)
 
 
 def test_a_compiled_model_calls_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,13 +183,13 @@ def test_a_compiled_model_calls_the_operator(monkeypatch: pytest.MonkeyPatch) ->
 def test_autotuning_runs_every_candidate_and_is_obeyed(M: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PTQBENCH_KERNEL_CACHE", str(tmp_path / "kernels.json"))
     tune.read_cache.cache_clear()
-    ran: list[Config] = []
-    monkeypatch.setattr(w4a16, "matmul", lambda x, weight, bias, config: ran.append(config))
-    monkeypatch.setattr(tune, "_graph_time", lambda call: (call(), -len(ran))[1])  # the last is the quickest
+    launched: list[Config] = []
+    monkeypatch.setattr(w4a16, "matmul", lambda x, weight, bias, config: launched.append(config))
+    monkeypatch.setattr(tune, "_graph_time", lambda call: (call(), -len(launched))[1])  # the last one is the fastest
     kernel = TritonInt(random_weight(64, 128, 64), torch.float16)
     best = w4a16.autotune(kernel, M)
-    assert ran == w4a16.candidates(M)
-    assert best == ran[-1] == tune.choose(kernel.name, M, 64, 128, 64, torch.float16, torch.device("cpu"))
+    assert launched == w4a16.candidates(M)
+    assert best == launched[-1] == tune.choose(kernel.name, M, 64, 128, 64, torch.float16, torch.device("cpu"))
     tune.read_cache.cache_clear()
 
 

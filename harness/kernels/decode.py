@@ -1,15 +1,15 @@
-"""Device code that turns packed tiles (see `tiles`) into floats in the registers where a dot wants them.
+"""Device code that decodes packed tiles (see `tiles`) into floats, in the registers that a dot reads.
 
-An integer below the mantissa's length becomes a float by setting an exponent: fp16 0x6400 | q is 1024 + q, bf16
-0x4300 | q is 128 + q. Subtracting 1024 or 128, and the zero point with it, is exact, so a code of 4 bits costs one
-logical operation and one subtraction, both on pairs, and no rounding.
+An integer that fits into the mantissa becomes a float when the exponent bits are set: fp16 0x6400 | q is 1024 + q, bf16
+0x4300 | q is 128 + q. Subtracting 1024 or 128 together with the zero point is exact. A 4-bit code therefore costs one
+logical operation and one subtraction, both on pairs of codes, and no rounding.
 
-On sm_90 the order of bytes is that of wgmma's register operand, and nothing moves between threads. On sm_80 triton
-takes four neighbouring inputs a register pair behind a join, not two, so that there int4 codes are shuffled within
-a warp; int8 codes, which need no join, are not. A broadcast in place of the join went through shared memory on both.
+On sm_90 the byte order is that of wgmma's register operand, and no data moves between threads. On sm_80 triton assigns
+four neighbouring inputs to a register pair after a join, not two, so int4 codes are shuffled within a warp; int8 codes
+need no join and are not shuffled. A broadcast instead of the join went through shared memory on both.
 """
 
-# Triton reads these functions itself: their arguments have its types, and are as many as a kernel needs.
+# Triton parses these functions itself: arguments have triton types, and a kernel needs many of them.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 # ruff: noqa: PLR0913, SIM300
 
@@ -26,10 +26,10 @@ _FIELD_4, _FIELD_8, _FIELD_12 = (tl.constexpr(_SHIFTED.format(shift)) for shift 
 
 @triton.jit
 def load_words(packed, first, last, block, blocks, BITS: tl.constexpr, HALF: tl.constexpr, TILES: tl.constexpr):
-    """The 16-bit words of TILES tiles at `block` of K, as (tile, chunk, lane): each lane's 16 bytes are contiguous.
+    """Load the 16-bit words of TILES tiles at `block` of K as (tile, chunk, lane); a lane's 16 bytes are contiguous.
 
-    The axes are in the order in which the compiler gives them to warps. Tiles are those from `first` on; past `last`
-    comes that one again, so that no load needs a mask.
+    The axes are in the order in which the compiler assigns them to warps. The tiles start at `first`; beyond `last`,
+    tile `last` is loaded again, so that no load needs a mask.
     """
     WORDS: tl.constexpr = 8 * HALF * BITS
     CHUNK: tl.constexpr = WORDS if WORDS < 1024 else 1024
@@ -43,7 +43,10 @@ def load_words(packed, first, last, block, blocks, BITS: tl.constexpr, HALF: tl.
 
 @triton.jit
 def field(words, SHIFT: tl.constexpr, MASK: tl.constexpr, MAGIC: tl.constexpr, ASM: tl.constexpr):
-    """((words >> SHIFT) & MASK) | MAGIC, in assembly two words at a time: the compiler splits some pairs, slowly."""
+    """Return ((words >> SHIFT) & MASK) | MAGIC.
+
+    The assembly handles two words at a time; the compiler splits some of these pairs, which is slow.
+    """
     if ASM:
         mask = tl.full((1, 1, 1), MASK, tl.uint16)
         magic = tl.full((1, 1, 1), MAGIC, tl.uint16)
@@ -66,7 +69,7 @@ def split_words(
     TILES: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """(codes & MASK) | MAGIC of both halves of K, uint16 (64 TILES, HALF), from `load_words`."""
+    """Return (codes & MASK) | MAGIC for both halves of K, each uint16 (64 TILES, HALF), from words of `load_words`."""
     if BITS == 4:
         low = _rows(tl.join(field(words, 0, MASK, MAGIC, ASM), field(words, 8, MASK, MAGIC, ASM)), HALF, TILES)
         high = _rows(tl.join(field(words, 4, MASK, MAGIC, ASM), field(words, 12, MASK, MAGIC, ASM)), HALF, TILES)
@@ -78,7 +81,7 @@ def split_words(
 
 @triton.jit
 def _rows(codes, HALF: tl.constexpr, TILES: tl.constexpr):
-    """Codes of 4 bits (tile, chunk, lane, r) as (row, input)."""
+    """Reorder 4-bit codes (tile, chunk, lane, r) to (row, input)."""
     STEPS: tl.constexpr = HALF // 16
     CHUNK: tl.constexpr = STEPS if STEPS < 2 else 2
     parts = tl.reshape(codes, (TILES, STEPS // CHUNK, 4, 8, 4, CHUNK, 2, 2, 2))  # tile c w g t s h p r
@@ -87,7 +90,7 @@ def _rows(codes, HALF: tl.constexpr, TILES: tl.constexpr):
 
 @triton.jit
 def _pairs(codes, HALF: tl.constexpr, TILES: tl.constexpr):
-    """Codes of 8 bits (tile, chunk, lane) as (row, input)."""
+    """Reorder 8-bit codes (tile, chunk, lane) to (row, input)."""
     parts = tl.reshape(codes, (TILES, HALF // 16, 4, 8, 4, 2, 2, 2))  # tile s w g t h r p
     return tl.reshape(tl.permute(parts, (0, 2, 6, 3, 1, 5, 4, 7)), (64 * TILES, HALF))
 
@@ -102,9 +105,9 @@ def split_floats(
     WORK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """The codes of both halves of K as floats (64 TILES, HALF) in WORK, `offset` too large, exactly.
+    """Return codes + `offset` for both halves of K, each as exact floats (64 TILES, HALF) in WORK.
 
-    WORK is DTYPE, fp16 or bf16, or fp32 for the interpreter, whose bf16 is no number.
+    WORK is DTYPE, fp16 or bf16, or fp32 in the interpreter, which has no bf16 arithmetic.
     """
     if DTYPE == tl.float16:
         low, high = split_words(words, (1 << BITS) - 1, 0x6400, BITS, HALF, TILES, ASM)
@@ -115,7 +118,7 @@ def split_floats(
         low = low.to(tl.bfloat16, bitcast=True).to(WORK)
         high = high.to(tl.bfloat16, bitcast=True).to(WORK)
         if BITS == 8:
-            # Seven bits are all that bf16 adds exactly to 128; the eighth is 256 or 128, less 256.
+            # bf16 represents 128 + q exactly for seven bits of q. The eighth bit decodes to 256 or 128, minus 256.
             low8, high8 = split_words(words, 0x80, 0x4300, BITS, HALF, TILES, ASM)
             low += low8.to(tl.bfloat16, bitcast=True).to(WORK) - 256
             high += high8.to(tl.bfloat16, bitcast=True).to(WORK) - 256
@@ -124,7 +127,7 @@ def split_floats(
 
 @triton.jit
 def offset(BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """What `split_floats` adds to the codes; with a zero point added to it, still exact in DTYPE."""
+    """The number that `split_floats` adds to the codes; its sum with a zero point is still exact in DTYPE."""
     return 1024.0 if DTYPE == tl.float16 else 128.0 if BITS == 4 else 0.0
 
 
@@ -139,10 +142,11 @@ def weights(
     DTYPE: tl.constexpr,
     WORK: tl.constexpr,
 ):
-    """What is multiplied with the inputs: (codes - zero) scale, or codes - zero where HOIST, in WORK.
+    """Return the left operand of the dot in WORK: (codes - zero) scale, or codes - zero with HOIST.
 
-    `value` (R, HALF) is of `split_floats`; scale and zero are (R) fp32. Whole zero points are subtracted exactly. A
-    float one is split: its nearest code is subtracted exactly, and what is left goes in with the scale.
+    `value` (R, HALF) comes from `split_floats`; scale and zero are (R) fp32. Integer zero points are subtracted
+    exactly. A float zero point is split: its nearest code is subtracted exactly before the scaling, and the remainder,
+    scaled, after it.
     """
     nearest = zero
     if ZERO == "float":
@@ -157,9 +161,9 @@ def weights(
 
 @triton.jit
 def load_params(scale, zero, group, groups, rows, width, BITS: tl.constexpr, ZERO: tl.constexpr):
-    """Scales and zero points of `rows` in `group`, or in the last where that is past it; both (R) fp32.
+    """Load scales and zero points of `rows` in `group`, or in the last group if `group` is past it; both (R) fp32.
 
-    `width` is the padded N; zero points are the middle code where none are stored.
+    `width` is the padded N. If no zero points are stored, they are the middle code.
     """
     group = tl.minimum(group, groups - 1)
     scales = tl.load(scale + (group * width + rows)).to(tl.float32)

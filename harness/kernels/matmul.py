@@ -1,12 +1,12 @@
-"""Kernels of the weight-only matmul y = x W^T + b with packed weights (see `tiles`), x (M, K), W (N, K), y (M, N).
+"""Kernels of the weight-only matmul y = x W^T + b with packed weights (see `tiles`): x (M, K), W (N, K), y (M, N).
 
-The weights are the left operand of every dot, W x^T, so that on sm_90 they go from the registers that decoded them
-into the tensor cores. Where HOIST, the dot is of the codes less their zero points, which are exact in 16 bits, and
-groups are scaled in fp32 after it: no weight is rounded at all. Otherwise weights are scaled, and rounded, before it,
-which takes fewer registers and leaves the tensor cores uninterrupted.
+The weights are the left operand of every dot, W x^T, so that on sm_90 they go directly from the registers in which
+they are decoded into the tensor cores. With HOIST, the dot takes codes minus zero points, which are exact in 16 bits,
+and groups are scaled in fp32 after the dot: no weight is rounded. Without HOIST, weights are scaled, and rounded,
+before the dot; this takes fewer registers and does not interrupt the tensor cores.
 """
 
-# Triton reads these functions itself: their arguments have its types, and are as many as a kernel needs.
+# Triton parses these functions itself: arguments have triton types, and a kernel needs many of them.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 # ruff: noqa: PLR0913
 
@@ -20,7 +20,7 @@ from harness.kernels.decode import load_params, load_words, split_floats, split_
 
 @triton.jit
 def load_inputs(x, at, M, K, columns, HALF: tl.constexpr, EVEN_K: tl.constexpr, WORK: tl.constexpr):
-    """Inputs `at` .. `at` + HALF of rows `columns` of x, transposed: (HALF, BLOCK_M), zeros outside; in WORK."""
+    """Load inputs `at` to `at` + HALF of the rows `columns` of x, transposed: (HALF, BLOCK_M) in WORK, 0 outside x."""
     k = at + tl.arange(0, HALF)
     mask = (columns < M)[None, :]
     if not EVEN_K:
@@ -41,7 +41,7 @@ def load_halves(
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
 ):
-    """Scales and zero points of both halves of a block, loaded once where they lie in one group."""
+    """Load scales and zero points of both halves of a block, only once if both halves are in the same group."""
     at = block * (2 * HALF)
     s0, z0 = load_params(scale, zero, at // GROUP if GROUP else 0, groups, rows, width, BITS, ZERO)
     s1, z1 = s0, z0
@@ -52,13 +52,13 @@ def load_halves(
 
 @triton.jit
 def add_products(acc, w0, x0, w1, x1, s0, s1, HALF: tl.constexpr, GROUP: tl.constexpr, HOIST: tl.constexpr):
-    """acc + w0 x0 + w1 x1, each times its scale where HOIST and groups are smaller than rows."""
+    """Return acc + w0 x0 + w1 x1. With HOIST and groups smaller than rows, each product is multiplied by its scale."""
     if HOIST and GROUP:
-        none = tl.zeros_like(acc)
-        part = tl.dot(w0, x0, none)
+        zeros = tl.zeros_like(acc)
+        part = tl.dot(w0, x0, zeros)
         if GROUP % (2 * HALF):
             acc += part * s0[:, None]
-            acc += tl.dot(w1, x1, none) * s1[:, None]
+            acc += tl.dot(w1, x1, zeros) * s1[:, None]
         else:
             acc += tl.dot(w1, x1, part) * s0[:, None]
     else:
@@ -66,7 +66,7 @@ def add_products(acc, w0, x0, w1, x1, s0, s1, HALF: tl.constexpr, GROUP: tl.cons
     return acc
 
 
-@triton.jit(do_not_specialize=["M"])  # so that no new number of rows is compiled anew
+@triton.jit(do_not_specialize=["M"])  # so that a new number of rows needs no compilation
 def matmul_kernel(
     x,
     packed,
@@ -91,10 +91,10 @@ def matmul_kernel(
     WORK: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Out (SPLIT_K, M, N): the sum over each part of K, in the dtype of `out`; grid (tiles of N and M, SPLIT_K).
+    """Write to `out` (SPLIT_K, M, N) the sum over each part of K, in its dtype; grid (tiles of N and M, SPLIT_K).
 
-    GROUP is the group size, 0 for whole rows. ZERO is "none", "integer" or "float".
-    WORK is the dtype of x; the interpreter, which has no bf16, takes fp32. ASM allows assembly.
+    GROUP is the group size, or 0 for whole rows. ZERO is "none", "integer" or "float". WORK is the dtype of the dot's
+    operands: that of x, or fp32 for bf16 in the interpreter, which has no bf16. ASM allows inline assembly.
     """
     grid_m = tl.cdiv(M, BLOCK_M)
     pid = tl.program_id(0)
@@ -111,7 +111,7 @@ def matmul_kernel(
     start = split * share
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    # Scales are loaded one iteration ahead: rows are too narrow for the asynchronous copies that fetch the rest.
+    # Scales are loaded one iteration ahead: rows are too narrow for the asynchronous copies of the other operands.
     s0, z0, s1, z1 = load_halves(scale, zero, start, groups, rows, width, BITS, HALF, GROUP, ZERO)
     for block in range(start, tl.minimum(start + share, blocks)):
         at = block * (2 * HALF)
@@ -130,13 +130,13 @@ def matmul_kernel(
     rows = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if BIAS:
         acc += tl.load(bias + rows, mask=rows < N, other=0.0).to(tl.float32)[:, None]
-    to = out + (split.to(tl.int64) * M * N + columns.to(tl.int64)[None, :] * N + rows[:, None])
-    tl.store(to, acc.to(out.dtype.element_ty), mask=(rows < N)[:, None] & (columns < M)[None, :])
+    out_ptrs = out + (split.to(tl.int64) * M * N + columns.to(tl.int64)[None, :] * N + rows[:, None])
+    tl.store(out_ptrs, acc.to(out.dtype.element_ty), mask=(rows < N)[:, None] & (columns < M)[None, :])
 
 
 @triton.jit(do_not_specialize=["count"])
 def reduce_kernel(parts, bias, out, count, N, SPLIT_K: tl.constexpr, BIAS: tl.constexpr, BLOCK: tl.constexpr):
-    """Out (M, N) from `parts` (SPLIT_K, M, N) fp32, summed in their order; `count` is M N."""
+    """Write to `out` (M, N) the sum of `parts` (SPLIT_K, M, N) fp32 in order, plus the bias; `count` is M N."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = at < count
     total = tl.load(parts + at, mask=mask, other=0.0)
@@ -162,7 +162,7 @@ def dequantize_kernel(
     ZERO: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Out (N, K) in its dtype from fp32 arithmetic, one tile a program; grid (tiles of N, blocks of K)."""
+    """Write the weight to `out` (N, K), computed in fp32; one tile per program, grid (tiles of N, blocks of K)."""
     tile = tl.program_id(0)
     block = tl.program_id(1)
     blocks = tl.cdiv(K, 2 * HALF)

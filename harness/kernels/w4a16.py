@@ -1,8 +1,9 @@
-"""Weight-only int4 and int8 matmul with 16-bit activations: launchers, torch operators and the module.
+"""Weight-only int4 and int8 matmul with 16-bit activations: launchers, torch operator and kernel module.
 
-Three paths, chosen by `tune` or given: `split` for few rows, K shared among programs whose sums go to an fp32
-scratch that a second kernel adds up in fixed order; `tensor` for more; `dequantize` where decoding the weight once
-and the library's matmul are quicker. No path synchronises, and the same inputs give the same bits.
+`tune` or the caller chooses one of three paths. `split`, for few rows: several programs share K and write their sums to
+an fp32 scratch tensor, which a second kernel adds in a fixed order. `tensor`, for more rows. `dequantize`, where it is
+faster to decode the weight once and call the library's matmul. No path synchronises, and the same inputs give the
+same bits.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ _REDUCE_BLOCK = 1024
 
 
 def matmul(x: Tensor, weight: Packed, bias: Tensor | None, config: Config) -> Tensor:
-    """y (M, N) = x W^T + b of contiguous x (M, K), as `config` says."""
+    """Compute y (M, N) = x W^T + b for contiguous x (M, K), with the launch `config`."""
     if config.path == "dequantize":
         return F.linear(x, dequantize(weight, x.dtype), bias)
     M, layout = x.shape[0], weight.layout
     y = x.new_empty(M, layout.N)
-    whole = config.split_k == 1
-    out = y if whole else x.new_empty(config.split_k, M, layout.N, dtype=torch.float32)
+    unsplit = config.split_k == 1
+    out = y if unsplit else x.new_empty(config.split_k, M, layout.N, dtype=torch.float32)
     grid = (triton.cdiv(layout.N, config.block_n) * triton.cdiv(M, config.block_m), config.split_k)
     matmul_kernel[grid](
         x,
@@ -50,23 +51,23 @@ def matmul(x: Tensor, weight: Packed, bias: Tensor | None, config: Config) -> Te
         **_format(layout, weight.zero_kind),
         **_tiling(config, weight.zero_kind, x.dtype),
         EVEN_K=layout.padded_K == layout.K,
-        BIAS=whole and bias is not None,
+        BIAS=unsplit and bias is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return y if whole else _reduce(out, bias, y)
+    return y if unsplit else _reduce(out, bias, y)
 
 
 def _reduce(parts: Tensor, bias: Tensor | None, y: Tensor) -> Tensor:
-    """Y (M, N), filled with the sum of `parts` (SPLIT_K, M, N) and the bias."""
+    """Fill y (M, N) with the sum of `parts` (SPLIT_K, M, N) and the bias, and return it."""
     grid = (triton.cdiv(y.numel(), _REDUCE_BLOCK),)
-    given = y if bias is None else bias
-    reduce_kernel[grid](parts, given, y, y.numel(), y.shape[1], len(parts), bias is not None, _REDUCE_BLOCK)
+    bias_argument = y if bias is None else bias  # the kernel does not read y
+    reduce_kernel[grid](parts, bias_argument, y, y.numel(), y.shape[1], len(parts), bias is not None, _REDUCE_BLOCK)
     return y
 
 
 def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
-    """The weight (N, K) in `dtype`, through fp32."""
+    """The decoded weight (N, K) in `dtype`, computed in fp32."""
     layout = weight.layout
     out = weight.codes.new_empty(layout.N, layout.K, dtype=dtype)
     grid = (layout.padded_N // tiles.ROWS, layout.padded_K // (2 * layout.half))
@@ -77,17 +78,17 @@ def dequantize(weight: Packed, dtype: torch.dtype) -> Tensor:
 
 
 def _format(layout: Layout, zero_kind: str) -> dict[str, object]:
-    """The kernels' constants that say how a weight is stored."""
+    """The compile-time constants of the kernels that describe how a weight is stored."""
     group = layout.group_size if layout.groups > 1 else 0
     compiled = not triton.knobs.runtime.interpret
     return {"BITS": layout.bits, "HALF": layout.half, "GROUP": group, "ZERO": zero_kind, "ASM": compiled}
 
 
 def _tiling(config: Config, zero_kind: str, dtype: torch.dtype) -> dict[str, object]:
-    """The matmul's constants that say how it runs.
+    """The compile-time constants of the matmul that describe its launch.
 
-    Groups are scaled after the dot where rows are few, but not with float zero points: 16 bits do not hold a code
-    less one of them.
+    With few rows, groups are scaled after the dot, except with float zero points: 16 bits cannot represent a code
+    minus a float zero point exactly.
     """
     work = tl.float16 if dtype == torch.float16 else tl.float32 if triton.knobs.runtime.interpret else tl.bfloat16
     blocks = {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "SPLIT_K": config.split_k}
@@ -95,7 +96,7 @@ def _tiling(config: Config, zero_kind: str, dtype: torch.dtype) -> dict[str, obj
 
 
 @torch.library.custom_op("ptqbench::weight_only_linear", mutates_args=())
-def weight_only_linear(  # noqa: PLR0913 - torch operators take tensors and numbers alone
+def weight_only_linear(  # noqa: PLR0913 - torch operators take only tensors and numbers
     x: Tensor,
     packed: Tensor,
     scale: Tensor,
@@ -105,7 +106,7 @@ def weight_only_linear(  # noqa: PLR0913 - torch operators take tensors and numb
     bits: int,
     group_size: int,
 ) -> Tensor:
-    """Y (M, N) = x W^T + b of x (M, K), with the configuration that `tune` chooses."""
+    """Compute y (M, N) = x W^T + b for x (M, K), with the configuration that `tune` chooses."""
     M, K = x.shape
     layout = Layout(N, K, bits, group_size)
     if M == 0:
@@ -133,7 +134,7 @@ def _name(bits: int) -> str:
 
 
 def supports(weight: IntQTensor, dtype: torch.dtype) -> bool:
-    """Whether `TritonInt` can run a weight with activations of `dtype`."""
+    """Whether `TritonInt` can run this weight with activations of `dtype`."""
     group_size = _group_size(weight)
     fits = group_size == weight.shape[1] or group_size % 16 == 0
     return type(weight) is IntQTensor and weight.fmt.bits in (4, 8) and dtype in _DTYPES and fits
@@ -144,7 +145,7 @@ def _group_size(weight: IntQTensor) -> int:
 
 
 class TritonInt(Kernel):
-    """A weight of int4 or int8 codes that Triton multiplies with fp16 or bf16 inputs."""
+    """A weight of int4 or int8 codes, for Triton's matmul with fp16 or bf16 inputs."""
 
     packed: Tensor
     scale: Tensor
@@ -153,13 +154,13 @@ class TritonInt(Kernel):
     def __init__(self, weight: IntQTensor, dtype: torch.dtype) -> None:
         """Pack `weight` for activations of `dtype`.
 
-        Raises: ValueError if `supports` says no.
+        Raises: ValueError if `supports` returns False.
         """
         super().__init__(weight.shape)
         if not supports(weight, dtype):
             raise ValueError(
                 f"bits={weight.fmt.bits} in groups of {_group_size(weight)} with {dtype} activations has no Triton "
-                "kernel; expected 4 or 8 bits, groups of a multiple of 16 or whole rows, float16 or bfloat16"
+                "kernel; expected 4 or 8 bits, groups of a multiple of 16 inputs or whole rows, and float16 or bfloat16"
             )
         self.layout = Layout(*weight.shape, bits=weight.fmt.bits, group_size=_group_size(weight))
         self.name = _name(weight.fmt.bits)
@@ -177,13 +178,13 @@ class TritonInt(Kernel):
         return tiles.pack_zero_points(weight.zero_points().to(torch.uint8), self.layout)
 
     def weight(self) -> Packed:
-        """The buffers as the kernels take them."""
+        """The buffers in the form that the kernels read."""
         return Packed(self.packed, self.scale, self.zero_point, self.layout)
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         (N, K), layout = self.shape, self.layout
-        rows, stored = inputs.reshape(-1, K), (self.packed, self.scale, self.zero_point)
-        y: Tensor = weight_only_linear(rows, *stored, bias, N, layout.bits, layout.group_size)
+        rows, buffers = inputs.reshape(-1, K), (self.packed, self.scale, self.zero_point)
+        y: Tensor = weight_only_linear(rows, *buffers, bias, N, layout.bits, layout.group_size)
         return y.view(*inputs.shape[:-1], N)
 
 
@@ -195,12 +196,12 @@ def candidates(M: int) -> list[Config]:
         stages = (4, 6, 8)
         return [Config(n, max(tune.bucket(M), 16), k, w, s) for n, w in tiles_and_warps for k in parts for s in stages]
     shapes = [(64, 64, 4), (64, 128, 4), (128, 64, 8), (128, 128, 8)]
-    found = [Config(n, m, k, w, s, "tensor") for n, m, w in shapes for k in parts[:2] for s in (2, 3, 4)]
-    return [*found, Config(path="dequantize")]
+    tensor = [Config(n, m, k, w, s, "tensor") for n, m, w in shapes for k in parts[:2] for s in (2, 3, 4)]
+    return [*tensor, Config(path="dequantize")]
 
 
 def autotune(kernel: TritonInt, M: int) -> Config:
-    """Time the candidates for M rows of inputs to `kernel`, and keep the quickest for all like it."""
+    """Time the candidates for M input rows and store the fastest one for all weights of this shape and format."""
     weight, (N, K) = kernel.weight(), kernel.shape
     x = torch.randn(M, K, device=weight.codes.device, dtype=kernel.dtype)
     problem = tune.Problem(kernel.name, M, N, K, weight.layout.group_size, kernel.dtype)
@@ -212,18 +213,18 @@ def autotune(kernel: TritonInt, M: int) -> Config:
 
 
 def cases() -> list[Case]:
-    """Variants worth looking at: few rows and many, both dtypes, the group sizes, and the decoding kernel."""
+    """Variants to inspect: few and many rows, both dtypes, several group sizes, and the dequantize kernel."""
     few = Config(64, 16, 2, num_warps=4, num_stages=5, path="split")
     middle = Config(64, 64, 1, num_warps=4, num_stages=4, path="tensor")
     many = Config(128, 128, 1, num_warps=8, num_stages=3, path="tensor")
-    found = [
+    matmul_cases = [
         _matmul_case(dtype, 4, group_size, config)
         for dtype in _DTYPES
         for group_size in (128, 64, 32)
         for config in (few, middle, many)
     ]
-    found += [_matmul_case(torch.bfloat16, 8, 4096, config) for config in (few, many)]
-    return found + [_dequantize_case(dtype) for dtype in _DTYPES]
+    matmul_cases += [_matmul_case(torch.bfloat16, 8, 4096, config) for config in (few, many)]
+    return matmul_cases + [_dequantize_case(dtype) for dtype in _DTYPES]
 
 
 def _matmul_case(dtype: torch.dtype, bits: int, group_size: int, config: Config) -> Case:
@@ -231,10 +232,10 @@ def _matmul_case(dtype: torch.dtype, bits: int, group_size: int, config: Config)
     work = tl.float16 if dtype == torch.float16 else tl.bfloat16
     compiled = {"EVEN_K": True, "BIAS": False, "ASM": True, "WORK": work}
     constexprs = {**_format(layout, "integer"), **_tiling(config, "integer", dtype), **compiled}
-    kind = _POINTERS[dtype]
-    types = {"x": kind, "packed": "*u16", "scale": "*fp16", "zero": "*u8", "bias": kind}
-    types |= {"out": "*fp32" if config.split_k > 1 else kind, "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
-    name = f"{_name(bits)} {config.path} {config.block_n}x{config.block_m} {kind[1:]} group {group_size}"
+    pointer = _POINTERS[dtype]
+    types = {"x": pointer, "packed": "*u16", "scale": "*fp16", "zero": "*u8", "bias": pointer}
+    types |= {"out": "*fp32" if config.split_k > 1 else pointer, "M": "i32", "N": "i32", "K": "i32", "groups": "i32"}
+    name = f"{_name(bits)} {config.path} {config.block_n}x{config.block_m} {pointer[1:]} group {group_size}"
     signature = {argument: types.get(argument, "constexpr") for argument in matmul_kernel.arg_names}
     return Case(name, matmul_kernel, signature, constexprs, config.num_warps, config.num_stages)
 

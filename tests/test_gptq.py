@@ -170,7 +170,7 @@ def test_dead_inputs_decode_near_zero_and_leave_the_others_alone(static: bool) -
 
 def test_a_singular_hessian_is_damped_more_and_the_warning_says_by_how_much() -> None:
     hessian = torch.ones(COLUMNS, COLUMNS, dtype=torch.float64) * 1e4  # of rank 1
-    with pytest.warns(UserWarning, match=r"^damp=1e-18 was raised to 1e-1[0-9], where the Hessian can be factored$"):
+    with pytest.warns(UserWarning, match=r"^damp=1e-18 was raised to 1e-1[0-9] so that the Hessian can be factored$"):
         qtensor = solve(weights(), FORMATS["channel"], stats_with(hessian), damp=1e-18)
     assert torch.isfinite(qtensor.dequantize()).all()
 
@@ -180,7 +180,7 @@ def test_an_indefinite_hessian_is_damped_until_it_is_definite() -> None:
     eigenvalues[0] = -0.5  # the mean is (23 - 0.5) / 24: damp must exceed 0.53
     Q = torch.linalg.qr(inputs(COLUMNS))[0]
     hessian = Q @ torch.diag(eigenvalues) @ Q.T
-    with pytest.warns(UserWarning, match="^damp=0.01 was raised to 1, where"):
+    with pytest.warns(UserWarning, match="^damp=0.01 was raised to 1 so that"):
         U = inverse_factor(hessian, 0.01)
     expected = torch.linalg.inv(naive_damped(hessian, 1.0))
     assert (U.T @ U - expected).norm() <= 1e-10 * expected.norm()
@@ -195,7 +195,7 @@ def test_fewer_tokens_than_inputs_need_no_more_damping() -> None:
 
 @pytest.mark.parametrize("hessian", [-torch.eye(COLUMNS), torch.full((COLUMNS, COLUMNS), torch.nan)])
 def test_a_hessian_without_a_factor_is_refused(hessian: Tensor) -> None:
-    with pytest.raises(ValueError, match="^damp=0.01 was raised to 10 and the Hessian still has no factor"):
+    with pytest.raises(ValueError, match="^damp=0.01 was raised to 10 and the Hessian is still not positive definite"):
         solve(weights(), FORMATS["channel"], stats_with(hessian.double()))
 
 

@@ -1,1 +1,1 @@
-"""What a method author reads: schemes, the grid, packed tensors, statistics and the contract."""
+"""The modules that a method author reads: schemes, the grid, packed tensors, statistics and the contract."""

@@ -1,4 +1,4 @@
-"""A linear's input on the grid of an activation format: as codes with a scale, or as the values they stand for."""
+"""Quantization of a linear's input by an activation format: to codes with a scale, or to decoded values."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from harness.core.scheme import ActivationFormat
 
 
 class InputQuantizer(nn.Module):
-    """Quantizes a linear's input by an activation format, whose ranges are found at run time or calibrated.
+    """Quantizes a linear's input by an activation format, with dynamic (run-time) or calibrated ranges.
 
-    A static format takes `bounds`, the smallest and largest input that calibration saw.
+    A static format takes `bounds`: the smallest and the largest input in the calibration data.
     """
 
     scale: Tensor
@@ -27,19 +27,19 @@ class InputQuantizer(nn.Module):
             self.register_buffer("zero_point", zero_point)
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """`inputs` (..., K) snapped to the grid, in their dtype; outlier channels as they are."""
+        """Round `inputs` (..., K) to the grid, in their dtype; outlier channels stay unchanged."""
         values = inputs.to(grid.compute_dtype(inputs))
         outliers = self.outliers(values)
         if outliers is None:
             return grid.snap(values, *self._params(values), self.fmt).to(inputs.dtype)
-        rest = values.masked_fill(outliers, 0)
-        snapped = grid.snap(rest, *self._params(rest), self.fmt)
+        regular = values.masked_fill(outliers, 0)
+        snapped = grid.snap(regular, *self._params(regular), self.fmt)
         return torch.where(outliers, values, snapped).to(inputs.dtype)
 
     def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Codes of `inputs` (..., K) of a symmetric format, which are to have no outliers left.
+        """Encode `inputs` (..., K) in a symmetric format; the caller must have removed the outliers.
 
-        Returns: int8 codes (..., K) less the zero point, and a scale of a shape that broadcasts against them.
+        Returns: int8 codes (..., K) minus the zero point, and a scale whose shape broadcasts against the codes.
         """
         values = inputs.to(grid.compute_dtype(inputs))
         if self.fmt.dynamic:
@@ -50,7 +50,10 @@ class InputQuantizer(nn.Module):
         return grid.encode_centred(values, scale, self.fmt), scale
 
     def outliers(self, inputs: Tensor) -> Tensor | None:
-        """Channels of `inputs` (..., T, K) in which any token of the sequence reaches the threshold: (..., 1, K)."""
+        """Mask of channels of `inputs` (..., T, K) where any token of the sequence reaches the threshold: (..., 1, K).
+
+        Returns: None if the format has no threshold.
+        """
         if self.fmt.threshold is None:
             return None
         return (inputs.abs() >= self.fmt.threshold).any(-2 if inputs.dim() > 1 else 0, keepdim=True)
@@ -61,16 +64,16 @@ class InputQuantizer(nn.Module):
         return self.scale.to(values.dtype), self.zero_point.to(values.dtype)
 
     def _bounds(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value of what shares a scale."""
+        """Smallest and largest value of each set of values that shares a scale."""
         axes = self._axes(values)
         return self._clipped(values.amin(axes, keepdim=True), values.amax(axes, keepdim=True))
 
     def _clipped(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-        """The range that the grid covers, of one that was seen."""
+        """The range that the grid covers: the observed range [low, high] times `clip`."""
         return (low, high) if self.fmt.clip == 1 else (low * self.fmt.clip, high * self.fmt.clip)
 
     def _axes(self, values: Tensor) -> tuple[int, ...]:
-        """A token's axis, or a sequence's: all but the batch's."""
+        """Axes that share a scale: the channels of a token, or every axis of a sequence (all except the batch axis)."""
         if self.fmt.granularity == "token":
             return (-1,)
         return tuple(range(1 if values.dim() > 2 else 0, values.dim()))

@@ -1,4 +1,4 @@
-"""A Hessian that is damped until it can be factored."""
+"""Damping of a Hessian, raised until the Hessian can be factored."""
 
 from __future__ import annotations
 
@@ -13,26 +13,31 @@ _MOST = 10.0
 
 
 def damped_factor(hessian: Tensor, damp: float, factor: Callable[[Tensor], Tensor | None]) -> tuple[Tensor, Tensor]:
-    """What `factor` makes of a damped Hessian (K, K), and that Hessian.
+    """Damp a Hessian (K, K) and factor it.
 
-    `damp` times the mean of the diagonal is added to it, ten times more whenever `factor` gives None, with a warning.
-    Raises: ValueError if no damping up to 10 makes it positive definite.
+    `damp` times the mean of the diagonal is added to the diagonal. Each time `factor` returns None, the damping is
+    multiplied by ten; a warning reports the value that succeeds.
+    Returns: the result of `factor`, and the damped Hessian.
+    Raises: ValueError if no damping up to 10 makes the Hessian positive definite.
     """
     mean, used = hessian.diagonal().mean(), damp
     while used <= max(_MOST, damp):
         damped = hessian + torch.diag_embed((used * mean).expand(len(hessian)))
-        found = factor(damped)
-        if found is not None:
+        factored = factor(damped)
+        if factored is not None:
             if used != damp:
-                warnings.warn(f"damp={damp:g} was raised to {used:g}, where the Hessian can be factored", stacklevel=3)
-            return found, damped
+                warnings.warn(f"damp={damp:g} was raised to {used:g} so that the Hessian can be factored", stacklevel=3)
+            return factored, damped
         used *= _MORE
     raise ValueError(
-        f"damp={damp:g} was raised to {used / _MORE:g} and the Hessian still has no factor; check the data"
+        f"damp={damp:g} was raised to {used / _MORE:g} and the Hessian is still not positive definite; check the data"
     )
 
 
 def cholesky(matrix: Tensor, upper: bool = False) -> Tensor | None:
-    """Lower C with matrix = C C^T, or `upper` U with U^T U; None if it is not positive definite in its precision."""
+    """Cholesky factor of a matrix: lower C with C C^T, or with `upper` U with U^T U.
+
+    Returns: None if the matrix is not positive definite in its floating point precision.
+    """
     factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
     return None if failed or not torch.isfinite(factor).all() else factor

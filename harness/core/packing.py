@@ -1,7 +1,7 @@
 """Dense bit packing at any width from 1 to 16: code i fills bits [i * bits, (i + 1) * bits) of a byte string.
 
-Bits are counted from the least significant one of byte 0, so eight codes fill exactly `bits` bytes and
-no width wastes any; only the last byte of a whole tensor may hold unused bits.
+Bits are counted from the least significant bit of byte 0. Eight codes fill exactly `bits` bytes, so no width wastes
+bits; only the last byte of a whole tensor may hold unused bits.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ _LANES = 8  # eight codes of any width end on a byte boundary
 
 
 def packed_bytes(count: int, bits: int) -> int:
-    """Bytes that `count` codes of `bits` bits take."""
+    """Number of bytes that `count` codes of `bits` bits fill, rounded up."""
     return (count * bits + 7) // 8
 
 
 def pack(codes: Tensor, bits: int) -> Tensor:
-    """Pack `codes` (any shape and integer dtype, each from 0 to 2^bits - 1) into a flat uint8 tensor.
+    """Pack `codes` (any shape and integer dtype, each in [0, 2^bits - 1]) into a flat uint8 tensor.
 
     Raises: ValueError if a code is negative or needs more than `bits` bits, or `bits` is not from 1 to 16.
     """
@@ -39,7 +39,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
 
 
 def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
-    """The codes of `shape` that `pack` put into `packed`: uint8 up to 8 bits, int32 above.
+    """Codes of `shape` from a tensor that `pack` returned: uint8 up to 8 bits, int32 above.
 
     Raises: ValueError if `bits` is not from 1 to 16.
     """
@@ -56,26 +56,26 @@ def unpack(packed: Tensor, bits: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _split_bytes(packed: Tensor, bits: int) -> Tensor:
-    """Codes of 1, 2 or 4 bits, (bytes, 8 / bits) uint8."""
+    """Split each byte into codes of 1, 2 or 4 bits: (bytes, 8 / bits) uint8."""
     mask = (1 << bits) - 1
     middle = [(packed >> shift) & mask for shift in range(bits, 8 - bits, bits)]
     return torch.stack([packed & mask, *middle, packed >> 8 - bits], -1)
 
 
 def _narrow_lanes(source: Tensor, bits: int) -> Tensor:
-    """Codes of less than 8 bits, (rows, 8) uint8, of `source` (rows, bits)."""
+    """Codes of fewer than 8 bits, (rows, 8) uint8, from bytes `source` (rows, bits)."""
     out = torch.empty(len(source), _LANES, dtype=torch.uint8, device=source.device)
     for lane in range(_LANES):
         byte, shift = divmod(lane * bits, 8)
         code = source[:, byte] >> shift
-        if shift + bits > 8:  # uint8 arithmetic drops what leaves the byte on the left, as is wanted here
+        if shift + bits > 8:  # the code continues in the next byte; uint8 drops the bits shifted above 7
             code |= source[:, byte + 1] << (8 - shift)
         out[:, lane] = code & (1 << bits) - 1
     return out
 
 
 def _wide_lanes(source: Tensor, bits: int) -> Tensor:
-    """Codes of more than 8 bits, (rows, 8) int32, of `source` (rows, bits)."""
+    """Codes of more than 8 bits, (rows, 8) int32, from bytes `source` (rows, bits)."""
     wide = source.to(torch.int32)
     out = torch.empty(len(source), _LANES, dtype=torch.int32, device=source.device)
     for lane in range(_LANES):
@@ -94,5 +94,5 @@ def _check_width(bits: int) -> None:
 
 def _check_codes(flat: Tensor, bits: int) -> None:
     for code in (int(flat.min()), int(flat.max())) if flat.numel() else ():
-        if code >> bits:  # of a negative code, -1
+        if code >> bits:  # also true for a negative code, whose shift is -1
             raise ValueError(f"code {code} does not fit bits={bits}; expected 0 to {(1 << bits) - 1}")

@@ -1,17 +1,17 @@
-"""Ranges of options: the check that configuration classes and methods share, and its one line."""
+"""Range checks of options, shared by configuration classes and methods, with one-line error messages."""
 
 from __future__ import annotations
 
 
 def at_least(owner: object, low: int, *keys: str) -> None:
-    """Raises: ValueError if an attribute of `owner` is less than `low`, or no number."""
+    """Raises: ValueError if an attribute of `owner` is less than `low`, or NaN."""
     for key in keys:
         if not getattr(owner, key) >= low:
             raise ValueError(f"{key}={getattr(owner, key)} is out of range; expected {low} or more")
 
 
 def above_zero(owner: object, *keys: str) -> None:
-    """Raises: ValueError if an attribute of `owner` is not positive."""
+    """Raises: ValueError if an attribute of `owner` is 0, negative or NaN."""
     for key in keys:
         if not getattr(owner, key) > 0:
             raise ValueError(f"{key}={getattr(owner, key)} is out of range; expected more than 0")

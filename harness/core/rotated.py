@@ -1,4 +1,4 @@
-"""A linear whose input is turned by a Hadamard transform at run time; its weight is turned the other way."""
+"""A linear with a Hadamard transform of its input at run time; its weight holds the inverse transform."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from harness.core import hadamard
 
 
 class Rotated(nn.Module):
-    """y = linear(x Q) with Q of `harness.core.hadamard`, in the place of a linear of the model.
+    """y = linear(x Q) with Q of `harness.core.hadamard`; replaces a linear of the model.
 
-    What reads the turned input is an ordinary linear under the name `NAME.linear`, so that it is observed, quantized
-    and packed like any other. Nothing is stored for Q.
+    The inner linear, named `NAME.linear`, is an ordinary linear that reads the rotated input, so it is observed,
+    quantized and packed like any other. Nothing is stored for Q.
     """
 
     INNER: ClassVar[str] = "linear"
@@ -24,5 +24,5 @@ class Rotated(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Output (..., N) of inputs (..., K)."""
-        found: Tensor = self.linear(hadamard.rotate(inputs))
-        return found
+        outputs: Tensor = self.linear(hadamard.rotate(inputs))
+        return outputs

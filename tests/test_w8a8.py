@@ -1,4 +1,4 @@
-"""The int8 kernels in Triton's interpreter: codes against InputQuantizer's, results against float64."""
+"""The int8 kernels in Triton's interpreter: codes against those of InputQuantizer, results against float64."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ EPS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
 def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Inputs (..., K) whose tokens differ in size by up to 400 times."""
+    """Inputs (..., K) whose tokens differ in magnitude by a factor of up to 400."""
     sizes = torch.linspace(-3, 3, torch.Size(shape[:-1]).numel()).exp().view(*shape[:-1], 1)
     return (torch.randn(shape) * sizes).to(dtype)
 
 
 def weights(rows: int, columns: int, fmt: WeightFormat = ROWS) -> IntQTensor:
-    """A weight (N, K) with another scale in each row."""
+    """A weight (N, K) with a different scale in each row."""
     return round_to_nearest(torch.randn(rows, columns) * torch.linspace(-2, 2, rows).exp()[:, None], fmt)
 
 
@@ -42,15 +42,15 @@ def quantizer(fmt: ActivationFormat) -> InputQuantizer:
 
 
 def exact(weight: IntQTensor, rounding: InputQuantizer, x: Tensor, bias: Tensor | None) -> Tensor:
-    """x' W'^T + b in float64, with x rounded as `rounding` does it."""
+    """x' W'^T + b in float64, where x' is x quantized by `rounding`."""
     y = rounding(x.float()).double() @ weight.dequantize().double().T
     return y if bias is None else y + bias.double()
 
 
-def assert_close(found: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
-    """Each row, and each column, by its own norm: sizes differ from token to token and from output to output."""
-    assert found.dtype == dtype
-    error = (found.double() - expected).flatten(0, -2)
+def assert_close(outputs: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
+    """Compare each row and each column relative to its norm, because magnitudes differ between tokens and outputs."""
+    assert outputs.dtype == dtype
+    error = (outputs.double() - expected).flatten(0, -2)
     expected = expected.flatten(0, -2)
     for axis in (0, 1):
         assert bool((error.norm(dim=axis) <= EPS[dtype] * expected.norm(dim=axis)).all())
@@ -74,7 +74,7 @@ def test_codes_are_the_input_quantizer_s(fmt: ActivationFormat, dtype: torch.dty
     tie = (steps - steps.floor() - 0.5).abs() < 1e-4
     assert torch.equal(codes.int()[~tie], expected.int()[~tie])
     assert bool(((codes.int() - expected.int()).abs()[tie] <= 1).all())
-    assert bool(tie.float().mean() < 0.05)  # the largest of a row always is one on the full grid
+    assert bool(tie.float().mean() < 0.05)  # on the full grid, the largest value of a row always is a tie
 
 
 def test_values_outside_a_given_scale_are_clipped() -> None:
@@ -86,9 +86,9 @@ def test_values_outside_a_given_scale_are_clipped() -> None:
 def test_a_row_with_nan_says_so_and_leaves_the_others_alone() -> None:
     x = inputs(3, 96)
     x[1, 7] = torch.nan
-    found = TritonW8A8(weights(100, 96), quantizer(TOKENS), torch.float32)(x, None)
-    assert bool(found[1].isnan().all())
-    assert bool(found[[0, 2]].isfinite().all())
+    outputs = TritonW8A8(weights(100, 96), quantizer(TOKENS), torch.float32)(x, None)
+    assert bool(outputs[1].isnan().all())
+    assert bool(outputs[[0, 2]].isfinite().all())
 
 
 def test_values_too_small_for_a_finite_inverse_still_decode_to_themselves() -> None:
@@ -103,19 +103,19 @@ SHAPES = [(1, 100, 96), (3, 192, 130), (17, 100, 576), (65, 192, 576), (1, 192, 
 
 @pytest.mark.parametrize(("rows", "columns", "inner"), SHAPES)
 def test_the_integer_result_is_exact(rows: int, columns: int, inner: int) -> None:
-    """With unit scales and float32 out nothing is rounded, for the sums stay under 2^24."""
+    """With unit scales and float32 outputs nothing is rounded, because the sums stay below 2^24."""
     codes = torch.randint(-128, 128, (rows, inner), dtype=torch.int8)
     weight = torch.randint(-128, 128, (columns, inner), dtype=torch.int8)
-    found = int8_matmul.int8_matmul(codes, torch.ones(rows), weight, torch.ones(columns), None, torch.float32)
-    assert torch.equal(found.long(), codes.long() @ weight.long().T)
+    outputs = int8_matmul.int8_matmul(codes, torch.ones(rows), weight, torch.ones(columns), None, torch.float32)
+    assert torch.equal(outputs.long(), codes.long() @ weight.long().T)
 
 
 def test_sums_beyond_float32_are_split_and_tiled_alike() -> None:
-    """The most that codes can reach: parts are summed as integers, whichever path is taken."""
+    """The largest sums that codes can reach: every path sums the parts as integers."""
     codes, weight = torch.full((2, 1600), -128, dtype=torch.int8), torch.full((100, 1600), -128, dtype=torch.int8)
     weight[:, ::3] = 127
-    found = int8_matmul.int8_matmul(codes, torch.ones(2), weight, torch.ones(1), None, torch.float32)
-    assert torch.equal(found, (codes.long() @ weight.long().T).float())
+    outputs = int8_matmul.int8_matmul(codes, torch.ones(2), weight, torch.ones(1), None, torch.float32)
+    assert torch.equal(outputs, (codes.long() @ weight.long().T).float())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -123,9 +123,9 @@ def test_sums_beyond_float32_are_split_and_tiled_alike() -> None:
 def test_linear_against_float64(rows: int, columns: int, inner: int, dtype: torch.dtype) -> None:
     weight, rounding, x = weights(columns, inner), quantizer(TOKENS), inputs(rows, inner, dtype=dtype)
     bias = torch.randn(columns).to(dtype)
-    found = TritonW8A8(weight, rounding, dtype)(x, bias)
-    assert found.shape == (rows, columns)
-    assert_close(found, exact(weight, rounding, x, bias), dtype)
+    outputs = TritonW8A8(weight, rounding, dtype)(x, bias)
+    assert outputs.shape == (rows, columns)
+    assert_close(outputs, exact(weight, rounding, x, bias), dtype)
 
 
 @pytest.mark.parametrize("fmt", [TOKENS, SEQUENCES, STATIC], ids=["tokens", "sequences", "static"])
@@ -134,14 +134,14 @@ def test_formats(fmt: ActivationFormat, granularity: Any) -> None:
     weight = weights(100, 130, replace(ROWS, granularity=granularity, grid="full", scale_dtype="float16"))
     rounding, x = quantizer(fmt), inputs(3, 5, 130)
     x[0, 1] = 0
-    found = TritonW8A8(weight, rounding, torch.float32)(x, None)
-    assert_close(found, exact(weight, rounding, x, None), torch.float32)
+    outputs = TritonW8A8(weight, rounding, torch.float32)(x, None)
+    assert_close(outputs, exact(weight, rounding, x, None), torch.float32)
 
 
 def spiky(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Three sequences (B, T, K) of calm tokens, with other outlier channels in each and none in the last.
+    """Three sequences (B, T, K) of small values, with different outlier channels in the first two and none in the last.
 
-    The smallest outlier just reaches the threshold.
+    The smallest outlier is exactly at the threshold.
     """
     x = torch.randn(3, 5, 200).clamp(-3, 3) * torch.linspace(0.2, 1.5, 5)[:, None]
     for sequence in (0, 1):
@@ -154,24 +154,24 @@ def spiky(count: int, dtype: torch.dtype = torch.float32) -> Tensor:
 @pytest.mark.parametrize("count", [0, 1, 7, 150])
 def test_outliers_against_float64(count: int, granularity: Any) -> None:
     weight, rounding, x = weights(100, 200), quantizer(replace(OUTLIERS, granularity=granularity)), spiky(count)
-    found = TritonW8A8(weight, rounding, torch.float32)(x, torch.ones(100))
-    assert_close(found, exact(weight, rounding, x, torch.ones(100)), torch.float32)
+    outputs = TritonW8A8(weight, rounding, torch.float32)(x, torch.ones(100))
+    assert_close(outputs, exact(weight, rounding, x, torch.ones(100)), torch.float32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_outliers_in_16_bits(dtype: torch.dtype) -> None:
     weight, rounding, x = weights(100, 200), quantizer(OUTLIERS), spiky(7, dtype)
-    found = TritonW8A8(weight, rounding, dtype)(x, None)
-    assert_close(found, exact(weight, rounding, x, None), dtype)
+    outputs = TritonW8A8(weight, rounding, dtype)(x, None)
+    assert_close(outputs, exact(weight, rounding, x, None), dtype)
 
 
 def test_outliers_over_split_k() -> None:
-    """K of 13 blocks is split in three; outliers sit in the first, in the last and in between."""
+    """K has 13 blocks and is split into three parts; outliers are in the first, the middle and the last part."""
     weight, rounding, x = weights(100, 1600), quantizer(OUTLIERS), torch.randn(2, 1600).clamp(-3, 3)
     assert int8_matmul._config(2, 100, 1600, *int8_matmul._H100).split_k == 3
     x[0, [3, 700, 1599]] = 50.0
-    found = TritonW8A8(weight, rounding, torch.float32)(x, None)
-    assert_close(found, exact(weight, rounding, x, None), torch.float32)
+    outputs = TritonW8A8(weight, rounding, torch.float32)(x, None)
+    assert_close(outputs, exact(weight, rounding, x, None), torch.float32)
 
 
 def test_a_batch_is_its_sequences() -> None:
@@ -210,8 +210,8 @@ def test_custom_ops_keep_torch_s_rules() -> None:
     torch.library.opcheck(quantize_rows, (x, 127.0, torch.ones(1), None))
     codes, scale = quantize_rows(x, 127.0, None, None)
     weight = torch.randint(-128, 128, (100, 96), dtype=torch.int8)
-    for tail in ((None, torch.float16), (torch.ones(100), torch.float32, x, marks)):
-        torch.library.opcheck(int8_matmul.int8_matmul, (codes, scale, weight, torch.ones(100), *tail))
+    for optional in ((None, torch.float16), (torch.ones(100), torch.float32, x, marks)):
+        torch.library.opcheck(int8_matmul.int8_matmul, (codes, scale, weight, torch.ones(100), *optional))
 
 
 def test_one_graph_under_torch_compile() -> None:
@@ -231,14 +231,14 @@ def test_what_is_kept_is_what_was_stored() -> None:
 
 
 def test_other_formats_are_refused() -> None:
-    fine, rounding = weights(8, 32), quantizer(TOKENS)
-    assert supports(fine, rounding, torch.bfloat16)
+    supported, rounding = weights(8, 32), quantizer(TOKENS)
+    assert supports(supported, rounding, torch.bfloat16)
     grouped = replace(ROWS, granularity="group", group_size=16)
     for fmt in (replace(ROWS, bits=4), replace(ROWS, symmetric=False, grid="full"), grouped):
         assert not supports(weights(8, 32, fmt), rounding, torch.bfloat16)
-    assert not supports(fine, quantizer(replace(TOKENS, bits=4)), torch.bfloat16)
-    assert not supports(fine, quantizer(replace(TOKENS, symmetric=False, grid="full")), torch.bfloat16)
-    assert not supports(fine, quantizer(replace(TOKENS, clip=0.9)), torch.bfloat16)
-    assert not supports(fine, rounding, torch.float64)
-    with pytest.raises(ValueError, match=r"kernel triton_w8a8 does not run .*bits=4.*expected symmetric 8-bit"):
+    assert not supports(supported, quantizer(replace(TOKENS, bits=4)), torch.bfloat16)
+    assert not supports(supported, quantizer(replace(TOKENS, symmetric=False, grid="full")), torch.bfloat16)
+    assert not supports(supported, quantizer(replace(TOKENS, clip=0.9)), torch.bfloat16)
+    assert not supports(supported, rounding, torch.float64)
+    with pytest.raises(ValueError, match=r"kernel=triton_w8a8 does not support .*bits=4.*expected symmetric 8-bit"):
         TritonW8A8(weights(8, 32, replace(ROWS, bits=4)), rounding, torch.bfloat16)

@@ -1,12 +1,11 @@
 """Kernels of the int8 matmul: y = codes_x codes_w^T * scale_x * scale_w + bias.
 
-The weight (N, K) is the left operand of the dot, so that its N fills the rows of the tensor core however few rows M
-the input has. Outlier channels (LLM.int8()) have code 0 in x and are added as floats in a second walk over K, which
-skips every block of channels whose flag says that it has none. It starts from acc * scale_x, so that one accumulator
-serves both.
+The weight (N, K) is the left operand of the dot, so that N fills the rows of the tensor core even if the input has few
+rows M. Outlier channels (LLM.int8()) have code 0 in x. A second loop over K adds them as floats and skips each block of
+channels whose flag is 0 (no outlier). It starts from acc * scale_x, so that one accumulator serves both loops.
 """
 
-# Triton reads these functions itself: their arguments have its types, and are as many as a kernel needs.
+# Triton parses these functions itself: arguments have triton types, and a kernel needs many of them.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def,no-untyped-call"
 # ruff: noqa: PLR0913
 
@@ -18,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def _tile(tiles_n, tiles_m, GROUP: tl.constexpr):
-    """Indices of this program's tile, in an order that goes over all m before it leaves a group of n."""
+    """Indices of this program's tile; the order covers all m before the next group of n."""
     program = tl.program_id(0)
     width = GROUP * tiles_m
     first = program // width * GROUP
@@ -28,7 +27,7 @@ def _tile(tiles_n, tiles_m, GROUP: tl.constexpr):
 
 @triton.jit
 def _epilogue(value, w_scale_ptr, bias_ptr, n, inside, W_STEP: tl.constexpr):
-    """value * w_scale + bias; a step of 0 makes one scale serve all n."""
+    """value * w_scale + bias; W_STEP is 0 if one scale serves all n."""
     value *= tl.load(w_scale_ptr + n * W_STEP, mask=inside, other=0.0).to(tl.float32)
     if bias_ptr is not None:
         value += tl.load(bias_ptr + n, mask=inside, other=0.0).to(tl.float32)
@@ -42,7 +41,8 @@ def _add_outliers(
 ):  # fmt: skip
     """Add codes_w x^T over the outlier channels in blocks [first, last) of K to acc (n, m).
 
-    The pointers are at the tile's first rows, of which n_left and m_left exist; `sequence` (m,) are rows of the marks.
+    The pointers point to the first rows of the tile, of which n_left and m_left exist. `sequence` (m,) holds the row of
+    the outlier marks for each m.
     """
     for block in range(first, last):
         if tl.load(flag_ptr + block) != 0:
@@ -53,21 +53,21 @@ def _add_outliers(
             marks = tl.load(outlier_ptr + k[:, None] + sequence[None, :] * K, mask=inside, other=0)
             dtype: tl.constexpr = tl.float32 if UPCAST else x.dtype
             x = tl.where(marks != 0, x.to(dtype), 0.0)
-            acc = tl.dot(w.to(dtype), x, acc, input_precision="tf32x3")  # of float32 alone
+            acc = tl.dot(w.to(dtype), x, acc, input_precision="tf32x3")  # affects only float32
     return acc
 
 
-@triton.jit(do_not_specialize=["M", "rows_per_outlier", "blocks_a_part"])  # so that no number of rows is compiled anew
+@triton.jit(do_not_specialize=["M", "rows_per_outlier", "blocks_a_part"])  # no compilation per number of rows
 def matmul_kernel(
     w_ptr,  # codes (N, K) int8
     x_ptr,  # codes (M, K) int8
     w_scale_ptr,  # (N,), or (1,) with W_STEP 0
     x_scale_ptr,  # (M,) fp32
     bias_ptr,  # (N,) or None
-    float_ptr,  # x (M, K) before its quantization, or None if no outliers are looked for
-    outlier_ptr,  # bytes (B, K): 1 where the channel stays float
-    flag_ptr,  # bytes, one each OUTLIER_K channels: 1 where it has such a channel
-    out_ptr,  # (M, N); split: (parts, M, N), int32 or, with outliers, fp32 that w_scale is yet to multiply
+    float_ptr,  # x (M, K) before its quantization, or None without outliers
+    outlier_ptr,  # bytes (B, K): 1 if the channel stays float
+    flag_ptr,  # one byte per OUTLIER_K channels: 1 if one of them stays float
+    out_ptr,  # (M, N); split: (parts, M, N), int32 or, with outliers, fp32, not yet multiplied by w_scale
     M,
     N,
     K,
@@ -127,9 +127,9 @@ def matmul_kernel(
 
 @triton.jit(do_not_specialize=["M"])
 def reduce_kernel(
-    part_ptr,  # (PARTS, M, N), as the matmul left it
+    part_ptr,  # (PARTS, M, N), the output of the matmul
     w_scale_ptr,
-    x_scale_ptr,  # (M,) fp32, or None where the parts hold it already
+    x_scale_ptr,  # (M,) fp32, or None if the parts are already multiplied by it
     bias_ptr,
     out_ptr,  # (M, N)
     M,
@@ -138,7 +138,7 @@ def reduce_kernel(
     W_STEP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Sum the parts of BLOCK outputs of one row, from the first to the last, and dequantize."""
+    """Sum the parts of BLOCK outputs of one row, from the first part to the last, and dequantize the sum."""
     row = tl.program_id(1)
     n = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     start = row.to(tl.int64) * N

@@ -1,6 +1,6 @@
-"""The launch of the int8 matmul: its tiles, its torch operator, and what is compiled to be looked at.
+"""The launch of the int8 matmul: tile sizes, torch operator, and the cases that are compiled for inspection.
 
-With few tiles, K is split over programs into a scratch that a second kernel sums in fixed order.
+With few tiles, K is split over programs, which write to a scratch tensor; a second kernel sums it in a fixed order.
 """
 
 from __future__ import annotations
@@ -17,40 +17,40 @@ from harness.kernels.case import Case
 from harness.kernels.int8_kernels import matmul_kernel, reduce_kernel
 from harness.kernels.tune import Config
 
-BLOCK_K = 128  # bytes of a row of weights, the width of the swizzle in shared memory
+BLOCK_K = 128  # bytes of a weight row: the width of the swizzle in shared memory
 _OUTLIER_K = 64  # channels that share a flag
-_MIN_BLOCKS = 4  # of K for a program, so that its loads have something to overlap with
-_GROUP = 8  # tiles of N that share one sweep of x out of L2
+_MIN_BLOCKS = 4  # minimum of blocks of K per program, so that its loads can overlap
+_GROUP = 8  # tiles of N that share one pass over x in L2
 _REDUCE_BLOCK, _REDUCE_WARPS = 256, 2
 _H100 = 132, 90  # multiprocessors, compute capability
-# The interpreter's dot of bfloat16 is wrong.
+# The interpreter computes bfloat16 dots wrongly, so it casts their operands to float32.
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 
 
 def _config(M: int, N: int, K: int, sm_count: int, arch: int) -> Config:
-    """The launch for y (M, N) of x (M, K): small tiles where the weights' bytes count, large ones where the dots do."""
+    """The launch for y (M, N) of x (M, K): small tiles if reading the weight takes longest, else large ones."""
     if M <= 64:
-        found = Config(64, max(16, triton.next_power_of_2(M)), 1, num_warps=4, num_stages=5, path="split")
+        config = Config(64, max(16, triton.next_power_of_2(M)), 1, num_warps=4, num_stages=5, path="split")
     elif M <= 128:
-        found = Config(128, 64, 1, num_warps=4, num_stages=4, path="tensor")
+        config = Config(128, 64, 1, num_warps=4, num_stages=4, path="tensor")
     elif M <= 256 or arch < 90:
-        found = Config(128, 128, 1, num_warps=8, num_stages=3, path="tensor")
+        config = Config(128, 128, 1, num_warps=8, num_stages=3, path="tensor")
     else:  # too large for the registers of an sm_80
-        found = Config(128, 256, 1, num_warps=8, num_stages=4, path="tensor")
-    tiles = triton.cdiv(M, found.block_m) * triton.cdiv(N, found.block_n)
-    programs = 2 * sm_count if found.path == "split" else sm_count
-    most = triton.cdiv(K, BLOCK_K) // _MIN_BLOCKS
-    return replace(found, split_k=max(1, min(programs // tiles, most)))
+        config = Config(128, 256, 1, num_warps=8, num_stages=4, path="tensor")
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    programs = 2 * sm_count if config.path == "split" else sm_count
+    max_split = triton.cdiv(K, BLOCK_K) // _MIN_BLOCKS
+    return replace(config, split_k=max(1, min(programs // tiles, max_split)))
 
 
 def _narrow(config: Config) -> Config:
-    """The same share of K in the smallest tile: a float32 dot on tensor cores has three times the operands."""
+    """The same split of K with the smallest tile: a float32 dot on tensor cores has three times the operands."""
     return replace(config, block_n=64, block_m=16, num_warps=4, num_stages=5)
 
 
 @dataclass(frozen=True)
 class _Operands:
-    """What one matmul reads and writes: x (M, K), weight (N, K), out (M, N)."""
+    """The tensors of one matmul: x (M, K), weight (N, K) and out (M, N)."""
 
     codes: Tensor
     x_scale: Tensor
@@ -82,10 +82,10 @@ def int8_matmul(  # noqa: PLR0913
     floats: Tensor | None = None,
     outliers: Tensor | None = None,
 ) -> Tensor:
-    """y (M, N) of `dtype` from int8 codes (M, K) with x_scale (M,) and int8 weight (N, K) with w_scale (N or 1).
+    """y (M, N) in `dtype` from int8 codes (M, K) with x_scale (M,) and int8 weight (N, K) with w_scale (N or 1).
 
-    With `floats` (M, K) and `outliers` (B, K) bool, channels marked in the row's own M / B rows add their floats;
-    their codes are to be 0.
+    Each row of `outliers` (B, K) bool applies to M / B consecutive rows: the marked channels are added from `floats`
+    (M, K), and their codes must be 0.
     """
     out = codes.new_empty(codes.shape[0], weight.shape[0], dtype=dtype)
     if out.numel() == 0:
@@ -118,11 +118,11 @@ def _(  # noqa: PLR0913
 
 @lru_cache
 def _gpu(device: torch.device) -> tuple[int, int]:
-    """Multiprocessors and compute capability; those of an H100 where there is no GPU and the interpreter runs."""
+    """Number of multiprocessors and compute capability; those of an H100 in the interpreter, without a GPU."""
     if device.type != "cuda":
         return _H100
-    found = torch.cuda.get_device_properties(device)
-    return found.multi_processor_count, 10 * found.major + found.minor
+    gpu = torch.cuda.get_device_properties(device)
+    return gpu.multi_processor_count, 10 * gpu.major + gpu.minor
 
 
 def _matmul(operands: _Operands, config: Config, out: Tensor) -> None:
@@ -160,13 +160,13 @@ def _matmul(operands: _Operands, config: Config, out: Tensor) -> None:
 
 def _split_matmul(operands: _Operands, config: Config) -> None:
     M, N, _ = operands.sizes
-    whole = operands.floats is None
-    parts = operands.codes.new_empty(config.split_k, M, N, dtype=torch.int32 if whole else torch.float32)
+    integer = operands.floats is None
+    parts = operands.codes.new_empty(config.split_k, M, N, dtype=torch.int32 if integer else torch.float32)
     _matmul(operands, config, parts)
     reduce_kernel[(triton.cdiv(N, _REDUCE_BLOCK), M)](
         parts,
         operands.w_scale,
-        operands.x_scale if whole else None,
+        operands.x_scale if integer else None,
         operands.bias,
         operands.out,
         M,
@@ -179,23 +179,23 @@ def _split_matmul(operands: _Operands, config: Config) -> None:
 
 
 def _flags(outliers: Tensor) -> Tensor:
-    """Bytes, one each _OUTLIER_K channels: 1 where any sequence has an outlier channel in it."""
+    """One byte per _OUTLIER_K channels: 1 if one of them is an outlier channel of any sequence."""
     padded = F.pad(outliers.any(0), (0, -outliers.shape[1] % _OUTLIER_K))
     return padded.view(-1, _OUTLIER_K).any(1).view(torch.uint8)
 
 
 def cases() -> list[Case]:
-    """Every size of tile with and without outliers, in both 16-bit dtypes, and the sum of the parts."""
+    """Every tile size with and without outliers, in both 16-bit dtypes, and the sum of the parts."""
     sizes = {"small": (1, _H100), "middle": (128, _H100), "large": (4096, (108, 80)), "large_sm90": (4096, _H100)}
     configs = {label: _config(rows, 8192, 8192, *gpu) for label, (rows, gpu) in sizes.items()}
-    found = [
+    matmul_cases = [
         _matmul_case(f"{kind}{'_outliers' if outliers else ''}_{label}", kind, config, outliers)
         for kind in ("bf16", "fp16")
         for outliers in (False, True)
         for label, config in configs.items()
     ]
-    found.append(_matmul_case("fp32_outliers_narrow", "fp32", _narrow(configs["large"]), outliers=True))
-    return [*found, _reduce_case("bf16_reduce", "bf16", configs["small"].split_k)]
+    matmul_cases.append(_matmul_case("fp32_outliers_narrow", "fp32", _narrow(configs["large"]), outliers=True))
+    return [*matmul_cases, _reduce_case("bf16_reduce", "bf16", configs["small"].split_k)]
 
 
 def _matmul_case(name: str, kind: str, config: Config, outliers: bool) -> Case:

@@ -1,8 +1,8 @@
-"""W8A8: int8 weights and inputs rounded to int8 on their way in, with LLM.int8()'s outlier channels kept as floats.
+"""W8A8: int8 weights, and inputs quantized to int8 at each call; LLM.int8()'s outlier channels stay floats.
 
-    y = codes_x codes_w^T * scale_x * scale_w + bias        scale_x a token, a sequence, or calibrated
+    y = codes_x codes_w^T * scale_x * scale_w + bias        scale_x per token, per sequence, or calibrated
 
-Three launches a linear (quantize, matmul and, for few rows, the sum of its parts); none waits for the host.
+A linear needs three launches (quantize, matmul and, for few rows, the sum of the parts of K). None waits for the host.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from harness.kernels.base import Kernel
 from harness.kernels.case import Case
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAX_K = (2**31 - 1) // 2**14  # products of two codes reach 2^14, and their sum is to fit an int32
+_MAX_K = (2**31 - 1) // 2**14  # products of two codes reach 2^14; their sum must fit into an int32
 _SIGN_BIT = 0x80
 
 
 def supports(weight: IntQTensor, quantizer: InputQuantizer, dtype: torch.dtype) -> bool:
-    """Whether TritonW8A8 computes exactly this format: symmetric 8-bit codes, a scale a row or one for all, no clip."""
+    """Whether TritonW8A8 computes exactly this format: symmetric 8-bit codes, one scale per row or tensor, no clip."""
     formats: tuple[IntFormat, ...] = (weight.fmt, quantizer.fmt)
     return (
         all(fmt.bits == 8 and fmt.symmetric for fmt in formats)
-        and quantizer.fmt.clip == 1  # rows find their largest magnitude themselves
+        and quantizer.fmt.clip == 1  # the kernel takes the scale of a row from its largest magnitude
         and weight.scale.shape[1] == 1
         and weight.shape[1] <= _MAX_K
         and dtype in _DTYPES
@@ -39,19 +39,19 @@ def supports(weight: IntQTensor, quantizer: InputQuantizer, dtype: torch.dtype) 
 
 
 class TritonW8A8(Kernel):
-    """One int8 weight (N, K) with its scales as they were stored; inputs are quantized by `quantizer`'s format."""
+    """One int8 weight (N, K) with its stored scales; inputs are quantized in the format of `quantizer`."""
 
     weight: Tensor
     scale: Tensor
     quantizes_inputs = True
 
     def __init__(self, weight: IntQTensor, quantizer: InputQuantizer, dtype: torch.dtype) -> None:
-        """Raises: ValueError for a format that `supports` does not name."""
+        """Raises: ValueError if `supports` returns False."""
         super().__init__(weight.shape)
         if not supports(weight, quantizer, dtype):
             raise ValueError(
-                f"kernel triton_w8a8 does not run {weight.fmt} with {quantizer.fmt} in {dtype}; expected symmetric "
-                f"8-bit weights and activations, a scale a row or a tensor, clip=1, and at most {_MAX_K} inputs"
+                f"kernel=triton_w8a8 does not support {weight.fmt} with {quantizer.fmt} in {dtype}; expected symmetric "
+                f"8-bit weights and activations, one scale per row or tensor, clip=1, and at most {_MAX_K} inputs"
             )
         self.name = "triton_w8a8" if quantizer.fmt.threshold is None else "triton_llm_int8"
         self.quantizer = quantizer
@@ -59,17 +59,17 @@ class TritonW8A8(Kernel):
         self.register_buffer("scale", weight.scale)
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        outliers, given = self._ranges(inputs)
+        outliers, preset_scale = self._ranges(inputs)
         floats = inputs.reshape(-1, self.shape[1])
-        codes, scale = rows.quantize_rows(floats, grid.symmetric_steps(self.quantizer.fmt), given, outliers)
-        kept = (None, None) if outliers is None else (floats.contiguous(), outliers)
-        out: Tensor = matmul.int8_matmul(codes, scale, self.weight, self.scale, bias, inputs.dtype, *kept)
+        codes, scale = rows.quantize_rows(floats, grid.symmetric_steps(self.quantizer.fmt), preset_scale, outliers)
+        float_operands = (None, None) if outliers is None else (floats.contiguous(), outliers)
+        out: Tensor = matmul.int8_matmul(codes, scale, self.weight, self.scale, bias, inputs.dtype, *float_operands)
         return out.view(*inputs.shape[:-1], self.shape[0])
 
     def _ranges(self, inputs: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """Outlier channels (B, K), if the format has a threshold, and scales (S,), unless each row finds its own.
+        """Outlier channels (B, K) if the format has a threshold, and scales (S,) unless each row gets its own.
 
-        The largest magnitude of each channel in a sequence answers both, and x is read once for them.
+        Both follow from the largest magnitude of each channel in a sequence, so that x is read only once.
         """
         fmt = self.quantizer.fmt
         if not fmt.dynamic:

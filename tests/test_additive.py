@@ -1,4 +1,4 @@
-"""AdditiveQTensor against float64, on both sides of where its path changes, its bits, and what fine-tuning is given."""
+"""AdditiveQTensor against float64 for both ways to multiply, its stored bits, and its tuner."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from harness.core.qtensor import round_to_nearest
 from harness.core.scheme import WeightFormat
 from harness.nn.linear import QuantLinear
 
-ROWS, GROUPS = 37, 11  # odd, and no power of two
+ROWS, GROUPS = 37, 11  # odd, so no power of two
 
 SHAPES = [(8, 2, 8), (4, 1, 4), (4, 3, 16), (12, 1, 8), (12, 2, 4), (8, 3, 16), (16, 1, 8)]  # bits, codebooks, size
 
 
 def random(bits: int, count: int, size: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """Codes, codebooks and scales as float16 holds them, of rows whose scales differ."""
+    """Codes, and float16 codebooks and scales, with a different scale for each row."""
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 1 << bits, (GROUPS, count, ROWS), generator=generator)
     codebooks = torch.randn(count, 1 << bits, size, generator=generator).half()
@@ -26,7 +26,7 @@ def random(bits: int, count: int, size: int, seed: int = 0) -> tuple[Tensor, Ten
 
 
 def naive(codes: Tensor, codebooks: Tensor, scale: Tensor) -> Tensor:
-    """The weight in float64, one group of one row at a time."""
+    """The decoded weight in float64, computed for one group of one row at a time."""
     groups, count, rows = codes.shape
     weight = []
     for r in range(rows):
@@ -35,8 +35,9 @@ def naive(codes: Tensor, codebooks: Tensor, scale: Tensor) -> Tensor:
     return torch.stack(weight)
 
 
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
+def relative(values: Tensor, expected: Tensor) -> float:
+    """Relative error |values - expected| / |expected|."""
+    return float((values.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize(("bits", "count", "size"), SHAPES)
@@ -57,18 +58,18 @@ def test_both_paths_are_the_product_with_the_decoded_weight(bits: int, count: in
     quantized = AdditiveQTensor(*parts)
     inputs = torch.randn(tokens, quantized.shape[1], generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     bias = torch.arange(ROWS, dtype=torch.float64)
-    for dtype, allowed in ((torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
-        seen = inputs.to(dtype)
-        expected = seen.double() @ naive(*parts).T
-        found = quantized.linear(seen, None)
-        assert found.dtype == dtype
-        assert relative(found, expected) <= allowed
-        found = quantized.linear(seen.view(tokens, 1, -1), bias.to(dtype))
-        assert found.shape == (tokens, 1, ROWS)
-        assert relative(found.view(tokens, ROWS), expected + bias) <= allowed
+    for dtype, limit in ((torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        rounded = inputs.to(dtype)
+        expected = rounded.double() @ naive(*parts).T
+        outputs = quantized.linear(rounded, None)
+        assert outputs.dtype == dtype
+        assert relative(outputs, expected) <= limit
+        outputs = quantized.linear(rounded.view(tokens, 1, -1), bias.to(dtype))
+        assert outputs.shape == (tokens, 1, ROWS)
+        assert relative(outputs.view(tokens, ROWS), expected + bias) <= limit
 
 
-def test_slabs_of_rows_meet_the_rows_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slabs_of_rows_give_the_result_of_the_whole_weight(monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = AdditiveQTensor(*random(8, 2, 8))
     whole, inputs = quantized.dequantize(), torch.randn(9, quantized.shape[1])
     product = quantized.linear(inputs, None)
@@ -89,13 +90,13 @@ def test_bits_are_those_of_codes_codebooks_and_scales(bits: int, count: int, siz
     assert sum(buffer.nbytes for buffer in packed.buffers()) * 8 == quantized.stored_bits
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_wrong_shapes_and_overflow_of_float16_are_refused() -> None:
     codes, codebooks, scale = random(4, 2, 8)
     with pytest.raises(ValueError, match=r"scale \(36,\); expected \(2, entries, group_size\) and \(37,\)"):
         AdditiveQTensor(codes, codebooks, scale[:-1])
     with pytest.raises(ValueError, match="codebooks have 15 entries; expected a power of two"):
         AdditiveQTensor(codes.clamp(max=14), codebooks[:, :15], scale)
-    with pytest.raises(ValueError, match="codebooks reaches 1e.05; expected float16 to hold it, up to 65504"):
+    with pytest.raises(ValueError, match="codebooks reaches 1e.05; expected at most 65504, float16's largest"):
         AdditiveQTensor(codes, torch.full((2, 16, 8), 1e5), scale)
 
 
@@ -126,12 +127,12 @@ def test_the_tuner_decodes_differentiates_and_stores() -> None:
     weight = tuner.weight(values)
     assert relative(weight.detach(), quantized.dequantize()) <= 1e-7
     pull = torch.randn(quantized.shape, generator=torch.Generator().manual_seed(3))
-    found = torch.autograd.grad(weight, list(values.values()), pull)
-    plain = sum(values["codebooks"][m][codes[:, m].T] for m in range(2))
-    assert isinstance(plain, Tensor)
-    plain = values["scale"][:, None] * plain.reshape(quantized.shape)
-    for mine, exact in zip(found, torch.autograd.grad(plain, list(values.values()), pull), strict=True):
-        assert relative(mine, exact) <= 1e-6
+    gradients = torch.autograd.grad(weight, list(values.values()), pull)
+    vectors = sum(values["codebooks"][m][codes[:, m].T] for m in range(2))
+    assert isinstance(vectors, Tensor)
+    plain = values["scale"][:, None] * vectors.reshape(quantized.shape)
+    for gradient, expected in zip(gradients, torch.autograd.grad(plain, list(values.values()), pull), strict=True):
+        assert relative(gradient, expected) <= 1e-6
 
     moved = {name: value * 1.5 for name, value in values.items()}
     tuner.accept(moved)
@@ -140,7 +141,7 @@ def test_the_tuner_decodes_differentiates_and_stores() -> None:
     assert torch.equal(quantized.codebooks, (codebooks.float() * 1.5).half())
     with pytest.raises(ValueError, match="scale reaches 3e.05"):
         tuner.accept(moved | {"scale": values["scale"] * 1e5})
-    assert torch.equal(quantized.scale, (scale.float() * 1.5).half()), "nothing is stored of what does not fit"
+    assert torch.equal(quantized.scale, (scale.float() * 1.5).half()), "a refused update must store nothing"
 
 
 def test_an_integer_grid_has_nothing_to_tune() -> None:

@@ -254,7 +254,7 @@ def test_extreme_magnitudes_are_shared_by_scales_and_codebooks(factor: float) ->
 
 
 def test_a_weight_beyond_float16_is_refused() -> None:
-    with pytest.raises(ValueError, match="expected float16 to hold it, up to 65504"):
+    with pytest.raises(ValueError, match="expected at most 65504, float16's largest"):
         quantize(weights() * 1e12, inputs(), code_bits=3, group_size=SIZE)
 
 

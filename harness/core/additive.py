@@ -1,11 +1,12 @@
-"""Additive codebooks: groups of neighbouring weights as a sum of vectors, one from each of a weight's own codebooks.
+"""Additive codebooks: each group of g neighbouring weights is a sum of vectors, one from each of M codebooks.
 
-Babenko and Lempitsky 2014, additive quantization; Egiazarian et al. 2024, arXiv 2401.06118, equation 2 and figure 3:
+Every weight (N, K) has its own codebooks. Babenko and Lempitsky 2014, additive quantization; Egiazarian et al. 2024,
+arXiv 2401.06118, equation 2 and figure 3:
 
     w[r, g j : g j + g] = scale[r] sum_m codebooks[m, codes[j, m, r]]
 
-Two ways lead to y = x W^T. Few rows of x meet a table of all products <x_j, codebooks[m, c]>, from which each output
-gathers G M numbers: no weight is decoded. For more rows the weight is decoded, some rows of it at a time.
+y = x W^T is computed in one of two ways. For few rows of x, a table holds all products <x_j, codebooks[m, c]>, and each
+output sums G M entries of the table: no weight is decoded. For more rows of x, the weight is decoded in slabs of rows.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ from torch.nn import functional as F
 from harness.core.packing import pack, unpack
 from harness.core.qtensor import QTensor, Tuner
 
-# Up to so many rows of inputs are looked up. Measured on one AVX-512 core, weights of (576, 576) to (4096, 4096) and
-# codebooks of 2 x 256 and 1 x 4096: 1 row takes 0.2 to 0.9 of decoding's time, 2 take 0.2 to 1.3, 4 take 0.6 to 2.5.
+# Inputs of at most this many rows use the table. Measured on one AVX-512 core, weights of (576, 576) to (4096, 4096),
+# codebooks of 2 x 256 and 1 x 4096. Time relative to decoding: 1 row 0.2 to 0.9, 2 rows 0.2 to 1.3, 4 rows 0.6 to 2.5.
 _LOOKUP_ROWS = 2
 
 
 class Gather:
     """The linear map from codebooks to vectors, v_i = sum_m codebooks[m, codes[i, m]], and its transpose.
 
-    Codes are sorted once, so that the transpose sums neighbours in memory: it takes as long as the map itself.
+    The codes are sorted once, so that the transpose sums consecutive ranges of the index and takes as long as the map.
     """
 
     def __init__(self, codes: Tensor, entries: int) -> None:
-        """`codes` (n, M), any integer dtype, each under `entries`."""
+        """`codes` (n, M), any integer dtype, each less than `entries`."""
         self.codebooks, self.entries = codes.shape[1], entries
         self.index = flat_index(codes, entries)
         order = self.index.view(-1).argsort(stable=True)
@@ -42,17 +43,17 @@ class Gather:
         self.starts = F.pad(ends[:-1], (1, 0)).to(torch.int32)
 
     def apply(self, codebooks: Tensor) -> Tensor:
-        """Vectors (n, g) of codebooks (M, entries, g)."""
-        found: Tensor = F.embedding_bag(self.index, codebooks.reshape(-1, codebooks.shape[-1]), mode="sum")
-        return found
+        """Vectors (n, g) for codebooks (M, entries, g)."""
+        vectors: Tensor = F.embedding_bag(self.index, codebooks.reshape(-1, codebooks.shape[-1]), mode="sum")
+        return vectors
 
     def transpose(self, vectors: Tensor) -> Tensor:
-        """For every entry the sum of those of `vectors` (n, d) that use it, (M, entries, d)."""
-        found: Tensor = F.embedding_bag(self.source, vectors, self.starts, mode="sum")
-        return found.view(self.codebooks, self.entries, -1)
+        """For every entry, the sum of all `vectors` (n, d) whose code selects it: (M, entries, d)."""
+        sums: Tensor = F.embedding_bag(self.source, vectors, self.starts, mode="sum")
+        return sums.view(self.codebooks, self.entries, -1)
 
     def counts(self) -> Tensor:
-        """How many vectors use each entry, (M, entries)."""
+        """Number of vectors whose code selects each entry, (M, entries)."""
         ends = F.pad(self.starts[1:], (0, 1), value=len(self.source))
         return (ends - self.starts).view(self.codebooks, self.entries)
 
@@ -82,7 +83,7 @@ class AdditiveQTensor(QTensor):
     def __init__(self, codes: Tensor, codebooks: Tensor, scale: Tensor) -> None:
         """Store `codes` (G, M, N), any integer dtype, with float codebooks and scales.
 
-        Raises: ValueError if shapes do not fit each other, or a float exceeds the range of float16.
+        Raises: ValueError if the shapes do not match, or a float exceeds the range of float16.
         """
         groups, count, rows = codes.shape
         if codebooks.dim() != 3 or codebooks.shape[0] != count or scale.shape != (rows,):
@@ -114,12 +115,12 @@ class AdditiveQTensor(QTensor):
 
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         flat = inputs.reshape(-1, self.shape[1])
-        found = self._looked_up(flat) if len(flat) <= _LOOKUP_ROWS else self._decoded(flat)
-        found = found if bias is None else found + bias
-        return found.to(inputs.dtype).view(*inputs.shape[:-1], self.shape[0])
+        outputs = self._looked_up(flat) if len(flat) <= _LOOKUP_ROWS else self._decoded(flat)
+        outputs = outputs if bias is None else outputs + bias
+        return outputs.to(inputs.dtype).view(*inputs.shape[:-1], self.shape[0])
 
     def _looked_up(self, inputs: Tensor) -> Tensor:
-        """x W^T of inputs (T, K) from a table (T, G M, entries) of products; sums in float32 or float64."""
+        """x W^T of inputs (T, K) by a table (T, G M, entries) of products; sums are in float32 or float64."""
         dtype, codes = _exact(inputs.dtype), self.codes
         groups, count, rows = codes.shape
         entries = self.codebooks.to(dtype).view(-1, self.group_size)
@@ -128,24 +129,24 @@ class AdditiveQTensor(QTensor):
         return table.view(len(inputs), groups * count, -1).gather(2, index).sum(1) * self.scale.to(dtype)
 
     def _decoded(self, inputs: Tensor) -> Tensor:
-        """x W^T of inputs (T, K), the weight decoded without its scale, which meets the result."""
-        parts = [inputs @ vectors.T * scale for vectors, scale in self._slabs(inputs.dtype)]
-        return torch.cat(parts, -1)
+        """x W^T of inputs (T, K) by the decoded weight; the scale is applied to the product."""
+        products = [inputs @ vectors.T * scale for vectors, scale in self._slabs(inputs.dtype)]
+        return torch.cat(products, -1)
 
     def _slabs(self, dtype: torch.dtype) -> Iterator[tuple[Tensor, Tensor]]:
-        """Rows without their scale, and the scale, a slab at a time."""
+        """Decoded rows without their scale, and their scales, one slab of rows at a time."""
         rows, columns = self.shape
         height = self._slab_rows()
         codes, scale, exact = self.codes.permute(2, 0, 1), self.scale.to(dtype), _exact(dtype)
         entries = self.codebooks.to(exact).view(-1, self.group_size)
         for start in range(0, rows, height):
-            part = codes[start : start + height]
-            index = flat_index(part.reshape(-1, len(self.codebooks)), self.codebooks.shape[1])
+            slab = codes[start : start + height]
+            index = flat_index(slab.reshape(-1, len(self.codebooks)), self.codebooks.shape[1])
             vectors = F.embedding_bag(index, entries, mode="sum")
-            yield vectors.view(len(part), columns).to(dtype), scale[start : start + height]
+            yield vectors.view(len(slab), columns).to(dtype), scale[start : start + height]
 
     def tuner(self) -> Tuner:
-        """Codebooks and scales; the codes stay."""
+        """A tuner of codebooks and scales; the codes do not change."""
         gather = Gather(self.codes.permute(2, 0, 1).reshape(-1, len(self.codebooks)), self.codebooks.shape[1])
         stored = {"codebooks": self.codebooks, "scale": self.scale}
 
@@ -162,22 +163,22 @@ class AdditiveQTensor(QTensor):
 
 
 def flat_index(codes: Tensor, entries: int) -> Tensor:
-    """Codes (n, M) as indices (n, M) int32 into all codebooks, one after another."""
+    """Codes (n, M) as indices (n, M) int32 into the concatenated codebooks, (M entries, g)."""
     first = torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) * entries
     return (codes.to(torch.int32) + first).contiguous()
 
 
 def half(values: Tensor, name: str) -> Tensor:
-    """A copy of `values` as float16.
+    """A copy of `values` in float16.
 
-    Raises: ValueError where one is too large for it, or no number.
+    Raises: ValueError if a value is NaN or exceeds the range of float16; the message names the tensor `name`.
     """
-    found = values.to(torch.float16, copy=True)
-    if not torch.isfinite(found).all():
-        raise ValueError(f"{name} reaches {float(values.abs().max()):.3g}; expected float16 to hold it, up to 65504")
-    return found
+    rounded = values.to(torch.float16, copy=True)
+    if not torch.isfinite(rounded).all():
+        raise ValueError(f"{name} reaches {float(values.abs().max()):.3g}; expected at most 65504, float16's largest")
+    return rounded
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
-    """What sums are taken in: float32, or float64 for float64."""
+    """The dtype of sums: float64 for float64, otherwise float32."""
     return torch.promote_types(dtype, torch.float32)

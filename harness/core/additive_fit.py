@@ -1,7 +1,8 @@
-"""The three moves that fit additive codebooks to a weight: codebooks, scales, codes; none raises the error.
+"""The three updates that fit additive codebooks to a weight: scales, codebooks, codes. No update raises the error.
 
 Egiazarian et al. 2024, arXiv 2401.06118, section 3: the error is tr(D H D^T) with D = W - W', H = X^T X, W' as in
-`harness.core.additive`. Each is exact for what it moves, or searches where exactness is out of reach (codes).
+`harness.core.additive`. The update of the scales is exact, that of the codebooks approaches the least squares solution
+by conjugate gradients, and that of the codes is a beam search, because an exact search is infeasible.
 Arrays: weight (N, K) float32, hessian (K, K) positive definite, codes (G, M, N) int64, codebooks (M, E, g), scale (N,).
 """
 
@@ -15,15 +16,15 @@ from torch import Tensor
 from harness.core.additive import Gather
 from harness.core.kmeans import smallest
 
-_COLUMNS = 64  # columns between two updates of all that follow; decides speed alone
-_SCORES = 1 << 20  # scores of candidates that are held at once, 4 MiB
-_LEAST_ROWS = 64  # but no fewer rows than this
-_CONVERGED = 1e-9  # of the squared gradient: what float32 resolves, beyond which directions are noise
+_COLUMNS = 64  # columns searched between two updates of the whole error; chosen for speed only
+_SCORES = 1 << 20  # scores of candidates in memory at once, 4 MiB
+_LEAST_ROWS = 64  # rows searched at once, at least
+_CONVERGED = 1e-9  # share of the largest squared gradient; below it float32 resolves only noise
 
 
 @dataclass
 class Fit:
-    """Codes (G, M, N), codebooks (M, E, g) and scale (N,) that stand for one weight."""
+    """Codes (G, M, N), codebooks (M, E, g) and scale (N,) that represent one weight."""
 
     codes: Tensor
     codebooks: Tensor
@@ -38,14 +39,14 @@ class Fit:
 
 
 class Problem:
-    """A weight (N, K) and the Hessian (K, K) of its inputs, with what the three moves need of them again and again."""
+    """A weight (N, K), the Hessian (K, K) of its inputs, and the products of both that every update reuses."""
 
     def __init__(self, weight: Tensor, hessian: Tensor, group_size: int) -> None:
         self.weight, self.hessian, self.size = weight, hessian, group_size
         self.product = weight @ hessian
         groups = weight.shape[1] // group_size
-        own = hessian.view(groups, group_size, groups, group_size)
-        self.diagonal = own.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # (G, g, g)
+        blocks = hessian.view(groups, group_size, groups, group_size)
+        self.diagonal = blocks.diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()  # (G, g, g)
         self.lower, failed = torch.linalg.cholesky_ex(self.diagonal)
         if failed.any():
             raise ValueError("the damped Hessian is not positive definite in float32; use a larger damp")
@@ -57,33 +58,36 @@ class Problem:
         return float(((error @ self.hessian) * error).sum(dtype=torch.float64))
 
     def rescale(self, fit: Fit) -> tuple[Tensor, float]:
-        """Give each row its best scale, (w H v^T) / (v H v^T). Returns: (W - W') H, (N, K), and the error."""
+        """Set each row's scale to the optimum, (w H v^T) / (v H v^T), for decoded rows v without scale.
+
+        Returns: (W - W') H, (N, K), and the error.
+        """
         vectors = fit.vectors()
         image = vectors @ self.hessian
         norm = (vectors * image).sum(1)
-        wanted = (self.weight * image).sum(1) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
-        fit.scale = torch.where(norm > 0, wanted, 0.0)
+        optimum = (self.weight * image).sum(1) / norm.clamp(min=torch.finfo(norm.dtype).tiny)
+        fit.scale = torch.where(norm > 0, optimum, 0.0)
         slope = torch.addcmul(self.product, fit.scale[:, None], image, value=-1)
         error = torch.addcmul(self.weight, fit.scale[:, None], vectors, value=-1)
         return slope, float((slope * error).sum(dtype=torch.float64))
 
     def refit(self, fit: Fit, slope: Tensor, steps: int) -> None:
-        """Move the codebooks towards the least squares solution, by `steps` conjugate gradients.
+        """Move the codebooks towards the least squares solution by up to `steps` steps of conjugate gradients.
 
-        `slope` is (W - W') H as `rescale` returned it. The preconditioner is the Hessian of each entry by itself.
+        `slope` is (W - W') H as `rescale` returned it. The preconditioner is the Hessian of each entry alone.
         """
         gather, scale = fit.gather(), fit.scale[:, None]
         shape = fit.codebooks.shape
         solve = self._entry_inverse(gather, fit.scale, shape)
         residual = gather.transpose((scale * slope).view(-1, self.size))
-        codebooks, direction, before, most = fit.codebooks.clone(), torch.zeros_like(fit.codebooks), 0.0, 0.0
+        codebooks, direction, previous, largest = fit.codebooks.clone(), torch.zeros_like(fit.codebooks), 0.0, 0.0
         for _ in range(steps):
-            better = (solve @ residual.view(-1, self.size, 1)).view(shape)
-            power = float((residual * better).sum())
-            most = max(most, power)
-            if not power > _CONVERGED * most:
+            preconditioned = (solve @ residual.view(-1, self.size, 1)).view(shape)
+            power = float((residual * preconditioned).sum())
+            largest = max(largest, power)
+            if not power > _CONVERGED * largest:
                 break
-            direction = better if not before else better + power / before * direction
+            direction = preconditioned if not previous else preconditioned + power / previous * direction
             change = scale * gather.apply(direction).view_as(slope)
             image = change @ self.hessian
             curvature = float((change * image).sum())
@@ -91,25 +95,25 @@ class Problem:
                 break
             codebooks.add_(direction, alpha=power / curvature)
             residual.sub_(gather.transpose((scale * image).view(-1, self.size)), alpha=power / curvature)
-            before = power
+            previous = power
         fit.codebooks = codebooks
 
     def _entry_inverse(self, gather: Gather, scale: Tensor, shape: torch.Size) -> Tensor:
-        """Inverses (M E, g, g) of what the error's curvature is if one entry moves by itself: sum s_r^2 H_jj."""
+        """Inverses (M E, g, g) of the error's curvature in each entry alone: sum s_r^2 H_jj over its uses (r, j)."""
         groups, total = len(self.diagonal), shape[0] * shape[1]
         place = gather.index.view(-1, groups, shape[0]) * groups + torch.arange(groups, device=scale.device)[:, None]
         weights = scale.square()[:, None, None].expand(place.shape)
         uses = scale.new_zeros(total * groups).index_add_(0, place.view(-1).long(), weights.reshape(-1))
         blocks = (uses.view(total, groups) @ self.diagonal.view(groups, -1)).view(total, self.size, self.size)
         ridge = 1e-6 * blocks.diagonal(dim1=1, dim2=2).mean(1) + torch.finfo(scale.dtype).tiny ** 0.5
-        found: Tensor = torch.linalg.inv(blocks + torch.diag_embed(ridge[:, None].expand(-1, self.size)))
-        return found
+        inverses: Tensor = torch.linalg.inv(blocks + torch.diag_embed(ridge[:, None].expand(-1, self.size)))
+        return inverses
 
     def search(self, fit: Fit, beam: int, generator: torch.Generator) -> None:
-        """Choose all codes anew, one group after another, for every row what lowers its error.
+        """Choose all codes again, group by group, and keep a row's new codes of a group where they lower its error.
 
-        Groups go in runs of neighbours, the runs in random order. Of codebooks the first goes first, whose entries the
-        others correct: a wider beam gains most so.
+        Neighbouring groups form runs, which are searched in random order. The codebooks are searched in order: the
+        later codebooks correct the entries of the first, and a wider beam gains most in this order.
         """
         groups, width = len(self.diagonal), max(_COLUMNS // self.size, 1)
         runs = [slice(start, min(start + width, groups)) for start in range(0, groups, width)]
@@ -119,14 +123,15 @@ class Problem:
         fit.codes = fit.codes.clone()
         for i in torch.randperm(len(runs), generator=generator).tolist():
             run = _Run(self, runs[i], fit.codebooks)
-            for own, part in zip(fit.codes[runs[i]].split(rows, 2), error.split(rows), strict=True):
-                run.search(part, own, beam)
+            for codes, errors in zip(fit.codes[runs[i]].split(rows, 2), error.split(rows), strict=True):
+                run.search(errors, codes, beam)
 
 
 class _Run:
-    """Neighbouring groups, searched one after another before the errors of the others hear of it.
+    """Neighbouring groups, searched one by one; the errors of all other groups are updated once, after the run.
 
-    Entries are kept in coordinates in which a group's own error is a plain distance: c L, with H_jj = L L^T.
+    Entries c are stored as c L, with H_jj = L L^T: in these coordinates the error of a group alone is a Euclidean
+    distance.
     """
 
     def __init__(self, problem: Problem, groups: slice, codebooks: Tensor) -> None:
@@ -140,38 +145,42 @@ class _Run:
         self.tables = self.entries.mT.mul(-2).contiguous()
 
     def search(self, error: Tensor, codes: Tensor, beam: int) -> None:
-        """Bring codes (b, M, n) of rows with `error` (n, K), and these errors, up to date."""
+        """Update, in place, the codes (b, M, n) of n rows and the weight error (n, K) of these rows."""
         slope = error @ self.hessian.T
         moves = torch.empty_like(slope)
-        for i, own in enumerate(codes):
-            here = slice(i * self.size, (i + 1) * self.size)
-            gap = slope[:, here] @ self.inverse[i].T  # to the best vector, from the present one
-            chosen, left = self._beam(i, gap, own, beam)
-            better = left.square().sum(1) < gap.square().sum(1)
-            own.copy_(torch.where(better, chosen, own))
-            moves[:, here] = (gap - left).mul_(better[:, None]) @ self.inverse[i]
-            slope[:, here.stop :].addmm_(moves[:, here], self.inner[here, here.stop :], alpha=-1)
+        for i, group_codes in enumerate(codes):
+            columns = slice(i * self.size, (i + 1) * self.size)
+            gap = slope[:, columns] @ self.inverse[i].T  # from the present vector to the optimum
+            chosen, remaining = self._beam(i, gap, group_codes, beam)
+            better = remaining.square().sum(1) < gap.square().sum(1)
+            group_codes.copy_(torch.where(better, chosen, group_codes))
+            moves[:, columns] = (gap - remaining).mul_(better[:, None]) @ self.inverse[i]
+            slope[:, columns.stop :].addmm_(moves[:, columns], self.inner[columns, columns.stop :], alpha=-1)
         error[:, self.columns] -= moves
 
     def _beam(self, i: int, gap: Tensor, codes: Tensor, beam: int) -> tuple[Tensor, Tensor]:
-        """Replace the codes (M, n) of one group in turn, keeping the `beam` best: codes (M, n), the gap left (n, g)."""
-        kept, gaps = codes[:, :, None], gap[:, None]  # (M, n, P), (n, P, g)
+        """Search the codes (M, n) of group i, codebook by codebook, with the `beam` best candidates of each row.
+
+        `gap` (n, g) leads from the present vector to the optimum.
+        Returns: the best codes (M, n), and the gap that remains with them, (n, g).
+        """
+        beams, gaps = codes[:, :, None], gap[:, None]  # (M, n, P), (n, P, g)
         for m, entries in enumerate(self.entries[i]):
-            wanted, last = gaps + _pick(entries, kept[m]), m + 1 == len(codes)
-            if last and wanted.shape[1] > 1:
-                origin = self._best(i, m, wanted)
-                wanted, kept = _take(wanted, origin), kept.gather(2, origin.expand(len(kept), -1, -1))
-            scores = self._scores(i, m, wanted)
-            if wanted.shape[1] > 1:
-                scores += wanted.square().sum(2, keepdim=True)
-            count = 1 if last else min(beam, wanted.shape[1] * len(entries))
+            targets, last = gaps + _pick(entries, beams[m]), m + 1 == len(codes)
+            if last and targets.shape[1] > 1:
+                origin = self._best(i, m, targets)
+                targets, beams = _take(targets, origin), beams.gather(2, origin.expand(len(beams), -1, -1))
+            scores = self._scores(i, m, targets)
+            if targets.shape[1] > 1:
+                scores += targets.square().sum(2, keepdim=True)
+            count = 1 if last else min(beam, targets.shape[1] * len(entries))
             code = smallest(scores.view(len(gap), -1), count)
-            if not wanted.shape[1] == count == 1:
+            if not targets.shape[1] == count == 1:
                 origin, code = code // len(entries), code % len(entries)
-                wanted, kept = _take(wanted, origin), kept.gather(2, origin.expand(len(kept), -1, -1))
-            gaps = wanted - _pick(entries, code)
-            kept = torch.cat([kept[:m], code[None], kept[m + 1 :]])
-        return kept[:, :, 0], gaps[:, 0]
+                targets, beams = _take(targets, origin), beams.gather(2, origin.expand(len(beams), -1, -1))
+            gaps = targets - _pick(entries, code)
+            beams = torch.cat([beams[:m], code[None], beams[m + 1 :]])
+        return beams[:, :, 0], gaps[:, 0]
 
     def _scores(self, i: int, m: int, wanted: Tensor) -> Tensor:
         """Squared distances of `wanted` (n, P, g) to all entries, less its own square, (n, P, E)."""

@@ -1,4 +1,4 @@
-"""Peers beside naive float64 versions of their formats, and what they say where they cannot run."""
+"""Compare peers with naive float64 versions of their formats, and check their messages when they cannot run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from harness.runs.execute import execute_run
 from methods.peers.bitsandbytes import Bnb4Bit, Bnb4BitQTensor, BnbFP4, BnbInt8, BnbInt8QTensor, BnbNF4
 from tests.conftest import TINY, Done, resolve
 
-FP4_LEVELS = [0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4]  # sign bit beside them
+FP4_LEVELS = [0, 1 / 192, 2 / 3, 1, 1 / 3, 1 / 2, 1 / 6, 1 / 4]  # for sign bit 0
 NF4_LEVELS = """-1 -.6961928 -.5250731 -.3949175 -.2844414 -.1847734 -.0910500 0
     .0795803 .1609302 .2461123 .3379152 .4407098 .5626170 .7229568 1"""  # QLoRA, appendix E
 LEVELS = {"nf4": list(map(float, NF4_LEVELS.split())), "fp4": FP4_LEVELS + [-level for level in FP4_LEVELS]}
@@ -32,15 +32,15 @@ def scheme(name: str) -> Scheme:
 
 
 def int8(weight: Tensor, **options: Any) -> BnbInt8QTensor:
-    found = BnbInt8(**options).quantize(weight, scheme("llm_int8"), Stats())
-    assert isinstance(found, BnbInt8QTensor)
-    return found
+    qtensor = BnbInt8(**options).quantize(weight, scheme("llm_int8"), Stats())
+    assert isinstance(qtensor, BnbInt8QTensor)
+    return qtensor
 
 
 def four_bit(method: Bnb4Bit, weight: Tensor) -> Bnb4BitQTensor:
-    found = method.quantize(weight, scheme("native"), Stats())
-    assert isinstance(found, Bnb4BitQTensor)
-    return found
+    qtensor = method.quantize(weight, scheme("native"), Stats())
+    assert isinstance(qtensor, Bnb4BitQTensor)
+    return qtensor
 
 
 def outlying() -> Tensor:
@@ -52,46 +52,46 @@ def outlying() -> Tensor:
 
 
 def naive_product(inputs: Tensor, weight: Tensor, threshold: float) -> Tensor:
-    """Outlier channels as floats, the rest on int8 grids; a token's scale is of all its values below the threshold."""
+    """Outlier channels as floats, others on int8 grids; a token's scale covers all its values below the threshold."""
     halves = inputs.half().double()
-    big = halves.abs() >= threshold if threshold else torch.zeros_like(halves, dtype=torch.bool)
-    scale = halves.masked_fill(big, 0).abs().amax(1, keepdim=True) / 127
+    outliers = halves.abs() >= threshold if threshold else torch.zeros_like(halves, dtype=torch.bool)
+    scale = halves.masked_fill(outliers, 0).abs().amax(1, keepdim=True) / 127
     rows = weight.half().double()
     steps = rows.abs().amax(1, keepdim=True) / 127
     decoded = (rows / steps).round() * steps
     rounded = (halves / scale).round() * scale
-    return torch.where(big.any(0), inputs.double(), rounded) @ decoded.T
+    return torch.where(outliers.any(0), inputs.double(), rounded) @ decoded.T
 
 
 @pytest.mark.parametrize("threshold", [6.0, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_int8_is_the_decomposition_of_each_sequence(threshold: float, dtype: torch.dtype) -> None:
     weight, inputs, bias = torch.randn(48, 64) * 0.1, outlying().to(dtype), torch.randn(48).to(dtype)
-    found = int8(weight, threshold=threshold).linear(inputs, bias)
+    output = int8(weight, threshold=threshold).linear(inputs, bias)
     expected = torch.stack([naive_product(sequence, weight, threshold) for sequence in inputs]) + bias.double()
-    assert found.dtype == dtype
+    assert output.dtype == dtype
     close = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}[dtype]  # a tie may round either way
-    assert (found - expected).norm() <= close * expected.norm()
+    assert (output - expected).norm() <= close * expected.norm()
 
 
-def test_int8_is_near_the_schemes_own_rounding_and_far_from_none() -> None:
+def test_int8_is_near_the_rounding_of_the_scheme_and_far_from_one_without_a_threshold() -> None:
     weight, inputs = torch.randn(48, 64) * 0.1, outlying()
-    fmt, plain = scheme("llm_int8"), scheme("w8a8_token")
+    fmt, token_scheme = scheme("llm_int8"), scheme("w8a8_token")
     assert fmt.activation is not None
-    assert plain.activation is not None
+    assert token_scheme.activation is not None
     decoded = round_to_nearest(weight, fmt.weight).dequantize()
-    ours = InputQuantizer(fmt.activation)(inputs) @ decoded.T
-    without = InputQuantizer(plain.activation)(inputs) @ decoded.T
-    found = int8(weight).linear(inputs, None)
-    assert (found - ours).norm() <= 0.005 * ours.norm()
-    assert (found - ours).norm() <= 0.3 * (found - without).norm()
+    with_threshold = InputQuantizer(fmt.activation)(inputs) @ decoded.T
+    without_threshold = InputQuantizer(token_scheme.activation)(inputs) @ decoded.T
+    output = int8(weight).linear(inputs, None)
+    assert (output - with_threshold).norm() <= 0.005 * with_threshold.norm()
+    assert (output - with_threshold).norm() <= 0.3 * (output - without_threshold).norm()
 
 
 def test_int8_does_not_depend_on_the_batch_and_takes_any_leading_shape() -> None:
     quantized, inputs = int8(torch.randn(48, 64)), outlying()
-    both = quantized.linear(inputs, None)
-    assert torch.equal(both[1], quantized.linear(inputs[1], None))
-    assert torch.equal(both[1, 1], quantized.linear(inputs[1:2], None)[0, 1])
+    output = quantized.linear(inputs, None)
+    assert torch.equal(output[1], quantized.linear(inputs[1], None))
+    assert torch.equal(output[1, 1], quantized.linear(inputs[1:2], None)[0, 1])
     assert torch.equal(quantized.linear(inputs[0, 0], None), quantized.linear(inputs[:1, :1], None)[0, 0])
 
 
@@ -99,20 +99,24 @@ def test_int8_does_not_depend_on_the_batch_and_takes_any_leading_shape() -> None
 @pytest.mark.parametrize("method", [BnbNF4, BnbFP4])
 def test_four_bits_decode_as_level_times_scale_of_the_block(method: type[Bnb4Bit], double_quant: bool) -> None:
     weight = torch.randn(40, 128) * torch.rand(40, 1).mul(3).exp()
-    found = four_bit(method(double_quant=double_quant), weight)
-    levels = torch.tensor(LEVELS[found.quant_type], dtype=torch.float64)
-    torch.testing.assert_close(found.code.double(), levels, rtol=0, atol=1e-4)  # fp4's smallest is stored in 4 digits
-    high, low = found.qweight.flatten() >> 4, found.qweight.flatten() & 15
+    qtensor = four_bit(method(double_quant=double_quant), weight)
+    levels = torch.tensor(LEVELS[qtensor.quant_type], dtype=torch.float64)
+    # bitsandbytes stores fp4's smallest level with 4 digits.
+    torch.testing.assert_close(qtensor.code.double(), levels, rtol=0, atol=1e-4)
+    high, low = qtensor.qweight.flatten() >> 4, qtensor.qweight.flatten() & 15
     codes = torch.stack([high, low], 1).view(-1, 64).long()
-    scale, exact = found.absmax.double(), weight.view(-1, 64).double().abs().amax(1)
+    scale, exact = qtensor.absmax.double(), weight.view(-1, 64).double().abs().amax(1)
     if double_quant:
-        assert found.nested_code is not None
-        assert found.nested_absmax is not None
-        assert found.offset is not None
-        scale = found.nested_code.double()[found.absmax.long()] * found.nested_absmax.double() + found.offset.double()
+        assert qtensor.nested_code is not None
+        assert qtensor.nested_absmax is not None
+        assert qtensor.offset is not None
+        scale = (
+            qtensor.nested_code.double()[qtensor.absmax.long()] * qtensor.nested_absmax.double()
+            + qtensor.offset.double()
+        )
     assert (scale - exact).norm() <= (0.02 if double_quant else 0) * exact.norm()
-    decoded = found.code.double()[codes] * scale[:, None]
-    torch.testing.assert_close(found.dequantize().double(), decoded.view(40, 128), rtol=1e-6, atol=1e-7)
+    decoded = qtensor.code.double()[codes] * scale[:, None]
+    torch.testing.assert_close(qtensor.dequantize().double(), decoded.view(40, 128), rtol=1e-6, atol=1e-7)
     if not double_quant:  # and each code is the nearest
         nearest = (weight.view(-1, 64, 1).double() / exact[:, None, None] - levels).abs().amin(2)
         assert ((weight.view(-1, 64) - decoded).abs() / exact[:, None] - nearest).abs().max() < 1e-3
@@ -120,11 +124,11 @@ def test_four_bits_decode_as_level_times_scale_of_the_block(method: type[Bnb4Bit
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_four_bits_multiply_as_they_decode(dtype: torch.dtype) -> None:
-    found = four_bit(BnbNF4(), torch.randn(48, 64).to(dtype))
+    qtensor = four_bit(BnbNF4(), torch.randn(48, 64).to(dtype))
     inputs, bias = torch.randn(2, 5, 64).to(dtype), torch.randn(48).to(dtype)
-    expected = inputs @ found.dequantize(dtype).T + bias
-    torch.testing.assert_close(found.linear(inputs, bias), expected, rtol=2e-2, atol=2e-2)
-    assert found.dequantize(torch.float64).dtype == torch.float64
+    expected = inputs @ qtensor.dequantize(dtype).T + bias
+    torch.testing.assert_close(qtensor.linear(inputs, bias), expected, rtol=2e-2, atol=2e-2)
+    assert qtensor.dequantize(torch.float64).dtype == torch.float64
 
 
 def test_bits_are_counted_from_what_is_stored() -> None:
@@ -138,14 +142,14 @@ def test_bits_are_counted_from_what_is_stored() -> None:
 
 
 @pytest.mark.parametrize("method", [BnbInt8(), BnbNF4(), BnbFP4(double_quant=False)])
-def test_a_copy_and_a_move_take_all_along(method: BnbInt8 | Bnb4Bit) -> None:
+def test_a_copy_and_a_move_include_all_tensors(method: BnbInt8 | Bnb4Bit) -> None:
     weight, inputs = torch.randn(48, 64), outlying()
-    found = QuantLinear(method.quantize(weight, scheme("native"), Stats()), None, torch.float32).pack()
-    expected, twin = found(inputs), copy.deepcopy(found)
-    found.to("meta")
-    assert all(buffer.device.type == "meta" for buffer in found.buffers())
-    assert all(not isinstance(value, Tensor) for value in vars(found.packed).values())
-    assert torch.equal(twin(inputs), expected)
+    linear = QuantLinear(method.quantize(weight, scheme("native"), Stats()), None, torch.float32).pack()
+    expected, copied = linear(inputs), copy.deepcopy(linear)
+    linear.to("meta")
+    assert all(buffer.device.type == "meta" for buffer in linear.buffers())
+    assert all(not isinstance(value, Tensor) for value in vars(linear.packed).values())
+    assert torch.equal(copied(inputs), expected)
 
 
 @pytest.mark.parametrize(
@@ -167,7 +171,7 @@ def test_other_formats_are_refused(method: BnbInt8 | Bnb4Bit, name: str, message
         method.check(scheme(name))
 
 
-def test_what_a_peer_takes() -> None:
+def test_schemes_and_options_of_peers() -> None:
     BnbInt8().check(scheme("llm_int8"))
     BnbInt8(threshold=0).check(scheme("w8a8_token"))
     BnbFP4().check(scheme("native"))
@@ -199,9 +203,9 @@ def test_a_method_chooses_its_scheme_and_the_command_line_wins(tiny: Callable[..
         (("method=bnb_fp4", "bits=3"), "method.bnb_fp4: bits=3 does not match fp4, which has 4 bits; use bits=4"),
         (("method=rtn", "scheme=native"), "method.rtn: scheme=native is for methods with a format of their own"),
     ):
-        found = execute_run(tiny(*overrides))[0]
-        assert found.status == "failed"
-        assert str(found.error).startswith(message)
+        record = execute_run(tiny(*overrides))[0]
+        assert record.status == "failed"
+        assert str(record.error).startswith(message)
 
 
 def test_peers_run_in_a_sweep(command: Callable[..., Done], tmp_path: Any) -> None:

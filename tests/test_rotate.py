@@ -1,4 +1,4 @@
-"""Rotations: the stream found on every family or refused by name, the function kept, outliers gone."""
+"""Rotations: the stream is found in each family or refused by name; the function stays; outliers disappear."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def _no_grad() -> Iterator[None]:
 
 
 class Precise(nn.Module):
-    """An RMSNorm that computes in the precision of what it is given, as transformers' own do not."""
+    """An RMSNorm that computes in the precision of its input, unlike those of transformers."""
 
     def __init__(self, weight: Tensor, offset: float) -> None:
         super().__init__()
@@ -88,7 +88,7 @@ def test_the_function_stays_exactly_in_float64(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", TAKEN)
-def test_folding_alone_keeps_the_function_and_leaves_no_gain(family: str) -> None:
+def test_folding_alone_keeps_the_function_and_removes_gains(family: str) -> None:
     model = uneven(build(family, **TAKEN[family]))
     before = logits(model)
     residual = residual_of(model)
@@ -105,23 +105,23 @@ def test_folding_alone_keeps_the_function_and_leaves_no_gain(family: str) -> Non
             assert module is norm.module
             assert torch.equal(norm.gain, torch.ones(32, dtype=torch.float64))
     first = model.get_submodule(residual.norms[0].name)
-    seen: list[Tensor] = []
-    first.register_forward_pre_hook(lambda _m, args: seen.append(args[0]))
+    norm_inputs: list[Tensor] = []
+    first.register_forward_pre_hook(lambda _m, args: norm_inputs.append(args[0]))
     logits(model)
-    assert (float(seen[0].mean(-1).abs().max()) < 1e-6) == (family in CENTRED)
+    assert (float(norm_inputs[0].mean(-1).abs().max()) < 1e-6) == (family in CENTRED)
 
 
-def test_who_writes_and_who_reads() -> None:
-    found = residual_of(build("gpt2"))
-    assert [table.name for table in found.tables] == ["transformer.wte", "transformer.wpe"]
-    assert [port.name.partition(".h.")[2] for port in found.writers] == [
+def test_writers_and_readers_of_the_residual_stream() -> None:
+    residual = residual_of(build("gpt2"))
+    assert [table.name for table in residual.tables] == ["transformer.wte", "transformer.wpe"]
+    assert [port.name.partition(".h.")[2] for port in residual.writers] == [
         f"{i}.{name}" for i in (0, 1) for name in ("attn.c_proj", "mlp.c_proj")
     ]
-    assert {norm.name.rpartition(".h.")[2]: [port.name for port in norm.readers] for norm in found.norms[-2:]} == {
+    assert {norm.name.rpartition(".h.")[2]: [port.name for port in norm.readers] for norm in residual.norms[-2:]} == {
         "1.ln_2": ["transformer.h.1.mlp.c_fc"],
         "transformer.ln_f": ["lm_head"],
     }
-    assert found.width == 32
+    assert residual.width == 32
     assert residual_of(build("bloom")).tables[0].norm is not None
 
 
@@ -137,7 +137,9 @@ def test_who_writes_and_who_reads() -> None:
         ),
     ],
 )
-def test_what_stands_in_the_way_is_named(tiny: Tiny, family: str, options: dict[str, Any], message: str) -> None:
+def test_the_module_that_prevents_a_rotation_is_named(
+    tiny: Tiny, family: str, options: dict[str, Any], message: str
+) -> None:
     model = build(family, **options)
     before = {name: value.clone() for name, value in model.named_parameters()}
     with pytest.raises(ValueError, match=f"^method.rotate: .*ForCausalLM cannot be rotated: {message}.*; use a method"):
@@ -146,7 +148,7 @@ def test_what_stands_in_the_way_is_named(tiny: Tiny, family: str, options: dict[
 
 
 class Toy(nn.Module):
-    """A decoder of two blocks x + w(r(norm(x))), as transformers' models are called; `how` spoils it in one way."""
+    """A decoder of two blocks x + w(r(norm(x))) with the interface of transformers; `how` selects one defect."""
 
     def __init__(self, norm: Callable[[], nn.Module], how: str = "") -> None:
         super().__init__()
@@ -214,7 +216,7 @@ def test_a_folded_layernorm_is_the_formulas() -> None:
     head, bias = old.get_parameter("head.weight"), old.get_parameter("norm.bias")
     assert relative(model.get_parameter("head.bias"), head @ bias) < 1e-12
     assert relative(logits(model), before) < 1e-12
-    residual.fold()  # once is all
+    residual.fold()  # a second fold changes nothing
     assert relative(logits(model), before) < 1e-12
 
 
@@ -233,8 +235,8 @@ def test_rotated_weights_are_the_formulas() -> None:
         "model.norm": ["lm_head"],
     }.items():
         for name in names:
-            wanted = old[f"{name}.weight"] @ torch.diag(old[f"{norm}.weight"]) @ q
-            assert relative(new[f"{name}.weight"], wanted) < 1e-12, name
+            expected = old[f"{name}.weight"] @ torch.diag(old[f"{norm}.weight"]) @ q
+            assert relative(new[f"{name}.weight"], expected) < 1e-12, name
         assert torch.equal(new[f"{norm}.weight"], torch.ones(32).double())
     assert relative(new["model.embed_tokens.weight"], old["model.embed_tokens.weight"] @ q) < 1e-12
     out, down = block + "self_attn.o_proj", block + "mlp.down_proj"
@@ -242,9 +244,9 @@ def test_rotated_weights_are_the_formulas() -> None:
     assert relative(new[f"{down}.linear.weight"], q.T @ old[f"{down}.weight"] @ hidden) < 1e-12
 
 
-@pytest.mark.parametrize("make", [lambda: nn.Linear(24, 7), lambda: Conv1D(7, 24)], ids=["linear", "conv1d"])
-def test_an_online_transform_is_undone_by_the_weight(make: Callable[[], nn.Module]) -> None:
-    module = make().double()
+@pytest.mark.parametrize("make_module", [lambda: nn.Linear(24, 7), lambda: Conv1D(7, 24)], ids=["linear", "conv1d"])
+def test_an_online_transform_is_undone_by_the_weight(make_module: Callable[[], nn.Module]) -> None:
+    module = make_module().double()
     inputs = torch.randn(2, 5, 24, dtype=torch.float64)
     before = module(inputs)
     weight = weight_of(module)
@@ -254,14 +256,14 @@ def test_an_online_transform_is_undone_by_the_weight(make: Callable[[], nn.Modul
 
 
 def flatness(inputs: Tensor) -> float:
-    """How far the largest value of a token stands out, over its root mean square: 1 is flat."""
+    """Mean over tokens of the largest magnitude divided by the root mean square; 1 is flat."""
     return float((inputs.abs().amax(-1) / inputs.square().mean(-1).sqrt()).mean())
 
 
 def planted() -> nn.Module:
-    """A llama with outlier channels in its stream, in attention's values and between its projections.
+    """A llama with outlier channels in its residual stream, in the values of attention and in the MLP's hidden states.
 
-    Readers weigh them as little as they are large, as in a trained model: what they cost is the grid's range.
+    Readers multiply them by small weights, as in a trained model, so outliers matter only for the range of the grid.
     """
     model = build("llama", hidden_size=128, intermediate_size=256)
     model.get_parameter("model.embed_tokens.weight")[:, 5] *= 25
@@ -271,21 +273,21 @@ def planted() -> nn.Module:
         weights = {name.rpartition(".")[2]: module.weight for name, module in block.named_modules() if "_proj" in name}
         for name in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"):
             weights[name][:, 5] /= 25  # type: ignore[index,operator]
-        for maker, row, reader, columns in [("v_proj", 3, "o_proj", [3, 35]), ("up_proj", 9, "down_proj", [9])]:
-            weights[maker][row] *= 40  # type: ignore[index,operator]
+        for producer, row, reader, columns in [("v_proj", 3, "o_proj", [3, 35]), ("up_proj", 9, "down_proj", [9])]:
+            weights[producer][row] *= 40  # type: ignore[index,operator]
             weights[reader][:, columns] /= 40  # type: ignore[index,operator]
     return model
 
 
 def inputs_of(model: nn.Module) -> dict[str, Tensor]:
-    """What each linear of the blocks reads on TOKENS, by its name in the float model."""
-    seen: dict[str, Tensor] = {}
+    """The input of each linear of the blocks on TOKENS, by its name in the float model."""
+    inputs: dict[str, Tensor] = {}
     for name, module in linears(model).items():
         module.register_forward_pre_hook(
-            lambda _m, args, name=name: seen.__setitem__(name.removesuffix(".linear"), args[0])
+            lambda _m, args, name=name: inputs.__setitem__(name.removesuffix(".linear"), args[0])
         )
     logits(model)
-    return seen
+    return inputs
 
 
 def test_outliers_are_spread_over_all_channels() -> None:
@@ -295,11 +297,13 @@ def test_outliers_are_spread_over_all_channels() -> None:
     for name, inputs in before.items():
         assert flatness(inputs) > 4, name
         assert flatness(after[name]) < 0.75 * flatness(inputs), name
-        own = "o_proj" in name or "down_proj" in name
-        assert (relative(offline[name], inputs) < 1e-4) == own, "what no norm feeds is turned at run time alone"
+        reads_no_norm = "o_proj" in name or "down_proj" in name
+        assert (relative(offline[name], inputs) < 1e-4) == reads_no_norm, (
+            "without a norm before it, an input is rotated only at run time"
+        )
 
 
-def test_four_bit_activations_need_it(tiny: Tiny) -> None:
+def test_four_bit_activations_need_a_rotation(tiny: Tiny) -> None:
     expected, errors = logits(planted()), []
     for method in ("rtn", "rotate"):
         model = planted()
@@ -309,10 +313,10 @@ def test_four_bit_activations_need_it(tiny: Tiny) -> None:
     assert errors[1] < 0.4 * errors[0]
 
 
-def test_a_tied_head_is_untied_once_and_its_cost_is_said(tiny: Tiny) -> None:
-    model, plain = uneven(build("gemma")), build("gemma")
+def test_a_tied_head_is_untied_once_with_a_warning_of_its_cost(tiny: Tiny) -> None:
+    model, unrotated = uneven(build("gemma")), build("gemma")
     assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
-    size = stored_bytes(plain)
+    size = stored_bytes(unrotated)
     cfg = build_run(tiny("method=rotate", "scheme=channel_sym", "bits=8"))
     result = engine.quantize(model, cfg, TOKENS)
     mib = 128 * 32 * 4 / 2**20
@@ -322,7 +326,7 @@ def test_a_tied_head_is_untied_once_and_its_cost_is_said(tiny: Tiny) -> None:
     ]
     assert model.config.tie_word_embeddings is False  # type: ignore[union-attr]
     model.tie_weights()  # type: ignore[operator]
-    assert relative(logits(model), logits(uneven(plain))) < 0.05
+    assert relative(logits(model), logits(uneven(unrotated))) < 0.05
     engine.quantize(other := build("gemma"), replace(cfg, steps={"rtn": RTN()}), TOKENS)
     assert stored_bytes(model) == stored_bytes(other) + 128 * 32 * 4 < size + 128 * 32 * 4
 
@@ -350,14 +354,14 @@ def test_rotate_then_gptq_is_its_steps_by_hand(tiny: Tiny, family: str) -> None:
 
 
 def test_packed_and_simulated_runs_of_a_rotated_model_agree(tiny: Tiny) -> None:
-    found = []
+    outputs = []
     for execution in ("packed", "simulated"):
         model = uneven(build("llama"))
         cfg = build_run(tiny("method=rotate", "scheme=w4a4_token", f"execution={execution}"))
         result = engine.quantize(model, cfg, TOKENS)
         assert result.kernels == ({"reference"} if execution == "packed" else set())
-        found.append(logits(model))
-    assert relative(found[0], found[1]) < 1e-5
+        outputs.append(logits(model))
+    assert relative(outputs[0], outputs[1]) < 1e-5
 
 
 def test_skip_names_linears_as_the_float_model_does(tiny: Tiny) -> None:
@@ -399,7 +403,7 @@ def test_a_norm_is_measured(family: str) -> None:
             assert relative(norm.of(values), module(values)) < 1e-6
 
 
-def test_what_is_no_norm_is_told() -> None:
+def test_a_module_that_is_not_a_norm_is_refused() -> None:
     class Scale(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -415,13 +419,13 @@ def test_what_is_no_norm_is_told() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Skewed(Method):
-    """Turns by what is no rotation."""
+    """Multiplies the residual stream by a matrix that is not orthogonal."""
 
     def rotate(self, residual: Residual) -> None:
         residual.turn(lambda values: values * 1.1)
 
 
-def test_what_is_no_rotation_is_refused(tiny: Tiny) -> None:
+def test_a_matrix_that_is_not_orthogonal_is_refused(tiny: Tiny) -> None:
     cfg = replace(build_run(tiny("scheme=channel")), steps={"skewed": Skewed()})
     with pytest.raises(ValueError, match="method.skewed changed the float model's function: logits moved by .* 0.0001"):
         engine.quantize(build("llama"), cfg, TOKENS)

@@ -1,4 +1,4 @@
-"""CPU kernels against float64 of the QTensor that they hold, and the table that chooses them."""
+"""CPU kernels against float64 arithmetic on their QTensor, and the table that chooses them."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 INT8_ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow")
-ROWS = (1, 3, 65, 130)  # of inputs: below and above where the kernels change their path
+ROWS = (1, 3, 65, 130)  # of inputs: below and above the limits at which the kernels change their path
 vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")
 
 
 def weights(rows: int, columns: int, fmt: WeightFormat) -> IntQTensor:
-    """A weight whose groups differ in size and position, so that a wrong group index shows."""
+    """A weight whose groups differ in scale and offset, so that a wrong group index is detected."""
     spread = torch.rand(fmt.groups((rows, columns))).mul(4).exp()[..., None]
     offset = torch.randn(fmt.groups((rows, columns)))[..., None]
     groups = torch.randn(*spread.shape[:2], columns * rows // spread[..., 0].numel()) + offset
     return round_to_nearest((groups * spread).view(rows, columns) * 0.01, fmt)
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+def error(outputs: Tensor, expected: Tensor) -> float:
+    return float((outputs.double() - expected).norm() / expected.norm())
 
 
 def exact(weight: IntQTensor, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
-    found = inputs.double() @ weight.dequantize(torch.float64).t()
-    return found if bias is None else found + bias.double()
+    outputs = inputs.double() @ weight.dequantize(torch.float64).t()
+    return outputs if bias is None else outputs + bias.double()
 
 
 @pytest.mark.parametrize("tokens", ROWS)
@@ -57,10 +57,10 @@ def test_int4(tokens: int, rows: int, columns: int, options: dict[str, Any]) -> 
     kernel = choose(weight, None, torch.bfloat16, CPU)
     assert isinstance(kernel, cpu_int4.CpuInt4)
     inputs, bias = torch.randn(1, tokens, columns).bfloat16(), torch.randn(rows).bfloat16()
-    found = kernel(inputs, bias)
-    assert found.shape == (1, tokens, rows)
-    assert found.dtype == torch.bfloat16
-    assert error(found, exact(weight, inputs, bias)) < 0.006  # bfloat16: 2^-9 for scale, zero and result
+    outputs = kernel(inputs, bias)
+    assert outputs.shape == (1, tokens, rows)
+    assert outputs.dtype == torch.bfloat16
+    assert error(outputs, exact(weight, inputs, bias)) < 0.006  # bfloat16: 2^-9 each for scale, zero and result
 
 
 def test_int4_rows_of_several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,7 +94,8 @@ def test_int8_weights_alone(tokens: int, options: dict[str, Any]) -> None:
     kernel = choose(weight, None, torch.bfloat16, CPU)
     assert isinstance(kernel, cpu_int8.CpuInt8)
     inputs, bias = torch.randn(tokens, 112).bfloat16(), torch.randn(40).bfloat16()
-    assert error(kernel(inputs, bias), exact(weight, inputs, bias)) < 0.01  # the shift cancels most of a large product
+    # The bound is wider because adding the shift cancels most of a large product.
+    assert error(kernel(inputs, bias), exact(weight, inputs, bias)) < 0.01
 
 
 ACTIVATIONS = {
@@ -170,7 +171,7 @@ def test_columns_in_another_order() -> None:
             WeightFormat(bits=4, granularity="group", group_size=32),
             torch.float32,
             None,
-        ),  # vectorised for bfloat16 alone
+        ),  # vectorised only for bfloat16
         (WeightFormat(bits=3, granularity="group", group_size=32), torch.bfloat16, None),
         (WeightFormat(bits=4, granularity="group", group_size=16), torch.bfloat16, None),
         (WeightFormat(bits=8, granularity="group", group_size=32), torch.bfloat16, None),

@@ -1,7 +1,7 @@
-"""W8A16 on a CPU: torch's int8 kernel for few rows, a cast of the codes for many.
+"""W8A16 on a CPU: torch's int8 kernel for few rows, a bfloat16 matmul of the cast codes for many.
 
-The kernel is `aten._weight_int8pack_mm`, which has no matrix instructions. From some number of rows on, the codes are
-cast to bfloat16, in which they are exact, multiplied, and the scale is applied to the result.
+The kernel is `aten._weight_int8pack_mm`, which uses no matrix instructions. Above `MAX_DIRECT_ROWS` rows, the codes are
+cast to bfloat16, where they are exact, and multiplied; the scale is applied to the result.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from harness.core.qtensor import IntQTensor
 from harness.kernels.base import Kernel
 
-MAX_DIRECT_ROWS = 8  # rows of x from which casting wins; measured by `python -m harness.kernels.bench`
-_COLUMNS = 16  # input columns it wants multiples of: it reads past the end of others, as of torch 2.13
+MAX_DIRECT_ROWS = 8  # up to this number of rows of x the kernel is faster, by `python -m harness.kernels.bench`
+_COLUMNS = 16  # must divide K; otherwise the kernel reads past the end, as of torch 2.13
 _MID_CODE = 128
 
 
 def supports(weight: IntQTensor, dtype: torch.dtype) -> bool:
-    """Whether the kernel can hold this weight: 8 bits, one scale a row or for all, columns in sixteens, bfloat16."""
+    """Whether the kernel can run this weight: 8 bits, one scale per row or tensor, K a multiple of 16, bfloat16."""
     fits = weight.fmt.bits == 8 and weight.scale.shape[1] == 1 and weight.shape[1] % _COLUMNS == 0
     return fits and dtype == torch.bfloat16
 
@@ -29,7 +29,7 @@ class CpuInt8(Kernel):
 
     qweight  (N, K) int8, code - 128
     scale    (N,) bfloat16
-    shift    (N,) bfloat16, (128 - zero_point) * scale, which the sum of a token's inputs is multiplied by; or None
+    shift    (N,) bfloat16, (128 - zero_point) * scale, multiplied by the sum of a token's inputs; None if symmetric
     """
 
     name = "cpu_w8a16"
@@ -48,22 +48,22 @@ class CpuInt8(Kernel):
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         flat = inputs.reshape(-1, self.shape[1])
-        found: Tensor
+        outputs: Tensor
         if flat.shape[0] <= MAX_DIRECT_ROWS:
-            found = torch.ops.aten._weight_int8pack_mm(flat, self.qweight, self.scale)
+            outputs = torch.ops.aten._weight_int8pack_mm(flat, self.qweight, self.scale)
         else:
-            found = F.linear(flat, self.qweight.to(flat.dtype)).mul_(self.scale)
+            outputs = F.linear(flat, self.qweight.to(flat.dtype)).mul_(self.scale)
         if self.shift is not None:
-            found = found.addr_(flat.sum(-1), self.shift)
-        found = found if bias is None else found + bias
-        return found.view(*inputs.shape[:-1], self.shape[0])
+            outputs = outputs.addr_(flat.sum(-1), self.shift)
+        outputs = outputs if bias is None else outputs + bias
+        return outputs.view(*inputs.shape[:-1], self.shape[0])
 
 
 def signed(weight: IntQTensor) -> Tensor:
-    """Codes of 8 bits (N, K) as int8, moved so that 128 is 0."""
+    """8-bit codes (N, K) as int8: code - 128."""
     return (weight.codes ^ _MID_CODE).view(torch.int8)
 
 
 def of_rows(values: Tensor, weight: IntQTensor) -> Tensor:
-    """One value a row, (N,), of (N, 1) or (1, 1)."""
+    """One value per row, (N,), from (N, 1) or (1, 1)."""
     return values.expand(weight.shape[0], 1)[:, 0].contiguous()

@@ -1,4 +1,4 @@
-"""`python -m harness.attribution`, the same as `python -m harness attribution`: the ranking of linears by sensitivity."""
+"""`python -m harness.attribution`, the same as `python -m harness attribution`: linears by sensitivity."""
 
 import sys
 

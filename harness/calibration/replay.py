@@ -10,12 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from harness.calibration.proofs import SAME_LOGITS, relative_error, within
 from harness.calibration.shortcut import Shortcut
-from harness.models.architecture import block_prefix
+from harness.models import Decoder
 from harness.nn.hooks import first_of, hooked
-
-# How far replayed logits may be from the model's own, as a relative Frobenius error: the same kernels ran.
-SAME_LOGITS = {torch.float64: 1e-9, torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 3e-2}
 
 Watcher = Callable[[Tensor], None]
 
@@ -31,13 +29,12 @@ class Stream:
     the blocks so far are final; the states catch up when somebody asks for them.
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
+    def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
         """Run the model on `tokens` (B, T) int64 up to its first block, one sequence at a time.
 
         Raises: ValueError if the blocks are called in a way that cannot be replayed.
         """
-        blocks = model.get_submodule(block_prefix(model))
-        self.blocks: list[nn.Module] = list(blocks.children())
+        model, self.blocks = decoder.model, decoder.blocks
         self.position = 0
         self.calls = _calls(partial(logits, model, tokens[:1]), self.blocks, _without_states)
         if len(self.calls) != len(self.blocks):
@@ -142,12 +139,12 @@ class Stream:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, tokens: Tensor) -> None:
+def verify(decoder: Decoder, tokens: Tensor) -> None:
     """Prove on `tokens` (1, T) that replaying the blocks one by one gives the model's own logits.
 
     Raises: ValueError with the measured difference if not.
     """
-    stream = Stream(model, tokens)
+    model, stream = decoder.model, Stream(decoder, tokens)
     for _ in stream.blocks:
         stream.advance()
     expected = logits(model, tokens)
@@ -161,8 +158,8 @@ def verify(model: nn.Module, tokens: Tensor) -> None:
             return logits(model, tokens)
 
     found, without = logits_from(states), logits_from(torch.zeros_like(states))
-    moved, limit = moved_by(found, expected), SAME_LOGITS[states.dtype]
-    if not moved <= limit or torch.equal(without, expected):
+    moved, limit = relative_error(found, expected), SAME_LOGITS[states.dtype]
+    if not within(moved, limit) or torch.equal(without, expected):
         raise ValueError(
             f"replaying the {len(stream.blocks)} blocks of {type(model).__name__} does not reproduce its logits: they "
             f"differ by {moved:.2g} relative, expected at most {limit:g}; it cannot be calibrated block by block, "
@@ -175,11 +172,6 @@ def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """The model's own logits (B, T, V) on `tokens` (B, T)."""
     found: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
     return found
-
-
-def moved_by(after: Tensor, before: Tensor) -> float:
-    """How far a tensor moved: relative Frobenius error."""
-    return float((after.double() - before.double()).norm() / before.double().norm())
 
 
 @torch.no_grad()

@@ -46,10 +46,10 @@ def ranked(record: Record) -> list[Row]:
     Linears have the errors of the record's `layers` beside them.
     """
     layers = {layer["name"]: layer for layer in record.layers}
-    total = sum(row["kl_alone"] for row in record.analysis["sensitivity"])
+    total = sum(row["kl_alone"] for row in record.analysis.sensitivity)
     rows = [
         layers.get(row["name"], {}) | row | {"share": row["kl_alone"] / total if total else 0.0}
-        for row in record.analysis["sensitivity"]
+        for row in record.analysis.sensitivity
     ]
     return sorted(rows, key=lambda row: -float(row["kl_alone"]))
 
@@ -79,7 +79,7 @@ def found_in(path: Path) -> list[Record]:
     Raises: ValueError if there is none.
     """
     records = load(path) if path.is_dir() else [read(path)]
-    records = [record for record in records if record.status == "ok" and record.analysis.get("sensitivity")]
+    records = [record for record in records if record.status == "ok" and record.analysis.sensitivity]
     if not records:
         raise ValueError(f"runs={path} holds no finished run with analysis.sensitivity; run one with it first")
     return records
@@ -87,7 +87,7 @@ def found_in(path: Path) -> list[Record]:
 
 def summary(record: Record) -> list[str]:
     """What a table does not say: the run, the whole model's figures, and which cheap errors tell the order."""
-    total, rows = record.analysis["total"], ranked(record)
+    total, rows = record.analysis.total, ranked(record)
     scheme, method = record.config["scheme"], "+".join(record.config["method"])
     alone = sum(row["kl_alone"] for row in rows)
     lines = [

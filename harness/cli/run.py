@@ -19,12 +19,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from harness import records
 from harness.cli import table
 from harness.cli.hydra_errors import one_line
-from harness.config.load import build_limits
-from harness.records import store, sweep
-from harness.runs.execute import execute_run, failed_run
-from harness.runs.isolate import execute_isolated
+from harness.config import build_limits
+from harness.records import Record, sweep
+from harness.runs import execute_isolated, execute_run, failed_run
 from harness.utils.progress import Label, text
 
 T = TypeVar("T")
@@ -82,7 +82,7 @@ def job(cfg: DictConfig) -> list[float] | None:
     return _objectives(found)
 
 
-def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[store.Record, bool]:
+def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[Record, bool]:
     """Run in this process or in one of its own, as `isolate` says."""
     show_traceback = bool(os.environ.get(_TRACEBACK))
     try:
@@ -94,7 +94,7 @@ def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[store.Record, bool]:
     return execute_isolated(raw, limits, _track, show_traceback)
 
 
-def _objectives(found: store.Record) -> list[float] | None:
+def _objectives(found: Record) -> list[float] | None:
     """What a sweeper that optimizes is to make small or large; None, a failed trial, if it was not measured."""
     names = found.config.get("objectives") or []
     known = found.status == "ok" and all(name in found.metrics for name in names)
@@ -123,12 +123,12 @@ class SweepEnd(Callback):
         )
 
 
-def _records(folder: Path, done: Sequence[sweep.Entry]) -> list[store.Record]:
+def _records(folder: Path, done: Sequence[sweep.Entry]) -> list[Record]:
     """The records of a sweep's runs; one that could not be written is named and left out."""
     found = []
     for name in dict.fromkeys(entry.run_id for entry in done if entry.run_id):
         try:
-            found.append(store.read(store.path_of(folder, name)))
+            found.append(records.read(records.path_of(folder, name)))
         except ValueError as error:
             _fail(str(error))
     return found
@@ -144,7 +144,7 @@ def _track(items: Iterable[T], label: Label, total: int | None = None) -> Genera
             progress.update(task, advance=1, description=text(label))
 
 
-def _report(found: store.Record, skipped: bool) -> None:
+def _report(found: Record, skipped: bool) -> None:
     label = escape(table.label(found))
     if skipped:
         _console.print(
@@ -162,7 +162,7 @@ def _report(found: store.Record, skipped: bool) -> None:
         _console.print(f"[green]done[/]  {label}: {figure}{seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
-def _show_table(shown: Sequence[store.Record]) -> None:
+def _show_table(shown: Sequence[Record]) -> None:
     """The table of these runs, with ratios to float baselines that may be from an earlier command."""
     folder = Path(str(shown[0].config["results_dir"]))
     table.show(table.to_frame(shown, table.load(folder) if folder.is_dir() else ()))

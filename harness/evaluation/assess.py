@@ -1,175 +1,231 @@
-"""What a quantized model is worth: perplexity, divergence from the float model, memory and times, into the record."""
+"""How good a quantized model is: its scores, its divergence from the float model, its memory and its times."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.config.schema import RunConfig
-from harness.data import windows as data
-from harness.evaluation import divergence, energy, latency, perplexity
+from harness.calibration import SAME_NLL
+from harness.config import RunConfig
+from harness.evaluation import divergence, perplexity
+from harness.evaluation.energy import energy, meter
 from harness.evaluation.hidden_states import FloatStates, Spool, spool
-from harness.models import source as models
+from harness.evaluation.latency import latency, prefill
+from harness.evaluation.memory import peak_memory_mib, reset_peak_memory
+from harness.models import Source
 from harness.nn import kvcache
-from harness.records import store
-from harness.records.store import stage
-from harness.utils.determinism import repeatable
 from harness.utils.digests import sha256
 from harness.utils.disk_cache import DiskCache, cache_dir
 from harness.utils.progress import Track
 
-_SAME_NLL = 1e-6  # relative; the divergence pass repeats the perplexity pass's own arithmetic
+
+@dataclass(frozen=True)
+class Scores:
+    """Perplexity with the nll of each window, and the memory of that pass; without text, of one prefill."""
+
+    window_nll: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    kv: list[dict[str, float]] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
-def assess(cfg: RunConfig, model: nn.Module, stream: data.Tokens, found: store.Record, track: Track) -> None:
-    """Score, compare and time `model`, as far as `cfg` asks and the execution allows.
+@dataclass(frozen=True)
+class Diverged:
+    """Divergence from the float model; empty, with a warning, where the states of both found no room on the disk."""
 
-    Raises: ValueError if its logits are not finite.
+    window_kl: list[float] = field(default_factory=list)
+    metrics: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Times and energy of the model and of its baseline; `energy_source` names the counter, where there is one."""
+
+    metrics: dict[str, float]
+    energy_source: str | None
+
+
+@dataclass
+class Assessment:
+    """The stages after quantization, on one model; a context, whose end removes the hidden states from the disk.
+
+    windows, tokens_sha256  the evaluation tokens (W, T) and their hash
+    simulated               whether decoded floats run: then memory and times say nothing about the format
+
+    `score` comes first, then `load_baseline` where `needs_baseline`, then `diverge` and `time`.
     """
-    device = next(model.parameters()).device
-    timed = cfg.measure.latency and found.execution["mode"] != "simulated"
-    with ExitStack() as stack:
-        states = stack.enter_context(_spool(cfg)) if cfg.measure.divergence and cfg.model.scored else None
-        with repeatable(device), stage(found, "evaluate"):
-            _evaluate(cfg, model, stream.windows, found, track, states)
-        if states is None and not timed:
-            return
-        with stage(found, "load", track):
-            baseline = _baseline(cfg, model, stream, found, timed)
-        if states is not None:
-            with repeatable(device), stage(found, "divergence"):
-                _diverge(cfg, (baseline, model), stream, states, found, track)
-        if timed:
-            with stage(found, "measure"):
-                _measure(cfg, (model, baseline), found, track)
 
+    cfg: RunConfig
+    source: Source
+    model: nn.Module
+    windows: Tensor
+    tokens_sha256: str
+    simulated: bool
+    track: Track
 
-@torch.inference_mode()
-def _baseline(cfg: RunConfig, model: nn.Module, stream: data.Tokens, found: store.Record, timed: bool) -> nn.Module:
-    """The float model that others are compared with; `model` itself where its tail is as good, and nothing is timed."""
-    alike = found.execution["dtype"] == found.execution["baseline_dtype"]
-    tail = perplexity.scorer(model, stream.windows).tail
-    if not timed and alike and (is_baseline(cfg, found) or _shared(cfg, stream, found).vouch_for(tail)):
-        return model
-    dtype = getattr(torch, found.execution["baseline_dtype"])
-    return models.load(cfg.model, dtype, next(model.parameters()).device, cfg.seed)
+    def __post_init__(self) -> None:
+        self._stack = ExitStack()
+        self._states: Spool | None = None
+        self._baseline: nn.Module | None = None
+        self._nll = math.nan
 
+    def __enter__(self) -> Assessment:
+        if self.diverges:
+            self._states = self._stack.enter_context(self._spool())
+        return self
 
-def _evaluate(
-    cfg: RunConfig, model: nn.Module, windows: Tensor, found: store.Record, track: Track, states: Spool | None
-) -> None:
-    """Perplexity, keeping the states that it follows from, and the peak of memory on the way.
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
 
-    Of a model that is not scored, the peak of one prefill.
-    A simulated run holds decoded floats: its memory says nothing of the format, and is not reported.
-    """
-    device = next(model.parameters()).device
-    unsure = latency.reset_peak_memory(device)
-    if cfg.model.scored:
-        keep = None if states is None else states.append
-        cache = kvcache.maker(cfg.kv)
-        scored = perplexity.perplexity(model, windows, cfg.data.batch_size, track, keep, cache, cfg.data.unscored)
-    else:
-        latency.prefill(model, cfg.measure, cfg.seed, kvcache.maker(cfg.kv))
-    if found.execution["mode"] != "simulated":
-        found.metrics["peak_memory_mib"] = latency.peak_memory_mib(device)
-        found.warnings += [unsure] if unsure else []
-        slope, found.kv = kvcache.footprint(model, cfg.kv)
-        found.metrics |= {} if slope is None else {"kv_bytes_per_token": slope}
-    if not cfg.model.scored:
-        found.warnings.append(f"model={cfg.model.name} has random weights: no perplexity is computed, it means nothing")
-        return
-    found.window_nll, found.metrics["nll"] = scored.window_nll, scored.nll
-    if scored.perplexity is None:
-        found.warnings.append(f"perplexity is beyond the range of a float; nll={scored.nll:.6g} says how far")
-    else:
-        found.metrics["perplexity"] = scored.perplexity
+    @property
+    def diverges(self) -> bool:
+        return self.cfg.measure.divergence and self.cfg.model.scored
 
+    @property
+    def times(self) -> bool:
+        return self.cfg.measure.latency and not self.simulated
 
-def _diverge(
-    cfg: RunConfig,
-    both: tuple[nn.Module, nn.Module],
-    stream: data.Tokens,
-    states: Spool,
-    found: store.Record,
-    track: Track,
-) -> None:
-    """Divergence from the float model, the first of `both`, by the last states of either.
+    @property
+    def needs_baseline(self) -> bool:
+        return self.diverges or self.times
 
-    It is left out, with a warning, where states find no room.
-    """
-    shared = _shared(cfg, stream, found)
-    scorers = [perplexity.scorer(model, stream.windows) for model in both]
-    with _spool(cfg) as expected:
-        if is_baseline(cfg, found):
-            expected = states
+    @property
+    def is_baseline(self) -> bool:
+        """Whether the model is the float model that others are compared with."""
+        return not self.cfg.steps and self.cfg.kv is None and self._same_dtype
+
+    def score(self) -> Scores:
+        """Perplexity, keeping the hidden states that it follows from, and the peak of memory meanwhile.
+
+        Raises: ValueError if logits are not finite.
+        """
+        warning = reset_peak_memory(self._device)
+        scores = self._perplexity() if self.cfg.model.scored else None
+        if scores is None:
+            prefill(self.model, self.cfg.measure, self.cfg.seed, kvcache.maker(self.cfg.kv))
+        memory, kv, warnings = dict[str, float](), list[dict[str, float]](), list[str]()
+        if not self.simulated:
+            memory["peak_memory_mib"] = peak_memory_mib(self._device)
+            warnings += [warning] if warning else []
+            bytes_per_token, kv = kvcache.footprint(self.model, self.cfg.kv)
+            memory |= {} if bytes_per_token is None else {"kv_bytes_per_token": bytes_per_token}
+        if scores is None:
+            name = self.cfg.model.name
+            warnings.append(f"model={name} has random weights: no perplexity is computed, it means nothing")
+            return Scores(metrics=memory, kv=kv, warnings=warnings)
+        self._nll = scores.nll
+        metrics = memory | {"nll": scores.nll}
+        if scores.perplexity is None:
+            warnings.append(f"perplexity is beyond the range of a float; nll={scores.nll:.6g} says how far")
         else:
-            shared.fill(expected, partial(_float_pass, cfg, both, stream.windows, expected, track))
-        refused = states.refused or expected.refused
-        if refused:
-            found.warnings.append(
-                f"measure.divergence_gib={cfg.measure.divergence_gib:g} leaves no room for states ({refused}): "
-                "no divergence is measured; free space, raise it or lower data.max_windows"
-            )
-            return
-        if both[0] is not both[1] or is_baseline(cfg, found):
-            with torch.inference_mode():
-                shared.publish(expected, scorers[0].tail)
-        pair = (scorers[0], expected), (scorers[1], states)
-        diverged = divergence.compare(*pair, stream.windows, track, cfg.data.unscored)
-    if not math.isclose(diverged.nll, found.metrics["nll"], rel_tol=_SAME_NLL):
-        raise ValueError(f"the divergence pass gave nll={diverged.nll}, the perplexity pass {found.metrics['nll']}")
-    found.window_kl = diverged.window_kl
-    found.metrics |= diverged.metrics
+            metrics["perplexity"] = scores.perplexity
+        return Scores(scores.window_nll, metrics, kv, warnings)
+
+    @torch.inference_mode()
+    def load_baseline(self) -> None:
+        """Load the float model; the model itself stands for it where its tail is the same and nothing is timed."""
+        if not self.times and self._same_dtype:
+            tail = perplexity.scorer(self.model, self.windows).tail
+            if self.is_baseline or self._shared().vouch_for(tail):
+                self._baseline = self.model
+                return
+        self._baseline = self.source.load(self._baseline_dtype, self._device)
+
+    def diverge(self) -> Diverged:
+        """Divergence from the float model, by the last hidden states of both."""
+        assert self._states is not None
+        assert self._baseline is not None
+        shared = self._shared()
+        reference, scorer = (perplexity.scorer(model, self.windows) for model in (self._baseline, self.model))
+        with self._spool() as expected:
+            if self.is_baseline:
+                expected = self._states
+            else:
+                shared.fill(expected, partial(self._float_pass, expected))
+            refused = self._states.refused or expected.refused
+            if refused:
+                return Diverged(warnings=[self._no_room(refused)])
+            if self._baseline is not self.model or self.is_baseline:
+                with torch.inference_mode():
+                    shared.publish(expected, reference.tail)
+            pair = (reference, expected), (scorer, self._states)
+            result = divergence.compare(*pair, self.windows, self.track, self.cfg.data.unscored)
+        if not math.isclose(result.nll, self._nll, rel_tol=SAME_NLL):
+            raise ValueError(f"the divergence pass gave nll={result.nll}, the perplexity pass {self._nll}")
+        return Diverged(result.window_kl, result.metrics)
+
+    def time(self) -> Timing:
+        """Times, the memory of the cache, and joules where the machine has a counter that may be read."""
+        assert self._baseline is not None
+        cache, counter = kvcache.maker(self.cfg.kv), meter(self._device)
+        pair = (self.model, self._baseline)
+        metrics = latency(pair, self.cfg.measure, self.cfg.seed, self.track, cache)
+        if counter is None:
+            return Timing(metrics, None)
+        return Timing(metrics | energy(pair, self.cfg.measure, self.cfg.seed, counter, cache), counter.source)
+
+    def _perplexity(self) -> perplexity.Perplexity:
+        keep = None if self._states is None else self._states.append
+        data, cache = self.cfg.data, kvcache.maker(self.cfg.kv)
+        return perplexity.perplexity(self.model, self.windows, data.batch_size, self.track, keep, cache, data.unscored)
+
+    def _float_pass(self, expected: Spool, keep: Callable[[Tensor], None]) -> None:
+        """Hand the float model's states to `keep`; where it was not loaded, because its states were cached, say so."""
+        if self._baseline is self.model:
+            expected.refused = "another run has taken the place of the float model's states"
+        else:
+            assert self._baseline is not None
+            perplexity.perplexity(self._baseline, self.windows, self.cfg.data.batch_size, self.track, keep)
+
+    def _no_room(self, reason: str) -> str:
+        return (
+            f"measure.divergence_gib={self.cfg.measure.divergence_gib:g} leaves no room for states ({reason}): "
+            "no divergence is measured; free space, raise it or lower data.max_windows"
+        )
+
+    def _shared(self) -> FloatStates:
+        """The float model's states for these windows, which all runs share."""
+        cache = DiskCache(cache_dir() / "float_states", self._room)
+        return FloatStates(cache, self._float_identity(), len(self.windows))
+
+    def _float_identity(self) -> list[str]:
+        """What the float model's states follow from, besides the machine."""
+        data = self.cfg.data
+        names = [self.source.fingerprint, self.tokens_sha256, str(data.seq_len), _name(self._baseline_dtype)]
+        code = sha256(Path(perplexity.__file__).read_bytes())
+        return [*names, str(self._device), str(data.batch_size), code]
+
+    def _spool(self) -> AbstractContextManager[Spool]:
+        return spool(cache_dir() / "spool", self._room)
+
+    @property
+    def _room(self) -> int:
+        return int(self.cfg.measure.divergence_gib * 2**30)
+
+    @property
+    def _device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def _baseline_dtype(self) -> torch.dtype:
+        return self.source.dtype(self.cfg.model.baseline_dtype)
+
+    @property
+    def _same_dtype(self) -> bool:
+        return self.source.dtype(self.cfg.model.dtype) == self._baseline_dtype
 
 
-def _measure(cfg: RunConfig, pair: latency.Pair, found: store.Record, track: Track) -> None:
-    """Times, the cache's memory, and joules where the machine has a counter that may be read."""
-    cache, meter = kvcache.maker(cfg.kv), energy.meter(next(pair[0].parameters()).device)
-    found.metrics |= latency.latency(pair, cfg.measure, cfg.seed, track, cache)
-    if meter is not None:
-        found.metrics |= latency.energy(pair, cfg.measure, cfg.seed, meter, cache)
-        found.execution["energy_source"] = meter.source
-
-
-def _float_pass(
-    cfg: RunConfig,
-    both: tuple[nn.Module, nn.Module],
-    windows: Tensor,
-    expected: Spool,
-    track: Track,
-    keep: Callable[[Tensor], None],
-) -> None:
-    """Hand the float model's states to `keep`; where it is not there, as its states were a moment ago, say so."""
-    if both[0] is both[1]:
-        expected.refused = "another run has taken the place of the float model's states"
-    else:
-        perplexity.perplexity(both[0], windows, cfg.data.batch_size, track, keep)
-
-
-def _shared(cfg: RunConfig, stream: data.Tokens, found: store.Record) -> FloatStates:
-    """The float model's states of this stream, as all runs share them."""
-    cache = DiskCache(cache_dir() / "float_states", int(cfg.measure.divergence_gib * 2**30))
-    return FloatStates(cache, _float_identity(cfg, stream, found), len(stream.windows))
-
-
-def _spool(cfg: RunConfig) -> AbstractContextManager[Spool]:
-    return spool(cache_dir() / "spool", int(cfg.measure.divergence_gib * 2**30))
-
-
-def _float_identity(cfg: RunConfig, stream: data.Tokens, found: store.Record) -> list[str]:
-    """What the float model's states follow from, beside the machine."""
-    source = [sha256(Path(perplexity.__file__).read_bytes())]
-    run_on = [found.execution["baseline_dtype"], found.execution["device"], str(cfg.data.batch_size)]
-    return [str(found.model["fingerprint"]), str(stream.info["tokens_sha256"]), str(cfg.data.seq_len), *run_on, *source]
-
-
-def is_baseline(cfg: RunConfig, found: store.Record) -> bool:
-    """Whether a run is of the float model that others are compared with."""
-    return not cfg.steps and cfg.kv is None and found.execution["dtype"] == found.execution["baseline_dtype"]
+def _name(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -14,12 +14,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from harness.calibration import PROBE_TOKENS
 from harness.utils.digests import digest, machine
 from harness.utils.disk_cache import DiskCache
 
 _NAME, _LOGITS = "states", "logits"
 _PROBE = "probe"
-_PROBE_TOKENS = 16
 
 
 class Spool(Sequence[Tensor]):
@@ -94,7 +94,7 @@ class FloatStates:
             if not self.cache.has(self._name(i)):
                 self.cache.save(self._name(i), {_NAME: each})
         if states and not self.cache.has(self._name(_PROBE)):
-            start = states[0][:_PROBE_TOKENS]
+            start = states[0][:PROBE_TOKENS]
             self.cache.save(self._name(_PROBE), {_NAME: start, _LOGITS: tail(start)})
 
     def vouch_for(self, tail: Callable[[Tensor], Tensor]) -> bool:

@@ -5,17 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.calibration.survey import survey
+from harness.calibration import survey
 from harness.core.stats import MinMax
+from harness.models import Decoder
 from harness.utils.disk_cache import DiskCache
 from harness.utils.progress import Track, silent
 
 
 @torch.no_grad()
 def absmax(
-    model: nn.Module, names: Sequence[str], tokens: Tensor, cache: DiskCache, track: Track = silent
+    decoder: Decoder, names: Sequence[str], tokens: Tensor, cache: DiskCache, track: Track = silent
 ) -> dict[str, list[float]]:
     """Largest magnitude of each input channel (K,) of the linears `names` over `tokens` (B, T), to four digits.
 
@@ -23,6 +24,6 @@ def absmax(
     """
     return {
         next(iter(group.linears)): [float(f"{value:.4g}") for value in seen[MinMax].absmax.tolist()]
-        for groups, stats in survey(model, tokens, names, [MinMax], cache, track)
+        for groups, stats in survey(decoder, tokens, names, [MinMax], cache, track)
         for group, seen in zip(groups, stats, strict=True)
     }

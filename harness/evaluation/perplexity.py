@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.nn.hooks import standing_in
+from harness.calibration import PROBE_TOKENS, relative_error
+from harness.evaluation.tail import Tail
 from harness.nn.kvcache import MakeCache
 from harness.utils.progress import Track, silent
 
 _LOGIT_ELEMENTS = 2**24  # logits that may exist at once: 64 MiB of float32
-_PROBE_TOKENS = 16
-_SAME_LOGITS = 1e-4  # relative; the tail sees the same states either way, so rounding alone may differ
+_SAME_SPLIT = 1e-4  # the tail sees the same states either way, so only rounding may differ
 _MAX_EXPONENT = 700.0
 
 
@@ -38,19 +38,23 @@ class Perplexity:
 
 
 class Scorer:
-    """A model in two: a body, from tokens to last hidden states, and a tail, from states (T, D) to logits (T, V).
+    """A model in two parts: a body, from tokens to last hidden states, and a tail, from states (T, D) to logits (T, V).
 
-    The two are proved on `probe` (1, T) tokens to give the model's logits; where they do not, or where a model has no
-    body, it is run whole, one window at a time: its logits are the states, and the tail leaves them as they are.
-    With `cache`, each batch goes through a fresh one; without, keys and values are not kept.
+    The split is proved on `probe` (1, T) tokens to give the model's logits. Where it does not, or where a model has no
+    body, the model runs whole, one window at a time: its logits are the states, and the tail returns them unchanged.
+    With `cache`, each batch goes through a new one; without, keys and values are not kept.
     """
 
     def __init__(self, model: nn.Module, probe: Tensor, cache: MakeCache | None = None) -> None:
         self.model: Any = model
-        self._cache: MakeCache | None = None  # the proof is of the model without one
-        self._output: Any = None  # class of the body's output
-        self.splits = self._proved(probe)
+        self._cache: MakeCache | None = None  # the proof is for the model without one
+        self._tail = self._proved_tail(probe)
         self._cache = cache
+
+    @property
+    def splits(self) -> bool:
+        """Whether the model runs in two parts."""
+        return self._tail is not None
 
     def states(self, tokens: Tensor) -> list[Tensor]:
         """Last hidden states (T, D) of each window of `tokens` (B, T)."""
@@ -59,17 +63,8 @@ class Scorer:
         return [self.model(input_ids=window[None], **self._caching()).logits[0] for window in tokens]
 
     def tail(self, states: Tensor) -> Tensor:
-        """What the model does after its body (head, scaling, capping) to states (T, D).
-
-        It is the model's own forward, with the body standing in for itself by handing out given states.
-        """
-        if not self.splits:
-            return states
-        given = self._output(last_hidden_state=states[None])
-        tokens = torch.zeros(1, len(states), dtype=torch.int64, device=states.device)
-        with standing_in(self.model.base_model, lambda *_args, **_options: given):
-            found: Tensor = self.model(input_ids=tokens, use_cache=False).logits[0]
-        return found
+        """Logits (T, V) of states (T, D): what the model does after its body."""
+        return states if self._tail is None else self._tail(states)
 
     def slices(self, states: Tensor, tokens: Tensor, unscored: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Logits (n, V), at least float32, that score tokens[1 + unscored:], and those n tokens; some at a time."""
@@ -80,27 +75,29 @@ class Scorer:
             yield logits.to(torch.promote_types(logits.dtype, torch.float32)), wanted
 
     def _body(self, tokens: Tensor) -> Any:
-        output = self.model.base_model(input_ids=tokens, **self._caching())
-        self._output = type(output)
-        return output
+        return self.model.base_model(input_ids=tokens, **self._caching())
 
     def _caching(self) -> dict[str, Any]:
-        """What to call the model with, for it to use a fresh cache or none."""
+        """Options of the model's call: a new cache, or none."""
         return {"use_cache": True, "past_key_values": self._cache()} if self._cache else {"use_cache": False}
 
-    def _proved(self, probe: Tensor) -> bool:
-        if getattr(self.model, "base_model", self.model) is self.model:
-            return False
+    def _proved_tail(self, probe: Tensor) -> Tail | None:
+        body = getattr(self.model, "base_model", self.model)
+        if body is self.model:
+            return None
         whole = self.model(input_ids=probe, use_cache=False).logits[0]
-        self.splits = True
-        apart = self.tail(self._body(probe)[0][0])
-        return apart.shape == whole.shape and not bool((apart - whole).norm() > _SAME_LOGITS * whole.norm())
+        output = self._body(probe)
+        output_class = type(output)
+        tail = Tail(self.model, [body], lambda states: output_class(last_hidden_state=states))
+        split = tail(output[0][0])
+        differs = split.shape != whole.shape or relative_error(split, whole) > _SAME_SPLIT  # NaN is reported later
+        return None if differs else tail
 
 
 @torch.inference_mode()
 def scorer(model: nn.Module, windows: Tensor, cache: MakeCache | None = None) -> Scorer:
     """The scorer of a model, proved on the start of `windows` (W, T)."""
-    return Scorer(model, windows[:1, :_PROBE_TOKENS].to(next(model.parameters()).device), cache)
+    return Scorer(model, windows[:1, :PROBE_TOKENS].to(next(model.parameters()).device), cache)
 
 
 @torch.inference_mode()

@@ -17,11 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.calibration.replay import Stream, verify
-from harness.calibration.survey import PROBE_TOKENS
+from harness.calibration import PROBE_TOKENS, Stream, verify
 from harness.evaluation.divergence import token_kl
-from harness.evaluation.tail import Tail
-from harness.models.architecture import block_prefix
+from harness.evaluation.tail import Tail, after_blocks
+from harness.models import Decoder
 from harness.nn.linear import swapped
 from harness.utils.progress import Track, silent
 
@@ -68,35 +67,35 @@ class Sensitivity:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, floats: Modules, tokens: Tensor, by: Literal["linear", "block"], track: Track = silent
+    decoder: Decoder, floats: Modules, tokens: Tensor, by: Literal["linear", "block"], track: Track = silent
 ) -> Sensitivity:
     """Sensitivities of a quantized model, whose linears `floats` were before, on `tokens` (B, T) int64.
 
     Scored are the predictions of each sequence's T - 1 last tokens.
     Raises: ValueError if the model cannot be run block by block, or logits are not finite.
     """
+    model = decoder.model
     quantized = {name: model.get_submodule(name) for name in floats}
-    units = _units(model, floats, by)
+    units = _units(decoder, floats, by)
     with swapped(model, floats):
-        verify(model, tokens[:1, :PROBE_TOKENS])
-        stream = Stream(model, tokens)
-        judge = _Judge(Tail(model, tokens), tokens, [stream.onward(states)[0] for states in stream.states])
+        verify(decoder, tokens[:1, :PROBE_TOKENS])
+        stream = Stream(decoder, tokens)
+        judge = _Judge(after_blocks(decoder, tokens), tokens, [stream.onward(states)[0] for states in stream.states])
         alone, whole = _each(model, stream, judge, units, quantized, track)
-    without, rounded = _each(model, Stream(model, tokens), judge, units, floats, track)
+    without, rounded = _each(model, Stream(decoder, tokens), judge, units, floats, track)
     params = {
         name: sum(_size(floats[member]) for member in members) for unit in units for name, members in unit.items()
     }
     return Sensitivity(alone, without, params, whole, rounded)
 
 
-def _units(model: nn.Module, floats: Modules, by: Literal["linear", "block"]) -> Units:
-    prefix = block_prefix(model)
-    found: Units = []
-    for index in range(len(model.get_submodule(prefix))):  # type: ignore[arg-type]
-        block = f"{prefix}.{index}"
+def _units(decoder: Decoder, floats: Modules, by: Literal["linear", "block"]) -> Units:
+    units: Units = []
+    for index in range(len(decoder.blocks)):
+        block = decoder.name(index)
         members = [name for name in floats if name.startswith(f"{block}.")]
-        found.append({name: [name] for name in members} if by == "linear" else {block: members} if members else {})
-    return found
+        units.append({name: [name] for name in members} if by == "linear" else {block: members} if members else {})
+    return units
 
 
 def _size(module: nn.Module) -> int:

@@ -1,50 +1,54 @@
-"""What a model does after its last block: final norm, head, scaling, capping."""
+"""The rest of a model after some of its modules: final norm, head, scaling, capping."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.calibration.replay import SAME_LOGITS, Stream, logits, moved_by
+from harness.calibration import PROBE_TOKENS, SAME_LOGITS, Stream, logits, relative_error, within
+from harness.models import Decoder
 from harness.nn.hooks import standing_in
-
-_PROBE_TOKENS = 16
 
 
 class Tail:
-    """Logits (T, V) of states (T, D) that the last block gives.
+    """Logits (T, V) of states (T, D).
 
-    It is the model's own forward, in which every block hands out the given states instead of running.
+    It is the model's own forward, in which each of `modules` hands out `output(states)` instead of running.
     """
 
-    def __init__(self, model: nn.Module, tokens: Tensor) -> None:
-        """Proved on the first of `tokens` (B, T).
+    def __init__(self, model: nn.Module, modules: Sequence[nn.Module], output: Callable[[Tensor], Any]) -> None:
+        self.model, self.modules, self.output = model, modules, output
 
-        Raises: ValueError if what comes after the blocks depends on more than their states.
-        """
-        probe = Stream(model, tokens[:1, :_PROBE_TOKENS])
-        self.model, self.blocks = model, probe.blocks
-        seen: list[Any] = []
-        handle = probe.blocks[-1].register_forward_hook(lambda _module, _args, output: seen.append(output))
-        expected = logits(model, tokens[:1, :_PROBE_TOKENS])[0]
-        handle.remove()
-        self._rest = tuple(seen[0][1:]) if isinstance(seen[0], tuple) else None
-        found = self(probe.onward(probe.states[0])[0])
-        moved, limit = moved_by(found, expected), SAME_LOGITS[expected.dtype]
-        if not moved <= limit:
-            raise ValueError(
-                f"what {type(model).__name__} does after its blocks does not follow from their states alone: logits "
-                f"differ by {moved:.2g} relative, expected at most {limit:g}; use analysis.sensitivity=off"
-            )
-
-    @torch.no_grad()
     def __call__(self, states: Tensor) -> Tensor:
-        given: Any = states[None] if self._rest is None else (states[None], *self._rest)
+        output = self.output(states[None])
         tokens = torch.zeros(1, len(states), dtype=torch.int64)
         with ExitStack() as stack:
-            for block in self.blocks:
-                stack.enter_context(standing_in(block, lambda *_args, **_options: given))
+            for module in self.modules:
+                stack.enter_context(standing_in(module, lambda *_args, **_options: output))
             return logits(self.model, tokens)[0]
+
+
+@torch.no_grad()
+def after_blocks(decoder: Decoder, tokens: Tensor) -> Tail:
+    """The rest of the model after its last block, proved on the first of `tokens` (B, T).
+
+    Raises: ValueError if it depends on more than the states that the last block gives.
+    """
+    model, probe = decoder.model, Stream(decoder, tokens[:1, :PROBE_TOKENS])
+    outputs: list[Any] = []
+    handle = probe.blocks[-1].register_forward_hook(lambda _module, _args, output: outputs.append(output))
+    expected = logits(model, tokens[:1, :PROBE_TOKENS])[0]
+    handle.remove()
+    others = tuple(outputs[0][1:]) if isinstance(outputs[0], tuple) else None
+    tail = Tail(model, probe.blocks, lambda states: states if others is None else (states, *others))
+    error, limit = relative_error(tail(probe.onward(probe.states[0])[0]), expected), SAME_LOGITS[expected.dtype]
+    if not within(error, limit):
+        raise ValueError(
+            f"what {type(model).__name__} does after its blocks does not follow from their states alone: logits "
+            f"differ by {error:.2g} relative, expected at most {limit:g}; use analysis.sensitivity=off"
+        )
+    return tail

@@ -1,1 +1,14 @@
-"""Models in, checkpoints in and out: where weights come from, and the decoder blocks and linears that a model has."""
+"""Models in, checkpoints in and out: where weights come from, and the decoder blocks and linears that a model has.
+
+`runs` opens a model once, as a Source, and passes it on; `Decoder` is its blocks once it is loaded.
+"""
+
+from harness.models.architecture import input_groups as input_groups
+from harness.models.architecture import linears_of as linears_of
+from harness.models.architecture import matching as matching
+from harness.models.architecture import split_skipped as split_skipped
+from harness.models.architecture import weight_of as weight_of
+from harness.models.decoder import Decoder as Decoder
+from harness.models.source import Source as Source
+from harness.models.source import open as open
+from harness.models.source import skeleton as skeleton

@@ -1,1 +1,5 @@
-"""A method applied to a model, block by block. `runs` calls `quantize`; methods see only `harness.core`."""
+"""A method applied to a model, block by block. `runs` calls `check`, then `quantize`; methods see only `harness.core`."""
+
+from harness.quantization.engine import check as check
+from harness.quantization.engine import quantize as quantize
+from harness.quantization.result import Result as Result

@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.calibration import relative_error
 from harness.core.activation import InputQuantizer
 from harness.core.grid import compute_dtype
 from harness.core.method import Method
 from harness.core.qtensor import QTensor
 from harness.core.scheme import Scheme
 from harness.core.stats import Hessian, MinMax, Sample, Stats
-from harness.models.architecture import weight_of
+from harness.models import weight_of
 from harness.nn.linear import QuantLinear, replace
 
 
@@ -96,7 +97,7 @@ def row_of(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
         "shape": list(qtensor.shape),
         "stored_bits": qtensor.stored_bits,
         "bits_per_weight": qtensor.bits_per_weight,
-        "weight_error": _relative(decoded, exact),
+        "weight_error": relative_error(decoded, exact),
     }
 
 
@@ -109,7 +110,7 @@ def hessian_error(weight: Tensor, qtensor: QTensor, hessian: Tensor) -> float:
     exact = weight.to(hessian.dtype)
     delta = qtensor.dequantize(exact.dtype) - exact
     size = _weighted(exact, hessian)
-    return math.sqrt(_weighted(delta, hessian) / size) if size > 0 else _relative(delta + exact, exact)
+    return math.sqrt(_weighted(delta, hessian) / size) if size > 0 else relative_error(delta + exact, exact)
 
 
 def _weighted(matrix: Tensor, hessian: Tensor) -> float:
@@ -123,9 +124,4 @@ def _output_error(linear: QuantLinear, weight: Tensor, bias: Tensor | None, stat
         return None
     inputs = inputs.to(weight)
     found = linear(inputs) - (0 if bias is None else bias)
-    return _relative(found, F.linear(inputs, weight))
-
-
-def _relative(found: Tensor, exact: Tensor) -> float:
-    difference = (found.to(exact.dtype) - exact).float().norm()
-    return float(difference / exact.float().norm().clamp(min=torch.finfo(torch.float32).tiny))
+    return relative_error(found, F.linear(inputs, weight))

@@ -14,19 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from harness.calibration.survey import Surveyed, survey
+from harness.calibration import Surveyed, survey
 from harness.config.schema import RunConfig
 from harness.core.qtensor import round_to_nearest
 from harness.core.rotated import Rotated
 from harness.core.scheme import Scheme
 from harness.core.stats import Hessian
-from harness.models import source as models
-from harness.models.architecture import linears, split_skipped
+from harness.models import Decoder, split_skipped
 from harness.quantization.allocation import Choice, allocate
 from harness.quantization.install import hessian_error
-from harness.records import store
+from harness.records import Record, read
 from harness.utils.disk_cache import DiskCache
 from harness.utils.progress import Track, silent
 
@@ -75,33 +74,32 @@ class _Unit:
         return statistics.fmean(errors[bits] ** 2 for errors in self.errors)
 
 
-def identity(cfg: RunConfig) -> dict[str, Any]:
-    """What of `mixed` decides a result: budget, widths, and the figures of the record that is followed."""
-    followed = source(cfg)
-    figures = {row["name"]: row["kl_alone"] for row in followed.analysis["sensitivity"]}
-    return {"budget": cfg.mixed.budget, "widths": cfg.mixed.widths, "figures": figures, "at": _measured_at(followed)}
+def identity(cfg: RunConfig, fingerprint: str) -> dict[str, Any]:
+    """What decides a result besides the configuration: the figures of the record that is followed, and their width."""
+    followed = source(cfg, fingerprint)
+    figures = {row["name"]: row["kl_alone"] for row in followed.analysis.sensitivity}
+    return {"figures": figures, "at": _measured_at(followed)}
 
 
-def source(cfg: RunConfig) -> store.Record:
+def source(cfg: RunConfig, fingerprint: str) -> Record:
     """The record that `mixed.sensitivity` names, or the newest in that folder with sensitivities of the same model.
 
     Raises: ValueError if there is none.
     """
     path = Path(str(cfg.mixed.sensitivity))
-    wanted = models.fingerprint(cfg.model, cfg.seed)
     files = (
         sorted(path.glob("*.json"), key=lambda file: file.stat().st_mtime, reverse=True) if path.is_dir() else [path]
     )
     for file in files:
         try:
-            found = store.read(file)
+            record = read(file)
         except ValueError:
             if not path.is_dir():
                 raise
             continue
-        usable = found.status == "ok" and "sensitivity" in found.analysis and "mixed" not in found.analysis
-        if usable and found.model.get("fingerprint") == wanted:
-            return found
+        usable = record.status == "ok" and record.analysis.sensitivity and not record.analysis.mixed
+        if usable and record.model.fingerprint == fingerprint:
+            return record
     raise ValueError(
         f"mixed.sensitivity={path} holds no finished run with sensitivities of model={cfg.model.name} at one width; "
         "run it first with analysis.sensitivity=linear"
@@ -109,20 +107,21 @@ def source(cfg: RunConfig) -> store.Record:
 
 
 @torch.no_grad()
-def plan(model: nn.Module, cfg: RunConfig, tokens: Tensor, cache: DiskCache, track: Track = silent) -> Plan:
-    """Choose the widths of a float model's linears, with Hessians of `tokens` (B, T).
+def plan(
+    decoder: Decoder, cfg: RunConfig, followed: Record, tokens: Tensor, cache: DiskCache, track: Track = silent
+) -> Plan:
+    """Choose the widths of a float model's linears by the record `followed`, with Hessians of `tokens` (B, T).
 
     Raises: ValueError if the record lacks a linear, or the budget is under what the narrowest widths take.
     """
     assert cfg.scheme is not None
     assert cfg.mixed.budget is not None
-    followed = source(cfg)
     base = _measured_at(followed)
-    names = split_skipped(list(linears(model)), cfg.skip)[0]
+    names = split_skipped(list(decoder.linears()), cfg.skip)[0]
     units = _units(followed, names)
-    seen = survey(model, tokens, names, [Hessian], cache, track)
+    seen = survey(decoder, tokens, names, [Hessian], cache, track)
     total = _observe(seen, units, [cfg.scheme.at(bits) for bits in {*cfg.mixed.widths, base}])
-    costs, notes = _costs(units, base, _NOISE[followed.execution["dtype"]])
+    costs, notes = _costs(units, base, _NOISE[str(followed.execution.dtype)])
     curves = {
         name: [
             Choice(b, sum(stored[b] for stored in unit.stored), costs[name] * unit.squared(b)) for b in cfg.mixed.widths
@@ -170,14 +169,13 @@ def _uniform(curves: Mapping[str, Sequence[Choice]], budget: float) -> dict[int,
     }
 
 
-def _units(followed: store.Record, names: Sequence[str]) -> dict[str, _Unit]:
+def _units(followed: Record, names: Sequence[str]) -> dict[str, _Unit]:
     """The units of a record with the linears `names` that belong to each.
 
     Raises: ValueError if a linear belongs to none.
     """
     units = {
-        row["name"].removesuffix(f".{Rotated.INNER}"): _Unit(row["kl_alone"])
-        for row in followed.analysis["sensitivity"]
+        row["name"].removesuffix(f".{Rotated.INNER}"): _Unit(row["kl_alone"]) for row in followed.analysis.sensitivity
     }
     for name in names:
         owner = next((unit for unit in units if name == unit or name.startswith(f"{unit}.")), None)
@@ -223,11 +221,11 @@ def _some(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more"
 
 
-def _measured_at(followed: store.Record) -> int:
+def _measured_at(followed: Record) -> int:
     return int(followed.config["scheme"]["weight"]["bits"])
 
 
-def _differences(followed: store.Record, cfg: RunConfig) -> list[str]:
+def _differences(followed: Record, cfg: RunConfig) -> list[str]:
     """What of the followed run's format is another than this one's, beside the width."""
     assert cfg.scheme is not None
     theirs, ours = followed.config["scheme"], asdict(cfg.scheme)

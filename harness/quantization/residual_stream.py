@@ -13,24 +13,24 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from harness.calibration.replay import logits
+from harness.calibration import logits
 from harness.core.residual import Norm, Port, Residual, Table
-from harness.models.architecture import linears, weight_of
+from harness.models import Decoder, weight_of
 from harness.quantization.dataflow import Flow, Normed, Sum
 
 _EXACT = 1e-5  # relative, for a norm beside its formula; many compute in float32 whatever they are given
 
 
 @torch.no_grad()
-def discover(model: nn.Module, tokens: Tensor) -> Residual:
-    """The residual stream of `model` as seen on `tokens` (1, T).
+def discover(decoder: Decoder, tokens: Tensor) -> Residual:
+    """The residual stream of a model as seen on `tokens` (1, T).
 
     Raises: ValueError that names what stands in the way of turning it.
     """
-    flow = Flow(model)
+    flow = Flow(decoder.model)
     with flow.watching():
-        logits(model, tokens)
-    return _Builder(model, flow).build()
+        logits(decoder.model, tokens)
+    return _Builder(decoder.model, flow, set(decoder.linears())).build()
 
 
 def untied(model: nn.Module) -> None:
@@ -46,6 +46,7 @@ class _Builder:
 
     model: nn.Module
     flow: Flow
+    inside: set[str]  # names of the linears of the blocks
     stream: frozenset[str] = field(default_factory=frozenset)
 
     def build(self) -> Residual:
@@ -62,8 +63,9 @@ class _Builder:
             for name, module in flow.tables.items()
             if name in self.stream
         ]
-        inside = linears(self.model)
-        ports = {name: Port(name, module, weight_of(module), name in inside) for name, module in flow.linears.items()}
+        ports = {
+            name: Port(name, module, weight_of(module), name in self.inside) for name, module in flow.linears.items()
+        }
         for norm in norms:
             norm.readers = [ports[name] for name, sources in flow.normed.items() if norm.name in sources]
         found = Residual(
@@ -92,7 +94,7 @@ class _Builder:
         return any(value.makers & self.stream for value in values)
 
     def _check_uses(self) -> None:
-        idle = [name for name in linears(self.model) if name not in self.flow.ran]
+        idle = [name for name in sorted(self.inside) if name not in self.flow.ran]
         if idle:
             raise _refused(self.model, f"{idle[0]} did not run on the probe tokens, so nothing is known of it")
         for use in self.flow.uses:

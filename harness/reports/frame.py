@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from harness.records.store import Record, read
+from harness.records import Record, Text, read
 from harness.reports import ranking
 
 METRICS = (
@@ -136,32 +136,32 @@ def to_frame(records: Sequence[Record], others: Sequence[Record] = ()) -> pd.Dat
 
 def describe(record: Record) -> dict[str, Any]:
     """What a run is, as far as its record says; nothing of what came out."""
-    config, stream = record.config, record.data.get("evaluation", {})
+    config, stream = record.config, record.data.evaluation or Text()
     steps = config.get("method") or {}
     scheme = config.get("scheme") if steps else None
     return {
         "run_id": record.run_id,
         "status": record.status,
-        "model": record.model.get("name") or at(config, "model", "name"),
+        "model": record.model.name or at(config, "model", "name"),
         "method": "+".join(steps) if isinstance(steps, dict) and steps else "none",
         "scheme": at(scheme, "name"),
         "bits": None if "mixed.budget" in record.options else at(scheme, "weight", "bits"),
         "options": _options_of(config, record.options) if steps else "",
-        "kv": record.execution.get("kv") or str(at(config, "kv", "name") or "none"),
-        "dtype": record.execution.get("dtype") or _asked_dtype(config),
-        "baseline_dtype": record.execution.get("baseline_dtype"),
-        "execution": record.execution.get("mode"),
-        "kernel": record.execution.get("kernel"),
-        "device": record.execution.get("device"),
-        "data": stream.get("source") or _asked_text(config),
-        "protocol": record.data.get("protocol"),
-        "windows": stream.get("num_windows"),
-        "seq_len": stream.get("seq_len"),
+        "kv": record.execution.kv or str(at(config, "kv", "name") or "none"),
+        "dtype": record.execution.dtype or _asked_dtype(config),
+        "baseline_dtype": record.execution.baseline_dtype,
+        "execution": record.execution.mode,
+        "kernel": record.execution.kernel,
+        "device": record.execution.device,
+        "data": stream.source or _asked_text(config),
+        "protocol": record.data.protocol,
+        "windows": stream.num_windows,
+        "seq_len": stream.seq_len,
         "calibration": _calibration(record),
         "seed": config.get("seed"),
-        "fingerprint": record.model.get("fingerprint"),
-        "tokens_sha256": stream.get("tokens_sha256"),
-        "commit": record.environment.get("commit"),
+        "fingerprint": record.model.fingerprint,
+        "tokens_sha256": stream.tokens_sha256,
+        "commit": record.environment.commit,
     }
 
 
@@ -179,11 +179,11 @@ def _asked_text(config: Any) -> str | None:
 
 def _calibration(record: Record) -> str | None:
     """What chose the codes, as "8 x 512 tokens of pydocs:calibration, random"; None where nothing was read."""
-    found = record.data.get("calibration")
-    if not isinstance(found, dict):
+    text = record.data.calibration
+    if text is None:
         return None
-    drawn = ", random" if found.get("sampling") == "random" else ""
-    return f"{found.get('num_windows')} x {found.get('seq_len')} tokens of {found.get('source')}{drawn}"
+    drawn = ", random" if text.sampling == "random" else ""
+    return f"{text.num_windows} x {text.seq_len} tokens of {text.source}{drawn}"
 
 
 def _row(record: Record) -> dict[str, Any]:

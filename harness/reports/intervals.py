@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from harness.records.store import Record
+from harness.records import Record, Text
 
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -97,8 +97,8 @@ def windows(run: Record, of: Windows = "window_nll") -> list[float]:
 
 def scored(run: Record) -> tuple[object, object, object]:
     """What two runs must share for their windows to be the same: model, tokens, length."""
-    stream = run.data.get("evaluation") or {}
-    return run.model.get("fingerprint"), stream.get("tokens_sha256"), stream.get("seq_len")
+    stream = run.data.evaluation or Text()
+    return run.model.fingerprint, stream.tokens_sha256, stream.seq_len
 
 
 def t_quantile(tail: float, freedom: int) -> float:

@@ -106,5 +106,5 @@ def _of_perplexity(record: Record) -> float:
     if bits == 3:
         return 0.05
     if bits == 4:
-        return 0.02 if "calibration" in record.data else 0.002
+        return 0.02 if record.data.calibration is not None else 0.002
     return 0.001

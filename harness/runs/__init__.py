@@ -1,1 +1,11 @@
-"""One run, from its configuration to its record: its identity, its stages, and the process that it runs in."""
+"""One run, from its configuration to its record: its identity, its stages, and the process that it runs in.
+
+`cli` calls it for each run of a sweep. Only this package writes results into a record.
+"""
+
+from harness.runs.execute import execute_run as execute_run
+from harness.runs.execute import failed_run as failed_run
+from harness.runs.isolate import execute_isolated as execute_isolated
+from harness.runs.moved import moved as moved
+from harness.runs.moved import stamped as stamped
+from harness.runs.stale import stale_ids as stale_ids

@@ -15,14 +15,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from harness.config.options import Decides, decides
-from harness.config.schema import JobConfig, RunConfig
+from harness import data
+from harness.config import Decides, JobConfig, RunConfig, decides
 from harness.core.method import Method
-from harness.data import corpora
-from harness.models import source
+from harness.models import Source
 from harness.models.exchange import native
 from harness.quantization import mixed
 from harness.runs import analysis, run
+from harness.runs.checks import device_of
 from harness.runs.sources import Sources, followed
 
 Json = dict[str, Any]
@@ -30,16 +30,16 @@ Json = dict[str, Any]
 _PROJECT = Path(run.__file__).parents[2]
 
 
-def run_id(cfg: RunConfig) -> str:
+def run_id(cfg: RunConfig, source: Source) -> str:
     """A short hash of everything that decides the result of a run: its typed configuration, weights and texts."""
     deciding = _deciding(cfg, _conditions(cfg))
-    deciding["fingerprint"] = source.fingerprint(cfg.model, cfg.seed)
-    deciding["device"] = str(run.device_of(cfg.device))
-    deciding["texts"] = [corpora.identity(cfg.data, "evaluation")]
+    deciding["fingerprint"] = source.fingerprint
+    deciding["device"] = str(device_of(cfg.device))
+    deciding["texts"] = [data.identity(cfg.data, "evaluation")]
     if cfg.calibrates:
-        deciding["texts"].append(corpora.identity(cfg.data, "calibration"))
+        deciding["texts"].append(data.identity(cfg.data, "calibration"))
     if cfg.mixes:
-        deciding["sensitivity"] = mixed.identity(cfg)
+        deciding["sensitivity"] = mixed.identity(cfg, source.fingerprint)
         deciding["scheme"]["weight"]["bits"] = None  # chosen for each linear
     return _hash(deciding)
 

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Generator, Iterable
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 import psutil
 
 from harness.config.schema import LimitsConfig
-from harness.records import store
+from harness.records import Record
 from harness.runs.execute import execute_run, failed_run
 from harness.utils.progress import Label, Track, silent, text
 
@@ -44,7 +44,7 @@ class Place(NamedTuple):
 
 def execute_isolated(
     raw: Json, limits: LimitsConfig, track: Track = silent, show_traceback: bool = False
-) -> tuple[store.Record, bool]:
+) -> tuple[Record, bool]:
     """As `execute_run`, in a new process that ends once it exceeds `limits`.
 
     Returns: the record, and whether it was there already. A process that dies leaves a failed record that says how.
@@ -70,7 +70,7 @@ def execute_isolated(
         life.close()
         events.close()
     if done is not None:
-        return store.Record(**done[0]), done[1]
+        return done
     return failed_run(raw, watch.reason or _died(process.exitcode, watch)), False
 
 
@@ -90,7 +90,7 @@ class _Watch:
     resident: int = 0
     started: float = field(default_factory=time.monotonic)
 
-    def follow(self, events: Connection) -> tuple[Json, bool] | None:
+    def follow(self, events: Connection) -> tuple[Record, bool] | None:
         """What the process says in the end; None if it died or was ended."""
         bars: list[Generator[int, None, None]] = []
         try:
@@ -157,8 +157,8 @@ def _work(events: Connection, life: Connection, place: Place, raw: Json, show_tr
     os.environ.update(place.environment)
     with suppress(OSError):  # Linux alone
         Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
-    found, skipped = execute_run(raw, _Teller(events), show_traceback)
-    events.send(("done", asdict(found), skipped))
+    record, skipped = execute_run(raw, _Teller(events), show_traceback)
+    events.send(("done", record, skipped))
 
 
 def _end_with(life: Connection) -> None:

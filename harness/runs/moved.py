@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from harness.records.store import Record
+from harness.records import Record
 
 _CHANCE = ("_ms_", "_speedup", "_j", "peak", "quantize_s")  # measured anew each time: no two runs agree
 
@@ -25,7 +25,7 @@ def moved(before: Record, now: Record) -> list[str]:
 
 def stamped(before: Record, now: Record) -> Record:
     """The earlier record, its timings too, confirmed by the code of the newer one."""
-    return replace(before, code=now.code, confirmed={"commit": now.environment.get("commit")})
+    return replace(before, code=now.code, confirmed=now.environment.commit)
 
 
 def _repeats(name: str) -> bool:

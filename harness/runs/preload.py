@@ -10,8 +10,9 @@ import accelerate  # noqa: F401 - loading weights imports it
 import transformers.integrations  # noqa: F401
 from transformers import AutoConfig, AutoTokenizer  # noqa: F401
 
-from harness.models import source
+from harness import runs  # noqa: F401
+from harness.models import skeleton
 
-source.skeleton(AutoConfig.for_model("llama", hidden_size=32, num_hidden_layers=1))
+skeleton(AutoConfig.for_model("llama", hidden_size=32, num_hidden_layers=1))
 gc.collect()
 gc.freeze()  # what is here by now lives as long as the process: no run has to look through it, or copy its pages

@@ -1,169 +1,161 @@
-"""One run: from a configuration, through the stages of the data flow, to its record."""
+"""The stages of a run, in order; what each returns is added to the record."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from harness.config.schema import RunConfig
-from harness.data import windows
-from harness.evaluation import latency
-from harness.evaluation.assess import assess
-from harness.models import source
+from harness import data, quantization
+from harness.config import RunConfig
+from harness.evaluation.assess import Assessment
+from harness.evaluation.memory import peak_memory_mib, reset_peak_memory
+from harness.models import Decoder, Source
 from harness.models.exchange import native
-from harness.nn import kvcache, linear
-from harness.quantization import engine, mixed
-from harness.records import store
-from harness.records.store import stage
-from harness.runs import analysis
+from harness.nn import kvcache
+from harness.nn.linear import resident_bytes, stored_bytes
+from harness.quantization import mixed
+from harness.records.record import Execution, Record, Text, Texts, Weights
+from harness.runs.analysis import Analyser
+from harness.runs.checks import check, device_of
 from harness.utils.determinism import repeatable
 from harness.utils.disk_cache import DiskCache, cache_dir
 from harness.utils.progress import Track, silent
 
-Json = dict[str, Any]
 
-
-def run(cfg: RunConfig, found: store.Record, track: Track = silent) -> None:
-    """Carry out one run, filling `found` stage by stage, so that a failure keeps what was reached.
+def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -> None:
+    """Carry out one run, adding to `record` stage by stage, so that a failure keeps what was reached.
 
     Raises: ValueError for whatever the configuration, the text or the weights do not allow.
     """
     if cfg.save is not None:
         native.check(Path(cfg.save))
-    with stage(found, "load", track):  # the first time, this converts the embedded model
-        shape = source.config(cfg.model)
-        _check(cfg, shape, found)
+    with stage(record, "load", track):  # the first time, this converts the embedded model
+        record.warnings += check(cfg, source)
     device = device_of(cfg.device)
-    dtype = source.resolve_dtype(cfg.model.dtype, shape)
-    baseline_dtype = source.resolve_dtype(cfg.model.baseline_dtype, shape)
-    found.execution = _execution(cfg, device, dtype, baseline_dtype)
-
-    with stage(found, "data", track):
-        stream, calibration = _tokens(cfg, found)
-    with stage(found, "load", track):
-        model = source.load(cfg.model, dtype, device, cfg.seed)
-        found.model = source.provenance(cfg.model, model, cfg.seed)
+    dtype, baseline = source.dtype(cfg.model.dtype), source.dtype(cfg.model.baseline_dtype)
+    record.execution = _execution(cfg, device, dtype, baseline)
+    with stage(record, "data", track):
+        stream, calibration = _tokens(cfg, source, record)
+    with stage(record, "load", track):
+        model = source.load(dtype, device)
+        record.model = Weights(**source.provenance(model))
     if cfg.kv is not None:
         kvcache.prove(model, cfg.kv)
     with repeatable(device):
-        _quantize(cfg, model, stream.windows[:1] if calibration is None else calibration, found, track)
-    assess(cfg, model, stream, found, track)
+        _quantize(cfg, source, Decoder(model), stream[:1] if calibration is None else calibration, record, track)
+    _assess(cfg, source, model, stream, record, track)
 
 
-def _quantize(cfg: RunConfig, model: nn.Module, tokens: Tensor, found: store.Record, track: Track) -> None:
-    """Choose widths where they are to be chosen, quantize, save, and analyse, as far as each is asked for."""
-    device = next(model.parameters()).device
-    unsure = latency.reset_peak_memory(device)
-    cache = DiskCache(cache_dir() / "statistics", int(cfg.engine.cache_gib * 2**30))
-    widths = _widths(cfg, model, tokens, cache, found, track) if cfg.mixes else {}
-    if cfg.analyses:
-        with stage(found, "analyse"):
-            asked = analysis.Analysis(model, cfg, tokens, cache, track)
-    with stage(found, "quantize"):
-        result = engine.quantize(model, cfg, tokens, track, cache, widths)
-    _note_format(cfg, found, model, result)
-    if cfg.save is not None and cfg.scheme is not None:
-        native.save(model, result.weights, cfg.scheme, found.model, Path(cfg.save))
-        result.weights.clear()
-    if cfg.steps and not unsure and not cfg.analyses:
-        found.metrics["quantize_peak_mib"] = latency.peak_memory_mib(device)
-    if cfg.analyses:
-        with stage(found, "analyse"):
-            found.analysis |= asked.of(result)
-
-
-def _tokens(cfg: RunConfig, found: store.Record) -> tuple[windows.Tokens, Tensor | None]:
-    """The evaluation stream and, where something needs it, calibration data proved apart from it."""
-    encode = source.tokenizer(cfg.model)
-    stream = windows.evaluation(cfg.data, encode)
-    found.data = {"protocol": cfg.data.protocol_id, "evaluation": stream.info}
-    if not cfg.calibrates:
-        return stream, None
-    calibration = windows.calibration(cfg.data, encode, cfg.seed)
-    found.data["calibration"] = calibration.info
-    warning = windows.check_overlap(cfg.data, calibration, stream)
-    found.warnings += [warning] if warning else []
-    return stream, calibration.windows
-
-
-def _check(cfg: RunConfig, shape: Any, found: store.Record) -> None:
-    """What a configuration cannot be, as far as the model's shape tells before its weights are there."""
-    found.warnings += cfg.warnings
-    _check_lengths(cfg, shape)
-    engine.check(source.skeleton(shape), cfg)
-    if cfg.kv is not None:
-        warning = kvcache.check(cfg.kv, shape, cfg.data.seq_len, cfg.model.name)
-        found.warnings += [warning] if warning else []
-
-
-def _check_lengths(cfg: RunConfig, shape: Any) -> None:
-    longest = getattr(shape.get_text_config(), "max_position_embeddings", None)
-    timed = cfg.measure.prompt_len + cfg.measure.warmup + cfg.measure.decode_tokens
-    wanted = {"data.seq_len": cfg.data.seq_len}
-    if cfg.calibrates:
-        wanted["data.calibration_seq_len"] = cfg.data.calibration_seq_len
-    if cfg.measure.latency:
-        wanted["measure.prompt_len + warmup + decode_tokens"] = timed
-    for key, length in wanted.items():
-        if longest is not None and length > longest:
-            raise ValueError(
-                f"{key}={length} exceeds the {longest} positions of model={cfg.model.name}; use {longest} or less"
-            )
-
-
-def _widths(
-    cfg: RunConfig, model: nn.Module, tokens: Tensor, cache: DiskCache, found: store.Record, track: Track
-) -> dict[str, int]:
-    """The bits of each linear, as `mixed` chooses them."""
-    with stage(found, "allocate"):
-        plan = mixed.plan(model, cfg, tokens, cache, track)
-    found.warnings += plan.warnings
-    found.analysis["mixed"] = plan.summary
-    return plan.bits
-
-
-def _note_format(cfg: RunConfig, found: store.Record, model: nn.Module, result: engine.Result) -> None:
-    """What the quantized model is, before anything is asked of it.
-
-    An analysis observes more than the method asks for, so that its time is none of the method's.
-    """
-    found.layers = result.layers
-    found.warnings += result.warnings
-    found.metrics["bits_per_weight"] = result.bits_per_weight
-    found.metrics["model_size_mib"] = linear.stored_bytes(model) / 2**20
-    if found.execution["mode"] != "simulated":
-        found.metrics["resident_mib"] = linear.resident_bytes(model) / 2**20
-    if result.kernels:
-        found.execution["kernel"] = ", ".join(sorted(result.kernels))
-    if cfg.mixes:
-        found.warnings += mixed.over_budget(cfg, result.layers)
-    if cfg.steps and not cfg.analyses:
-        found.metrics["quantize_s"] = found.stages["quantize"]
-
-
-def _execution(cfg: RunConfig, device: torch.device, dtype: torch.dtype, baseline: torch.dtype) -> Json:
-    mode = cfg.execution if cfg.steps else "float"
-    what = {"mode": mode, "device": str(device)} | ({"kv": cfg.kv.label} if cfg.kv else {})
-    floats = {"dtype": str(dtype), "baseline_dtype": str(baseline)}
-    return what | {key: name.removeprefix("torch.") for key, name in floats.items()}
-
-
-def device_of(wanted: str) -> torch.device:
-    """The device that the key `device` means.
-
-    Raises: ValueError, in one line, if it is unknown or not available.
-    """
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+@contextmanager
+def stage(record: Record, name: str, track: Track = silent) -> Iterator[None]:
+    """Time a stage. `track` is for stages that count no steps of their own: it shows that they are running."""
+    progress = track([name], name, 1)
+    start = time.perf_counter()
     try:
-        device = torch.device(wanted)
-    except RuntimeError as error:
-        raise ValueError(f"device={wanted} is unknown; expected auto, cpu, cuda or cuda:N") from error
-    if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={wanted} is not supported; expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={wanted} is not available: torch {torch.__version__} sees no GPU; use device=cpu")
-    return device
+        next(progress)
+        yield
+    finally:
+        record.stages[name] = record.stages.get(name, 0.0) + time.perf_counter() - start
+        progress.close()
+
+
+def _tokens(cfg: RunConfig, source: Source, record: Record) -> tuple[Tensor, Tensor | None]:
+    """Windows of the evaluation text and, where something reads it, calibration data proved apart from it."""
+    stream = data.evaluation(cfg.data, source.encode)
+    record.data = Texts(protocol=cfg.data.protocol_id, evaluation=Text(**stream.info))
+    if not cfg.calibrates:
+        return stream.windows, None
+    calibration = data.calibration(cfg.data, source.encode, cfg.seed)
+    record.data = replace(record.data, calibration=Text(**calibration.info))
+    warning = data.check_overlap(cfg.data, calibration, stream)
+    record.warnings += [warning] if warning else []
+    return stream.windows, calibration.windows
+
+
+def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, record: Record, track: Track) -> None:
+    """Choose widths, quantize, save and analyse, as far as the configuration says."""
+    device = next(decoder.model.parameters()).device
+    uncertain = reset_peak_memory(device)
+    cache = DiskCache(cache_dir() / "statistics", int(cfg.engine.cache_gib * 2**30))
+    widths = dict[str, int]()
+    if cfg.mixes:
+        with stage(record, "allocate"):
+            plan = mixed.plan(decoder, cfg, mixed.source(cfg, source.fingerprint), tokens, cache, track)
+        widths, record.analysis = plan.bits, replace(record.analysis, mixed=plan.summary)
+        record.warnings += plan.warnings
+    if cfg.analyses:
+        with stage(record, "analyse"):
+            analyser = Analyser(decoder, cfg, tokens, cache, track)
+    with stage(record, "quantize"):
+        result = quantization.quantize(decoder, cfg, tokens, track, cache, widths)
+    _add_format(cfg, record, decoder.model, result)
+    if cfg.save is not None and cfg.scheme is not None:
+        native.save(decoder.model, result.weights, cfg.scheme, source.provenance(decoder.model), Path(cfg.save))
+        result.weights.clear()
+    if cfg.steps and not uncertain and not cfg.analyses:
+        record.metrics["quantize_peak_mib"] = peak_memory_mib(device)
+    if cfg.analyses:
+        with stage(record, "analyse"):
+            record.analysis = replace(analyser.analyse(result), mixed=record.analysis.mixed)
+
+
+def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quantization.Result) -> None:
+    """Add what the quantized model is, before anything is measured on it.
+
+    An analysis observes more than the method needs, so then no time of the method is recorded.
+    """
+    record.layers = result.layers
+    record.warnings += result.warnings
+    record.metrics["bits_per_weight"] = result.bits_per_weight
+    record.metrics["model_size_mib"] = stored_bytes(model) / 2**20
+    if record.execution.mode != "simulated":
+        record.metrics["resident_mib"] = resident_bytes(model) / 2**20
+    if result.kernels:
+        record.execution = replace(record.execution, kernel=", ".join(sorted(result.kernels)))
+    if cfg.mixes:
+        record.warnings += mixed.over_budget(cfg, result.layers)
+    if cfg.steps and not cfg.analyses:
+        record.metrics["quantize_s"] = record.stages["quantize"]
+
+
+def _assess(cfg: RunConfig, source: Source, model: nn.Module, windows: Tensor, record: Record, track: Track) -> None:
+    """Score, compare and time the model, as far as the configuration says and the execution allows."""
+    assert record.data.evaluation is not None
+    tokens_sha256, device = str(record.data.evaluation.tokens_sha256), next(model.parameters()).device
+    simulated = record.execution.mode == "simulated"
+    with Assessment(cfg, source, model, windows, tokens_sha256, simulated, track) as assessment:
+        with repeatable(device), stage(record, "evaluate"):
+            scores = assessment.score()
+        record.window_nll, record.kv = scores.window_nll, scores.kv
+        record.metrics |= scores.metrics
+        record.warnings += scores.warnings
+        if assessment.needs_baseline:
+            with stage(record, "load", track):
+                assessment.load_baseline()
+        if assessment.diverges:
+            with repeatable(device), stage(record, "divergence"):
+                diverged = assessment.diverge()
+            record.window_kl = diverged.window_kl
+            record.metrics |= diverged.metrics
+            record.warnings += diverged.warnings
+        if assessment.times:
+            with stage(record, "measure"):
+                timing = assessment.time()
+            record.metrics |= timing.metrics
+            record.execution = replace(record.execution, energy_source=timing.energy_source)
+
+
+def _execution(cfg: RunConfig, device: torch.device, dtype: torch.dtype, baseline: torch.dtype) -> Execution:
+    return Execution(
+        mode=cfg.execution if cfg.steps else "float",
+        device=str(device),
+        kv=cfg.kv.label if cfg.kv else None,
+        dtype=str(dtype).removeprefix("torch."),
+        baseline_dtype=str(baseline).removeprefix("torch."),
+    )

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from harness.config.load import build_run
-from harness.records.store import Record
+from harness.config import build_run
+from harness.records import Record
 from harness.runs import identity
 
 
@@ -18,7 +18,7 @@ def stale_ids(records: Iterable[Record]) -> set[str]:
 
 
 def _code_today(record: Record) -> str | None:
-    device = str(record.execution.get("device", "cpu")).partition(":")[0]
+    device = (record.execution.device or "cpu").partition(":")[0]
     try:
         return identity.code(build_run(record.config), device)
     except (ValueError, KeyError, TypeError):

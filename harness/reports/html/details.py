@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-from harness.records import sweep
-from harness.records.store import Record
+from harness.records import Record, sweep
 
 Pairs = list[tuple[str, str]]
 
@@ -61,7 +60,9 @@ def bars(seconds: Any) -> list[tuple[str, str, float]]:
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested dictionaries as (dotted key, text), floats in six digits; a list is one leaf."""
+    """The leaves of nested sections as (dotted key, text), floats in six digits; a list is one leaf, None is none."""
+    if is_dataclass(value) and not isinstance(value, type):
+        value = {name: inner for name, inner in asdict(value).items() if inner is not None}
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from flat(inner, f"{prefix}.{key}" if prefix else str(key))

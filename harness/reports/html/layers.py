@@ -58,7 +58,7 @@ def outliers(records: Sequence[Record], labels: dict[str, str]) -> list[Json]:
     runs = []
     for record in records:
         analysis = getattr(record, "analysis", None)
-        given = analysis.get("outliers") if isinstance(analysis, dict) else None
+        given = analysis.outliers if analysis else None
         linears = {str(name): kept for name, row in given.items() if (kept := channels(row))} if given else {}
         if linears:
             runs.append({"run": record.run_id, "label": labels[record.run_id], "linears": linears})

@@ -1,0 +1,58 @@
+"""The work that latency and energy are measured on: prefills of random tokens, and decode steps after them."""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from harness.config import MeasureConfig
+from harness.nn.kvcache import MakeCache
+
+Pair = tuple[nn.Module, nn.Module]  # the model, and the float model that it is compared with
+
+
+def random_tokens(model: nn.Module, cfg: MeasureConfig, seed: int) -> tuple[Tensor, Tensor]:
+    """The prompt (B, `prompt_len`), and the tokens (B, warmup + decode_tokens) that are decoded after it."""
+    shape = (cfg.batch_size, cfg.prompt_len + cfg.warmup + cfg.decode_tokens)
+    tokens = torch.randint(_vocabulary(model), shape, generator=torch.Generator().manual_seed(seed))
+    prompt, decoded = tokens.to(next(model.parameters()).device).tensor_split([cfg.prompt_len], dim=1)
+    return prompt, decoded
+
+
+def prefill_call(model: nn.Module, prompt: Tensor, cache: MakeCache | None) -> Callable[[], Any]:
+    """A prefill into a new cache, which it returns; only the last logits are computed where the model allows that."""
+    accepted = inspect.signature(model.forward).parameters
+    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+    make = cache or (lambda: None)  # without one, the model makes its own
+    return lambda: model(input_ids=prompt, past_key_values=make(), use_cache=True, **last_only).past_key_values
+
+
+def decode_call(model: nn.Module, cache: Any, tokens: Tensor) -> Callable[[], Any]:
+    """A decode step: each call adds the next column of `tokens` to the cache."""
+    columns = iter(tokens.split(1, dim=1))
+    return lambda: model(input_ids=next(columns), past_key_values=cache, use_cache=True)
+
+
+def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
+    """How long one call takes, with everything that it started on the device."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
+
+
+def synchronize(device: torch.device) -> None:
+    """Wait for what was started on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _vocabulary(model: nn.Module) -> int:
+    config: Any = model.config
+    return int(config.get_text_config().vocab_size)

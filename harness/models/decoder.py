@@ -1,0 +1,54 @@
+"""The decoder of a model: its blocks and the linears inside them, discovered."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from harness.models.architecture import is_linear
+
+
+class Decoder:
+    """The decoder blocks of `model`, found once.
+
+    prefix  name of the module list that holds them
+    blocks  the blocks in order; modules inside them may be exchanged later, and `linears` shows the current ones
+
+    Raises: ValueError if the model has no list of equal blocks.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.prefix = _prefix(model)
+        self.blocks: list[nn.Module] = list(model.get_submodule(self.prefix).children())
+
+    def name(self, index: int) -> str:
+        """Full name of the block `index`."""
+        return f"{self.prefix}.{index}"
+
+    def linears(self, index: int | None = None) -> dict[str, nn.Module]:
+        """The linears of one block, or of all, by full name in module order; embedding, head and norms are outside."""
+        start = f"{self.prefix if index is None else self.name(index)}."
+        modules = self.model.named_modules()
+        return {name: module for name, module in modules if name.startswith(start) and is_linear(module)}
+
+    def uncovered(self) -> list[str]:
+        """Matrices inside the blocks that belong to no linear, such as fused experts, so that no method sees them."""
+        covered = {id(parameter) for module in self.linears().values() for parameter in module.parameters()}
+        return [
+            name
+            for name, parameter in self.model.named_parameters()
+            if name.startswith(f"{self.prefix}.") and parameter.dim() >= 2 and id(parameter) not in covered
+        ]
+
+
+def _prefix(model: nn.Module) -> str:
+    """Name of the list of decoder blocks: the module list with the most parameters whose items have one class."""
+    sizes = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name, module in model.named_modules()
+        if isinstance(module, nn.ModuleList) and len({type(item) for item in module}) == 1
+    }
+    if not sizes:
+        raise ValueError(f"model of class {type(model).__name__} has no list of equal blocks; expected a decoder")
+    largest: str = max(sizes, key=sizes.__getitem__)
+    return largest

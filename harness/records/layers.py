@@ -1,0 +1,46 @@
+"""The rows of a record's linears, in a Parquet file beside it: some hundred rows, too many for a readable JSON file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import parquet
+
+Row = dict[str, Any]
+
+
+def write_layers(rows: Sequence[Row], path: Path) -> None:
+    """Write one row for each linear; a value that a row lacks is null."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    table = pa.table({name: [row.get(name) for row in rows] for name in names})
+    options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "write_statistics": False}
+    parquet.write_table(table, path, store_schema=False, **options)
+
+
+def read_layers(path: Path) -> list[Row]:
+    """The rows of a file, without their nulls.
+
+    Raises: OSError or ValueError if it cannot be read.
+    """
+    rows: list[Row] = parquet.read_table(path).to_pylist()
+    return [{name: value for name, value in row.items() if value is not None} for row in rows]
+
+
+def summary(rows: Sequence[Row]) -> list[Row]:
+    """One row for each kind of linear, by its name with `*` for numbers: how many, mean bits and the largest errors."""
+    kinds: dict[str, list[Row]] = {}
+    for row in rows:
+        kinds.setdefault(".".join("*" if part.isdigit() else part for part in row["name"].split(".")), []).append(row)
+    return [{"name": name, "linears": len(members)} | _figures(members) for name, members in kinds.items()]
+
+
+def _figures(rows: Sequence[Row]) -> Row:
+    weights = [row["shape"][0] * row["shape"][1] for row in rows]
+    figures: Row = {"bits_per_weight": sum(row["stored_bits"] for row in rows) / sum(weights)}
+    for name in ("weight_error", "output_error"):
+        errors = [row[name] for row in rows if name in row]
+        figures |= {f"{name}_max": max(errors)} if errors else {}
+    return figures

@@ -1,0 +1,58 @@
+"""What a configuration cannot be, as far as the shape of the model tells before its weights are loaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from harness import quantization
+from harness.config import RunConfig
+from harness.models import Decoder, Source
+from harness.nn import kvcache
+
+
+def check(cfg: RunConfig, source: Source) -> list[str]:
+    """Check lengths, method, scheme and cache against the model; returns warnings for the record.
+
+    Raises: ValueError, in one line, for what does not fit.
+    """
+    _check_lengths(cfg, source.shape)
+    quantization.check(Decoder(source.skeleton()), cfg)
+    if cfg.kv is None:
+        return list(cfg.warnings)
+    warning = kvcache.check(cfg.kv, source.shape, cfg.data.seq_len, cfg.model.name)
+    return [*cfg.warnings, *([warning] if warning else [])]
+
+
+def device_of(name: str) -> torch.device:
+    """The device that the key `device` means.
+
+    Raises: ValueError, in one line, if it is unknown or not available.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"device={name} is unknown; expected auto, cpu, cuda or cuda:N") from error
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device={name} is not supported; expected auto, cpu, cuda or cuda:N")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device={name} is not available: torch {torch.__version__} sees no GPU; use device=cpu")
+    return device
+
+
+def _check_lengths(cfg: RunConfig, shape: Any) -> None:
+    longest = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    lengths = {"data.seq_len": cfg.data.seq_len}
+    if cfg.calibrates:
+        lengths["data.calibration_seq_len"] = cfg.data.calibration_seq_len
+    if cfg.measure.latency:
+        timed = cfg.measure.prompt_len + cfg.measure.warmup + cfg.measure.decode_tokens
+        lengths["measure.prompt_len + warmup + decode_tokens"] = timed
+    for key, length in lengths.items():
+        if longest is not None and length > longest:
+            raise ValueError(
+                f"{key}={length} exceeds the {longest} positions of model={cfg.model.name}; use {longest} or less"
+            )

@@ -1,4 +1,4 @@
-"""The kernel benchmark: what is wrong is not timed, what is absent has a reason, what is written reads well."""
+"""The kernel benchmark: a wrong kernel is not timed, an absent one has a reason, and the table shows the record."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_run_writes_a_record_and_its_table(quick: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     race.main(["--models", "smollm2", "--rows", "1,70", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path)])
-    found = json.loads(next(tmp_path.glob("*.json")).read_text())
-    kernels = {row["kernel"] for row in found["rows"]}
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    kernels = {row["kernel"] for row in record["rows"]}
     assert {"bf16", "fp32", "int4 g64", "int4 g64 sym", "int8"} <= kernels
-    for row in found["rows"]:
+    for row in record["rows"]:
         assert row["us_p10"] <= row["us_p50"] <= row["us_p90"]
         assert row["error"] < 0.03
         assert row["share"] == pytest.approx(row["floor_us"] / row["us_p50"])
-    assert {row["ratio"] for row in found["rows"] if row["kernel"] == "bf16"} == {1.0}
-    shown = capsys.readouterr().out
-    assert next(tmp_path.glob("*.md")).read_text() == markdown(found)
-    assert "### smollm2 k, v: N = 192, K = 64" in shown
-    assert "Targets" not in shown
+    assert {row["ratio"] for row in record["rows"] if row["kernel"] == "bf16"} == {1.0}
+    printed = capsys.readouterr().out
+    assert next(tmp_path.glob("*.md")).read_text() == markdown(record)
+    assert "### smollm2 k, v: N = 192, K = 64" in printed
+    assert "Targets" not in printed
 
 
 def test_every_kernel_that_the_table_has_for_this_device_is_right() -> None:
@@ -57,18 +57,18 @@ def test_a_wrong_kernel_is_named_and_not_timed(quick: None, monkeypatch: pytest.
     def missing(weight: Tensor) -> Entry:
         raise ImportError("no module named fast")
 
-    raced = [
+    entrants = [
         Contender("bf16", lambda weight: lambda: Entry(lambda x: x @ weight.bfloat16().t(), weight.double, 1), 8e-3),
         Contender("swapped", lambda weight: lambda: swapped(weight), 8e-3),
         Contender("fast", lambda weight: lambda: missing(weight), 8e-3),
     ]
-    monkeypatch.setattr(race, "contenders", lambda *_: raced)
+    monkeypatch.setattr(race, "contenders", lambda *_: entrants)
     race.main(["--models", "smollm2", "--rows", "3", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path)])
-    found = json.loads(next(tmp_path.glob("*.json")).read_text())
-    assert [row["kernel"] for row in found["rows"]] == ["bf16"]
-    assert "relative error 1.4 at M=3" in found["absent"]["swapped"]
-    assert found["absent"]["fast"] == "192 x 64: no module named fast"
-    assert "- fast: 192 x 64: no module named fast" in markdown(found)
+    record = json.loads(next(tmp_path.glob("*.json")).read_text())
+    assert [row["kernel"] for row in record["rows"]] == ["bf16"]
+    assert "relative error 1.4 at M=3" in record["absent"]["swapped"]
+    assert record["absent"]["fast"] == "192 x 64: no module named fast"
+    assert "- fast: 192 x 64: no module named fast" in markdown(record)
 
 
 def test_targets_are_of_the_slowest_shape() -> None:
@@ -82,7 +82,10 @@ def test_targets_are_of_the_slowest_shape() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [(["--models", "gpt5"], "gpt5 is unknown; expected some of smollm2"), (["--rows", "0"], "has a number below 1")],
+    [
+        (["--models", "gpt5"], "gpt5 is unknown; expected one or more of smollm2"),
+        (["--rows", "0"], "contains a number below 1"),
+    ],
 )
 def test_bad_arguments_are_named(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):

@@ -1,4 +1,4 @@
-"""Starts the kernel benchmark."""
+"""Start the kernel benchmark."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""Times of calls with cold caches: each call meets another copy of its weight, more of them than the cache holds."""
+"""Time calls with cold caches: successive calls use different copies of a weight, which together exceed the cache."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from dataclasses import dataclass
 import torch
 
 Call = Callable[[], object]
-_GPU_BYTES = 256 << 20  # that copies of a weight take together: over four times the L2 of an H100 or H200
+_GPU_BYTES = 256 << 20  # of all copies of a weight together: over four times the L2 of an H100 or H200
 _CPU_BYTES = 160 << 20
 _MOST_COPIES = 256
 
 
 @dataclass(frozen=True)
 class Times:
-    """Microseconds a call: median, and the 10th and 90th percentile of the samples."""
+    """Microseconds per call: the median, and the 10th and 90th percentile of the samples."""
 
     us_p50: float
     us_p10: float
@@ -25,12 +25,12 @@ class Times:
 
 
 def copies(nbytes: int, device: torch.device) -> int:
-    """Copies of a weight of `nbytes` that no cache of the device holds."""
+    """Number of copies of a weight of `nbytes` that together exceed every cache of the device."""
     return max(2, min(_MOST_COPIES, -(-(_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // nbytes)))
 
 
 def measure(calls: Sequence[Call], device: torch.device, seconds: float) -> Times:
-    """Time `calls`, which do the same on different copies, for about `seconds` in all."""
+    """Time `calls`, which do the same work on different copies of a weight, for about `seconds` in total."""
     return _on_gpu(calls, seconds) if device.type == "cuda" else _on_cpu(calls, seconds)
 
 
@@ -47,10 +47,10 @@ def _on_cpu(calls: Sequence[Call], seconds: float) -> Times:
 
 
 def _on_gpu(calls: Sequence[Call], seconds: float) -> Times:
-    """A sample is the time of one replay of a CUDA graph of all calls, over their number."""
+    """A sample is the time of one replay of a CUDA graph of all calls, divided by the number of calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # warm up apart: compilation and allocation must not be captured
+    with torch.cuda.stream(stream):  # warm up first: compilation and allocation must not be captured
         for call in calls[:2]:
             call()
     torch.cuda.current_stream().wait_stream(stream)
@@ -79,18 +79,18 @@ def _summary(samples: list[float]) -> Times:
 
 @dataclass(frozen=True)
 class Roofline:
-    """What the device reached in this run: bytes a second read and written by a copy, and bf16 operations a second."""
+    """Rates measured in this run: bytes per second read and written by a copy, and bf16 operations per second."""
 
     bandwidth: float
     rate: float
 
     def floor_us(self, nbytes: float, operations: float) -> float:
-        """Microseconds below which nothing can be that moves these bytes and does these operations."""
+        """The least microseconds in which the device can move these bytes and do these operations."""
         return 1e6 * max(nbytes / self.bandwidth, operations / self.rate)
 
 
 def roofline(device: torch.device) -> Roofline:
-    """Measure both ceilings: a copy of a large tensor, and a large bf16 matmul."""
+    """Measure both rates: with a copy of a large tensor, and with a large bf16 matmul."""
     gpu = device.type == "cuda"
     source = torch.ones((1 << 30 if gpu else 1 << 28) // 4, device=device)
     target = torch.empty_like(source)

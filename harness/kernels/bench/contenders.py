@@ -1,4 +1,4 @@
-"""What the kernel benchmark races: plain matmuls, every kernel of the table, and peers that load."""
+"""The contenders of the kernel benchmark: plain matmuls, every kernel of the table, and peers that are installed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ class Entry:
     """A kernel with one weight.
 
     call     inputs (M, K) -> outputs (M, N)
-    decoded  the weight (N, K) float64 that its stored bits stand for
-    nbytes   that its weight takes
-    rounds   what becomes of the inputs before the product; None where they are taken as they are
+    decoded  returns the weight (N, K) float64 that the stored bits represent
+    nbytes   bytes of the stored weight
+    rounds   quantizes inputs as the kernel does before the product; None if it multiplies them unchanged
     """
 
     call: Callable[[Tensor], Tensor]
@@ -42,9 +42,9 @@ Copies = Callable[[], Entry]
 
 @dataclass(frozen=True)
 class Contender:
-    """A kernel's name, the relative error that its arithmetic may have, and how to make it.
+    """A kernel's name, the bound of the relative error of its arithmetic, and how to build it.
 
-    prepare  takes a float32 weight (N, K) and returns what makes copies of the kernel with it
+    prepare  takes a float32 weight (N, K) and returns a function that builds copies of the kernel with this weight
     """
 
     name: str
@@ -53,22 +53,22 @@ class Contender:
 
 
 def contenders(device: torch.device, group_size: int, dtype: torch.dtype) -> list[Contender]:
-    """All that there are for a device type; one that cannot be built raises once it is."""
+    """All contenders for a device type. A contender that is not available raises an error when it is built."""
     bound = 8e-3 if dtype == torch.bfloat16 else 2e-3  # a few roundings of 2^-9 or 2^-12: inputs, scales, outputs
     weights = {
         f"int4 g{group_size}": WeightFormat(bits=4, granularity="group", group_size=group_size),
         f"int4 g{group_size} sym": WeightFormat(bits=4, granularity="group", group_size=group_size, symmetric=True),
         "int8": WeightFormat(bits=8, symmetric=True, grid="narrow"),
     }
-    found = [Contender(BASELINE, _plain(torch.bfloat16), 8e-3)]
+    entrants = [Contender(BASELINE, _plain(torch.bfloat16), 8e-3)]
     if device.type == "cpu":
-        found.append(Contender("fp32", _plain(torch.float32), 1e-5))
-    found += [Contender(name, _ours(fmt, None, dtype), bound) for name, fmt in weights.items()]
+        entrants.append(Contender("fp32", _plain(torch.float32), 1e-5))
+    entrants += [Contender(name, _ours(fmt, None, dtype), bound) for name, fmt in weights.items()]
     for name, inputs in (("w8a8", _TOKENS), ("llm_int8", _OUTLIERS)):
-        found.append(Contender(name, _ours(weights["int8"], inputs, dtype), bound))
-    found.append(Contender(f"int4 g{group_size} decoded", _reference(weights[f"int4 g{group_size}"], dtype), bound))
-    raced = [peer for peer in PEERS if device.type in peer.devices]
-    return found + [Contender(peer.name, _peer(peer, group_size, dtype), 3 * bound) for peer in raced]
+        entrants.append(Contender(name, _ours(weights["int8"], inputs, dtype), bound))
+    entrants.append(Contender(f"int4 g{group_size} decoded", _reference(weights[f"int4 g{group_size}"], dtype), bound))
+    peers = [peer for peer in PEERS if device.type in peer.devices]
+    return entrants + [Contender(peer.name, _peer(peer, group_size, dtype), 3 * bound) for peer in peers]
 
 
 def _plain(dtype: torch.dtype) -> Callable[[Tensor], Copies]:
@@ -89,7 +89,7 @@ def _ours(fmt: WeightFormat, inputs: ActivationFormat | None, dtype: torch.dtype
         def build() -> Entry:
             kernel = choose(quantized, rounds, dtype, weight.device)
             if kernel is None or kernel.quantizes_inputs != (rounds is not None):
-                raise ValueError(f"the table has no kernel for it in {dtype} on {weight.device.type}")
+                raise ValueError(f"the table has no kernel for this weight in {dtype} on {weight.device.type}")
             nbytes = sum(buffer.nbytes for buffer in kernel.buffers())
             return Entry(lambda x: kernel(x, None), lambda: quantized.dequantize(torch.float64), nbytes, rounds)
 
@@ -99,14 +99,16 @@ def _ours(fmt: WeightFormat, inputs: ActivationFormat | None, dtype: torch.dtype
 
 
 def _reference(fmt: WeightFormat, dtype: torch.dtype) -> Callable[[Tensor], Copies]:
-    """Decoding at every call: what a weight without a kernel costs."""
+    """Decode the weight at every call: the cost of a weight without a kernel."""
 
     def prepare(weight: Tensor) -> Copies:
         quantized = round_to_nearest(weight, fmt)
 
         def build() -> Entry:
-            mine = copy.deepcopy(quantized)
-            return Entry(lambda x: mine.linear(x, None), lambda: mine.dequantize(torch.float64), mine.stored_bits // 8)
+            clone = copy.deepcopy(quantized)
+            return Entry(
+                lambda x: clone.linear(x, None), lambda: clone.dequantize(torch.float64), clone.stored_bits // 8
+            )
 
         return build
 

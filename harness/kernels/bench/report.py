@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-# What is aimed at on a GPU with group 128: how many times as fast as cuBLAS bf16, by M.
+# Target speedups over cuBLAS bf16 on a GPU with group size 128, by M.
 TARGETS = {
     "int4 g128": {1: 2.6, 16: 2.5, 64: 1.8, 256: 0.85, 4096: 0.92},
     "w8a8": {1: 1.6, 256: 1.4, 4096: 1.6},
@@ -12,7 +12,7 @@ TARGETS = {
 
 
 def markdown(record: dict[str, Any]) -> str:
-    """Heading, what was measured where, a table a shape, targets on a GPU, and who is absent and why."""
+    """Heading, environment, one table per shape, targets on a GPU, and the kernels that were not timed and why."""
     lines = [*_heading(record)]
     shapes = dict.fromkeys((row["model"], row["layer"], row["N"], row["K"]) for row in record["rows"])
     for model, layer, N, K in shapes:
@@ -21,21 +21,21 @@ def markdown(record: dict[str, Any]) -> str:
     if record["environment"]["cuda"] and record["environment"]["threads"] is None:
         lines += ["", "### Targets", "", *_targets(record["rows"])]
     if record["absent"]:
-        lines += ["", "### Not raced", "", *(f"- {name}: {reason}" for name, reason in record["absent"].items())]
+        lines += ["", "### Not timed", "", *(f"- {name}: {reason}" for name, reason in record["absent"].items())]
     return "\n".join(lines) + "\n"
 
 
 def _heading(record: dict[str, Any]) -> list[str]:
-    about = {key: value for key, value in record["environment"].items() if value is not None and key != "device"}
+    details = {key: value for key, value in record["environment"].items() if value is not None and key != "device"}
     bandwidth, rate = (record["roofline"][key] for key in ("bandwidth", "rate"))
     return [
         f"## Kernels on {record['environment']['device']}",
         "",
         f"`{record['command'].strip()}`, {record['dtype']}, int4 in groups of {record['group_size']}; "
-        + ", ".join(f"{key} {value}" for key, value in about.items()),
+        + ", ".join(f"{key} {value}" for key, value in details.items()),
         "",
-        f"Roofline of this run: copy {bandwidth / 1e9:.4g} GB/s, bf16 matmul {rate / 1e12:.4g} TFLOP/s. A cell: median "
-        "microseconds with cold weights, how many times as fast as bf16, share of the roofline.",
+        f"Roofline of this run: copy {bandwidth / 1e9:.4g} GB/s, bf16 matmul {rate / 1e12:.4g} TFLOP/s. Each cell: "
+        "median microseconds with cold weights (speedup over bf16, share of the roofline).",
     ]
 
 
@@ -43,8 +43,8 @@ def _table(rows: list[dict[str, Any]]) -> list[str]:
     sizes = sorted({row["M"] for row in rows})
     lines = ["| kernel | " + " | ".join(f"M = {M}" for M in sizes) + " |", "|:---|" + "---:|" * len(sizes)]
     for name in dict.fromkeys(row["kernel"] for row in rows):
-        found = {row["M"]: row for row in rows if row["kernel"] == name}
-        lines.append(f"| {name} | " + " | ".join(_cell(found.get(M)) for M in sizes) + " |")
+        by_size = {row["M"]: row for row in rows if row["kernel"] == name}
+        lines.append(f"| {name} | " + " | ".join(_cell(by_size.get(M)) for M in sizes) + " |")
     return lines
 
 
@@ -55,14 +55,14 @@ def _cell(row: dict[str, Any] | None) -> str:
 
 
 def _targets(rows: list[dict[str, Any]]) -> list[str]:
-    """The worst shape's ratio beside each target."""
-    lines = ["| kernel | M | target | least ratio | at | |", "|:---|---:|---:|---:|:---|:---|"]
+    """A table of the targets, each with the lowest speedup over all shapes."""
+    lines = ["| kernel | M | target | lowest speedup | N x K | result |", "|:---|---:|---:|---:|:---|:---|"]
     for name, targets in TARGETS.items():
         for M, target in targets.items():
-            found = [row for row in rows if row["kernel"] == name and row["M"] == M]
-            if found:
-                worst = min(found, key=lambda row: float(row["ratio"]))
-                met = "met" if worst["ratio"] >= target else f"missed, {100 * worst['share']:.0f}% of the roofline"
-                where = f"{worst['N']} x {worst['K']}"
-                lines.append(f"| {name} | {M} | {target}x | {worst['ratio']:.2f}x | {where} | {met} |")
+            matching = [row for row in rows if row["kernel"] == name and row["M"] == M]
+            if matching:
+                worst = min(matching, key=lambda row: float(row["ratio"]))
+                result = "met" if worst["ratio"] >= target else f"missed, {100 * worst['share']:.0f}% of the roofline"
+                shape = f"{worst['N']} x {worst['K']}"
+                lines.append(f"| {name} | {M} | {target}x | {worst['ratio']:.2f}x | {shape} | {result} |")
     return lines

@@ -1,4 +1,4 @@
-"""Triton's interpreter, mended where numpy has moved on."""
+"""A fix for Triton's interpreter with newer numpy."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def mend() -> None:
-    """Let kernels loop up to a bound known at run time, which triton 3.6 reads by int() of an array: numpy 2.4 refuses.
+    """Allow loop bounds that are known only at run time: triton 3.6 calls int() on an array, which numpy 2.4 refuses.
 
-    Nothing happens without triton, which is an extra.
+    Without triton, an optional dependency, nothing is changed.
     """
     try:
         from triton.runtime import interpreter

@@ -1,4 +1,4 @@
-"""Other libraries' matmuls against float64 of what they stored, and what they say where they cannot run."""
+"""Matmuls of other libraries against float64 arithmetic on their stored weight, and their refusals."""
 
 from __future__ import annotations
 
@@ -24,24 +24,24 @@ MODULES = {
     "fbgemm": "fbgemm_gpu",
 }
 BY_NAME = {peer.name: peer for peer in PEERS}
-# Of the norm of y. bfloat16 rounds the decoded weight and y, each by 2^-9 at most; float32 rounds each of K = 1024
-# products and sums by 2^-24.
+# Relative to the norm of y. bfloat16 rounds the decoded weight and y, each by at most 2^-9; float32 rounds each of
+# K = 1024 products and sums by 2^-24.
 BOUNDS = {torch.bfloat16: 2**-8, torch.float32: 1024 * 2**-24}
-SPLIT_BOUND = 2**-7  # kernels that split K among blocks may add up to eight parts in bfloat16
+SPLIT_BOUND = 2**-7  # kernels that split K may add up to eight parts in bfloat16
 
 
-def error(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected).norm() / expected.norm())
+def error(outputs: Tensor, expected: Tensor) -> float:
+    return float((outputs.double() - expected).norm() / expected.norm())
 
 
 def weights(rows: int, columns: int, device: str = "cpu") -> Tensor:
-    """Rows and groups of 128 of different sizes, so that a wrong order shows."""
+    """Rows and groups of 64 columns of different magnitudes, so that a wrong order is detected."""
     spread = torch.rand(rows, columns // 64, 1).mul(2).exp()
     return (torch.randn(rows, columns // 64, 64) * spread).view(rows, columns).mul(0.01).to(device)
 
 
 def check(peer: Peer, weight: Tensor, dtype: torch.dtype, bound: float) -> None:
-    """What is built multiplies by what it says it stored, which is the weight at 4 bits."""
+    """The matmul uses the weight that `decoded` returns, and that weight is the original at 4 bits."""
     call, decoded, nbytes = peer.build(weight, 128, dtype)
     stored = decoded()
     assert stored.dtype == torch.float64
@@ -50,10 +50,10 @@ def check(peer: Peer, weight: Tensor, dtype: torch.dtype, bound: float) -> None:
     assert 0.5 < nbytes / weight.numel() < 0.6
     for rows in (1, 5, 40):
         inputs = torch.randn(rows, weight.shape[1], device=weight.device).to(dtype)
-        found = call(inputs)
-        assert found.dtype == dtype
-        assert found.shape == (rows, weight.shape[0])
-        assert error(found, inputs.double() @ stored.t()) < bound
+        outputs = call(inputs)
+        assert outputs.dtype == dtype
+        assert outputs.shape == (rows, weight.shape[0])
+        assert error(outputs, inputs.double() @ stored.t()) < bound
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -69,12 +69,12 @@ def test_right_or_refused(peer: Peer, device: str) -> None:
         check(peer, weights(256, 1024, device), torch.bfloat16, SPLIT_BOUND)
     except ImportError:
         return
-    except ValueError as refused:
-        reason = str(refused)
+    except ValueError as refusal:
+        reason = str(refusal)
     else:
         return
     assert peer.name in reason
-    assert device not in peer.devices or peer.name == "fbgemm"  # which takes one kind of GPU
+    assert device not in peer.devices or peer.name == "fbgemm"  # it supports only one type of GPU
 
 
 @pytest.mark.parametrize("peer", [peer for peer in PEERS if peer.name in MODULES], ids=lambda peer: peer.name)
@@ -94,7 +94,7 @@ def test_refusals_say_what_was_expected() -> None:
     build = BY_NAME["bitsandbytes nf4"].build
     with pytest.raises(ValueError, match=r"\(N, K\)=\(16, 96\); expected multiples of \(1, 64\)"):
         build(torch.zeros(16, 96), 128, torch.bfloat16)
-    with pytest.raises(ValueError, match="does not take torch.float64; expected torch.float16 or"):
+    with pytest.raises(ValueError, match="does not support torch.float64; expected torch.float16 or"):
         build(torch.zeros(16, 64), 128, torch.float64)
     with pytest.raises(ValueError, match="torch int4pack does not run on cpu; expected cuda"):
         BY_NAME["torch int4pack"].build(torch.zeros(16, 128), 128, torch.bfloat16)
@@ -102,7 +102,7 @@ def test_refusals_say_what_was_expected() -> None:
 
 def test_groups_are_checked() -> None:
     weight = torch.zeros(8, 96)
-    with pytest.raises(ValueError, match="x does not take group_size=48; expected one of"):
+    with pytest.raises(ValueError, match="x does not support group_size=48; expected one of"):
         peers._check_group("x", weight, 48, (32, 64))
     for wrong in (-1, 0, 64):
         with pytest.raises(ValueError, match=f"group_size={wrong}; expected a divisor of K=96"):
@@ -117,7 +117,7 @@ def test_int4pack_parts_hold_the_weight() -> None:
     assert halves.shape == (24, 128)
     assert pairs.shape == (4, 24, 2)
     assert torch.equal(halves[:, 0] >> 4, rounded.codes[:, 0])  # the even column is the upper half
-    # (8 - zero point) * scale is rounded to bfloat16: by 2^-9 of at most 8 steps, where a value has half a step's error
+    # (8 - zero point) * scale, at most 8 steps, is rounded to bfloat16 (2^-9); the error of a value is half a step
     assert error(peers._int4pack_decoded(halves, pairs), rounded.dequantize(torch.float64)) < 2**-8
 
 
@@ -140,15 +140,17 @@ def test_gemlite_words_are_decoded(groups: int) -> None:
 
 def test_fbgemm_codes_are_decoded() -> None:
     codes, scale, zero = torch.randint(-8, 8, (6, 8), dtype=torch.int8), torch.rand(2, 6), torch.randn(2, 6)
-    found = peers._fbgemm_decoded(codes, scale, zero)
+    decoded = peers._fbgemm_decoded(codes, scale, zero)
     for row in range(6):
         for column in range(8):
             group = column // 4
             value = int(codes[row, column]) * float(scale[group, row]) + float(zero[group, row])
-            assert found[row, column] == pytest.approx(value)
+            assert decoded[row, column] == pytest.approx(value)
 
 
 def test_unit_vectors_show_the_weight() -> None:
     weight = torch.randn(40, 1500)
-    seen = peers._seen_by(lambda units: units @ weight.t(), 1500, torch.float32, torch.device("cpu"))
-    assert torch.equal(seen, weight.double())
+    decoded = peers._weight_from_unit_vectors(
+        lambda units: units @ weight.t(), 1500, torch.float32, torch.device("cpu")
+    )
+    assert torch.equal(decoded, weight.double())

@@ -1,47 +1,55 @@
-"""The report in a browser: it opens from a file, its table sorts and filters, a click shows a run."""
+"""The report in a browser: it opens from a file, its table sorts and filters, a click shows a run.
+
+The page and its charts change some time after an action. So each assertion on the page goes through `expect`, which
+waits until the page shows the expected state.
+"""
 
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-pytest.importorskip("altair")
-pytest.importorskip("vl_convert")
-pytest.importorskip("itables")
+from selenium import webdriver
+from selenium.common.exceptions import StaleElementReferenceException, TimeoutException
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
 
 from harness.cli.table import load
 from harness.reports.html import page
 from tests.conftest import ROOT
 from tests.test_report import HOSTILE, analysed
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CHROMEDRIVER = shutil.which("chromedriver")
+LIMIT_S = 60  # the longest wait for a state: far more than a busy machine needs
+POLL_S = 0.05
+
+pytestmark = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="chromium or chromedriver is not installed")
+
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The HTML of the report on the records of `analysed`."""
     return page.html(analysed(), tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    """A headless Chromium with the page of `analysed` open, and with the reference page's address."""
-    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed (extra dev)")
-    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-    driver = shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("chromium or chromedriver is not installed")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
+    """A headless Chromium without a page."""
     options = webdriver.ChromeOptions()
-    options.binary_location = chromium
+    options.binary_location = str(CHROMIUM)
     profile = tmp_path_factory.mktemp("profile")
     for flag in (
         "headless=new", "no-sandbox", "disable-gpu", "disable-quic", "no-first-run", "disable-background-networking",
-        "disable-component-update", "disable-sync", f"user-data-dir={profile}", "window-size=1280,1000",
+        "disable-component-update", "disable-sync", f"user-data-dir={profile}",
     ):  # fmt: skip
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    session = webdriver.Chrome(options=options, service=webdriver.ChromeService(CHROMEDRIVER))
     try:
         yield session
     finally:
@@ -49,106 +57,154 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 
 @pytest.fixture
-def opened(browser: Any, tmp_path: Path, text: str) -> Any:
-    """The browser with a fresh page, once its charts and its table are there."""
+def report(browser: webdriver.Chrome, tmp_path: Path, text: str) -> webdriver.Chrome:
+    """The browser with a fresh page of `text`, its charts and its table drawn."""
     return show(browser, tmp_path, text)
 
 
-def show(browser: Any, folder: Path, text: str) -> Any:
-    from selenium.webdriver.support.ui import WebDriverWait
+def expect(browser: webdriver.Chrome, read: Callable[[], Any], expected: Any) -> None:
+    """Wait until `read()` returns `expected`; fail with its last value otherwise."""
+    wait = WebDriverWait(browser, LIMIT_S, POLL_S, ignored_exceptions=[StaleElementReferenceException])
+    with suppress(TimeoutException):
+        wait.until(lambda _: read() == expected)
+    assert read() == expected
 
+
+def show(browser: webdriver.Chrome, folder: Path, text: str) -> webdriver.Chrome:
+    """Open `text` as a file, and wait until the table and the marks of all charts are drawn.
+
+    A chart handles clicks as soon as its marks are in the page: both happen in one task of the browser.
+    """
     (folder / "report.html").write_text(text, encoding="utf-8")
+    resize(browser, 1280, 1000)
     browser.get((folder / "report.html").as_uri())
-    drawn = """return document.documentElement.dataset.ready
-        && [...document.querySelectorAll('.chart')].every((chart) => chart.querySelector('svg'))"""
-    WebDriverWait(browser, 40).until(lambda session: session.execute_script(drawn))
+    undrawn = """return [...document.querySelectorAll('.chart')]
+        .filter((chart) => !chart.querySelector('path[aria-label]')).length"""
+    expect(browser, lambda: browser.execute_script("return document.documentElement.dataset.ready"), "true")
+    expect(browser, lambda: browser.execute_script(undrawn), 0)
     return browser
 
 
-def column(browser: Any, heading: str) -> list[str]:
-    """The visible cells of a column, without what stands below their figures."""
-    return browser.execute_script(  # type: ignore[no-any-return]
+def resize(browser: webdriver.Chrome, width: int, height: int) -> None:
+    browser.set_window_size(width, height)
+    expect(browser, lambda: browser.execute_script("return window.innerWidth"), width)
+
+
+def severe(browser: webdriver.Chrome) -> list[dict[str, Any]]:
+    """The errors in the browser's log since the last call."""
+    entries: list[dict[str, Any]] = browser.get_log("browser")  # type: ignore[no-untyped-call]
+    return [entry for entry in entries if entry["level"] == "SEVERE"]
+
+
+def column(browser: webdriver.Chrome, heading: str) -> list[str]:
+    """The visible cells of a column, without the small text below each figure."""
+    cells: list[str] = browser.execute_script(
         """const heads = [...document.querySelectorAll('#table thead tr:first-child th')];
         const place = heads.findIndex((head) => head.textContent.trim().startsWith(arguments[0]));
         return [...document.querySelectorAll('#table tbody tr')]
           .map((row) => row.cells[place].firstChild?.textContent ?? '');""",
         heading,
     )
+    return cells
 
 
-def runs_of(browser: Any) -> list[str]:
+def figures(browser: webdriver.Chrome, heading: str) -> list[float]:
+    """The visible figures of a column; runs without one are left out."""
+    return [float(cell) for cell in column(browser, heading) if cell != "-"]
+
+
+def run_ids(browser: webdriver.Chrome) -> list[str]:
+    """The runs in the table, in its order."""
     script = "return [...document.querySelectorAll('#table tbody tr')].map((row) => row.dataset.run)"
-    return browser.execute_script(script)  # type: ignore[no-any-return]
+    ids: list[str] = browser.execute_script(script)
+    return ids
 
 
-def click(browser: Any, element: Any) -> None:
+def faint_points(browser: webdriver.Chrome) -> int:
+    """The number of points in the first chart that are dimmed."""
+    script = """return [...document.querySelector('#plots .chart').querySelectorAll('path[aria-label]')]
+        .filter((path) => Number(path.getAttribute('opacity') ?? 1) < 0.5).length"""
+    number: int = browser.execute_script(script)
+    return number
+
+
+def click(browser: webdriver.Chrome, selector: str) -> None:
+    element = browser.find_element(By.CSS_SELECTOR, selector)
     browser.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", element)
     element.click()
 
 
-def type_filter(browser: Any, heading: str, words: str) -> None:
-    field = browser.find_element("css selector", f"input[aria-label='filter {heading}']")
+def click_heading(browser: webdriver.Chrome, heading: str) -> None:
+    names = browser.execute_script(
+        "return [...document.querySelectorAll('#table thead tr:first-child th')].map((head) => head.textContent.trim())"
+    )
+    place = next(i for i, name in enumerate(names, 1) if name.startswith(heading))
+    click(browser, f"#table thead tr:first-child th:nth-child({place})")
+
+
+def type_filter(browser: webdriver.Chrome, heading: str, words: str) -> None:
+    field = browser.find_element(By.CSS_SELECTOR, f"input[aria-label='filter {heading}']")
     field.clear()
     field.send_keys(words)
 
 
-def test_it_opens_from_a_file_without_an_error_and_without_network(opened: Any) -> None:
-    assert [entry for entry in opened.get_log("browser") if entry["level"] == "SEVERE"] == []
-    names = opened.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
+def text_of(browser: webdriver.Chrome, element_id: str) -> str:
+    """The visible text of an element; empty for a hidden one."""
+    return browser.find_element(By.ID, element_id).text
+
+
+def test_it_opens_from_a_file_without_an_error_and_without_network(report: webdriver.Chrome) -> None:
+    assert severe(report) == []
+    names = report.execute_script("return performance.getEntriesByType('resource').map((entry) => entry.name)")
     assert [name for name in names if not name.startswith(("blob:", "data:"))] == []
-    assert "owned" not in opened.title
+    assert report.title.startswith("ptqbench")
 
 
-def test_a_filter_changes_the_rows_and_dims_the_points(opened: Any) -> None:
-    assert len(runs_of(opened)) == 7
-    type_filter(opened, "method", "gptq|awq")
-    assert set(runs_of(opened)) == {"r0", "r1", "r3"}
-    type_filter(opened, "perplexity", "<12")
-    assert set(runs_of(opened)) == {"r0", "r1"}
-    faint = opened.execute_async_script(
-        """const done = arguments[0];
-        setTimeout(() => done([...document.querySelectorAll('#plots .chart')[0].querySelectorAll('path[aria-label]')]
-          .filter((path) => Number(path.getAttribute('opacity')) < 0.5).length), 500);"""
-    )
-    assert faint == 4
+def test_a_filter_changes_the_rows_and_dims_the_points(report: webdriver.Chrome) -> None:
+    expect(report, lambda: len(run_ids(report)), 7)
+    expect(report, lambda: faint_points(report), 0)
+    type_filter(report, "method", "gptq|awq")
+    expect(report, lambda: set(run_ids(report)), {"r0", "r1", "r3"})
+    expect(report, lambda: faint_points(report), 3)
+    type_filter(report, "perplexity", "<12")
+    expect(report, lambda: set(run_ids(report)), {"r0", "r1"})
+    expect(report, lambda: faint_points(report), 4)
 
 
-def test_perplexity_sorts_as_a_number(opened: Any) -> None:
-    heads = opened.find_elements("css selector", "#table thead tr:first-child th")
-    click(opened, next(head for head in heads if head.text.startswith("perplexity")))
-    shown = [float(cell) for cell in column(opened, "perplexity") if cell != "-"]
-    assert shown == [10.0, 10.5, 11.5, 13.5, 17.5, 1e5]
+def test_perplexity_sorts_as_a_number(report: webdriver.Chrome) -> None:
+    perplexities = [10.0, 10.5, 11.5, 13.5, 17.5, 1e5]
+    click_heading(report, "perplexity")
+    expect(report, lambda: figures(report, "perplexity"), perplexities)
+    click_heading(report, "perplexity")
+    expect(report, lambda: figures(report, "perplexity"), perplexities[::-1])
 
 
-def test_a_click_on_a_point_or_a_row_shows_its_run(opened: Any) -> None:
-    point = opened.find_element("css selector", "#plots path[aria-label^='gptq group64 4 bits']")
-    click(opened, point)
-    drawer = opened.find_element("id", "drawer")
-    assert "r1" in drawer.text
-    assert "packages.torch" in drawer.text
-    opened.find_element("css selector", "#drawer .close").click()
-    assert not drawer.is_displayed()
-    click(opened, opened.find_element("css selector", "#table tr[data-run=r0]"))
-    assert HOSTILE in drawer.text
-    assert "owned" not in opened.title
+def test_a_click_on_a_point_or_a_row_shows_its_run(report: webdriver.Chrome) -> None:
+    click(report, "#plots path[aria-label^='gptq group64 4 bits']")
+    expect(report, lambda: "r1, ok" in text_of(report, "drawer").splitlines(), True)
+    expect(report, lambda: "packages.torch" in text_of(report, "drawer"), True)
+    click(report, "#drawer .close")
+    expect(report, lambda: report.find_element(By.ID, "drawer").is_displayed(), False)
+    click(report, "#table tr[data-run=r0]")
+    expect(report, lambda: HOSTILE in text_of(report, "drawer"), True)
+    assert report.title.startswith("ptqbench")
 
 
-def test_a_run_and_a_figure_of_the_layers_can_be_chosen(opened: Any) -> None:
-    note = opened.find_element("id", "layers-top")
-    assert "0.5" in note.text
-    from selenium.webdriver.support.ui import Select
-
-    Select(opened.find_element("id", "layers-figure")).select_by_value("weight_error")
-    assert note.text.startswith("Largest: model.layers.1.mlp.down_proj 0.110")
-    assert "160 of 400 channels" in opened.find_element("id", "outliers-note").text
+def test_a_run_and_a_figure_of_the_layers_can_be_chosen(report: webdriver.Chrome) -> None:
+    expect(report, lambda: "0.5" in text_of(report, "layers-top"), True)
+    Select(report.find_element(By.ID, "layers-figure")).select_by_value("weight_error")
+    largest = "Largest: model.layers.1.mlp.down_proj 0.110"
+    expect(report, lambda: text_of(report, "layers-top").startswith(largest), True)
+    expect(report, lambda: "160 of 400 channels" in text_of(report, "outliers-note"), True)
 
 
 @pytest.mark.parametrize("name", ["", "survey"])
-def test_the_reference_report_opens_and_fits_a_phone(name: str, browser: Any, tmp_path: Path) -> None:
+def test_the_reference_report_opens_and_fits_a_phone(name: str, browser: webdriver.Chrome, tmp_path: Path) -> None:
     folder = ROOT / "results/reference" / name
-    browser.set_window_size(1280, 1000)
-    show(browser, tmp_path, page.html(load(folder), folder))
-    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
-    assert len(runs_of(browser)) == len(load(folder))
-    browser.set_window_size(500, 900)
-    assert browser.execute_script("return document.documentElement.scrollWidth <= window.innerWidth")
+    records = load(folder)
+    show(browser, tmp_path, page.html(records, folder))
+    assert severe(browser) == []
+    expect(browser, lambda: len(run_ids(browser)), len(records))
+    resize(browser, 500, 900)
+    fits = "return document.documentElement.scrollWidth <= window.innerWidth"
+    expect(browser, lambda: browser.execute_script(fits), True)

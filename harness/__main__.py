@@ -1,4 +1,4 @@
-"""`python -m harness`: see README.md."""
+"""`python -m harness`, the same as the installed script `ptqbench`: see README.md."""
 
 import sys
 

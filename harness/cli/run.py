@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from harness import records
 from harness.cli import table
 from harness.cli.hydra_errors import one_line
+from harness.cli.main import conf_folder
 from harness.config import build_limits
 from harness.records import Record, sweep
 from harness.runs import execute_isolated, execute_run, failed_run
@@ -29,7 +30,7 @@ from harness.utils.progress import Label, text
 
 T = TypeVar("T")
 
-CONF = Path(__file__).parents[2] / "conf"
+CONF = conf_folder()
 _console = Console(stderr=True)
 _TRACEBACK = "PTQBENCH_TRACEBACK"  # whether the user asked Hydra for tracebacks, for every process of a sweep
 

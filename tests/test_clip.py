@@ -1,4 +1,4 @@
-"""Clipped ranges: never worse than the minimum-maximum grid, and the error that decides is that of the samples."""
+"""Clipped ranges: never worse than the minimum-maximum grid, and their objective is the output error on the samples."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHARES = [1 - i / 20 for i in range(11)]  # down to half
 
 
 def weights(seed: int = 0, rows: int = 6, columns: int = 32) -> Tensor:
-    """Float64 weights with tails, of another range and offset in every group."""
+    """Float64 weights with heavy tails; every group has a different range, every row a different offset."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator) ** 3 + torch.randn(rows, 1, generator=generator)
     spread = torch.rand(rows, columns // 8, generator=generator).mul(4).exp().repeat_interleave(8, 1)
@@ -38,21 +38,21 @@ def inputs(seed: int = 0, columns: int = 32) -> Tensor:
     return (torch.randn(40, columns, generator=generator) @ mix).double()
 
 
-def hessian_of(seen: Tensor) -> Tensor:
-    stat = Hessian(seen.shape[1])
-    stat.update(seen)
+def hessian_of(samples: Tensor) -> Tensor:
+    stat = Hessian(samples.shape[1])
+    stat.update(samples)
     return stat.value
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_group_errors_are_those_of_the_samples(name: str) -> None:
-    weight, seen, fmt = weights(), inputs(), FORMATS[name]
+    weight, samples, fmt = weights(), inputs(), FORMATS[name]
     scale, zero_point = grid.weight_params(weight, fmt)
     decoded = round_to_grid(weight, scale, zero_point, fmt).dequantize(torch.float64)
-    found = group_errors(weight, scale, zero_point, fmt, hessian_of(seen))
-    expected = naive_group_errors(weight, decoded, seen, fmt)
-    assert found.shape == fmt.groups((6, 32)) == expected.shape
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=0)
+    errors = group_errors(weight, scale, zero_point, fmt, hessian_of(samples))
+    expected = naive_group_errors(weight, decoded, samples, fmt)
+    assert errors.shape == fmt.groups((6, 32)) == expected.shape
+    torch.testing.assert_close(errors, expected, rtol=1e-4, atol=0)
 
 
 @given(seed=st.integers(0, 2**20), name=st.sampled_from(sorted(FORMATS)))
@@ -75,9 +75,9 @@ def test_tails_are_worth_clipping(name: str) -> None:
 @pytest.mark.parametrize("name", ["narrow", "channel", "float_zero"])
 def test_each_group_has_the_best_of_the_shares_that_were_tried(name: str) -> None:
     weight, hessian, fmt = weights(), hessian_of(inputs()), FORMATS[name]
-    found = group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian)
-    size = 32 // found.shape[1]
-    for g in range(found.shape[1]):
+    errors = group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian)
+    size = 32 // errors.shape[1]
+    for g in range(errors.shape[1]):
         cells = slice(g * size, (g + 1) * size)
         for i in range(len(weight)):
             one = WeightFormat(
@@ -85,21 +85,21 @@ def test_each_group_has_the_best_of_the_shares_that_were_tried(name: str) -> Non
             )
             best = naive_clip(weight[i : i + 1, cells], hessian[cells, cells], one, SHARES)
             if fmt.symmetric:
-                assert float(found[i, g]) == pytest.approx(best, rel=1e-6)
-            else:  # its ends are then moved alone too
-                assert float(found[i, g]) <= best * (1 + 1e-6)
+                assert float(errors[i, g]) == pytest.approx(best, rel=1e-6)
+            else:  # each end is then also moved alone
+                assert float(errors[i, g]) <= best * (1 + 1e-6)
 
 
 def test_each_end_of_an_asymmetric_range_moves_alone() -> None:
     weight = torch.tensor([[-1.0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 6.0]]).double()
     fmt = WeightFormat(bits=2, scale_dtype="float32")
     hessian = torch.eye(8, dtype=torch.float64)
-    hessian[7, 7] = 1e-3  # nobody sees the tail
-    found = float(group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian))
-    assert found < naive_clip(weight, hessian, fmt, SHARES)
+    hessian[7, 7] = 1e-3  # the output hardly depends on the tail
+    error = float(group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian))
+    assert error < naive_clip(weight, hessian, fmt, SHARES)
 
 
-def test_the_scale_is_one_that_its_dtype_stores() -> None:
+def test_the_scale_is_exact_in_its_dtype() -> None:
     scale, zero_point = clipped_params(weights(), FORMATS["float16"], hessian_of(inputs()))
     assert torch.equal(scale.half().double(), scale)
     assert torch.equal(zero_point.round().clamp(0, 15), zero_point)

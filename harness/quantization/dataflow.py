@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from harness.models.architecture import linears_of
+from harness.models import linears_of
 from harness.nn.hooks import hooked, tensors_of
 
 _ADD = frozenset({"add", "iadd", "radd"})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.calibration import Surveyed, survey
-from harness.config.schema import RunConfig
+from harness.config import RunConfig
 from harness.core.qtensor import round_to_nearest
 from harness.core.rotated import Rotated
 from harness.core.scheme import Scheme

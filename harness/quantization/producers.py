@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.calibration.replay import Stream
+from harness.calibration import Stream
 from harness.core.rewrite import InputGroup, Kind, Producer
-from harness.models.architecture import weight_of
+from harness.models import weight_of
 from harness.nn.hooks import hooked
 
 _SAME = 1e-4  # relative, for a channel that moved by a factor

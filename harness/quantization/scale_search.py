@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.calibration.replay import Stream
+from harness.calibration import Stream
 from harness.core.activation import InputQuantizer
 from harness.core.grid import snap_weight
 from harness.core.rewrite import InputGroup

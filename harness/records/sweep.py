@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from harness.records.store import Record
+from harness.records.record import Record
 from harness.utils.files import replacing
 
 Json = dict[str, Any]

@@ -78,7 +78,7 @@ def _compared(before: Record, now: Record) -> Record:
 
 def failed_run(raw: Json, error: str) -> Record:
     """Write the record of a run whose process could not do it."""
-    result = Record(identity.early_id(raw), "failed", error, raw, environment=records.environment())
+    result = Record(identity.early_id(raw), "failed", error, config=raw, environment=records.environment())
     with suppress(ValueError):  # without a folder, the line on the screen is all there is
         _keep(result, records.usable(raw.get("results_dir")))
     return result

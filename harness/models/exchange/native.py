@@ -16,7 +16,7 @@ from typing import Any
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from harness.config.build import build
+from harness.config import build
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import IntQTensor, QTensor
 from harness.core.scheme import Scheme

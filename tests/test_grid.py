@@ -1,4 +1,4 @@
-"""The grid against hand-computed cases, a naive float64 version of its formulas, and its properties."""
+"""The grid against hand-computed cases and a naive float64 version of its formulas, and its properties."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ formats = st.builds(
 
 
 def uneven(rows: int, columns: int, seed: int = 0) -> Tensor:
-    """Weights whose every group has a range and an offset of its own, so that a wrong index shows."""
+    """Weights with a different range in every group and a different offset in every row, to reveal a wrong index."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, columns, generator=generator)
     spread = torch.rand(rows, columns // 8, generator=generator).mul(4).exp().repeat_interleave(8, 1)
@@ -75,7 +75,7 @@ def test_the_two_symmetric_grids_differ() -> None:
     full = round_to_nearest(weight, WeightFormat(bits=3, symmetric=True, grid="full", scale_dtype="float32"))
     narrow = round_to_nearest(weight, WeightFormat(bits=3, symmetric=True, grid="narrow", scale_dtype="float32"))
     assert full.scale.item() == pytest.approx(6 / 7)
-    assert full.codes.tolist() == [[0, 7, 5]]  # 3 / (6/7) = 3.5: to even 4, clipped to 3 on the right
+    assert full.codes.tolist() == [[0, 7, 5]]  # 3 / (6/7) = 3.5 rounds to even 4, and is clipped to 3
     assert narrow.scale.item() == 1.0
     assert narrow.codes.tolist() == [[1, 7, 5]]
     assert full.zero_point is None
@@ -98,7 +98,7 @@ def test_error_is_at_most_one_scale(fmt: WeightFormat, seed: int, exponent: int)
     quantized = round_to_nearest(weight, fmt)
     scale = quantized.scale.float()
     error = grid.to_groups((quantized.dequantize() - weight).abs(), fmt)
-    slack = 1.0 if fmt.scale_dtype != "bfloat16" else 1.5  # 2^-9 of 2^8 - 1 steps is half a step more
+    slack = 1.0 if fmt.scale_dtype != "bfloat16" else 1.5  # a scale error of 2^-9 over 2^8 - 1 steps adds half a step
     if fmt.zero_point == "float" and not fmt.symmetric and fmt.scale_dtype != "float32":
         slack += float((quantized.zero_points().abs().max() + fmt.max_code) * 2**-8)
     assert (error <= slack * scale[..., None] * 1.001).all()
@@ -106,7 +106,7 @@ def test_error_is_at_most_one_scale(fmt: WeightFormat, seed: int, exponent: int)
 
 @given(fmt=formats, seed=st.integers(0, 2**16))
 def test_scaling_the_weight_scales_scale_and_leaves_codes(fmt: WeightFormat, seed: int) -> None:
-    weight = uneven(4, 16, seed) + 0.5  # far from the subnormal scales of float16
+    weight = uneven(4, 16, seed) + 0.5  # keeps scales above the subnormal range of float16
     plain, larger = round_to_nearest(weight, fmt), round_to_nearest(weight * 4, fmt)
     assert torch.equal(plain.codes, larger.codes)
     assert torch.equal(plain.scale.float() * 4, larger.scale.float())
@@ -116,16 +116,16 @@ def test_scaling_the_weight_scales_scale_and_leaves_codes(fmt: WeightFormat, see
 def test_permuting_rows_permutes_everything(fmt: WeightFormat, seed: int) -> None:
     weight = uneven(6, 16, seed)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
-    plain, mixed = round_to_nearest(weight, fmt), round_to_nearest(weight[order], fmt)
-    assert torch.equal(plain.dequantize()[order], mixed.dequantize())
+    plain, permuted = round_to_nearest(weight, fmt), round_to_nearest(weight[order], fmt)
+    assert torch.equal(plain.dequantize()[order], permuted.dequantize())
 
 
 @given(fmt=formats, seed=st.integers(0, 2**16))
 def test_decoded_values_are_fixed_points(fmt: WeightFormat, seed: int) -> None:
     quantized = round_to_nearest(uneven(4, 16, seed), fmt)
     scale, zero_point = quantized.scale.float()[..., None], quantized.zero_points()[..., None]
-    again = grid.encode(grid.to_groups(quantized.dequantize(), fmt), scale, zero_point, fmt)
-    assert torch.equal(again.view(quantized.shape), quantized.codes)
+    codes = grid.encode(grid.to_groups(quantized.dequantize(), fmt), scale, zero_point, fmt)
+    assert torch.equal(codes.view(quantized.shape), quantized.codes)
 
 
 def test_snap_is_decode_of_encode() -> None:
@@ -170,7 +170,7 @@ def test_scale_beyond_float16_is_refused_with_the_remedy() -> None:
 def test_stored_bits_equal_the_analytic_figure(bits: int, kind: dict[str, Any], share: dict[str, Any]) -> None:
     fmt = WeightFormat(bits=bits, **kind, **share)
     quantized = round_to_nearest(torch.randn(64, 128), fmt)
-    padding = 7 / (64 * 128) if fmt.granularity == "tensor" else 0  # a lone zero point ends within a byte
+    padding = 7 / (64 * 128) if fmt.granularity == "tensor" else 0  # a single zero point does not fill its last byte
     assert quantized.bits_per_weight == pytest.approx(fmt.bits_per_weight((64, 128)), abs=padding + 1e-12)
 
 
@@ -179,7 +179,7 @@ def test_bits_per_weight_of_the_glossary() -> None:
     assert fmt.bits_per_weight((256, 1024)) == 4 + 20 / 128
 
 
-def test_qtensor_refuses_what_it_cannot_store() -> None:
+def test_qtensor_refuses_parts_that_it_cannot_store() -> None:
     fmt = WeightFormat(bits=4, granularity="group", group_size=8)
     codes = torch.zeros(2, 16, dtype=torch.uint8)
     ones = torch.ones(2, 2)
@@ -189,7 +189,7 @@ def test_qtensor_refuses_what_it_cannot_store() -> None:
         IntQTensor(codes, ones * 1.0001, ones, fmt)
     with pytest.raises(ValueError, match="code 16 does not fit bits=4"):
         IntQTensor(codes + 16, ones, ones, fmt)
-    with pytest.raises(ValueError, match="expected integers from 0 on"):
+    with pytest.raises(ValueError, match="expected integers of 0 or more"):
         IntQTensor(codes, ones, ones * 3.7, fmt)
     with pytest.raises(ValueError, match="codes have dtype torch.float32"):
         IntQTensor(codes.float(), ones, ones, fmt)

@@ -1,7 +1,7 @@
-"""The uniform integer grid: the only place of this project that rounds a value to a code.
+"""The uniform integer grid: the only module of this project that rounds a value to a code.
 
-For codes 0 .. Q with Q = 2^bits - 1 (so Qmin = 0, Qmax = Q), and a group of values with range [min, max]
-that is widened to hold 0.0 wherever the zero point is an integer:
+For codes 0 .. Q with Q = 2^bits - 1 (so Qmin = 0, Qmax = Q), and a group of values with range [min, max],
+which is widened to include 0.0 if the zero point is an integer:
 
     asymmetric        scale = (max - min) / Q                zero_point = clip(round(-min / scale), 0, Q)
       float zero      scale = (max - min) / Q                zero_point = -min / scale
@@ -10,10 +10,10 @@ that is widened to hold 0.0 wherever the zero point is an integer:
 
     code = clip(round(value / scale + zero_point), 0, Q)     value' = (code - zero_point) * scale
 
-Symmetric formats add their zero point after rounding, which is the same but for sums that float32 cannot hold.
+Symmetric formats add the zero point after rounding, which gives the same code unless the sum is inexact in float32.
 `full` is GPTQ's symmetric grid (IST-DASLab/gptq quant.py), `narrow` that of AWQ and SmoothQuant. Rounding is
-to nearest, ties to even. Scales are rounded to the dtype that stores them before any code is chosen, so that
-what is stored is what was optimised.
+to nearest, ties to even. Scales are rounded to their stored dtype before any code is chosen, so that codes are
+optimised for the stored scales.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from torch import Tensor
 
 from harness.core.scheme import IntFormat, StoredFormat, WeightFormat
 
-# Below the smallest normal number a float16 has few digits; rounding up there keeps the range covered.
+# A float16 below the smallest normal number has few digits; rounding such a scale up keeps the range covered.
 _TINY_FLOAT16 = torch.finfo(torch.float16).tiny
 _STEP_FLOAT16 = 2.0**-24
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
-    """The dtype that grid arithmetic on `value` is done in: float32, or float64 for float64."""
+    """The dtype of grid arithmetic on `value`: float64 for float64, otherwise float32."""
     return torch.promote_types(value.dtype, torch.float32)
 
 
 def range_params(low: Tensor, high: Tensor, fmt: IntFormat) -> tuple[Tensor, Tensor]:
     """Scale and zero point of groups with the ranges [low, high].
 
-    Returns: scale > 0 and zero_point, both of the ranges' shape and float dtype. A group of zeros
+    Returns: scale > 0 and zero_point, both with the shape and float dtype of the ranges. A group of zeros
     gets scale 1, so that it decodes to zeros.
     """
     if fmt.symmetric:
@@ -49,7 +49,7 @@ def range_params(low: Tensor, high: Tensor, fmt: IntFormat) -> tuple[Tensor, Ten
 
 
 def symmetric_scale(absmax: Tensor, fmt: IntFormat) -> Tensor:
-    """Scale of groups whose largest magnitude is `absmax`, in its shape and dtype; 1 for a group of zeros."""
+    """Scale of groups whose largest magnitude is `absmax`, in the same shape and dtype; 1 for a group of zeros."""
     return _positive(absmax / symmetric_steps(fmt))
 
 
@@ -59,31 +59,31 @@ def symmetric_steps(fmt: IntFormat) -> float:
 
 
 def zero_point_of(low: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:
-    """The zero point that puts `low` on code 0; rounded and clipped unless the format says float."""
+    """The zero point that maps `low` to code 0; rounded and clipped unless the format's zero point is float."""
     if fmt.zero_point == "float":
         return -low / scale
     return torch.round(-low / scale).clamp(0, fmt.max_code)
 
 
 def encode(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Tensor:
-    """Nearest codes of `value`, as uint8; scale and zero_point broadcast against it."""
+    """Nearest codes of `value`, as uint8; scale and zero_point broadcast against `value`."""
     if fmt.symmetric:
-        return encode_centred(value, scale, fmt).add_(fmt.mid_code).view(torch.uint8)  # int8 wraps around as wanted
+        return encode_centred(value, scale, fmt).add_(fmt.mid_code).view(torch.uint8)  # int8 must wrap around here
     return (value / scale).add_(zero_point).round_().clamp_(0, fmt.max_code).to(torch.uint8)
 
 
 def encode_centred(value: Tensor, scale: Tensor, fmt: IntFormat) -> Tensor:
-    """Nearest codes of `value` in a symmetric format less its zero point, as int8."""
+    """Nearest codes of `value` in a symmetric format, minus its zero point, as int8."""
     return (value / scale).round_().clamp_(-fmt.mid_code, fmt.mid_code - 1).to(torch.int8)
 
 
 def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
-    """Values of the integer tensor `codes` in the dtype of `scale`."""
+    """Values of the integer tensor `codes`, in the dtype of `scale`."""
     return codes.to(scale.dtype).sub_(zero_point).mul_(scale)
 
 
 def snap(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Tensor:
-    """`value` moved to the nearest point of the grid: `decode(encode(value))` without the integer tensor."""
+    """Round `value` to the nearest point of the grid: `decode(encode(value))` without the integer tensor."""
     if fmt.symmetric:
         return (value / scale).round_().clamp_(-fmt.mid_code, fmt.mid_code - 1).mul_(scale)
     codes = torch.round(value / scale + zero_point).clamp_(0, fmt.max_code)
@@ -91,14 +91,14 @@ def snap(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Te
 
 
 def snap_weight(weight: Tensor, fmt: WeightFormat) -> Tensor:
-    """A weight (N, K) rounded to nearest on its minimum-maximum grid, as floats: what searches try many times."""
+    """Round a weight (N, K) to nearest on its minimum-maximum grid, as floats; searches call this many times."""
     scale, zero_point = weight_params(weight, fmt)
     groups = to_groups(weight.to(scale.dtype), fmt)
     return snap(groups, scale[..., None], zero_point[..., None], fmt).view(weight.shape).to(weight.dtype)
 
 
 def to_groups(weight: Tensor, fmt: WeightFormat) -> Tensor:
-    """View of a weight (N, K) as (rows, G, group_size) of `fmt`; rows is 1 per tensor, else N."""
+    """View of a weight (N, K) as (rows, G, group_size) of `fmt`; rows is 1 for granularity `tensor`, else N."""
     rows, columns = fmt.groups((weight.shape[0], weight.shape[1]))
     return weight.reshape(rows, columns, -1)
 
@@ -107,7 +107,7 @@ def weight_params(weight: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
     """Scale and zero point of a weight (N, K) from its groups' minimum and maximum.
 
     Returns: scale and zero_point of shape (N, G), or (1, 1) per tensor, exactly representable in
-    `fmt.scale_dtype` (zero_point: as far as it is a float).
+    `fmt.scale_dtype` (zero_point only if it is a float).
     Raises: ValueError if the weight has a NaN or an infinity, or a scale is too large for its dtype.
     """
     check_finite(weight)
@@ -124,9 +124,9 @@ def check_finite(weight: Tensor) -> None:
 
 
 def stored_params(low: Tensor, high: Tensor, fmt: StoredFormat) -> tuple[Tensor, Tensor]:
-    """Scale and zero point of groups with the ranges [low, high], rounded to what `fmt` stores.
+    """Scale and zero point of groups with the ranges [low, high], rounded to the dtypes in which `fmt` stores them.
 
-    Raises: ValueError if one is too large for its dtype.
+    Raises: ValueError if a scale or zero point is too large for its dtype.
     """
     scale = store_scale(range_params(low, high, fmt)[0], fmt)
     if fmt.symmetric:
@@ -143,9 +143,9 @@ def stored_params(low: Tensor, high: Tensor, fmt: StoredFormat) -> tuple[Tensor,
 
 
 def store_scale(scale: Tensor, fmt: StoredFormat) -> Tensor:
-    """`scale` rounded to what `fmt.scale_dtype` can hold, in the dtype that it came in.
+    """Round `scale` to a value that is exact in `fmt.scale_dtype`; the dtype of the tensor does not change.
 
-    Raises: ValueError where it overflows; the remedy is a wider scale_dtype.
+    Raises: ValueError if a scale overflows `fmt.scale_dtype`; a wider scale_dtype is the remedy.
     """
     stored = scale.to(getattr(torch, fmt.scale_dtype)).to(scale.dtype)
     if fmt.scale_dtype == "float16":

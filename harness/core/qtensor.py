@@ -1,4 +1,4 @@
-"""Quantized weights: what is stored, what it decodes to, and how many bits it takes."""
+"""Quantized weights: the stored tensors, how they are decoded, and how many bits they take."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SLAB_VALUES = 1 << 18  # 1 MiB of float32
 class Tuner:
     """The floats of a quantized weight that fine-tuning may move, while its codes stay.
 
-    values  copies of them in float32, by name
-    weight  the weight (N, K) float32 that given values and the codes decode to; differentiable in the values
-    accept  store given values, in the dtypes in which they are kept
-    linear  x W^T for given values and float32 inputs x, where that has a quicker gradient than by the weight
+    values  float32 copies of these floats, by name
+    weight  values -> the decoded weight (N, K) float32; differentiable in the values
+    accept  values -> None; stores the values, each in its stored dtype
+    linear  values and float32 inputs x -> x W^T, only if its gradient is faster than the gradient through `weight`
     """
 
     values: dict[str, Tensor]
@@ -35,13 +35,13 @@ class Tuner:
 
 
 class QTensor(nn.Module, ABC):
-    """One quantized weight (N out, K in). All that is stored is a buffer of this module.
+    """One quantized weight (N out, K in). Every stored tensor is a buffer of this module.
 
-    Integer grids and codebooks alike are subclasses, so `stored_bits` is counted from the buffers and
-    moving the module moves the weight. Buffers are never cast: `dequantize` casts its result.
+    Subclasses cover integer grids and codebooks. Because all stored tensors are buffers, `stored_bits` counts the
+    buffers, and moving the module moves the weight. Buffers are never cast: `dequantize` casts its result.
 
-    kernel            name of what `linear` runs
-    quantizes_inputs  whether `linear` quantizes its inputs too, so that the scheme's own rounding must not
+    kernel            name of the kernel that `linear` runs
+    quantizes_inputs  whether `linear` also quantizes its inputs, so that the scheme must not round them again
     """
 
     kernel: ClassVar[str] = "reference"
@@ -53,18 +53,18 @@ class QTensor(nn.Module, ABC):
 
     @abstractmethod
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The weight (N, K) that the stored bits stand for."""
+        """Decode the stored bits to the weight (N, K)."""
 
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        """y = x W^T + b of inputs (..., K), from the stored bits."""
+        """y = x W^T + b for inputs x (..., K), computed from the stored bits."""
         return F.linear(inputs, self.dequantize(inputs.dtype), bias)
 
     def tuner(self) -> Tuner | None:
-        """What fine-tuning may move; None where it is nothing."""
+        """The floats that fine-tuning may change; None if there are none."""
         return None
 
     def _slab_rows(self, whole: int = 1) -> int:
-        """How many rows to decode at once, a multiple of `whole`: they stay in a processor's cache; on a GPU, all."""
+        """Number of rows to decode at once, a multiple of `whole`: as many as stay in the CPU cache; all on a GPU."""
         rows, columns = self.shape
         if next(self.buffers()).is_cuda:
             return rows
@@ -72,19 +72,20 @@ class QTensor(nn.Module, ABC):
 
     @property
     def stored_bits(self) -> int:
-        """Bits of all buffers, padding included."""
+        """Number of bits of all buffers, padding included."""
         return 8 * sum(buffer.nbytes for buffer in self.buffers())
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over N K."""
+        """Stored bits divided by N K."""
         return self.stored_bits / (self.shape[0] * self.shape[1])
 
 
 class IntQTensor(QTensor):
     """Packed integer codes with scale (N, G), or (1, 1) per tensor, and zero point.
 
-    The zero point is packed at `bits` bits, stored as a float, or, if symmetric, not stored at all.
+    The zero point is packed at `bits` bits if it is an integer, stored as `scale_dtype` if it is a float, and not
+    stored if the format is symmetric.
     """
 
     qweight: Tensor
@@ -94,7 +95,8 @@ class IntQTensor(QTensor):
     def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat) -> None:
         """Store `codes` (N, K) uint8 with `scale` and `zero_point` of shape `fmt.groups((N, K))`.
 
-        Raises: ValueError if a shape is not what the format asks for, or a scale cannot be stored exactly.
+        Raises: ValueError if a dtype or shape does not match the format, a scale is not exact in the stored dtype, or
+        a zero point is not one that the format can store.
         """
         if codes.dtype != torch.uint8:
             raise ValueError(f"codes have dtype {codes.dtype}; expected torch.uint8")
@@ -114,13 +116,13 @@ class IntQTensor(QTensor):
 
     @classmethod
     def stored(cls, buffers: dict[str, Tensor], shape: tuple[int, int], fmt: WeightFormat) -> IntQTensor:
-        """The QTensor of buffers that one of this shape and format had."""
-        found = cls.__new__(cls)
-        QTensor.__init__(found, shape)
-        found.fmt = fmt
+        """Build a QTensor from the buffers of another one with the same shape and format."""
+        restored = cls.__new__(cls)
+        QTensor.__init__(restored, shape)
+        restored.fmt = fmt
         for name in ("qweight", "scale", "zero_point"):
-            found.register_buffer(name, buffers.get(name))
-        return found
+            restored.register_buffer(name, buffers.get(name))
+        return restored
 
     def _stored_zero_point(self, zero_point: Tensor) -> Tensor | None:
         if self.fmt.symmetric:
@@ -131,7 +133,7 @@ class IntQTensor(QTensor):
             return zero_point.to(getattr(torch, self.fmt.scale_dtype))
         packed = zero_point.to(torch.uint8)
         if not torch.equal(packed.to(zero_point.dtype), zero_point):
-            raise ValueError(f"zero_point holds {zero_point.flatten()[:3].tolist()}...; expected integers from 0 on")
+            raise ValueError(f"zero_point holds {zero_point.flatten()[:3].tolist()}...; expected integers of 0 or more")
         return pack(packed, self.fmt.bits)
 
     @property
@@ -140,7 +142,7 @@ class IntQTensor(QTensor):
         return unpack(self.qweight, self.fmt.bits, self.shape)
 
     def zero_points(self) -> Tensor:
-        """Unpacked zero points in float32, of the shape of `scale`."""
+        """Unpacked zero points in float32, in the shape of `scale`."""
         if self.zero_point is None:
             return torch.full_like(self.scale, self.fmt.mid_code, dtype=torch.float32)
         if self.zero_point.is_floating_point():
@@ -154,17 +156,17 @@ class IntQTensor(QTensor):
 
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         flat = inputs.reshape(-1, self.shape[1])
-        found, start = flat.new_empty(flat.shape[0], self.shape[0]), 0
+        outputs, start = flat.new_empty(flat.shape[0], self.shape[0]), 0
         for slab in self._slabs(inputs.dtype):
             rows = slice(start, start + len(slab))
-            found[:, rows] = F.linear(flat, slab, None if bias is None else bias[rows])
+            outputs[:, rows] = F.linear(flat, slab, None if bias is None else bias[rows])
             start = rows.stop
-        return found.view(*inputs.shape[:-1], self.shape[0])
+        return outputs.view(*inputs.shape[:-1], self.shape[0])
 
     def _slabs(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Decoded rows, a slab at a time."""
+        """Decoded rows, one slab at a time."""
         rows, columns = self.shape
-        height = self._slab_rows(whole=8)  # whose codes fill whole bytes
+        height = self._slab_rows(whole=8)  # the codes of 8 rows fill whole bytes
         scale, zero_point = self.scale.float().expand(rows, -1), self.zero_points().expand(rows, -1)
         for start in range(0, rows, height):
             stop = min(start + height, rows)
@@ -176,16 +178,16 @@ class IntQTensor(QTensor):
 
 
 class MixedQTensor(QTensor):
-    """A quantized weight with some input columns (K) kept as floats beside it, which take the place of its own.
+    """A quantized weight with some input columns stored as floats, which replace the decoded columns.
 
-    The codes of those columns stay stored, and are counted.
+    The codes of these columns stay stored, and `stored_bits` counts them.
     """
 
     columns: Tensor
     values: Tensor
 
     def __init__(self, base: QTensor, columns: Tensor, values: Tensor) -> None:
-        """`columns` (C,) are indices into K, `values` (N, C) the floats as they are to be stored."""
+        """`columns` (C,) are indices into K; `values` (N, C) are the floats, in their stored dtype."""
         super().__init__(base.shape)
         self.base = base
         self.register_buffer("columns", columns.to(_index_dtype(base.shape[1])))
@@ -198,7 +200,7 @@ class MixedQTensor(QTensor):
 
 
 class ScaledQTensor(QTensor):
-    """A quantized weight with some input columns that were multiplied by one factor before rounding."""
+    """A quantized weight with some input columns that were multiplied by a common factor before rounding."""
 
     columns: Tensor
     factor: Tensor
@@ -217,7 +219,7 @@ class ScaledQTensor(QTensor):
 
 
 class PermutedQTensor(QTensor):
-    """A quantized weight whose groups are of input columns in another order (GPTQ's act_order, no static groups)."""
+    """A quantized weight whose groups are formed from reordered input columns (GPTQ's act_order, no static groups)."""
 
     order: Tensor
 

@@ -16,8 +16,8 @@ from tests.conftest import ROOT
 
 
 def inspect(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env = {**kept, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env = {**inherited, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
     command = [sys.executable, "-m", "harness.kernels.inspect", *arguments]
     return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
 

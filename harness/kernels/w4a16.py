@@ -1,9 +1,9 @@
 """Weight-only int4 and int8 matmul with 16-bit activations: launchers, torch operator and kernel module.
 
-`tune` or the caller chooses one of three paths. `split`, for few rows: several programs share K and write their sums to
-an fp32 scratch tensor, which a second kernel adds in a fixed order. `tensor`, for more rows. `dequantize`, where it is
-faster to decode the weight once and call the library's matmul. No path synchronises, and the same inputs give the
-same bits.
+`tune` or the caller chooses one of three paths. `split` is for few rows: several programs share K and write their sums
+to an fp32 scratch tensor, which a second kernel adds in a fixed order. `tensor` is for more rows. `dequantize` decodes
+the weight once and calls the library's matmul; it is for the numbers of rows for which this is faster. No path
+synchronises, and the same inputs give the same bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The transforms: orthogonal at any size, Hadamard where Paley has one, and equal to their Kronecker product."""
+"""The transforms: orthogonal for any size, Hadamard matrices for Paley's sizes, equal to their Kronecker product."""
 
 from __future__ import annotations
 
@@ -42,11 +42,11 @@ def test_rotating_is_the_product_with_the_matrix(size: int) -> None:
 
 
 @pytest.mark.parametrize("size", [*HADAMARD, 11008, 13824, 18944])
-def test_large_sizes_keep_norms_and_come_back(size: int) -> None:
+def test_large_sizes_keep_norms_and_are_inverted(size: int) -> None:
     values = torch.randn(2, size)
-    turned = rotate(values)
-    torch.testing.assert_close(turned.norm(dim=-1), values.norm(dim=-1))
-    torch.testing.assert_close(unrotate(turned), values, rtol=1e-4, atol=1e-4)
+    rotated = rotate(values)
+    torch.testing.assert_close(rotated.norm(dim=-1), values.norm(dim=-1))
+    torch.testing.assert_close(unrotate(rotated), values, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("size", [576, 1536, 11008])
@@ -55,10 +55,10 @@ def test_with_random_signs_a_spike_becomes_flat(size: int) -> None:
     spiked[:, 3] = 100
     signs = random_signs(size, torch.Generator().manual_seed(0))
     assert set(signs.tolist()) == {-1.0, 1.0}
-    turned = rotate(spiked * signs)
-    assert turned.abs().amax() <= 1.6 * turned.square().mean().sqrt()
+    rotated = rotate(spiked * signs)
+    assert rotated.abs().amax() <= 1.6 * rotated.square().mean().sqrt()
 
 
-def test_a_size_without_meaning_is_refused() -> None:
-    with pytest.raises(ValueError, match="^a transform of size 0 does not exist; expected 1 or more"):
+def test_a_size_out_of_range_is_refused() -> None:
+    with pytest.raises(ValueError, match="^size=0 is out of range; expected 1 or more"):
         factors(0)

@@ -1,4 +1,4 @@
-"""k-means with weights: against loops over vectors and entries, and planted codebooks."""
+"""k-means with weights, against loops over vectors and entries, and on vectors made from a known codebook."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 @given(power=st.integers(1, 11), rows=st.integers(1, 9), count=st.integers(1, 2), seed=st.integers(0, 2**16))
-def test_smallest_is_argmin_as_far_as_scores_differ(power: int, rows: int, count: int, seed: int) -> None:
+def test_smallest_is_argmin_unless_scores_are_nearly_equal(power: int, rows: int, count: int, seed: int) -> None:
     scores = torch.randn(rows, 1 << power, generator=generator(seed))
-    found = smallest(scores.clone(), count)
-    assert found.shape == (rows, count)
-    assert count == 1 or bool((found[:, 0] != found[:, 1]).all())
+    indices = smallest(scores.clone(), count)
+    assert indices.shape == (rows, count)
+    assert count == 1 or bool((indices[:, 0] != indices[:, 1]).all())
     least = scores.topk(count, largest=False).values
-    torch.testing.assert_close(scores.gather(1, found), least, rtol=2**-14, atol=1e-6)
+    torch.testing.assert_close(scores.gather(1, indices), least, rtol=2**-14, atol=1e-6)
 
 
 @pytest.mark.parametrize("held", [1, 7 * 16, 1 << 20])
@@ -37,11 +37,11 @@ def test_the_nearest_entry_is_that_of_a_loop(held: int, monkeypatch: pytest.Monk
         assert float(distances[i]) == pytest.approx(costs[int(codes[i])], rel=1e-5)
 
 
-def test_weights_decide_who_is_nearest_and_what_the_mean_is() -> None:
+def test_weights_decide_the_nearest_entry_and_the_mean() -> None:
     vectors = torch.tensor([[0.0, 1.0], [0.0, 3.0]])
     weights = torch.tensor([[1.0, 1.0], [1.0, 3.0]])
-    found, codes = kmeans.kmeans(vectors, weights, 1, 5, generator())
-    torch.testing.assert_close(found, torch.tensor([[0.0, 2.5]]))
+    codebook, codes = kmeans.kmeans(vectors, weights, 1, 5, generator())
+    torch.testing.assert_close(codebook, torch.tensor([[0.0, 2.5]]))
     assert codes.tolist() == [0, 0]
     entries = torch.tensor([[1.0, 0.0], [0.0, 2.0]])
     assert assign(torch.zeros(1, 2), torch.tensor([[9.0, 1.0]]), entries)[0].tolist() == [1]
@@ -53,16 +53,16 @@ def test_planted_entries_are_recovered(seed: int) -> None:
     planted = torch.randn(32, 8, generator=generator(seed))
     labels = torch.randint(0, 32, (600,), generator=generator(seed + 10))
     vectors = planted[labels]
-    found, codes = kmeans.kmeans(vectors, torch.ones_like(vectors), 32, 50, generator(seed + 20))
-    assert float((found[codes] - vectors).abs().max()) <= 1e-5
+    codebook, codes = kmeans.kmeans(vectors, torch.ones_like(vectors), 32, 50, generator(seed + 20))
+    assert float((codebook[codes] - vectors).abs().max()) <= 1e-5
     assert len(set(codes.tolist())) == len(set(labels.tolist()))
 
 
-def test_more_entries_than_vectors_and_vectors_that_are_all_the_same() -> None:
+def test_more_entries_than_vectors_and_equal_vectors() -> None:
     few = torch.randn(5, 4, generator=generator())
-    found, codes = kmeans.kmeans(few, torch.ones_like(few), 16, 10, generator())
-    torch.testing.assert_close(found[codes], few)
+    codebook, codes = kmeans.kmeans(few, torch.ones_like(few), 16, 10, generator())
+    torch.testing.assert_close(codebook[codes], few)
     same = torch.full((20, 4), 0.3)
-    found, codes = kmeans.kmeans(same, torch.ones_like(same), 8, 10, generator())
-    torch.testing.assert_close(found[codes], same)
-    assert torch.isfinite(found).all()
+    codebook, codes = kmeans.kmeans(same, torch.ones_like(same), 8, 10, generator())
+    torch.testing.assert_close(codebook[codes], same)
+    assert torch.isfinite(codebook).all()

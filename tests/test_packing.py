@@ -1,4 +1,4 @@
-"""Packing: inverse for every width and size, dense, and in the documented bit order."""
+"""Packing: `unpack` inverts `pack` for every width and size; codes are dense and in the documented bit order."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from harness.core.packing import pack, packed_bytes, unpack
 
 
 def dtypes(bits: int) -> tuple[torch.dtype, ...]:
-    """Those that hold codes of this width."""
+    """Integer dtypes that can hold codes of `bits` bits."""
     wide = (torch.int32, torch.int64)
     return (torch.uint8, torch.int16, *wide) if bits <= 8 else (torch.int16, *wide) if bits < 16 else wide
 
@@ -24,9 +24,9 @@ def test_unpack_inverts_pack(bits: int, rows: int, columns: int, seed: int) -> N
     for dtype in dtypes(bits):
         packed = pack(codes.to(dtype), bits)
         assert packed.numel() == packed_bytes(codes.numel(), bits) == -(-rows * columns * bits // 8)
-        found = unpack(packed, bits, (rows, columns))
-        assert found.dtype == (torch.uint8 if bits <= 8 else torch.int32)
-        assert torch.equal(found.long(), codes)
+        unpacked = unpack(packed, bits, (rows, columns))
+        assert unpacked.dtype == (torch.uint8 if bits <= 8 else torch.int32)
+        assert torch.equal(unpacked.long(), codes)
 
 
 @given(bits=st.integers(1, 16), codes=st.lists(st.integers(0, 2**16 - 1), min_size=1, max_size=40))

@@ -1,8 +1,8 @@
 """Nearest entries of a codebook, and k-means with a weight for every coordinate of every vector.
 
-Lloyd 1982. With weights h the distance of vector w to entry c is sum_k h_k (w_k - c_k)^2 = const - 2 (h w) c + h c^2,
-one matrix product for all vectors and entries; the best entry is the weighted mean of its vectors. Vectors are
-compared some at a time: no more than 2^20 distances are held.
+Lloyd 1982. With weights h, the distance of vector w to entry c is sum_k h_k (w_k - c_k)^2 = const - 2 (h w) c + h c^2,
+which is one matrix product for all vectors and entries. The best entry is the weighted mean of its vectors. Vectors are
+compared in chunks, so that at most 2^20 distances are in memory.
 """
 
 from __future__ import annotations
@@ -10,31 +10,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_DISTANCES = 1 << 20  # held at once, 4 MiB
+_DISTANCES = 1 << 20  # in memory at once, 4 MiB
 _LANES = 256  # entries that one reduction compares
 
 
 def smallest(scores: Tensor, count: int = 1) -> Tensor:
-    """Indices (n, count) int64 of the least `scores` (n, E) float32, least first; E is a power of two. Overwrites them.
+    """Indices (n, count) int64 of the smallest `scores` (n, E) float32, in ascending order; E is a power of two.
 
-    The entry's number takes the place of a score's last bits, 8 at most, which makes a minimum give its place too: four
-    times as fast as argmin on a CPU. Scores that agree to 2^-15 of their magnitude count as equal.
+    The scores are overwritten: the index of the entry replaces the last bits of its score, 8 at most, so that a minimum
+    also gives its index. This is four times as fast as argmin on a CPU. Scores that agree to 2^-15 of their magnitude
+    count as equal.
     """
     lanes = min(_LANES, scores.shape[1])
-    number = torch.arange(lanes, dtype=torch.int32, device=scores.device)
+    lane = torch.arange(lanes, dtype=torch.int32, device=scores.device)
     blocks = scores.view(len(scores), -1, lanes)
-    blocks.view(torch.int32).bitwise_and_(-lanes).bitwise_or_(number)
-    found = []
+    blocks.view(torch.int32).bitwise_and_(-lanes).bitwise_or_(lane)
+    indices = []
     for _ in range(count):
         least, block = blocks.amin(-1).min(1) if blocks.shape[1] > 1 else (blocks.view(-1, lanes).amin(1), 0)
-        found.append((least.view(torch.int32) & lanes - 1).long() + block * lanes)
-        if len(found) < count:
-            scores.scatter_(1, found[-1][:, None], torch.finfo(scores.dtype).max)
-    return torch.stack(found, 1) if count > 1 else found[0][:, None]
+        indices.append((least.view(torch.int32) & lanes - 1).long() + block * lanes)
+        if len(indices) < count:
+            scores.scatter_(1, indices[-1][:, None], torch.finfo(scores.dtype).max)
+    return torch.stack(indices, 1) if count > 1 else indices[0][:, None]
 
 
 def assign(vectors: Tensor, weights: Tensor, entries: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest of `entries` (E, g) to each of `vectors` (n, g) under `weights` (n, g).
+    """For each of `vectors` (n, g), the nearest of `entries` (E, g) by the distance with `weights` (n, g).
 
     Returns: codes (n,) and distances (n,).
     """
@@ -48,31 +49,33 @@ def assign(vectors: Tensor, weights: Tensor, entries: Tensor) -> tuple[Tensor, T
 def kmeans(
     vectors: Tensor, weights: Tensor, entries: int, iterations: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """Entries (E, g) for `vectors` (n, g) with positive `weights` (n, g), and the code of each vector, (n,).
+    """Fit a codebook of `entries` entries to `vectors` (n, g) with positive `weights` (n, g).
 
-    It starts from vectors drawn by `generator` (of the CPU). An entry that no vector is nearest to becomes one of the
-    vectors, drawn by their distance from their own entry. Ends early when no code changes.
+    The first codebook consists of vectors drawn by `generator` (a CPU generator). An entry without vectors is replaced
+    by a vector, drawn with a probability proportional to its distance from its entry. The loop ends early when no code
+    changes.
+    Returns: entries (E, g), and the code of each vector, (n,).
     """
     picked = torch.randperm(len(vectors), generator=generator).to(vectors.device)
-    found = vectors[picked[torch.arange(entries, device=vectors.device) % len(vectors)]].clone()
-    codes, _ = assign(vectors, weights, found)
+    codebook = vectors[picked[torch.arange(entries, device=vectors.device) % len(vectors)]].clone()
+    codes, _ = assign(vectors, weights, codebook)
     for _ in range(iterations):
-        before = codes
-        found = _means(vectors, weights, codes, entries)
+        previous = codes
+        codebook = _means(vectors, weights, codes, entries)
         empty = (torch.bincount(codes, minlength=entries) == 0).nonzero()[:, 0][: len(vectors)]
         if len(empty):
-            distances = (weights * (vectors - found[codes]).square()).sum(1)
+            distances = (weights * (vectors - codebook[codes]).square()).sum(1)
             race = distances / torch.empty(len(vectors)).exponential_(generator=generator).to(distances)
-            found[empty] = vectors[race.topk(len(empty)).indices]
-        codes, _ = assign(vectors, weights, found)
-        if not len(empty) and torch.equal(codes, before):
+            codebook[empty] = vectors[race.topk(len(empty)).indices]
+        codes, _ = assign(vectors, weights, codebook)
+        if not len(empty) and torch.equal(codes, previous):
             break
-    return found, codes
+    return codebook, codes
 
 
 def _means(vectors: Tensor, weights: Tensor, codes: Tensor, entries: int) -> Tensor:
-    """The weighted mean of each entry's vectors, (E, g); zeros where it has none."""
+    """The weighted mean of each entry's vectors, (E, g); zeros for an entry without vectors."""
     size = vectors.shape[1]
-    both = torch.cat([vectors * weights, weights], 1)
-    sums = vectors.new_zeros(entries, 2 * size).index_add_(0, codes, both)
+    terms = torch.cat([vectors * weights, weights], 1)
+    sums = vectors.new_zeros(entries, 2 * size).index_add_(0, codes, terms)
     return sums[:, :size] / sums[:, size:].clamp(min=torch.finfo(sums.dtype).tiny)

@@ -7,14 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from harness.calibration.replay import Stream
 from harness.core.rewrite import InputGroup
 from harness.core.scheme import Scheme, WeightFormat
 from harness.core.stats import Stat, Stats
-from harness.models.architecture import block_prefix, input_groups, linears, weight_of
+from harness.models import Decoder, input_groups, weight_of
 from harness.nn.linear import QuantLinear
 from harness.quantization.producers import Discovery
 from harness.quantization.scale_search import Trial
+from tests.support.decoders import linears
+from tests.support.decoders import stream as stream_of
 
 TOKENS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(5))
 GROUP8 = Scheme(name="test", weight=WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"))
@@ -25,8 +26,8 @@ class Block:
 
     def __init__(self, model: nn.Module, index: int = 0, scheme: Scheme = GROUP8, tokens: Tensor = TOKENS) -> None:
         self.model, self.scheme = model, scheme
-        self.prefix = f"{block_prefix(model)}.{index}."
-        self.stream = Stream(model, tokens)
+        self.prefix = f"{Decoder(model).prefix}.{index}."
+        self.stream = stream_of(model, tokens)
         for _ in range(index):
             self.stream.advance()
         block_linears = {name: module for name, module in linears(model).items() if name.startswith(self.prefix)}

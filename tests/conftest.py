@@ -22,7 +22,10 @@ from hydra import compose, initialize_config_dir
 from hypothesis import settings
 from omegaconf import OmegaConf
 
+from harness import models
 from harness.cli import main
+from harness.config import build_run
+from harness.runs.identity import run_id
 from tests import interpreter
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +48,12 @@ def resolve(*overrides: str) -> dict[str, Any]:
     """The configuration that the command line `overrides` gives, as plain values."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         return OmegaConf.to_container(compose("config", list(overrides)), resolve=True)  # type: ignore[return-value]
+
+
+def run_id_of(raw: dict[str, Any]) -> str:
+    """The run id of a resolved configuration."""
+    cfg = build_run(raw)
+    return run_id(cfg, models.open(cfg.model, cfg.seed))
 
 
 @pytest.fixture

@@ -10,12 +10,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from harness.config.load import build_run
+from harness.config import build_run
 from harness.evaluation.perplexity import perplexity
-from harness.models.architecture import block_prefix, input_groups, linears, split_skipped, uncovered, weight_of
-from harness.quantization import engine
+from harness.models import Decoder, input_groups, split_skipped, weight_of
 from tests.families import FAMILIES, build
 from tests.reference import naive_perplexity
+from tests.support.decoders import linears, quantize
 
 # Names of the linears of block 0 by the input that they read, in execution order.
 _QKV, _GATED = ["q_proj", "k_proj", "v_proj"], [["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
@@ -35,7 +35,7 @@ TOKENS = torch.arange(3, 35).view(2, 16)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_of_the_first_block(family: str) -> None:
     model = build(family)
-    prefix = f"{block_prefix(model)}.0."
+    prefix = f"{Decoder(model).prefix}.0."
     modules = {name: module for name, module in linears(model).items() if name.startswith(prefix)}
     groups = input_groups(modules, lambda: model(input_ids=TOKENS))
     found = [[name.rpartition(".")[2] for name in group] for group in groups]
@@ -52,12 +52,12 @@ def test_rtn_runs_and_eight_bits_stay_close(family: str, tiny: Callable[..., dic
     model, cfg = build(family), build_run(tiny("scheme=channel", "bits=8"))
     with torch.no_grad():
         before = model(input_ids=TOKENS).logits
-    result = engine.quantize(model, cfg, TOKENS)
+    result = quantize(model, cfg, TOKENS)
     with torch.no_grad():
         after = model(input_ids=TOKENS).logits
     assert 0 < (after - before).norm() / before.norm() < 0.05
     assert {layer["name"] for layer in result.layers} == set(linears(build(family)))
-    assert result.warnings == [f"{name} is no linear and stays float" for name in uncovered(build(family))]
+    assert result.warnings == [f"{name} is no linear and stays float" for name in Decoder(build(family)).uncovered()]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -67,9 +67,9 @@ def test_perplexity_of_every_family_equals_whole_logits(family: str) -> None:
 
 
 def test_fused_experts_are_named_as_left_float() -> None:
-    names = uncovered(build("mixtral"))
+    names = Decoder(build("mixtral")).uncovered()
     assert any("experts" in name for name in names)
-    assert not uncovered(build("llama"))
+    assert not Decoder(build("llama")).uncovered()
 
 
 def test_weight_of_a_transposed_linear_is_out_by_in() -> None:
@@ -90,4 +90,4 @@ def test_skip_patterns() -> None:
 
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="has no list of equal blocks"):
-        block_prefix(nn.Linear(2, 2))
+        Decoder(nn.Linear(2, 2))

@@ -8,13 +8,12 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from harness.calibration.replay import logits
-from harness.config.load import build_run
+from harness import models
+from harness.calibration import logits
+from harness.config import build_run
 from harness.evaluation import perplexity
-from harness.models import source
 from harness.models.exchange import native
-from harness.runs import run
-from harness.runs.execute import execute_run
+from harness.runs import execute_run, run
 from tests.conftest import resolve
 
 CPU = torch.device("cpu")
@@ -46,8 +45,8 @@ def test_what_is_loaded_runs_as_what_was_saved(tmp_path: Path, options: tuple[st
     found, place = saved(tmp_path, *options, f"model.dtype={dtype}")
     assert found.status == "ok", found.error
     cfg = build_run(found.config)
-    loaded = native.load(source.load(cfg.model, getattr(torch, dtype), CPU, 1), place)  # other random weights
-    again = perplexity.perplexity(loaded, run.data.evaluation(cfg.data, source.tokenizer(cfg.model)).windows, 1)
+    loaded = native.load(models.open(cfg.model, 1).load(getattr(torch, dtype), CPU), place)  # other random weights
+    again = perplexity.perplexity(loaded, run.data.evaluation(cfg.data, models.open(cfg.model, 0).encode).windows, 1)
     assert again.nll == pytest.approx(found.metrics["nll"], rel=1e-6)
 
 
@@ -84,13 +83,12 @@ def test_a_kind_that_has_no_place_in_the_file_is_refused(tmp_path: Path) -> None
 
 
 def test_a_folder_that_is_none_and_a_model_that_does_not_fit_are_refused(tmp_path: Path) -> None:
-    model = source.load(build_run(resolve("model=tiny")).model, torch.float32, CPU, 0)
+    model = models.open(build_run(resolve("model=tiny")).model, 0).load(torch.float32, CPU)
     with pytest.raises(ValueError, match="is no quantized model"):
         native.load(model, tmp_path)
     _, place = saved(tmp_path, "scheme=group64")
-    other = source.load(
-        build_run(resolve("model=tiny", "model.architecture.num_hidden_layers=1")).model, torch.float32, CPU, 0
-    )
+    cfg = build_run(resolve("model=tiny", "model.architecture.num_hidden_layers=1")).model
+    other = models.open(cfg, 0).load(torch.float32, CPU)
     with pytest.raises(ValueError, match="does not fit the model: model.layers.1"):
         native.load(other, place)
     assert torch.isfinite(logits(model, TOKENS)).all()

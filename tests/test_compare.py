@@ -11,8 +11,7 @@ import pandas as pd
 import pytest
 
 from harness.cli import table
-from harness.records import store
-from harness.records.store import Record
+from harness.records import Record, store
 from harness.reports.compare import compare
 from harness.reports.intervals import difference
 from harness.reports.match import others_that_moved

@@ -11,9 +11,7 @@ from typing import Any
 import pytest
 from torch import nn
 
-from harness.config.build import build
-from harness.config.load import build_run, build_steps
-from harness.config.schema import RunConfig
+from harness.config import RunConfig, build, build_run, build_steps
 from harness.core.method import Method
 from methods.rtn import RTN
 from tests.conftest import ROOT, resolve

@@ -12,8 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.config.build import build
-from harness.config.load import build_steps
+from harness.config import build, build_steps
 from harness.core.method import Method, overrides
 from harness.core.qtensor import IntQTensor, QTensor, round_to_nearest
 from harness.core.scheme import ActivationFormat, Scheme, WeightFormat

@@ -13,9 +13,8 @@ from harness.core.qtensor import IntQTensor, PermutedQTensor, round_to_nearest
 from harness.core.scheme import ActivationFormat, WeightFormat
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
-from harness.kernels.table import MODULES, choose
+from harness.kernels.table import choose
 from harness.nn.linear import QuantLinear, resident_bytes
-from tests.conftest import ROOT
 
 CPU = torch.device("cpu")
 INT8_ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow")
@@ -185,11 +184,6 @@ def test_the_table_leaves_to_the_reference_what_it_has_no_kernel_for(
 ) -> None:
     kernel = choose(weights(32, 64, fmt), None, dtype, CPU)
     assert (kernel.name if kernel else None) == name
-
-
-def test_every_module_of_kernels_is_known_to_decide_a_result_or_not_to() -> None:
-    names = {path.stem for path in (ROOT / "harness/kernels").glob("*.py")}
-    assert names - {"__init__", "case", "inspect"} == set(MODULES["cpu"]) | set(MODULES["cuda"])
 
 
 def test_shapes_that_torch_refuses_or_reads_past_the_end_of_are_decoded() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.config.schema import DataConfig
+from harness.config import DataConfig
 from harness.data import corpora, windows
 
 

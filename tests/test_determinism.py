@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from harness.nn import linear
-from harness.runs.execute import execute_run
+from harness.runs import execute_run
 from harness.utils.determinism import repeatable
 from tests.conftest import ROOT, TINY, resolve
 
@@ -47,7 +47,7 @@ def results(folder: str, overrides: tuple[str, ...]) -> dict[str, Any]:
         options = ("measure=off", "engine.cache_gib=0", f"results_dir={folder}")
         found, _ = execute_run(resolve(*TINY, *options, *overrides))
     assert found.status == "ok", found.error
-    threads = found.environment["threads"]
+    threads = found.environment.threads
     shown = {"run_id": found.run_id, "window_nll": found.window_nll, "layers": found.layers, "threads": threads}
     return shown | {"stored": stored.hexdigest()}
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.evaluation import divergence, hidden_states, perplexity
-from harness.models import source
-from harness.runs.execute import execute_run
+from harness.models import Source
+from harness.runs import execute_run
 from harness.utils.disk_cache import DiskCache
 from tests.families import build
 
@@ -91,7 +91,7 @@ def test_a_strided_run_is_scored_and_compared_alike(tiny: Tiny) -> None:
     strided = ("data.protocol=strided", "data.stride=16")
     found = execute_run(tiny(*strided))[0]
     assert found.status == "ok", found.error
-    assert found.data["protocol"] == "strided-64-16"
+    assert found.data.protocol == "strided-64-16"
     assert found.metrics["kl"] > 0
     assert found.run_id != execute_run(tiny())[0].run_id
 
@@ -214,8 +214,8 @@ def test_a_rotated_model_is_compared_by_its_own_head(tiny: Tiny) -> None:
 def test_the_float_model_is_loaded_only_where_its_tail_is_another(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     first = execute_run(tiny("bits=3"))[0]
     loads: list[int] = []
-    original = source.load
-    monkeypatch.setattr(source, "load", lambda *args: loads.append(1) or original(*args))
+    original = Source.load
+    monkeypatch.setattr(Source, "load", lambda *args: loads.append(1) or original(*args))
     again = execute_run(tiny("bits=3", "force=true"))[0]
     assert len(loads) == 1
     assert again.window_kl == first.window_kl

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config.schema import MeasureConfig
+from harness.config import MeasureConfig
 from harness.evaluation import energy, latency
 from harness.evaluation.energy import Meter
-from harness.runs.execute import execute_run
+from harness.runs import execute_run
 from tests.families import build
 
 Tiny = Callable[..., dict[str, Any]]
@@ -162,6 +162,6 @@ def test_a_run_says_what_it_measured_and_nothing_where_it_cannot(tiny: Tiny, mon
     monkeypatch.setattr(energy, "meter", lambda _device: Meter("fake", lambda: [next(readings)], (0,), 1.0))
     measured = execute_run(tiny(*timed))[0]
     assert measured.status == "ok", measured.error
-    assert measured.execution["energy_source"] == "fake"
+    assert measured.execution.energy_source == "fake"
     for name in ("prefill_j", "decode_j_per_token", "baseline_prefill_j", "baseline_decode_j_per_token"):
         assert measured.metrics[name] > 0

@@ -11,19 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.config.load import build_run
-from harness.config.schema import RunConfig
+from harness.config import RunConfig, build_run
 from harness.core.method import InputGroup, Method
 from harness.core.qtensor import QTensor, round_to_nearest
 from harness.core.residual import Residual
 from harness.core.scheme import Scheme
 from harness.core.stats import MinMax, Stat, Stats
-from harness.models.architecture import linears, weight_of
+from harness.models import weight_of
 from harness.nn.linear import QuantLinear
-from harness.quantization import engine
 from methods.rtn import RTN
 from tests.blocks import Block, codes_of, logits, relative
 from tests.families import build, uneven
+from tests.support.decoders import linears, quantize
 
 Tiny = Callable[..., dict[str, Any]]
 TOKENS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(5))
@@ -103,7 +102,7 @@ def test_groups_come_in_order_and_every_linear_gets_its_own_inputs(tiny: Tiny) -
     model, nosy = build("llama"), Nosy(groups=[], seen=[])
     names = list(linears(model))
     expected = [inputs_of(model, name) for name in names]
-    engine.quantize(model, config(tiny, "scheme=channel", "engine.propagate=float", nosy=nosy), TOKENS)
+    quantize(model, config(tiny, "scheme=channel", "engine.propagate=float", nosy=nosy), TOKENS)
     block = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
     assert nosy.groups == block * 2
     assert len(nosy.seen) == len(names)
@@ -115,7 +114,7 @@ def test_groups_come_in_order_and_every_linear_gets_its_own_inputs(tiny: Tiny) -
 def test_a_rewrite_composes_with_rtn_as_by_hand(tiny: Tiny) -> None:
     composed, by_hand = build("llama"), build("llama")
     cfg = config(tiny, "scheme=channel", swap=SwapChannels(), rtn=RTN())
-    engine.quantize(composed, cfg, TOKENS)
+    quantize(composed, cfg, TOKENS)
     SwapChannels().prepare(by_hand)
     assert cfg.scheme is not None
     for name, module in linears(by_hand).items():
@@ -130,7 +129,7 @@ def test_a_rewrite_composes_with_rtn_as_by_hand(tiny: Tiny) -> None:
 def test_a_step_that_changes_the_function_is_refused(tiny: Tiny, hook: str) -> None:
     cfg = config(tiny, "scheme=channel", doubles=Doubles(hook=hook), rtn=RTN())
     with pytest.raises(ValueError, match="method.doubles changed the float model's function: .* moved by"):
-        engine.quantize(build("llama"), cfg, TOKENS)
+        quantize(build("llama"), cfg, TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,13 +162,13 @@ class Rude(Method):
 )
 def test_quantize_is_held_to_the_contract(tiny: Tiny, how: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^model.layers.0.self_attn.q_proj: {message}"):
-        engine.quantize(build("llama"), config(tiny, "scheme=channel", rude=Rude(how=how)), TOKENS)
+        quantize(build("llama"), config(tiny, "scheme=channel", rude=Rude(how=how)), TOKENS)
 
 
 def test_static_activation_ranges_are_those_of_the_float_inputs(tiny: Tiny) -> None:
     model = build("llama")
     expected = {name: inputs_of(model, name).abs().max() for name in linears(model)}
-    engine.quantize(model, config(tiny, "scheme=w8a8_static", rtn=RTN()), TOKENS)
+    quantize(model, config(tiny, "scheme=w8a8_static", rtn=RTN()), TOKENS)
     for name, absmax in expected.items():
         quantizer = model.get_submodule(name).input_quantizer
         torch.testing.assert_close(quantizer.scale, absmax / 127)  # type: ignore[union-attr]
@@ -179,7 +178,7 @@ def test_an_error_of_a_method_names_the_linear(tiny: Tiny) -> None:
     model = build("llama")
     model.get_parameter("model.layers.1.mlp.up_proj.weight").data[0, 0] = torch.nan
     with pytest.raises(ValueError, match=r"^model.layers.1.mlp.up_proj: the weight holds NaN or infinite values"):
-        engine.quantize(model, config(tiny, "scheme=channel", rtn=RTN()), TOKENS)
+        quantize(model, config(tiny, "scheme=channel", rtn=RTN()), TOKENS)
 
 
 def test_minmax_streams() -> None:
@@ -217,7 +216,7 @@ def round_by_hand(model: nn.Module, cfg: RunConfig, names: list[str]) -> None:
 def test_inputs_are_those_that_the_quantized_prefix_gives(tiny: Tiny, one_by_one: bool) -> None:
     watches, by_hand = Watches(seen=[], one_by_one=one_by_one), build("llama")
     cfg = config(tiny, "scheme=channel", "bits=2", watches=watches)
-    engine.quantize(build("llama"), cfg, TOKENS)
+    quantize(build("llama"), cfg, TOKENS)
     names = list(linears(by_hand))
     groups = [names[0:3], names[3:4], names[4:6], names[6:7], names[7:10], names[10:11], names[11:13], names[13:14]]
     expected: list[Tensor] = []
@@ -240,7 +239,7 @@ def test_float_inputs_do_not_see_what_was_quantized(tiny: Tiny) -> None:
     watches, model = Watches(seen=[], one_by_one=True), build("llama")
     expected = [inputs_of(model, name) for name in linears(model)]
     cfg = config(tiny, "scheme=channel", "bits=2", "engine.propagate=float", watches=watches)
-    engine.quantize(model, cfg, TOKENS)
+    quantize(model, cfg, TOKENS)
     for seen, wanted in zip(watches.seen, expected, strict=True):
         torch.testing.assert_close(seen, wanted)
 
@@ -250,7 +249,7 @@ def test_float_inputs_do_not_see_what_was_quantized(tiny: Tiny) -> None:
 def test_a_composite_is_its_steps_by_hand(tiny: Tiny, family: str, method: str) -> None:
     composed, by_hand = uneven(build(family)), uneven(build(family))
     cfg = build_run(tiny(f"method={method}", "scheme=channel"))
-    engine.quantize(composed, cfg, TOKENS)
+    quantize(composed, cfg, TOKENS)
     (first, step), (_, last) = cfg.steps.items()
     with torch.no_grad():
         for index in range(2):
@@ -261,9 +260,9 @@ def test_a_composite_is_its_steps_by_hand(tiny: Tiny, family: str, method: str) 
                     block.search(group, stats)
                 step.transform(group, stats)
     assert relative(logits(by_hand), logits(uneven(build(family)))) < 1e-4
-    engine.quantize(by_hand, replace(cfg, steps={"gptq": last}), TOKENS)
+    quantize(by_hand, replace(cfg, steps={"gptq": last}), TOKENS)
     alone = uneven(build(family))
-    engine.quantize(alone, replace(cfg, steps={"gptq": last}), TOKENS)
+    quantize(alone, replace(cfg, steps={"gptq": last}), TOKENS)
     codes = codes_of(composed)
     assert codes.keys() == linears(build(family)).keys()
     assert all(torch.equal(value, codes_of(by_hand)[name]) for name, value in codes.items())
@@ -273,7 +272,7 @@ def test_a_composite_is_its_steps_by_hand(tiny: Tiny, family: str, method: str) 
 def test_a_step_that_rewrites_quantizes_by_statistics_of_rescaled_inputs(tiny: Tiny) -> None:
     found, by_hand = uneven(build("llama")), uneven(build("llama"))
     cfg = build_run(tiny("method=awq", "scheme=channel", "bits=3", "engine.propagate=float"))
-    engine.quantize(found, cfg, TOKENS)
+    quantize(found, cfg, TOKENS)
     (step,) = cfg.steps.values()
     assert cfg.scheme is not None
     with torch.no_grad():
@@ -292,8 +291,8 @@ def test_a_step_that_rewrites_quantizes_by_statistics_of_rescaled_inputs(tiny: T
 def test_a_step_that_only_rewrites_sees_the_float_model(tiny: Tiny) -> None:
     nosy, model = Nosy(groups=[], seen=[]), build("llama")
     plain = build("llama")
-    engine.quantize(model, config(tiny, "scheme=channel", "bits=2", nosy=nosy, rtn=RTN()), TOKENS)
-    engine.quantize(plain, config(tiny, "scheme=channel", "bits=2", rtn=RTN()), TOKENS)
+    quantize(model, config(tiny, "scheme=channel", "bits=2", nosy=nosy, rtn=RTN()), TOKENS)
+    quantize(plain, config(tiny, "scheme=channel", "bits=2", rtn=RTN()), TOKENS)
     assert nosy.seen == [], "the last step chooses the codes"
     assert len(nosy.groups) == 8
     assert all(torch.equal(value, codes_of(plain)[name]) for name, value in codes_of(model).items())
@@ -316,7 +315,7 @@ class Warns(Method):
 def test_what_a_method_warns_of_is_kept_with_its_linear(tiny: Tiny) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # none gets out
-        result = engine.quantize(build("llama"), config(tiny, "scheme=channel", warns=Warns()), TOKENS)
+        result = quantize(build("llama"), config(tiny, "scheme=channel", warns=Warns()), TOKENS)
     assert len(result.warnings) == 8 + 14
     down = "model.layers.1.mlp.down_proj"
     assert [note for note in result.warnings if note.startswith(down)] == [f"{down}: looked at", f"{down}: has 32 rows"]
@@ -339,14 +338,14 @@ def test_what_a_method_warns_of_the_model_is_kept(tiny: Tiny) -> None:
     cfg = config(tiny, "scheme=channel", once=WarnsOnce())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        result = engine.quantize(build("llama"), cfg, TOKENS)
+        result = quantize(build("llama"), cfg, TOKENS)
     assert result.warnings == ["method.once: prepared", "method.once: is 32 wide"]
 
 
 def test_a_skipped_member_stays_float_and_is_rescaled_with_its_group(tiny: Tiny) -> None:
     model, plain = uneven(build("llama")), uneven(build("llama"))
     cfg = build_run(tiny("method=smoothquant", "scheme=channel", "bits=8", "skip=[*.up_proj]"))
-    result = engine.quantize(model, cfg, TOKENS)
+    result = quantize(model, cfg, TOKENS)
     name = "model.layers.0.mlp.up_proj"
     norm = "model.layers.0.post_attention_layernorm.weight"
     assert isinstance(model.get_submodule(name), nn.Linear)
@@ -364,7 +363,7 @@ def test_a_skipped_member_stays_float_and_is_rescaled_with_its_group(tiny: Tiny)
 def test_a_group_that_is_skipped_whole_is_left_alone(tiny: Tiny) -> None:
     model, plain = uneven(build("llama")), uneven(build("llama"))
     cfg = build_run(tiny("method=smoothquant", "scheme=channel", "bits=8", "skip=[*gate_proj,*up_proj,*down_proj]"))
-    engine.quantize(model, cfg, TOKENS)
+    quantize(model, cfg, TOKENS)
     for name, value in plain.named_parameters():
         if "mlp" in name or "post_attention" in name:
             assert torch.equal(model.get_parameter(name), value), name
@@ -373,7 +372,7 @@ def test_a_group_that_is_skipped_whole_is_left_alone(tiny: Tiny) -> None:
 def test_linears_that_are_rescaled_twice_name_both_steps_producers(tiny: Tiny) -> None:
     cfg = build_run(tiny("method=smoothquant_gptq", "scheme=channel"))
     twice = {"one": cfg.steps["smoothquant"], "two": cfg.steps["smoothquant"], "gptq": cfg.steps["gptq"]}
-    result = engine.quantize(build("llama"), replace(cfg, steps=twice), TOKENS)
+    result = quantize(build("llama"), replace(cfg, steps=twice), TOKENS)
     assert result.layers[0]["rescaled_by"] == "model.layers.0.input_layernorm, model.layers.0.input_layernorm"
 
 
@@ -387,9 +386,7 @@ def test_progress_names_the_block_and_the_error_so_far(tiny: Tiny) -> None:
             yield item
             shown.append((say(), total))
 
-    result = engine.quantize(
-        build("llama"), build_run(tiny("method=smoothquant_gptq", "scheme=channel")), TOKENS, track
-    )  # type: ignore[arg-type]
+    result = quantize(build("llama"), build_run(tiny("method=smoothquant_gptq", "scheme=channel")), TOKENS, track)  # type: ignore[arg-type]
     errors = [row["output_error"] for row in result.layers]
     first, second = (sum(errors[i : i + 7]) / 7 for i in (0, 7))
     assert shown == [
@@ -411,12 +408,12 @@ def test_what_data_is_needed_for(tiny: Tiny) -> None:
         (["method=gptq"], True),
         (["method=smoothquant", "scheme=w8a8_token"], True),
     ]:
-        assert engine.needs_calibration(build_run(tiny(*overrides))) == needed, overrides
+        assert build_run(tiny(*overrides)).calibrates == needed, overrides
 
 
 def test_errors_are_those_of_weights_and_of_outputs_on_calibration_data(tiny: Tiny) -> None:
     model, plain = build("llama"), build("llama")
-    result = engine.quantize(model, build_run(tiny("method=gptq", "scheme=channel", "engine.propagate=float")), TOKENS)
+    result = quantize(model, build_run(tiny("method=gptq", "scheme=channel", "engine.propagate=float")), TOKENS)
     for row in result.layers:
         linear, weight = model.get_submodule(row["name"]), weight_of(plain.get_submodule(row["name"]))
         assert row["weight_error"] == pytest.approx(relative(linear.packed.dequantize(), weight), rel=1e-5)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.config.load import build_run
+from harness.config import build_run
 from harness.core.method import Finetune, Method
 from harness.core.qtensor import QTensor, Tuner
 from harness.core.scheme import Scheme
@@ -22,6 +22,7 @@ from harness.quantization import engine
 from harness.quantization import finetune as tuning
 from tests.blocks import TOKENS, logits, relative
 from tests.families import build, uneven
+from tests.support.decoders import quantize
 
 Tiny = Callable[..., dict[str, Any]]
 QUIP = ("method=quip_sharp", "bits=2", "method.quip_sharp.passes=0")
@@ -116,7 +117,7 @@ def test_a_step_that_makes_it_worse_is_not_kept() -> None:
 
 def test_codes_without_floats_leave_nothing_to_train(tiny: Tiny) -> None:
     model = build("llama")
-    engine.quantize(model, build_run(tiny("method=rtn", "scheme=channel")), TOKENS)
+    quantize(model, build_run(tiny("method=rtn", "scheme=channel")), TOKENS)
     block = model.get_submodule("model.layers.0")
     assert tuning.finetune(block, block, [torch.zeros(1)], [torch.zeros(1)], Finetune(epochs=1, lr=0.1)) is None
 
@@ -152,7 +153,7 @@ def test_a_block_is_trained_from_quantized_inputs_to_the_float_models_outputs(
     monkeypatch.setattr(engine, "finetune", note)
     model, plain = build("llama"), build("llama")
     cfg = replace_fields(build_run(tiny("method=rtn", "scheme=channel")), steps={"halved": Halved()})
-    engine.quantize(model, cfg, TOKENS)
+    quantize(model, cfg, TOKENS)
     assert len(seen) == 2
     for index, (inputs, targets) in enumerate(seen):
         assert relative(torch.cat(inputs), states(model, index)[0]) < 1e-5
@@ -177,7 +178,7 @@ def test_two_bits_come_nearer_to_the_float_model_and_rows_say_so(tiny: Tiny, fam
     off = {}
     for epochs in (0, 8):
         model = uneven(build(family))
-        result = engine.quantize(model, build_run(tiny(*QUIP, f"method.quip_sharp.epochs={epochs}")), tokens)
+        result = quantize(model, build_run(tiny(*QUIP, f"method.quip_sharp.epochs={epochs}")), tokens)
         off[epochs] = relative(logits(model, tokens), exact)
         if epochs:
             assert all(row["block_error"] <= row["block_error_untuned"] for row in result.layers)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.config.build import build
+from harness.config import build
 from harness.core.qtensor import IntQTensor, round_to_nearest
 from harness.core.scheme import Scheme, WeightFormat
 from harness.core.stats import Stats

@@ -13,13 +13,10 @@ from typing import Any
 
 import pytest
 
+from harness.config import Decides, RunConfig, build_run, decides
 from harness.config import schema as configuration
-from harness.config.load import build_run
-from harness.config.options import Decides, decides
-from harness.config.schema import RunConfig
 from harness.records import store
-from harness.runs import identity
-from harness.runs.execute import execute_run
+from harness.runs import execute_run, identity
 from harness.runs.sources import Sources
 from tests.conftest import ROOT, TINY, resolve
 
@@ -70,10 +67,9 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
     """A configuration in which every condition holds: it calibrates, analyses and chooses widths."""
     raw = resolve(*TINY, "kv=kivi4", "data.protocol=strided", "data.stride=8", "analysis.sensitivity=linear")
     raw["mixed"] |= {"budget": 4.0, "sensitivity": "somewhere"}
-    monkeypatch.setattr(identity.mixed, "identity", lambda _cfg: {})
-    monkeypatch.setattr(identity.models, "fingerprint", lambda *_: "weights")
-    monkeypatch.setattr(identity.text, "identity", lambda *_: "text")
-    monkeypatch.setattr(identity.run, "device_of", str)
+    monkeypatch.setattr(identity.mixed, "identity", lambda *_: {})
+    monkeypatch.setattr(identity.data, "identity", lambda *_: "text")
+    monkeypatch.setattr(identity, "device_of", str)
     return build_run(raw)
 
 
@@ -223,6 +219,14 @@ def test_a_name_of_a_package_leads_to_its_module(tmp_path: Path) -> None:
     for line, expected in (("from package import first", "one"), ("from package import other", "two")):
         (tmp_path / "root.py").write_text(line + "\n")
         assert set(Sources((tmp_path,)).closure(["root"])) == {"root", f"package.{expected}"}
+
+
+def test_kernels_of_another_device_are_not_reached() -> None:
+    cfg = build_run(resolve(*TINY, *CASES["gptq"]))
+    on_cpu, on_gpu = (identity.reached(cfg, device) for device in ("cpu", "cuda"))
+    assert any(name.startswith("harness.kernels.triton.") for name in on_gpu)
+    assert not any(name.startswith("harness.kernels.triton.") for name in on_cpu)
+    assert "harness.kernels.cpu_int4" in on_cpu.keys() - on_gpu.keys()
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache
 
-from harness.config.load import build_run
+from harness.config import build_run
 from harness.core.kv import KVFormat, StatesFormat
 from harness.core.states import States
 from harness.evaluation import perplexity
 from harness.nn import kvcache
-from harness.runs import run
-from harness.runs.execute import execute_run
+from harness.runs import execute_run, run
 from tests.conftest import ROOT, resolve
 from tests.families import FAMILIES, build
 
@@ -335,7 +334,7 @@ def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:
     assert (plain.status, coded.status, both.status) == ("ok", "ok", "ok"), (plain.error, coded.error, both.error)
     assert len({plain.run_id, coded.run_id, both.run_id}) == 3
     assert coded.config["kv"]["key"]["bits"] == 4
-    assert coded.execution["kv"] == "kv4_token group_size=8"
+    assert coded.execution.kv == "kv4_token group_size=8"
     assert "kv" not in plain.execution
     assert coded.metrics["perplexity"] != plain.metrics["perplexity"]
     assert coded.metrics["perplexity"] == pytest.approx(plain.metrics["perplexity"], rel=0.02)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.config.load import build_run
+from harness.config import build_run
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import MixedQTensor, round_to_nearest
 from harness.core.scheme import ActivationFormat, Scheme, WeightFormat

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,28 +15,36 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from harness import models
 from harness.cli import table
-from harness.config.load import build_run
-from harness.config.schema import RunConfig
+from harness.config import RunConfig, build_run
 from harness.core.grid import snap_weight
 from harness.core.qtensor import QTensor, round_to_nearest
-from harness.models import source as models
-from harness.models.architecture import linears, weight_of
+from harness.models import Decoder, weight_of
 from harness.nn.linear import QuantLinear
-from harness.quantization import engine, mixed
+from harness.quantization import mixed
 from harness.quantization.allocation import Choice, allocate, hull
-from harness.records import store
-from harness.runs import run
-from harness.runs.execute import execute_run
-from harness.runs.identity import run_id
+from harness.records import Analysis, Record, Weights, store
+from harness.runs import execute_run, run
 from harness.utils.disk_cache import DiskCache
 from tests.blocks import GROUP8, Block, relative
-from tests.conftest import TINY, resolve
+from tests.conftest import TINY, resolve, run_id_of
 from tests.families import build, uneven
+from tests.support.decoders import linears, quantize
 
 Tiny = Callable[..., dict[str, Any]]
 WIDTHS = (2, 3, 4, 5, 6, 8)
 NO_CACHE = DiskCache(Path(), 0)
+
+
+def source_of(cfg: RunConfig) -> Record:
+    """The record of sensitivities that a configuration follows."""
+    return mixed.source(cfg, models.open(cfg.model, cfg.seed).fingerprint)
+
+
+def plan(model: nn.Module, cfg: RunConfig, tokens: Tensor) -> mixed.Plan:
+    return mixed.plan(Decoder(model), cfg, source_of(cfg), tokens, NO_CACHE)
+
 
 choices = st.lists(
     st.tuples(st.integers(1, 40), st.floats(0, 10)), min_size=1, max_size=4, unique_by=lambda pair: pair[0]
@@ -101,7 +108,7 @@ def followed(measured: store.Record, tmp_path: Path) -> Path:
     """Its record, with figures set to differ by linear beyond all noise."""
     found = copy.deepcopy(measured)
     assert found.status == "ok", found.error
-    for i, row in enumerate(found.analysis["sensitivity"]):
+    for i, row in enumerate(found.analysis.sensitivity):
         row["kl_alone"] = 0.001 * 4 ** (i % 5)
     return store.write(found, tmp_path / "followed")
 
@@ -130,16 +137,16 @@ def inputs_of(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
 @pytest.mark.parametrize("by", ["linear", "block"])
 def test_a_plan_costs_what_its_formula_says(tiny: Tiny, followed: Path, by: str, tmp_path: Path) -> None:
     source = store.read(followed)
-    measured = {row["name"]: row["kl_alone"] for row in source.analysis["sensitivity"]}
+    measured = {row["name"]: row["kl_alone"] for row in source.analysis.sensitivity}
     if by == "block":
-        rows = source.analysis["sensitivity"]
+        rows = source.analysis.sensitivity
         rows[:] = [rows[0] | {"name": "model.layers.0"}, rows[3] | {"name": "model.layers.1"}]
         measured = {row["name"]: row["kl_alone"] for row in rows}
         followed = store.write(source, tmp_path / "blocks")
     cfg = build_run(mixing(tiny, followed))
     assert cfg.scheme is not None
     model, tokens = float_model(cfg), calibration(cfg)
-    found = mixed.plan(model, cfg, tokens, NO_CACHE)
+    found = plan(model, cfg, tokens)
     cost, bits, weights = 0.0, 0.0, 0
     for unit, kl in measured.items():
         members = [name for name in linears(model) if name == unit or name.startswith(f"{unit}.")]
@@ -164,11 +171,11 @@ def test_a_plan_costs_what_its_formula_says(tiny: Tiny, followed: Path, by: str,
 
 def test_sensitive_linears_get_more_bits(tiny: Tiny, followed: Path) -> None:
     source = store.read(followed)
-    for row in source.analysis["sensitivity"]:
+    for row in source.analysis.sensitivity:
         row["kl_alone"] = 1.0 if row["name"].endswith("gate_proj") else 1e-3
     store.write(source, followed.parent)
     cfg = build_run(mixing(tiny, followed))
-    bits = mixed.plan(float_model(cfg), cfg, calibration(cfg), NO_CACHE).bits
+    bits = plan(float_model(cfg), cfg, calibration(cfg)).bits
     gates = [width for name, width in bits.items() if name.endswith("gate_proj")]
     others = [width for name, width in bits.items() if not name.endswith("gate_proj")]
     assert min(gates) > max(others)
@@ -200,7 +207,7 @@ def test_a_mixed_run_is_each_linear_at_its_bits(tiny: Tiny, method: str, followe
     cfg = build_run(mixing(tiny, followed, f"method={method}", "engine.propagate=float"))
     model, tokens = float_model(cfg), calibration(cfg)
     widths = {name: WIDTHS[i % 4] for i, name in enumerate(linears(model))}
-    result = engine.quantize(model, cfg, tokens, widths=widths)
+    result = quantize(model, cfg, tokens, widths=widths)
     expected = by_hand(cfg, widths)
     assert {row["name"]: row["bits"] for row in result.layers} == widths
     for row in result.layers:
@@ -235,7 +242,7 @@ def test_a_trial_rounds_each_linear_of_a_group_to_its_own_width() -> None:
 def test_a_whole_run(tiny: Tiny, method: str, followed: Path) -> None:
     found, _ = execute_run(mixing(tiny, followed, f"method={method}"))
     assert found.status == "ok", found.error
-    plan = found.analysis["mixed"]
+    plan = found.analysis.mixed
     assert plan["sensitivity"] == store.read(followed).run_id
     assert found.metrics["bits_per_weight"] == pytest.approx(plan["bits_per_weight"])
     assert 3.5 < plan["bits_per_weight"] <= 4
@@ -252,44 +259,44 @@ def test_a_whole_run(tiny: Tiny, method: str, followed: Path) -> None:
 def test_the_figures_that_are_followed_decide_the_run_and_the_file_does_not(tiny: Tiny, followed: Path) -> None:
     def identity(path: Path, *options: str) -> str:
         raw = mixing(tiny, path, *options)
-        return run_id(build_run(raw))
+        return run_id_of(raw)
 
     first = identity(followed)
     assert identity(followed.parent) == first, "the folder's newest"
     assert identity(followed, "bits=3") == first, "the scheme's own width has no use"
     assert identity(followed, "mixed.widths=[2,4]") != first
     source = store.read(followed)
-    source.analysis["sensitivity"][0]["kl_alone"] *= 2
+    source.analysis.sensitivity[0]["kl_alone"] *= 2
     changed = store.write(source, followed.parent)
     assert identity(changed) != first
     plain = tiny("mixed.widths=[2,4]")
-    assert run_id(build_run(plain)) == run_id(build_run(tiny())), "nothing is mixed"
+    assert run_id_of(plain) == run_id_of(tiny()), "nothing is mixed"
 
 
 def test_the_newest_of_a_folder_that_fits_is_taken(tiny: Tiny, followed: Path) -> None:
     good = store.read(followed)
     others = {
         "failed": replace(good, status="failed"),
-        "none": replace(good, analysis={}),
-        "model": replace(good, model={"fingerprint": "other"}),
-        "mixed": replace(good, analysis=good.analysis | {"mixed": {}}),
+        "none": replace(good, analysis=Analysis()),
+        "model": replace(good, model=Weights(fingerprint="other")),
+        "mixed": replace(good, analysis=replace(good.analysis, mixed={"bits": {}})),
     }
     for name, other in others.items():
-        (followed.parent / f"{name}.json").write_text(json.dumps(vars(replace(other, run_id=name))))
+        store.write(replace(other, run_id=name), followed.parent)
     (followed.parent / "broken.json").write_text("{")
-    assert mixed.source(build_run(mixing(tiny, followed.parent))).run_id == good.run_id
+    assert source_of(build_run(mixing(tiny, followed.parent))).run_id == good.run_id
     followed.unlink()
     with pytest.raises(ValueError, match="holds no finished run with sensitivities of model=tiny at one width; run"):
-        mixed.source(build_run(mixing(tiny, followed.parent)))
+        source_of(build_run(mixing(tiny, followed.parent)))
 
 
 def test_linears_whose_measurement_says_nothing(tiny: Tiny, followed: Path) -> None:
     source = store.read(followed)
-    rows = source.analysis["sensitivity"]
+    rows = source.analysis.sensitivity
     rows[0]["kl_alone"], rows[1]["kl_alone"] = 0.0, -1e-9
     store.write(source, followed.parent)
     cfg = build_run(mixing(tiny, followed))
-    found = mixed.plan(float_model(cfg), cfg, calibration(cfg), NO_CACHE)
+    found = plan(float_model(cfg), cfg, calibration(cfg))
     (note,) = found.warnings
     assert note == f"mixed: {rows[0]['name']} and 1 more cost no more than rounding noise alone; taken as 1e-07 nats"
     assert found.bits[rows[0]["name"]] == 2
@@ -299,16 +306,16 @@ def test_linears_whose_measurement_says_nothing(tiny: Tiny, followed: Path) -> N
     assert cfg.scheme is not None
     with torch.no_grad():
         exact.copy_(round_to_nearest(exact, cfg.scheme.at(3).weight).dequantize())
-    (_, note) = mixed.plan(model, cfg, calibration(cfg), NO_CACHE).warnings
+    (_, note) = plan(model, cfg, calibration(cfg)).warnings
     assert note == f"mixed: {rows[4]['name']} had no error at 3 bits; taken as sensitive as the median"
 
 
 def test_another_scheme_is_said_and_a_linear_that_was_not_measured_refused(tiny: Tiny, followed: Path) -> None:
     cfg = build_run(mixing(tiny, followed, "scheme=group32"))
-    (note,) = mixed.plan(float_model(cfg), cfg, calibration(cfg), NO_CACHE).warnings
+    (note,) = plan(float_model(cfg), cfg, calibration(cfg)).warnings
     assert note.endswith("measured sensitivities under another scheme (group_size)")
     source = store.read(followed)
-    del source.analysis["sensitivity"][3]
+    del source.analysis.sensitivity[3]
     store.write(source, followed.parent)
     found, _ = execute_run(mixing(tiny, followed))
     assert found.error is not None

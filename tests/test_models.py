@@ -15,10 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from harness.config.build import build
-from harness.config.schema import ModelConfig
+from harness import models
+from harness.config import ModelConfig, build
 from harness.models import gguf as embedded
-from harness.models import source
 from harness.utils import hub
 from tests.conftest import ROOT, resolve
 from tests.families import build as build_family
@@ -34,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_random_weights_follow_the_seed() -> None:
-    first, same, other = (source.load(TINY, torch.float32, CPU, seed) for seed in (0, 0, 1))
+    first, same, other = (models.open(TINY, seed).load(torch.float32, CPU) for seed in (0, 0, 1))
     pick = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(first.get_parameter(pick), same.get_parameter(pick))
     assert not torch.equal(first.get_parameter(pick), other.get_parameter(pick))
@@ -42,7 +41,7 @@ def test_random_weights_follow_the_seed() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_float_types_are_casts_of_the_same_weights(dtype: torch.dtype) -> None:
-    plain, cast = source.load(TINY, torch.float32, CPU, 0), source.load(TINY, dtype, CPU, 0)
+    plain, cast = models.open(TINY, 0).load(torch.float32, CPU), models.open(TINY, 0).load(dtype, CPU)
     pick = "model.layers.1.mlp.down_proj.weight"
     assert torch.equal(plain.get_parameter(pick).to(dtype), cast.get_parameter(pick))
     assert {parameter.dtype for parameter in cast.parameters()} == {dtype}
@@ -50,7 +49,7 @@ def test_float_types_are_casts_of_the_same_weights(dtype: torch.dtype) -> None:
 
 def test_local_folder(folder: Path) -> None:
     cfg = ModelConfig(name="x", path=str(folder), package="ignored==1")
-    loaded = source.load(cfg, source.resolve_dtype("auto", source.config(cfg)), CPU, 0)
+    loaded = (opened := models.open(cfg, 0)).load(opened.dtype("auto"), CPU)
     for name, parameter in build_family("llama").named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
@@ -58,22 +57,22 @@ def test_local_folder(folder: Path) -> None:
 
 def test_weights_are_in_memory_of_their_own(folder: Path) -> None:
     cfg = ModelConfig(name="x", path=str(folder))
-    loaded = source.load(cfg, torch.float32, CPU, 0)
+    loaded = models.open(cfg, 0).load(torch.float32, CPU)
     shutil.rmtree(folder)
     assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
 
 
 def test_fingerprint_of_a_folder_follows_its_files(folder: Path) -> None:
     cfg = ModelConfig(name="x", path=str(folder))
-    before = source.fingerprint(cfg, 0)
-    assert source.fingerprint(cfg, 0) == before
+    before = models.open(cfg, 0).fingerprint
+    assert models.open(cfg, 0).fingerprint == before
     weights = folder / "model.safetensors"
     data = bytearray(weights.read_bytes())
     data[len(data) // 2] ^= 1
     weights.write_bytes(bytes(data))
-    assert source.fingerprint(cfg, 0) != before
+    assert models.open(cfg, 0).fingerprint != before
     (folder / ".DS_Store").write_text("")
-    assert source.name_of(cfg) == "saved"
+    assert models.open(cfg, 0).name == "saved"
 
 
 def test_nan_weights_are_named(folder: Path) -> None:
@@ -81,7 +80,7 @@ def test_nan_weights_are_named(folder: Path) -> None:
     broken.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = torch.nan
     broken.save_pretrained(folder)  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"model=x: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite"):
-        source.load(ModelConfig(name="x", path=str(folder)), torch.float32, CPU, 0)
+        models.open(ModelConfig(name="x", path=str(folder)), 0).load(torch.float32, CPU)
 
 
 def test_a_float_type_that_cannot_hold_the_weights_is_refused(folder: Path) -> None:
@@ -89,20 +88,20 @@ def test_a_float_type_that_cannot_hold_the_weights_is_refused(folder: Path) -> N
     large.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = 1e6
     large.save_pretrained(folder)  # type: ignore[operator]
     with pytest.raises(ValueError, match=r"NaN or infinite values in torch.float16.*model.dtype=float32"):
-        source.load(ModelConfig(name="x", path=str(folder)), torch.float16, CPU, 0)
+        models.open(ModelConfig(name="x", path=str(folder)), 0).load(torch.float16, CPU)
 
 
 def test_missing_and_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.path=/nowhere has no config.json"):
-        source.config(ModelConfig(name="x", path="/nowhere"))
+        _ = models.open(ModelConfig(name="x", path="/nowhere"), 0).shape
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ValueError, match=r"model.path=.* cannot be read .*expected a transformers folder"):
-        source.config(ModelConfig(name="x", path=str(tmp_path)))
+        _ = models.open(ModelConfig(name="x", path=str(tmp_path)), 0).shape
     for wrong in ({"model_type": "llamb"}, {"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}):
         with pytest.raises(ValueError, match=r"model.architecture=.* is no transformers config"):
-            source.config(ModelConfig(name="x", architecture=wrong))
+            _ = models.open(ModelConfig(name="x", architecture=wrong), 0).shape
     with pytest.raises(ValueError, match=r"vocab_size=100 is too small; expected 256 or more"):
-        source.config(ModelConfig(name="x", architecture={"model_type": "llama", "vocab_size": 100}))
+        _ = models.open(ModelConfig(name="x", architecture={"model_type": "llama", "vocab_size": 100}), 0).shape
 
 
 def test_an_unreachable_hub_names_the_embedded_model(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -110,12 +109,12 @@ def test_an_unreachable_hub_names_the_embedded_model(monkeypatch: pytest.MonkeyP
     with pytest.raises(
         ValueError, match=r"model.id=some/model could not be loaded .*use model=smollm2, which is embedded"
     ):
-        source.config(ModelConfig(name="x", id="some/model", revision="main"))
+        _ = models.open(ModelConfig(name="x", id="some/model", revision="main"), 0).shape
 
 
 def test_skeleton_has_the_shapes_and_no_memory() -> None:
-    shape = source.config(TINY)
-    meta, real = source.skeleton(shape), source.load(TINY, torch.float32, CPU, 0)
+    shape = models.open(TINY, 0).shape
+    meta, real = models.skeleton(shape), models.open(TINY, 0).load(torch.float32, CPU)
     assert {name: p.shape for name, p in meta.named_parameters()} == {n: p.shape for n, p in real.named_parameters()}
     assert all(parameter.is_meta for parameter in meta.parameters())
 
@@ -202,7 +201,8 @@ def test_absent_packages_say_how_to_install_them() -> None:
 
 
 def provenance_of(cfg: ModelConfig) -> dict[str, Any]:
-    return source.provenance(cfg, source.load(cfg, torch.float32, CPU, 0), 0)
+    source = models.open(cfg, 0)
+    return source.provenance(source.load(torch.float32, CPU))
 
 
 def test_provenance_of_random_weights_says_so() -> None:

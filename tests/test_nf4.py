@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.config.build import build
+from harness.config import build
 from harness.core.codebook import NESTED_BLOCK, LevelsQTensor, decode_blocks, dynamic_levels, encode_blocks, nearest
 from harness.core.scheme import Scheme
 from harness.core.stats import Stats

@@ -10,16 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.config.load import build_run
-from harness.config.schema import RunConfig
+from harness.config import RunConfig, build_run
 from harness.core.rewrite import InputGroup, Producer
-from harness.models.architecture import linears, uncovered, weight_of
+from harness.models import Decoder, weight_of
 from harness.nn.linear import QuantLinear
-from harness.quantization import engine
 from harness.quantization.producers import Discovery, Found, _Scratch
 from tests.blocks import TOKENS, Block, logits, relative
 from tests.conftest import TINY, resolve
 from tests.families import FAMILIES, build, uneven
+from tests.support.decoders import linears, quantize
 
 Expected = tuple[str, str, list[int]] | None
 
@@ -283,14 +282,14 @@ def configured(method: str) -> RunConfig:
 def test_every_method_runs_on_every_family(family: str, method: str) -> None:
     model = build(family)
     before = logits(model)
-    result = engine.quantize(model, configured(method), TOKENS)
+    result = quantize(model, configured(method), TOKENS)
     after = logits(model)
     assert torch.isfinite(after).all()
     assert 0 < relative(after, before) < 0.5
     assert sorted(row["name"] for row in result.layers) == sorted(linears(build(family)))
     assert all(isinstance(model.get_submodule(row["name"]), QuantLinear) for row in result.layers)
     assert all(0 < row["weight_error"] < 0.3 and 0 < row["output_error"] < 0.5 for row in result.layers)
-    left = [f"{name} is no linear and stays float" for name in uncovered(build(family))]
+    left = [f"{name} is no linear and stays float" for name in Decoder(build(family)).uncovered()]
     assert result.warnings == left + unscaled_notes(family, method)
 
 

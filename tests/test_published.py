@@ -12,10 +12,8 @@ import pytest
 import yaml
 
 from harness.cli import reproduce, table
-from harness.config.changed import changed_options
-from harness.config.load import build_run
-from harness.records import store
-from harness.records.store import Record
+from harness.config import build_run, changed_options
+from harness.records import Record, store
 from harness.reports import published
 from harness.reports.published import Row
 from harness.reports.tolerance import parse

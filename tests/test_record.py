@@ -12,8 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.records import store
-from harness.records.store import Record
+from harness.records import Record, store
 from tests.conftest import ROOT
 
 

@@ -11,8 +11,7 @@ from typing import Any
 
 import pytest
 
-from harness.records import store
-from harness.records.store import Record
+from harness.records import Record, store
 from tests.test_table import make
 
 pytest.importorskip("altair")
@@ -200,14 +199,14 @@ def test_quantized_caches_are_told_from_the_float_model_and_have_a_plot_of_their
     found = [full("base", 10.0, 32.0, method="none"), full("coded", 11.0, 32.0, method="none")]
     for each, slope in zip(found, (4096.0, 1024.0), strict=True):
         each.metrics["kv_bytes_per_token"] = slope
-    found[1].execution["kv"] = "kivi2 residual=128"
+    found[1].execution.kv = "kivi2 residual=128"
     frame = page._frame(found)
     names = pareto.labels(frame)
     assert names == {"base": "float baseline float32", "coded": "float float32 kivi2 residual=128"}
     _, part = next(pareto.groups(frame))
     plots = {plot.cost.name: plot for plot in pareto.plots(part, names) if plot.loss.name == "perplexity"}
     assert {point["short"] for point in plots["kv_bytes_per_token"].points} == {"float32", "kivi2"}
-    del found[1].execution["kv"]
+    del found[1].execution.kv
     _, same = next(pareto.groups(page._frame(found)))
     assert "kv_bytes_per_token" not in {plot.cost.name for plot in pareto.plots(same, names)}
     assert "KV per token" not in {column.heading for column in rows.table(same)[0]}

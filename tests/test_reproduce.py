@@ -11,12 +11,10 @@ import pytest
 import torch
 
 from harness.cli import reproduce
-from harness.config.load import build_run
-from harness.config.schema import LimitsConfig
-from harness.records import store
-from harness.records.store import Record
+from harness.config import LimitsConfig, build_run
+from harness.records import Record, store
+from harness.runs import execute_isolated
 from harness.runs.identity import run_id
-from harness.runs.isolate import execute_isolated
 from harness.utils.hub import UNREACHABLE
 from tests.conftest import ROOT, resolve
 

@@ -15,19 +15,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
-from harness.config.load import build_run
+from harness.config import build_run
 from harness.core import hadamard
 from harness.core.method import Method
 from harness.core.residual import Residual
 from harness.core.rotated import Rotated
-from harness.models.architecture import linears, weight_of
+from harness.models import weight_of
 from harness.nn.linear import QuantLinear, stored_bytes
-from harness.quantization import engine
 from harness.quantization.residual_stream import discover, measured
 from methods.rotate import Rotate, random_orthogonal, turn
 from methods.rtn import RTN
 from tests.blocks import TOKENS, codes_of, logits, relative
 from tests.families import build, uneven
+from tests.support.decoders import linears, quantize
 
 Tiny = Callable[..., dict[str, Any]]
 
@@ -143,7 +143,7 @@ def test_the_module_that_prevents_a_rotation_is_named(
     model = build(family, **options)
     before = {name: value.clone() for name, value in model.named_parameters()}
     with pytest.raises(ValueError, match=f"^method.rotate: .*ForCausalLM cannot be rotated: {message}.*; use a method"):
-        engine.quantize(model, build_run(tiny("method=rotate", "scheme=channel")), TOKENS)
+        quantize(model, build_run(tiny("method=rotate", "scheme=channel")), TOKENS)
     assert all(torch.equal(value, before[name]) for name, value in model.named_parameters())
 
 
@@ -308,7 +308,7 @@ def test_four_bit_activations_need_a_rotation(tiny: Tiny) -> None:
     for method in ("rtn", "rotate"):
         model = planted()
         cfg = build_run(tiny(f"method={method}", "scheme=w4a4_token", "scheme.weight.bits=8"))
-        engine.quantize(model, cfg, TOKENS)
+        quantize(model, cfg, TOKENS)
         errors.append(relative(logits(model), expected))
     assert errors[1] < 0.4 * errors[0]
 
@@ -318,7 +318,7 @@ def test_a_tied_head_is_untied_once_with_a_warning_of_its_cost(tiny: Tiny) -> No
     assert model.get_parameter("lm_head.weight") is model.get_parameter("model.embed_tokens.weight")
     size = stored_bytes(unrotated)
     cfg = build_run(tiny("method=rotate", "scheme=channel_sym", "bits=8"))
-    result = engine.quantize(model, cfg, TOKENS)
+    result = quantize(model, cfg, TOKENS)
     mib = 128 * 32 * 4 / 2**20
     assert [note for note in result.warnings if "shared" in note] == [
         "method.rotate: lm_head shared its weight with model.embed_tokens and has one of its own now, as the final "
@@ -327,7 +327,7 @@ def test_a_tied_head_is_untied_once_with_a_warning_of_its_cost(tiny: Tiny) -> No
     assert model.config.tie_word_embeddings is False  # type: ignore[union-attr]
     model.tie_weights()  # type: ignore[operator]
     assert relative(logits(model), logits(uneven(unrotated))) < 0.05
-    engine.quantize(other := build("gemma"), replace(cfg, steps={"rtn": RTN()}), TOKENS)
+    quantize(other := build("gemma"), replace(cfg, steps={"rtn": RTN()}), TOKENS)
     assert stored_bytes(model) == stored_bytes(other) + 128 * 32 * 4 < size + 128 * 32 * 4
 
 
@@ -342,10 +342,10 @@ def test_online_transforms_store_nothing() -> None:
 def test_rotate_then_gptq_is_its_steps_by_hand(tiny: Tiny, family: str) -> None:
     composed, by_hand = (uneven(build(family, **TAKEN[family])) for _ in range(2))
     cfg = build_run(tiny("method=rotate_gptq", "scheme=w4a4_token"))
-    result = engine.quantize(composed, cfg, TOKENS)
+    result = quantize(composed, cfg, TOKENS)
     rotated(by_hand)
     names = list(linears(by_hand))
-    engine.quantize(by_hand, replace(cfg, steps={"gptq": cfg.steps["gptq"]}), TOKENS)
+    quantize(by_hand, replace(cfg, steps={"gptq": cfg.steps["gptq"]}), TOKENS)
     codes = codes_of(by_hand)
     assert codes.keys() == set(names)
     assert all(torch.equal(value, codes[name]) for name, value in codes_of(composed).items())
@@ -358,7 +358,7 @@ def test_packed_and_simulated_runs_of_a_rotated_model_agree(tiny: Tiny) -> None:
     for execution in ("packed", "simulated"):
         model = uneven(build("llama"))
         cfg = build_run(tiny("method=rotate", "scheme=w4a4_token", f"execution={execution}"))
-        result = engine.quantize(model, cfg, TOKENS)
+        result = quantize(model, cfg, TOKENS)
         assert result.kernels == ({"reference"} if execution == "packed" else set())
         outputs.append(logits(model))
     assert relative(outputs[0], outputs[1]) < 1e-5
@@ -367,7 +367,7 @@ def test_packed_and_simulated_runs_of_a_rotated_model_agree(tiny: Tiny) -> None:
 def test_skip_names_linears_as_the_float_model_does(tiny: Tiny) -> None:
     model = uneven(build("llama"))
     cfg = build_run(tiny("method=rotate", "scheme=channel", "skip=['*.down_proj']"))
-    result = engine.quantize(model, cfg, TOKENS)
+    result = quantize(model, cfg, TOKENS)
     down = "model.layers.0.mlp.down_proj"
     assert type(model.get_submodule(down)) is Rotated
     assert type(model.get_submodule(f"{down}.linear")) is nn.Linear
@@ -428,7 +428,7 @@ class Skewed(Method):
 def test_a_matrix_that_is_not_orthogonal_is_refused(tiny: Tiny) -> None:
     cfg = replace(build_run(tiny("scheme=channel")), steps={"skewed": Skewed()})
     with pytest.raises(ValueError, match="method.skewed changed the float model's function: logits moved by .* 0.0001"):
-        engine.quantize(build("llama"), cfg, TOKENS)
+        quantize(build("llama"), cfg, TOKENS)
 
 
 def test_a_rotated_model_is_not_saved(tiny: Tiny) -> None:

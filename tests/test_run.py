@@ -15,12 +15,12 @@ import pytest
 import torch
 from hydra.errors import MissingConfigException
 
-from harness.config.load import build_run
-from harness.models import source
+from harness import models
+from harness.config import build_run
+from harness.models import Source
 from harness.records import store
-from harness.runs.execute import execute_run
-from harness.runs.identity import run_id
-from tests.conftest import ROOT, TINY, Done, harness, resolve
+from harness.runs import execute_run
+from tests.conftest import ROOT, TINY, Done, harness, resolve, run_id_of
 
 Tiny = Callable[..., dict[str, Any]]
 Command = Callable[..., Done]
@@ -32,11 +32,11 @@ def test_record_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
     assert (found.status, found.error, skipped) == ("ok", None, False)
     assert store.read(tmp_path / f"{found.run_id}.json") == found
     assert found.config["scheme"]["weight"]["bits"] == 3
-    assert found.execution["mode"] == "packed"
-    assert found.execution["kernel"] == "reference"
-    assert found.data["protocol"] == "gptq-64"
-    assert len(found.data["evaluation"]["tokens_sha256"]) == 64
-    assert len(found.window_nll) == found.data["evaluation"]["num_windows"] == 2
+    assert found.execution.mode == "packed"
+    assert found.execution.kernel == "reference"
+    assert found.data.protocol == "gptq-64"
+    assert len(found.data.evaluation.tokens_sha256) == 64
+    assert len(found.window_nll) == found.data.evaluation.num_windows == 2
     assert set(found.stages) == {"data", "load", "quantize", "evaluate", "divergence", "measure"}
     assert found.metrics["bits_per_weight"] == 3 + 19 / 64
     assert {"perplexity", "nll", "model_size_mib", "peak_memory_mib", "quantize_s"} <= set(found.metrics)
@@ -52,7 +52,7 @@ def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:
     packed = execute_run(tiny("measure=quick", "measure.prompt_len=8"))[0]
     simulated = execute_run(tiny("measure=quick", "measure.prompt_len=8", "execution=simulated"))[0]
     assert packed.run_id != simulated.run_id
-    assert simulated.execution["mode"] == "simulated"
+    assert simulated.execution.mode == "simulated"
     assert "kernel" not in simulated.execution
     assert not [name for name in simulated.metrics if "_ms_" in name or "speedup" in name or name == "peak_memory_mib"]
     for name in ("perplexity", "bits_per_weight", "model_size_mib"):
@@ -78,7 +78,7 @@ def test_packed_and_simulated_runs_agree(tiny: Tiny, options: tuple[str, ...], k
         pytest.skip("this processor has no VNNI")
     packed, simulated = (execute_run(tiny(*options, f"execution={how}"))[0] for how in ("packed", "simulated"))
     assert packed.status == "ok", packed.error
-    assert packed.execution["kernel"] == kernel
+    assert packed.execution.kernel == kernel
     assert packed.metrics["perplexity"] == pytest.approx(simulated.metrics["perplexity"], rel=1e-3)
     assert packed.metrics["bits_per_weight"] == simulated.metrics["bits_per_weight"]
 
@@ -99,7 +99,7 @@ def test_a_model_that_is_not_scored_is_measured_alone(tiny: Tiny) -> None:
 def test_real_shapes_with_random_weights_have_their_parameters(name: str) -> None:
     billions = {"llama3_2_1b": 1.24, "llama3_8b": 8.03, "llama3_70b": 70.6, "mistral_7b": 7.24, "qwen3_8b": 8.19}
     cfg = build_run(resolve(f"model={name}_random")).model
-    skeleton = source.skeleton(source.config(cfg))
+    skeleton = models.skeleton(models.open(cfg, 0).shape)
     assert sum(p.numel() for p in skeleton.parameters()) / 1e9 == pytest.approx(billions[name], rel=0.005)
     assert not cfg.scored
 
@@ -108,11 +108,11 @@ def test_real_shapes_with_random_weights_have_their_parameters(name: str) -> Non
 def test_float_types_are_rows(tiny: Tiny, dtype: str, bits: int) -> None:
     found = execute_run(tiny("method=none", f"model.dtype={dtype}"))[0]
     assert found.status == "ok", found.error
-    assert found.execution["mode"] == "float"
-    assert found.execution["dtype"] == dtype
+    assert found.execution.mode == "float"
+    assert found.execution.dtype == dtype
     assert found.metrics["bits_per_weight"] == bits
     assert "quantize_s" not in found.metrics
-    whole = sum(p.numel() for p in source.skeleton(source.config(build_run(tiny()).model)).parameters())
+    whole = sum(p.numel() for p in models.skeleton(models.open(build_run(tiny()).model, 0).shape).parameters())
     assert found.metrics["model_size_mib"] == whole * bits / 8 / 2**20
 
 
@@ -131,7 +131,7 @@ def test_finished_runs_are_skipped_unless_forced(tiny: Tiny) -> None:
 def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny: Tiny, tmp_path: Path) -> None:
     def id_of(*overrides: str) -> str:
         raw = tiny(*overrides)
-        return run_id(build_run(raw))
+        return run_id_of(raw)
 
     base = id_of()
     text = tmp_path / "copy.txt"
@@ -179,7 +179,7 @@ def test_calibration_is_read_only_where_something_needs_it(tiny: Tiny, tmp_path:
     ]
     assert asked.status == "ok"
     assert any("perplexity is flattered" in warning for warning in asked.warnings)
-    assert asked.data["calibration"]["num_windows"] == 4
+    assert asked.data.calibration.num_windows == 4
 
 
 @pytest.mark.parametrize(
@@ -202,7 +202,7 @@ def test_calibration_is_read_only_where_something_needs_it(tiny: Tiny, tmp_path:
 def test_failures_are_records_and_come_before_the_model(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
-    monkeypatch.setattr(source, "load", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("the model was loaded"))
     found, _ = execute_run(tiny(*overrides))
     assert found.status == "failed"
     assert str(found.error).startswith(message)
@@ -211,7 +211,7 @@ def test_failures_are_records_and_come_before_the_model(
 
 
 def test_a_bug_is_one_line_too_and_keeps_its_name(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(source, "load", lambda *_: {}["gone"])
+    monkeypatch.setattr(Source, "load", lambda *_: {}["gone"])
     found, _ = execute_run(tiny())
     assert found.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows where"
 

@@ -14,20 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from harness.cli import attribution
-from harness.config.load import build_run
-from harness.config.schema import RunConfig
+from harness.config import RunConfig, build_run
 from harness.evaluation import sensitivity
-from harness.models.architecture import linears, weight_of
+from harness.models import Decoder, weight_of
 from harness.nn.linear import swapped
-from harness.quantization import engine
 from harness.quantization.engine import Result
-from harness.records import store
-from harness.runs.analysis import Analysis
-from harness.runs.execute import execute_run
-from harness.runs.identity import run_id
+from harness.records import Analysis, Weights, store
+from harness.runs import execute_run
+from harness.runs.analysis import Analyser
 from harness.utils.disk_cache import DiskCache
 from tests.blocks import TOKENS, logits, relative
+from tests.conftest import run_id_of
 from tests.families import build, uneven
+from tests.support.decoders import linears, quantize, sensitivities
 
 Tiny = Callable[..., dict[str, Any]]
 LINEAR = ("analysis.sensitivity=linear", "scheme=channel", "bits=3")
@@ -49,7 +48,7 @@ def quantized(tiny: Tiny, family: str, *options: str, exact: bool = True) -> tup
     model = uneven(build(family))
     cfg = build_run(tiny(*LINEAR, *options))
     model = model.double() if exact else model
-    return model, engine.quantize(model, cfg, TOKENS), cfg
+    return model, quantize(model, cfg, TOKENS), cfg
 
 
 def with_only(model: nn.Module, modules: dict[str, nn.Module]) -> Tensor:
@@ -66,7 +65,7 @@ def with_only(model: nn.Module, modules: dict[str, nn.Module]) -> Tensor:
 def test_each_linear_alone_and_left_out_is_the_whole_model_run_anew(tiny: Tiny, family: str) -> None:
     model, result, _ = quantized(tiny, family)
     plain = uneven(build(family)).double()
-    measured = sensitivity.measure(model, result.floats, TOKENS, "linear")
+    measured = sensitivities(model, result.floats, TOKENS, "linear")
     expected = logits(plain)
     assert [row["name"] for row in measured.rows] == [row["name"] for row in result.layers]
     for row in measured.rows:
@@ -88,7 +87,7 @@ def test_a_block_is_all_of_its_linears(tiny: Tiny) -> None:
     model, result, _ = quantized(tiny, "llama")
     plain = uneven(build("llama")).double()
     before = logits(model)
-    measured = sensitivity.measure(model, result.floats, TOKENS, "block")
+    measured = sensitivities(model, result.floats, TOKENS, "block")
     assert [row["name"] for row in measured.rows] == ["model.layers.0", "model.layers.1"]
     for row in measured.rows:
         members = [name for name in result.floats if name.startswith(f"{row['name']}.")]
@@ -105,7 +104,7 @@ def test_the_only_quantized_linear_is_the_whole_cost_and_without_it_there_is_non
     only = "model.layers.0.mlp.up_proj"
     others = [name for name in linears(build("llama")) if name != only]
     model, result, _ = quantized(tiny, "llama", f"skip=[{','.join(others)}]", exact=False)
-    measured = sensitivity.measure(model, result.floats, TOKENS, "linear")
+    measured = sensitivities(model, result.floats, TOKENS, "linear")
     (row,) = measured.rows
     assert row["name"] == only
     assert row["kl_alone"] == measured.all.kl > 1e-5
@@ -124,7 +123,7 @@ def test_weights_are_exchanged_within_the_rewritten_model(tiny: Tiny, method: st
         setattr(base.get_submodule(parent), child, module)
     expected = logits(plain)
     assert relative(logits(base), expected) < 1e-4, "rewrites keep the function"
-    measured = sensitivity.measure(model, result.floats, TOKENS, "linear")
+    measured = sensitivities(model, result.floats, TOKENS, "linear")
     assert measured.none.nll == pytest.approx(naive_nll(expected), rel=1e-4)
     for row in measured.rows:
         alone = with_only(base, {row["name"]: model.get_submodule(row["name"])})
@@ -136,11 +135,11 @@ def test_weights_are_exchanged_within_the_rewritten_model(tiny: Tiny, method: st
 
 def test_slices_and_logits_computed_anew_give_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model, result, _ = quantized(tiny, "llama")
-    whole = sensitivity.measure(model, result.floats, TOKENS, "block")
+    whole = sensitivities(model, result.floats, TOKENS, "block")
     monkeypatch.setattr(sensitivity, "_LOGIT_ELEMENTS", 4 * 128)
-    sliced = sensitivity.measure(model, result.floats, TOKENS, "block")
+    sliced = sensitivities(model, result.floats, TOKENS, "block")
     monkeypatch.setattr(sensitivity, "_KEPT_ELEMENTS", 0)
-    anew = sensitivity.measure(model, result.floats, TOKENS, "block")
+    anew = sensitivities(model, result.floats, TOKENS, "block")
     for key in ("kl_alone", "nll_alone", "kl_without", "nll_without"):
         figures = [[row[key] for row in found.rows] for found in (whole, sliced, anew)]
         assert figures[1] == pytest.approx(figures[0], rel=1e-9)
@@ -152,7 +151,7 @@ def test_logits_that_are_not_finite_name_what_was_exchanged(tiny: Tiny) -> None:
     name = "model.layers.1.mlp.up_proj"
     model.get_submodule(name).bias = torch.full((64,), torch.inf)
     with pytest.raises(ValueError, match=f"logits are not finite with {name} exchanged"):
-        sensitivity.measure(model, result.floats, TOKENS, "linear")
+        sensitivities(model, result.floats, TOKENS, "linear")
 
 
 def seen_by(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
@@ -183,10 +182,10 @@ def test_hessian_error_is_the_output_error_over_all_tokens(tiny: Tiny, method: s
 
 
 def test_methods_without_a_hessian_are_not_given_one_unasked(tiny: Tiny) -> None:
-    result = engine.quantize(build("llama"), build_run(tiny("scheme=channel")), TOKENS)
+    result = quantize(build("llama"), build_run(tiny("scheme=channel")), TOKENS)
     assert not any("hessian_error" in row or "output_error" in row for row in result.layers)
     assert result.floats == {}
-    gptq = engine.quantize(build("llama"), build_run(tiny("scheme=channel", "method=gptq")), TOKENS)
+    gptq = quantize(build("llama"), build_run(tiny("scheme=channel", "method=gptq")), TOKENS)
     assert all(0 < row["hessian_error"] < 1 for row in gptq.layers)
 
 
@@ -196,11 +195,11 @@ def test_outliers_before_and_after_rewrites(tiny: Tiny, method: str) -> None:
     cfg = build_run(tiny("scheme=channel", f"method={method}", "analysis.outliers=[*layers.1*]"))
     names = [name for name in linears(model) if "layers.1." in name]
     before = seen_by(model, names)
-    asked = Analysis(model, cfg, TOKENS, NO_CACHE)
-    result = engine.quantize(model, cfg, TOKENS)
+    asked = Analyser(Decoder(model), cfg, TOKENS, NO_CACHE)
+    result = quantize(model, cfg, TOKENS)
     with swapped(model, result.floats):
         after = seen_by(model, [result.renamed[name] for name in names])
-    found = asked.of(result)["outliers"]
+    found = asked.analyse(result).outliers
     firsts = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
     assert list(found) == [f"model.layers.1.{name}" for name in firsts], "one of each input"
     for name, largest in found.items():
@@ -219,11 +218,11 @@ def test_the_record_has_it_and_the_figures_of_the_run_stay(tiny: Tiny) -> None:
     assert found.metrics["perplexity"] == plain.metrics["perplexity"]
     assert "quantize_s" not in found.metrics, "it would be the analysis's too"
     assert found.options == {"analysis.sensitivity": "linear", "analysis.windows": 2}
-    total = found.analysis["total"]
+    total = found.analysis.total
     assert (total["by"], total["windows"], total["seq_len"]) == ("linear", 2, 32)
     assert total["kl"] > 0
     rows = {row["name"]: row for row in found.layers}
-    for row in found.analysis["sensitivity"]:
+    for row in found.analysis.sensitivity:
         assert {"kl_alone", "kl_without", "nll_alone", "nll_without"} <= set(row) & set(rows[row["name"]])
         assert rows[row["name"]]["kl_alone"] == row["kl_alone"]
         assert "hessian_error" in rows[row["name"]]
@@ -233,14 +232,14 @@ def test_the_record_has_it_and_the_figures_of_the_run_stay(tiny: Tiny) -> None:
 
 def test_blocks_are_rows_of_their_own(tiny: Tiny) -> None:
     found, _ = execute_run(tiny("bits=2", "analysis.sensitivity=block", "execution=simulated"))
-    assert [row["name"] for row in found.analysis["sensitivity"]] == ["model.layers.0", "model.layers.1"]
+    assert [row["name"] for row in found.analysis.sensitivity] == ["model.layers.0", "model.layers.1"]
     assert not any("kl_alone" in row for row in found.layers)
 
 
 def test_what_decides_the_id_of_a_run(tiny: Tiny) -> None:
     def identity(*options: str) -> str:
         raw = tiny(*options)
-        return run_id(build_run(raw))
+        return run_id_of(raw)
 
     assert identity() == identity("analysis.windows=2"), "nothing is asked"
     assert identity() != identity("analysis.sensitivity=block")
@@ -288,9 +287,9 @@ def ranked_record() -> store.Record:
     return store.Record(
         "id",
         config={"scheme": {"name": "group64", "weight": {"bits": 3}}, "method": {"rtn": {}}},
-        model={"name": "m"},
+        model=Weights(name="m"),
         layers=layers,
-        analysis={"sensitivity": units, "total": total},
+        analysis=Analysis(sensitivity=units, total=total),
     )
 
 
@@ -303,7 +302,7 @@ def test_the_ranking_is_by_kl_alone_with_shares_and_correlations(
         {"weight_error": -1, "hessian_error": 1}
     )
     store.write(found, tmp_path)
-    store.write(replace(found, run_id="other", analysis={}), tmp_path)
+    store.write(replace(found, run_id="other", analysis=Analysis()), tmp_path)
     assert attribution.main([f"runs={tmp_path}", "top=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("m rtn group64 bits=3, by linear, 4 calibration sequences of 32 tokens")

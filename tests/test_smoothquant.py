@@ -9,15 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.config.load import build_run
+from harness.config import build_run
 from harness.core.rewrite import InputGroup
 from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
 from harness.core.stats import MinMax
-from harness.quantization import engine
 from methods.smoothquant import SmoothQuant
 from tests.blocks import TOKENS, Block, logits, relative
 from tests.families import build, uneven
 from tests.reference import naive_smoothquant_scale
+from tests.support.decoders import quantize
 
 W8A8 = Scheme(
     name="test",
@@ -144,7 +144,7 @@ def test_smoothing_lowers_the_error_where_channels_are_large(tiny: Callable[...,
     expected, errors = logits(uneven(build("llama"))), {}
     for method in ("rtn", "smoothquant"):
         model = uneven(build("llama"))
-        result = engine.quantize(model, build_run(tiny("scheme=w8a8_tensor", f"method={method}")), TOKENS)
+        result = quantize(model, build_run(tiny("scheme=w8a8_tensor", f"method={method}")), TOKENS)
         errors[method] = relative(logits(model), expected)
     layer = "model.layers.0."
     makers = [*["input_layernorm"] * 3, "self_attn.v_proj", *["post_attention_layernorm"] * 2, "mlp.up_proj"]

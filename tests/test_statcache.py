@@ -13,17 +13,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from harness.calibration import Stream
 from harness.calibration.observer import stat_identity
-from harness.calibration.replay import Stream
-from harness.config.load import build_run
-from harness.config.schema import RunConfig
+from harness.config import RunConfig, build_run
 from harness.core.stats import AbsMean, Hessian, MinMax, Sample, Stat
-from harness.quantization import engine
 from harness.utils.digests import digest, module_digest, tensor_digest
 from harness.utils.disk_cache import DiskCache
 from tests.blocks import TOKENS, codes_of
 from tests.conftest import ROOT, TINY, resolve
 from tests.families import build, uneven
+from tests.support.decoders import quantize
 
 ENTRY = 4 * 100  # bytes of tensors in one entry
 
@@ -132,6 +131,7 @@ WRITER = """
 import sys, torch
 from pathlib import Path
 from harness.utils.disk_cache import DiskCache
+from tests.support.decoders import quantize
 cache = DiskCache(Path(sys.argv[1]), 2_000_000)
 for _ in range(30):
     cache.save("key", {"x": torch.full((50_000,), float(sys.argv[2]))})
@@ -197,7 +197,7 @@ def quantized(cfg: RunConfig, cache: DiskCache, change: Callable[[nn.Module], An
     model = uneven(build("llama"))
     with torch.no_grad():
         change(model)
-    engine.quantize(model, cfg, TOKENS, cache=cache)
+    quantize(model, cfg, TOKENS, cache=cache)
     return model
 
 
@@ -289,5 +289,5 @@ def test_other_tokens_are_other_entries(tmp_path: Path) -> None:
     cfg, cache = configured(*METHODS["gptq float"]), DiskCache(tmp_path, 2**30)
     for tokens in (TOKENS, TOKENS.flip(0), TOKENS[:2], TOKENS[:, :8]):
         before = len(list(tmp_path.glob("*.safetensors")))
-        engine.quantize(uneven(build("llama")), cfg, tokens, cache=cache)
+        quantize(uneven(build("llama")), cfg, tokens, cache=cache)
         assert len(list(tmp_path.glob("*.safetensors"))) == before + 4

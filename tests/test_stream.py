@@ -11,14 +11,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.calibration.replay import Stream, verify
-from harness.calibration.shortcut import shortcuts
-from harness.config.load import build_run
-from harness.models.architecture import block_prefix, linears, linears_of
+from harness.calibration import shortcuts
+from harness.config import build_run
+from harness.models import Decoder, linears_of
 from harness.quantization import engine
 from tests.blocks import TOKENS, codes_of, logits, relative
 from tests.conftest import TINY, resolve
 from tests.families import FAMILIES, build, uneven
+from tests.support.decoders import linears, quantize, verify
+from tests.support.decoders import stream as stream_of
 
 
 @pytest.fixture(autouse=True)
@@ -71,7 +72,7 @@ def counted(module: nn.Module) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_replayed_states_are_those_of_the_model(family: str) -> None:
     model = uneven(build(family))
-    blocks = list(model.get_submodule(block_prefix(model)).children())
+    blocks = list(model.get_submodule(Decoder(model).prefix).children())
     expected: list[list[Tensor]] = [[] for _ in blocks]
     handles = [
         block.register_forward_hook(
@@ -83,7 +84,7 @@ def test_replayed_states_are_those_of_the_model(family: str) -> None:
         logits(model, sequence[None])
     for handle in handles:
         handle.remove()
-    stream = Stream(model, TOKENS)
+    stream = stream_of(model, TOKENS)
     for outputs in expected:
         stream.advance()
         assert len(stream.states) == len(outputs) == len(TOKENS)
@@ -93,7 +94,7 @@ def test_replayed_states_are_those_of_the_model(family: str) -> None:
 
 
 def test_what_the_model_hands_to_its_blocks_is_kept() -> None:
-    stream = Stream(build("llama"), TOKENS)
+    stream = stream_of(build("llama"), TOKENS)
     args, options = stream.calls[1]
     assert args == ()
     cos, sin = options["position_embeddings"]
@@ -105,7 +106,7 @@ def test_what_the_model_hands_to_its_blocks_is_kept() -> None:
 
 def test_a_copy_of_a_block_runs_in_the_precision_of_its_states() -> None:
     model = uneven(build("llama"))
-    stream = Stream(model, TOKENS)
+    stream = stream_of(model, TOKENS)
     expected = stream.run(stream.states[0])
     found = stream.run(stream.states[0].double(), copy.deepcopy(stream.blocks[0]).double())
     assert found.dtype == torch.float64
@@ -139,25 +140,25 @@ def test_a_model_whose_states_change_from_pass_to_pass_is_refused() -> None:
 
 def test_inputs_that_depend_on_the_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="Toy hands its blocks inputs that depend on the tokens, beside the hidden"):
-        Stream(Toy("tokens"), TOKENS)
+        stream_of(Toy("tokens"), TOKENS)
 
 
 def test_a_model_that_leaves_blocks_out_is_refused() -> None:
     with pytest.raises(ValueError, match="Toy calls 1 of its 2 blocks; expected each once"):
-        Stream(Toy("skips"), TOKENS)
+        stream_of(Toy("skips"), TOKENS)
 
 
 def test_capture_ends_before_the_first_block() -> None:
     model = build("llama")
     first, last = (counted(model.get_submodule(f"model.layers.{i}.mlp")) for i in (0, 1))
-    Stream(model, TOKENS)
+    stream_of(model, TOKENS)
     assert len(first) == 1  # the calls of all blocks are noted once
     assert not last
 
 
 def test_watching_ends_a_forward_once_all_is_seen() -> None:
     model = build("llama")
-    stream, layer = Stream(model, TOKENS), "model.layers.0."
+    stream, layer = stream_of(model, TOKENS), "model.layers.0."
     gate, down = model.get_submodule(layer + "mlp.gate_proj"), model.get_submodule(layer + "mlp.down_proj")
     calls, seen = counted(down), list[Tensor]()
     assert stream.outputs({gate: seen.append}, keep=False) == []
@@ -171,19 +172,19 @@ def test_watching_ends_a_forward_once_all_is_seen() -> None:
 
 def test_states_catch_up_with_blocks_as_they_are_when_asked_for() -> None:
     model = build("llama")
-    stream = Stream(model, TOKENS)
+    stream = stream_of(model, TOKENS)
     calls = counted(stream.blocks[0])
     stream.advance()
     assert not calls
     model.get_parameter("model.layers.0.mlp.down_proj.weight").mul_(3)
     found = stream.states[1]
     assert len(calls) == 4
-    fresh = Stream(model, TOKENS)
+    fresh = stream_of(model, TOKENS)
     assert torch.equal(found, fresh.run(fresh.states[1]))
 
 
 def test_states_that_were_handed_over_are_taken() -> None:
-    stream = Stream(build("llama"), TOKENS)
+    stream = stream_of(build("llama"), TOKENS)
     given = [torch.full_like(states, 2.0) for states in stream.states]
     stream.advance(given)
     assert all(torch.equal(found, wanted) for found, wanted in zip(stream.states, given, strict=True))
@@ -204,7 +205,7 @@ ENDS = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_modules_that_end_in_a_linear_answer_from_its_inputs(family: str) -> None:
     model = uneven(build(family))
-    stream = Stream(model, TOKENS)
+    stream = stream_of(model, TOKENS)
     block = stream.blocks[0]
     cuts = shortcuts(block, lambda: stream.run(stream.states[0]))
     names = {id(module): name for name, module in linears_of(block).items()}
@@ -231,7 +232,7 @@ def test_shortcuts_do_not_change_a_code(family: str, monkeypatch: pytest.MonkeyP
         model = uneven(build(family))
         if not short:
             monkeypatch.setattr(engine, "shortcuts", lambda *_: [])
-        engine.quantize(model, cfg, TOKENS)
+        quantize(model, cfg, TOKENS)
         codes.append(codes_of(model))
     assert codes[0].keys() == codes[1].keys() == linears(build(family)).keys()
     assert all(torch.equal(value, codes[1][name]) for name, value in codes[0].items())

@@ -17,12 +17,10 @@ from typing import Any
 import psutil
 import pytest
 
-from harness.config.load import build_limits
-from harness.config.schema import LimitsConfig
+from harness.config import LimitsConfig, build_limits
 from harness.records import store, sweep
 from harness.reports.sweep_table import sweeps_sheet
-from harness.runs.execute import execute_run
-from harness.runs.isolate import execute_isolated
+from harness.runs import execute_isolated, execute_run
 from tests.conftest import ROOT, TINY, harness, resolve
 
 Tiny = Callable[..., dict[str, Any]]

@@ -14,8 +14,7 @@ import pytest
 from rich.console import Console
 
 from harness.cli import table
-from harness.records import store
-from harness.records.store import Record
+from harness.records import Record, store
 from harness.reports import render
 from harness.reports.intervals import difference, interval
 from harness.reports.kv_table import kv_sheet
@@ -67,7 +66,7 @@ def test_ratios_are_to_the_float_run_of_the_same_text() -> None:
 
 def test_a_quantized_cache_is_no_float_baseline() -> None:
     coded = make("k", 40.0, "none")
-    coded.execution["kv"] = "kv4_token residual=8"
+    coded.execution.kv = "kv4_token residual=8"
     plain = make("a", 20.0, "none")
     coded.metrics["kv_mib"], plain.metrics["kv_mib"] = 2.0, 8.0
     frame = table.to_frame([coded, plain, RECORDS[1]]).set_index("run_id")
@@ -93,7 +92,7 @@ def test_rows_of_other_calibration_are_told_apart_and_a_shared_one_is_named() ->
 
 def test_caches_by_batch_and_length(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     plain, coded, simulated = make("a", 20.0, "none"), make("k", 21.0, "none"), make("s", 22.0)
-    coded.execution["kv"] = "kv4_token"
+    coded.execution.kv = "kv4_token"
     for found, slope in ((plain, 4096.0), (coded, 1024.0)):
         found.metrics["kv_bytes_per_token"] = slope
         found.kv = [{"batch": b, "length": 2048, "mib": slope * b * 2048 / 2**20} for b in (1, 32)]

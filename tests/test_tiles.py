@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.core.packing import packed_bytes
-from harness.kernels.tiles import (
+from harness.kernels.triton.tiles import (
     Layout,
     pack_codes,
     pack_params,

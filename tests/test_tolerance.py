@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness.records.store import Record
+from harness.records import Record
 from harness.reports.tolerance import EXACT, Tolerance, of_metric, parse
 from harness.reports.verdict import Figure, Report
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from harness.kernels import tune
-from harness.kernels.tune import Config, Problem
+from harness.kernels.triton import tune
+from harness.kernels.triton.tune import Config, Problem
 
 CPU = torch.device("cpu")
 PROBLEM = Problem("triton_w4a16", 5, 4096, 4096, 128, torch.bfloat16)

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from harness.records.store import Record
+from harness.records import Record
 from harness.reports.intervals import FEWEST, difference, interval, intervals, t_quantile, windows
 
 

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from harness.core.qtensor import IntQTensor
 from harness.core.scheme import WeightFormat
-from harness.kernels import tune, w4a16
-from harness.kernels.tune import Config
-from harness.kernels.w4a16 import TritonInt, dequantize, matmul, supports, weight_only_linear
+from harness.kernels.triton import tune, w4a16
+from harness.kernels.triton.tune import Config
+from harness.kernels.triton.w4a16 import TritonInt, dequantize, matmul, supports, weight_only_linear
 
 BOUNDS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 SPLIT = Config(64, 16, 1, path="split")

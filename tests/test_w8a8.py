@@ -13,9 +13,9 @@ from harness.core import grid
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import IntQTensor, round_to_nearest
 from harness.core.scheme import ActivationFormat, WeightFormat
-from harness.kernels import int8_matmul
-from harness.kernels.int8_rows import quantize_rows
-from harness.kernels.w8a8 import TritonW8A8, supports
+from harness.kernels.triton import int8_matmul
+from harness.kernels.triton.int8_rows import quantize_rows
+from harness.kernels.triton.w8a8 import TritonW8A8, supports
 
 ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow", scale_dtype="float32")
 TOKENS = ActivationFormat(bits=8, symmetric=True, grid="narrow")

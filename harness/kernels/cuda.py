@@ -12,13 +12,13 @@ from harness.kernels.base import Kernel
 
 
 def _w8a8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    from harness.kernels import w8a8
+    from harness.kernels.triton import w8a8
 
     return w8a8.TritonW8A8(weight, inputs, dtype) if inputs and w8a8.supports(weight, inputs, dtype) else None
 
 
 def _weight_only(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    from harness.kernels import w4a16
+    from harness.kernels.triton import w4a16
 
     return w4a16.TritonInt(weight, dtype) if w4a16.supports(weight, dtype) else None
 

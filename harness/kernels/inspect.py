@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from harness.kernels.case import Case
+from harness.kernels.triton.case import Case
 
 MODULES = ("w4a16", "w8a8")
 ARCHES = (80, 90)
@@ -76,7 +76,7 @@ def compiled(case: Case, arch: int) -> Resources:
 
 def cases(module: str) -> list[Case]:
     """The cases of one kernel module."""
-    module_cases: list[Case] = importlib.import_module(f"harness.kernels.{module}").cases()
+    module_cases: list[Case] = importlib.import_module(f"harness.kernels.triton.{module}").cases()
     return module_cases
 
 

@@ -186,7 +186,7 @@ def check(entry: Entry, x: Tensor, bound: float) -> float:
 
 def _tune(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     """Autotune all shapes of this benchmark and store the configurations in the cache."""
-    from harness.kernels.w4a16 import TritonInt, autotune
+    from harness.kernels.triton.w4a16 import TritonInt, autotune
 
     for model in options.models:
         for N, K in SHAPES[model].values():

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from harness.kernels.case import Case
+from harness.kernels.triton.case import Case
 
 _ELEMENTS_A_WARP = 1024  # 32 per thread
 _MAX_WARPS = 32

@@ -16,12 +16,12 @@ from torch.nn import functional as F
 
 from harness.core.qtensor import IntQTensor
 from harness.core.scheme import WeightFormat
-from harness.kernels import tiles, tune
 from harness.kernels.base import Kernel
-from harness.kernels.case import Case
-from harness.kernels.matmul import dequantize_kernel, matmul_kernel, reduce_kernel
-from harness.kernels.tiles import Layout, Packed
-from harness.kernels.tune import Config
+from harness.kernels.triton import tiles, tune
+from harness.kernels.triton.case import Case
+from harness.kernels.triton.matmul import dequantize_kernel, matmul_kernel, reduce_kernel
+from harness.kernels.triton.tiles import Layout, Packed
+from harness.kernels.triton.tune import Config
 
 _DTYPES = (torch.float16, torch.bfloat16)
 _POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16"}

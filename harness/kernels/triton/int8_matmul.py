@@ -13,9 +13,9 @@ import triton
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.kernels.case import Case
-from harness.kernels.int8_kernels import matmul_kernel, reduce_kernel
-from harness.kernels.tune import Config
+from harness.kernels.triton.case import Case
+from harness.kernels.triton.int8_kernels import matmul_kernel, reduce_kernel
+from harness.kernels.triton.tune import Config
 
 BLOCK_K = 128  # bytes of a weight row: the width of the swizzle in shared memory
 _OUTLIER_K = 64  # channels that share a flag

@@ -16,10 +16,10 @@ from harness.core import grid
 from harness.core.activation import InputQuantizer
 from harness.core.qtensor import IntQTensor
 from harness.core.scheme import IntFormat
-from harness.kernels import int8_matmul as matmul
-from harness.kernels import int8_rows as rows
 from harness.kernels.base import Kernel
-from harness.kernels.case import Case
+from harness.kernels.triton import int8_matmul as matmul
+from harness.kernels.triton import int8_rows as rows
+from harness.kernels.triton.case import Case
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAX_K = (2**31 - 1) // 2**14  # products of two codes reach 2^14; their sum must fit into an int32

@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from harness.kernels.decode import load_params, load_words, split_floats, split_words, weights
+from harness.kernels.triton.decode import load_params, load_words, split_floats, split_words, weights
 
 
 @triton.jit

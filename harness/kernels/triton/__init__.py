@@ -1,0 +1,1 @@
+"""Triton kernels for NVIDIA GPUs: their layout of packed weights, their tile sizes, their launchers."""

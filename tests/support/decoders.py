@@ -1,0 +1,33 @@
+"""Calibration and quantization of a whole model, whose decoder is discovered anew each time."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from harness import calibration, quantization
+from harness.calibration import Stream
+from harness.evaluation import sensitivity
+from harness.models import Decoder
+
+
+def linears(model: nn.Module) -> dict[str, nn.Module]:
+    """The linears of the decoder blocks as they are now."""
+    return Decoder(model).linears()
+
+
+def quantize(model: nn.Module, *arguments: Any, **options: Any) -> quantization.Result:
+    return quantization.quantize(Decoder(model), *arguments, **options)
+
+
+def stream(model: nn.Module, tokens: Tensor) -> Stream:
+    return Stream(Decoder(model), tokens)
+
+
+def verify(model: nn.Module, tokens: Tensor) -> None:
+    calibration.verify(Decoder(model), tokens)
+
+
+def sensitivities(model: nn.Module, *arguments: Any) -> sensitivity.Sensitivity:
+    return sensitivity.measure(Decoder(model), *arguments)

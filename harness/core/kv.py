@@ -1,7 +1,7 @@
-"""Formats of a KV cache: what the keys and values of past tokens are stored as. Numbers only.
+"""Formats of a KV cache: how the keys and values of past tokens are stored. Numbers only, no algorithm.
 
-Paper: KIVI, Liu et al. 2024, arXiv 2402.02750: a few channels of the keys are large in every token, so that keys
-want a scale a channel; values have no such channels, and want a scale a token.
+Paper: KIVI, Liu et al. 2024, arXiv 2402.02750: a few channels of the keys are large in every token, so keys need one
+scale per channel; values have no such channels, and need one scale per token.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, ClassVar, Literal
 from harness.core.ranges import at_least
 from harness.core.scheme import StoredFormat
 
-# Granularities of keys and of values that a word in a format's name stands for.
-_SAID = {"token": ("token", "token"), "channel": ("channel", "channel"), "kivi": ("channel", "token")}
+# Word in a format's name -> the granularities of keys and of values that it implies.
+_IMPLIED = {"token": ("token", "token"), "channel": ("channel", "channel"), "kivi": ("channel", "token")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,8 +22,8 @@ class StatesFormat(StoredFormat):
     """Format of keys, or of values, (B, heads, T, head_dim).
 
     granularity  token: `group_size` neighbouring channels of one token share a scale, -1 is the whole head;
-                 channel: `group_size` consecutive tokens of one channel do
-    zero_point   integer ones take a byte each, float ones are stored as `scale_dtype`
+                 channel: `group_size` consecutive tokens of one channel share a scale
+    zero_point   an integer zero point takes one byte, a float one is stored as `scale_dtype`
     """
 
     granularity: Literal["token", "channel"]
@@ -41,13 +41,13 @@ class StatesFormat(StoredFormat):
 
     @property
     def tokens(self) -> int:
-        """Tokens that are coded at a time."""
+        """Number of tokens that are quantized together."""
         return self.group_size if self.granularity == "channel" else 1
 
     def channels(self, head_dim: int) -> int:
-        """Channels of one token that share a scale.
+        """Number of channels of one token that share a scale.
 
-        Raises: ValueError if they do not divide the head, or if a token's codes do not fill whole bytes.
+        Raises: ValueError if `group_size` does not divide `head_dim`, or a token's codes do not fill whole bytes.
         """
         size = head_dim if self.group_size == -1 else self.group_size
         if self.granularity == "token" and head_dim % size:
@@ -63,7 +63,7 @@ class StatesFormat(StoredFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class KVFormat:
-    """Formats of keys and values. The newest `residual` tokens stay float, and so do those of a group not yet full."""
+    """Formats of keys and values. The newest `residual` tokens stay float, as do the tokens of an incomplete group."""
 
     name: str
     key: StatesFormat
@@ -75,26 +75,26 @@ class KVFormat:
 
     @property
     def tokens(self) -> int:
-        """Tokens after which the same share of keys and values is float again."""
+        """Period, in tokens, with which groups of keys and groups of values are complete at the same time."""
         return math.lcm(self.key.tokens, self.value.tokens)
 
     @property
     def label(self) -> str:
-        """The name, and what of the format it does not say: what sets rows of a table apart."""
-        said = next((pair for word, pair in _SAID.items() if word in self.name), (None, None))
-        key, value = (_unsaid(fmt, self.name, of) for fmt, of in zip((self.key, self.value), said, strict=True))
-        both = {field: x for field, x in key.items() if value.get(field) == x}
-        found = both | {f"key.{field}": x for field, x in key.items() if field not in both}
-        found |= {f"value.{field}": x for field, x in value.items() if field not in both}
-        found |= {"residual": self.residual} if self.residual else {}
-        return " ".join([self.name, *(f"{field}={x}" for field, x in found.items())])
+        """The name plus all settings that it does not imply, so that different formats get different table rows."""
+        implied = next((pair for word, pair in _IMPLIED.items() if word in self.name), (None, None))
+        key, value = (_extra(fmt, self.name, of) for fmt, of in zip((self.key, self.value), implied, strict=True))
+        common = {field: x for field, x in key.items() if value.get(field) == x}
+        settings = common | {f"key.{field}": x for field, x in key.items() if field not in common}
+        settings |= {f"value.{field}": x for field, x in value.items() if field not in common}
+        settings |= {"residual": self.residual} if self.residual else {}
+        return " ".join([self.name, *(f"{field}={x}" for field, x in settings.items())])
 
 
-def _unsaid(fmt: StatesFormat, name: str, granularity: str | None) -> dict[str, Any]:
-    """Fields that neither the name of the whole says nor the defaults."""
-    found = {item.name: getattr(fmt, item.name) for item in fields(fmt) if getattr(fmt, item.name) != item.default}
+def _extra(fmt: StatesFormat, name: str, granularity: str | None) -> dict[str, Any]:
+    """Fields of `fmt` that differ from their defaults and that the KV format's `name` does not imply."""
+    changed = {item.name: getattr(fmt, item.name) for item in fields(fmt) if getattr(fmt, item.name) != item.default}
     if str(fmt.bits) in name:
-        del found["bits"]
+        del changed["bits"]
     if fmt.granularity == granularity:
-        del found["granularity"]
-    return found
+        del changed["granularity"]
+    return changed

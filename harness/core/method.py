@@ -1,8 +1,8 @@
 """The contract between the harness and a quantization method: four optional hooks.
 
-A method is a frozen, keyword-only dataclass. Its fields are its YAML's keys and the command line's options.
-A hook is a pure function of its arguments and fields: no printing, globals, devices or global seeds. What a
-person has to know of a run (a damping that had to be raised) goes through `warnings.warn` into its record.
+A method is a frozen, keyword-only dataclass. Its fields are the keys of its YAML file and the options of the command
+line. A hook is a pure function of its arguments and fields: no printing, globals, devices or global seeds. A fact that
+users of a run must know (for example a raised damping) goes into the run's record through `warnings.warn`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from harness.core.stats import Stat, Stats
 
 @dataclass(frozen=True, kw_only=True)
 class Finetune:
-    """How the floats of a quantized block are trained to give the float model's output of it.
+    """How the floats of a quantized block are trained to reproduce the block's output in the float model.
 
     epochs  passes over the calibration data
-    lr      step of Adam, as a share of the root mean square of the tensor that it moves
-    batch   sequences a step
+    lr      step of Adam, as a share of the root mean square of the trained tensor
+    batch   sequences per step
     """
 
     epochs: int
@@ -42,10 +42,10 @@ class Finetune:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """Base of all methods; override what the idea needs and inherit the rest.
+    """Base class of all methods; a method overrides the hooks that it needs and inherits the others.
 
-    `needs` names the statistics of the inputs to collect before `transform` and `quantize`: a class variable, or a
-    property where it depends on the options.
+    `needs` lists the statistics of the inputs that are collected before `transform` and `quantize`: a class variable,
+    or a property if it depends on the options.
     """
 
     @property
@@ -54,55 +54,56 @@ class Method:
 
     @property
     def sequential(self) -> bool:
-        """Whether a group's inputs are observed after the groups before it in its block were quantized."""
+        """Whether the inputs of a group are observed after the preceding groups of its block were quantized."""
         return False
 
     @property
     def finetune(self) -> Finetune | None:
-        """How a block is fine-tuned once its linears are quantized, by the tuners of their QTensors; None for not.
+        """How a block is fine-tuned after its linears are quantized, through the tuners of their QTensors.
 
-        Only where `needs` asks for calibration data.
+        None means no fine-tuning. It is used only if `needs` requests calibration data.
         """
         return None
 
     @property
     def searches(self) -> bool:
-        """Whether `transform` asks for `group.error`, which needs the block's activations."""
+        """Whether `transform` calls `group.error`, which needs the block's activations."""
         return False
 
     def check(self, scheme: Scheme) -> None:
         """Raise ValueError if the method cannot quantize to `scheme`; called before the model is loaded.
 
-        By default every format is taken but `native`, which says nothing to a method without a format of its own.
+        By default every scheme is accepted except `native`, which is only for methods that define their format.
         """
         if scheme.name == NATIVE:
             raise ValueError(
-                f"scheme={NATIVE} is for methods with a format of their own; use another, as scheme=group64"
+                f"scheme={NATIVE} is for methods with a format of their own; use another scheme, such as scheme=group64"
             )
 
     def prepare(self, model: nn.Module) -> None:
-        """Rewrite the float model once, without data (rotations). Must keep the function that it computes."""
+        """Rewrite the float model once, without data (rotations). Must not change the function that it computes."""
 
     def rotate(self, residual: Residual) -> None:
-        """Rewrite the float model once around its residual stream, by `fold`, `turn` and `online`; needs no data.
+        """Rewrite the float model once at its residual stream, by `fold`, `turn` and `online`; needs no data.
 
-        Must keep the model's function. A model whose stream cannot be turned is refused before.
+        Must not change the model's function. The harness refuses a model whose stream cannot be rotated before it
+        calls this hook.
         """
 
     def transform(self, group: InputGroup, stats: Stats) -> None:
-        """Rewrite the weights around one input group, by `group.rescale`. Must keep the model's function."""
+        """Rewrite the weights of one input group, by `group.rescale`. Must not change the model's function."""
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        """Choose the codes of one weight (N, K), which must not be changed. By default: round to nearest."""
+        """Choose the codes of one weight (N, K), without changing the weight. By default: round to nearest."""
         return round_to_nearest(weight, scheme.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuned(Method):
-    """Base of methods whose blocks are trained once their linears are quantized.
+    """Base class of methods that fine-tune a block after its linears are quantized.
 
-    epochs  passes over the calibration data; 0 for no training
-    lr      step of that training, as a share of what it moves
+    epochs  passes over the calibration data; 0 for no fine-tuning
+    lr      step of Adam, as a share of the root mean square of the trained tensor
     """
 
     epochs: int = 1
@@ -118,6 +119,6 @@ class Finetuned(Method):
 
 
 def overrides(method: Method | type[Method], hook: str) -> bool:
-    """Whether a method brings a `hook` of its own."""
+    """Whether a method overrides `hook` of the base class."""
     cls = method if isinstance(method, type) else type(method)
     return getattr(cls, hook) is not getattr(Method, hook)

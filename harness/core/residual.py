@@ -1,9 +1,9 @@
-"""The residual stream of a model: who writes into it, who reads it, and how it is turned without a change of function.
+"""The residual stream of a model: its writers, its readers, and rotations that keep the model's function.
 
-With stream x (T, D), orthogonal Q and readers behind a norm of gain g (and bias b):
+With stream x (T, D), orthogonal Q and readers after a norm of gain g (and bias b):
 
-    fold    W <- W diag(g), bias <- bias + W b: norms keep no gain. LayerNorm is RMSNorm of x - mean(x), and the mean
-            is taken out of what is written: E <- E C, W <- C W with C = I - 11^T / D
+    fold    W <- W diag(g), bias <- bias + W b: the norms lose their gain. LayerNorm is RMSNorm of x - mean(x), and the
+            mean is removed from the values that are written: E <- E C, W <- C W with C = I - 11^T / D
     turn    x <- x Q:  E <- E Q, writers W <- Q^T W, b <- b Q, readers W <- W Q. RMSNorm without gain commutes with Q
     online  a writer's input u <- u H at run time, its weight W <- W H
 
@@ -28,7 +28,11 @@ Turn = Callable[[Tensor], Tensor]
 
 @dataclass
 class Port:
-    """A linear at the stream; `weight` is a view (N, K) of its own. `in_block` tells it from the head and the like."""
+    """A linear that reads or writes the stream.
+
+    weight    view (N, K) of the linear's weight
+    in_block  whether the linear is inside a decoder block; False for the head and similar modules
+    """
 
     name: str
     module: nn.Module
@@ -37,11 +41,11 @@ class Port:
 
     @property
     def bias(self) -> Tensor | None:
-        found = self.module.bias
-        return found if isinstance(found, Tensor) else None
+        bias = self.module.bias
+        return bias if isinstance(bias, Tensor) else None
 
     def shift(self, amount: Tensor) -> None:
-        """Add `amount` (N,) to the bias, which is made where there is none."""
+        """Add `amount` (N,) to the bias; a linear without a bias gets one."""
         if self.bias is None:
             self.module.bias = nn.Parameter(amount.to(self.weight.dtype), requires_grad=False)
         else:
@@ -50,10 +54,10 @@ class Port:
 
 @dataclass
 class Norm:
-    """A norm of the stream: x^ g + b with x^ = x / sqrt(mean(x^2) + eps), of x - mean(x) where `centred`.
+    """A norm of the stream: x^ g + b with x^ = x / sqrt(mean(x^2) + eps), for x - mean(x) if `centred`.
 
-    offset   whether its weight is the gain less 1
-    readers  the linears that read its output, and all that does
+    offset   whether its weight is the gain minus 1
+    readers  the linears that read its output; nothing else reads it
     """
 
     name: str
@@ -65,24 +69,24 @@ class Norm:
 
     @property
     def gain(self) -> Tensor:
-        """(D,) float64."""
+        """The gain g, (D,) float64."""
         return self._weight.double() + float(self.offset)
 
     @property
     def bias(self) -> Tensor | None:
-        """(D,) float64, None where it has none."""
-        found = getattr(self.module, "bias", None)
-        return found.double() if isinstance(found, Tensor) else None
+        """The bias b, (D,) float64; None for a norm without bias."""
+        bias = getattr(self.module, "bias", None)
+        return bias.double() if isinstance(bias, Tensor) else None
 
     def of(self, values: Tensor) -> Tensor:
         """The norm's output for values (..., D), in float64."""
         values = values.double()
         values = values - values.mean(-1, keepdim=True) if self.centred else values
-        found = values * (values.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.gain
-        return found if self.bias is None else found + self.bias
+        outputs = values * (values.square().mean(-1, keepdim=True) + self.eps).rsqrt() * self.gain
+        return outputs if self.bias is None else outputs + self.bias
 
     def clear(self) -> nn.Module:
-        """The same norm of a centred stream without gain and bias: its own module, or RMSNorm for a LayerNorm."""
+        """The same norm without gain and bias, for a centred stream: the module itself, or RMSNorm for a LayerNorm."""
         if self.centred:
             return nn.RMSNorm(len(self._weight), eps=self.eps, elementwise_affine=False)
         self._weight.fill_(0.0 if self.offset else 1.0)
@@ -99,7 +103,7 @@ class Norm:
 
 @dataclass
 class Table:
-    """An embedding (V, D) that is added to the stream, behind a norm of its own where there is one (BLOOM)."""
+    """An embedding (V, D) that is added to the stream, after a norm of the embedding if the model has one (BLOOM)."""
 
     name: str
     module: nn.Module
@@ -114,14 +118,15 @@ class Table:
 
 @dataclass
 class Residual:
-    """The stream of one model, as the harness found it. Arithmetic is in float64, weights are changed in place.
+    """The residual stream of one model, built by the harness. Arithmetic is in float64; weights are changed in place.
 
     width    D, the size of a token's state
-    tables   embeddings that are summed into it
-    writers  linears whose output is added to it
-    norms    norms that read it, each with its readers
-    bare     linears that read it without a norm
-    renamed  linears that `online` gave another name: old name to new
+    tables   embeddings whose sum starts the stream
+    writers  linears whose output is added to the stream
+    norms    norms that read the stream, each with its readers
+    bare     linears that read the stream without a norm
+    renamed  linears that `online` renamed: old name -> new name
+    folded   whether `fold` has run
     """
 
     model: nn.Module
@@ -139,9 +144,9 @@ class Residual:
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Move the gains and biases of norms into their readers, and means out of what is written, once.
+        """Move the gains and biases of norms into their readers and remove means from the writers; only once.
 
-        A head that shares its weight with an embedding gets one of its own, and a warning says what that costs.
+        A head that shares its weight with an embedding gets a separate copy; a warning reports its size.
         """
         if self.folded:
             return
@@ -164,7 +169,7 @@ class Residual:
 
     @torch.no_grad()
     def turn(self, rotate: Turn) -> None:
-        """Turn the stream: `rotate` maps values (..., D) float64 to x Q with Q orthogonal. Folds first."""
+        """Rotate the stream, after `fold`: `rotate` maps values x (..., D) float64 to x Q with Q orthogonal."""
         self.fold()
         self._write(rotate)
         for reader in self.readers:
@@ -172,7 +177,7 @@ class Residual:
 
     @torch.no_grad()
     def online(self) -> None:
-        """Turn the inputs of writers inside the blocks by a Hadamard transform at run time, and their weights back."""
+        """Add a run-time Hadamard transform to the inputs of writers inside blocks; rotate their weights to match."""
         for writer in self.writers:
             if writer.in_block and writer.name not in self.renamed:
                 _set(writer.weight, hadamard.rotate(writer.weight.double()))
@@ -180,7 +185,7 @@ class Residual:
                 self.renamed[writer.name] = f"{writer.name}.{Rotated.INNER}"
 
     def _write(self, change: Turn) -> None:
-        """Apply a linear map of the stream's values (..., D) to all that is written into it."""
+        """Apply a linear map of values (..., D) to everything that is written into the stream."""
         for table in self.tables:
             _set(table.weight, change(table.weight.double()))
         for writer in self.writers:
@@ -192,14 +197,14 @@ class Residual:
         for table in self.tables:
             for reader in self.readers:
                 if reader.module.weight is table.weight:
-                    own = nn.Parameter(table.weight.detach().clone(), requires_grad=False)
-                    reader.module.weight, reader.weight = own, own
+                    copy = nn.Parameter(table.weight.detach().clone(), requires_grad=False)
+                    reader.module.weight, reader.weight = copy, copy
                     warnings.warn(
-                        f"{reader.name} shared its weight with {table.name} and has one of its own now, as the final "
-                        f"norm's gain is folded into it: {own.nbytes / 2**20:.1f} MiB more",
+                        f"{reader.name} shared its weight with {table.name} and now has a separate copy, because the "
+                        f"final norm's gain is folded into it: {copy.nbytes / 2**20:.1f} MiB more",
                         stacklevel=3,
                     )
 
 
 def _set(target: Tensor, values: Tensor) -> None:
-    target.copy_(values)  # in the target's own dtype
+    target.copy_(values)  # casts to the dtype of `target`

@@ -1,4 +1,4 @@
-"""Input groups and their producers: how a per-channel scale moves from a linear's input into what makes it."""
+"""Input groups and their producers: moves a per-channel scale from the inputs of linears into their producer."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ Kind = Literal["norm", "offset_norm", "linear"]
 
 @dataclass(frozen=True)
 class Producer:
-    """What makes an input group's input and can absorb a positive scale for each of its channels.
+    """The module that computes an input group's input and can absorb a positive scale per channel.
 
     kind    norm: weight w of an output w * x^; offset_norm: (1 + w) * x^; linear: rows of a weight (N, K)
     weight  (K,) of a norm, (N out, K in) of a linear; a view, changed in place
-    rows    (K,) int64: which channel of the producer each input channel of the group follows. Under grouped
-            queries several do follow one (a value head that query heads share); they have to share a scale.
+    rows    (K,) int64: the producer channel behind each input channel of the group. With grouped queries, several
+            input channels depend on one producer channel (query heads share a value head) and must share a scale.
     """
 
     name: str
@@ -36,16 +36,16 @@ class Producer:
 
     @property
     def one_to_one(self) -> bool:
-        """Whether every input channel may have a scale of its own."""
+        """Whether every input channel may have a different scale."""
         return int(self.rows.unique().numel()) == self.rows.numel()
 
     def tie(self, scale: Tensor) -> Tensor:
-        """`scale` (K,) with channels of one producer channel at the largest of theirs."""
+        """`scale` (K,) after input channels of the same producer channel are set to the largest of their scales."""
         tied = torch.zeros(len(self.weight), dtype=scale.dtype, device=scale.device)
         return tied.scatter_reduce(0, self.rows, scale, "amax", include_self=False)[self.rows]
 
     def divide(self, scale: Tensor) -> None:
-        """Divide the producer's channels by `scale` (K,), which is tied. Channels that nobody reads stay."""
+        """Divide the producer's channels by a tied `scale` (K,); channels that the group does not read stay as is."""
         factor = torch.ones(len(self.weight), dtype=scale.dtype, device=scale.device)
         factor[self.rows] = scale
         weight = self.weight.to(scale.dtype)
@@ -60,15 +60,16 @@ class Producer:
 
 @dataclass
 class InputGroup:
-    """Linears of one decoder block that read the very same input tensor, in execution order.
+    """Linears of one decoder block that read the same input tensor, in execution order.
 
-    linears   full module names to modules, those that will be quantized
-    weights   their weights as (N out, K in), by the same names; views
+    linears   the linears that will be quantized, by full module name
+    weights   their weights (N out, K in), by the same names; views
     others    weights of linears that read the same input and stay float (`skip`)
-    scheme    the format that they will be quantized to
-    schemes   formats of the linears that have one of their own, by name
-    producer  what absorbs a scale, None where nothing was proved to
-    scale     (K,) product of what `rescale` was given
+    scheme    the scheme of the group
+    schemes   schemes of linears that differ from it, by name
+    producer  the module that absorbs a scale; None if no module was proved to
+    scale     (K,) product of all scales that `rescale` applied
+    trial     a tied scale (K,) -> the output error that `error` returns
     """
 
     linears: dict[str, nn.Module]
@@ -89,25 +90,25 @@ class InputGroup:
         return next(iter({**self.weights, **self.others}.values())).shape[1]
 
     def scheme_of(self, name: str) -> Scheme:
-        """The format that a linear of the group will be quantized to."""
+        """The scheme to which a linear of the group will be quantized."""
         scheme = self.schemes.get(name, self.scheme)
         assert scheme is not None
         return scheme
 
     def tie(self, scale: Tensor) -> Tensor:
-        """`scale` (K,), as `rescale` would apply it: equal where the producer's channel is."""
+        """`scale` (K,) as `rescale` would apply it: equal for input channels of the same producer channel."""
         return scale if self.producer is None else self.producer.tie(scale)
 
     def rescale(self, scale: Tensor) -> None:
         """Divide the input by `scale` (K,) in its producer and multiply the weights' columns by it.
 
-        The function of the model stays. Channels that share a producer channel take the largest of their scales.
-        Raises: ValueError if there is no producer, or a scale is not positive and finite.
+        The model's function does not change. Channels that share a producer channel get the largest of their scales.
+        Raises: ValueError if the group has no producer, or a scale is not positive and finite.
         """
         if self.producer is None:
-            raise ValueError(f"the input of {self.name} has no producer that could absorb a scale; leave it as it is")
+            raise ValueError(f"the input of {self.name} has no producer that could absorb a scale; do not rescale it")
         if not (torch.isfinite(scale) & (scale > 0)).all():
-            raise ValueError(f"a scale for {self.name} is not positive and finite; expected all of them to be")
+            raise ValueError(f"a scale for {self.name} is not positive and finite; expected finite scales above 0")
         tied = self.tie(scale)
         self.producer.divide(tied)
         for weight in (*self.weights.values(), *self.others.values()):
@@ -117,10 +118,10 @@ class InputGroup:
     def error(self, scale: Tensor) -> float:
         """Mean squared output error if the group were rescaled by `scale` (K,) and rounded to nearest.
 
-        The output is that of the smallest module that holds all linears of the group, on calibration data, with
-        inputs quantized where the scheme says so: the objective of AWQ's search (Lin et al. 2023, equation 4, and
-        mit-han-lab/llm-awq auto_scale.py for the module).
-        Raises: ValueError if the method did not say that it `searches`.
+        The error is measured at the output of the smallest module that contains all linears of the group, on
+        calibration data, with quantized inputs if the scheme has an activation format: the objective of AWQ's search
+        (Lin et al. 2023, equation 4, and mit-han-lab/llm-awq auto_scale.py for the module).
+        Raises: ValueError if the method's `searches` is False.
         """
         if self.trial is None:
             raise ValueError("group.error needs the block's activations; have the method's `searches` return True")

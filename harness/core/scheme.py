@@ -1,4 +1,4 @@
-"""Numeric formats: how many bits, which grid, who shares a scale. Numbers only, no algorithm."""
+"""Numeric formats: the number of bits, the grid, and which values share a scale. Numbers only, no algorithm."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 Granularity = Literal["tensor", "channel", "group"]
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
-NATIVE = "native"  # name of the scheme that stands for a format of the method's own
+NATIVE = "native"  # name of the scheme of methods that define their format themselves
 SCALE_BITS: dict[ScaleDtype, int] = {"float16": 16, "bfloat16": 16, "float32": 32}
 
 
@@ -15,8 +15,8 @@ SCALE_BITS: dict[ScaleDtype, int] = {"float16": 16, "bfloat16": 16, "float32": 3
 class IntFormat:
     """Integer codes 0 .. 2^bits - 1 on a uniform grid: value = (code - zero_point) * scale.
 
-    `grid` and `zero_point` decide how scale and zero point follow from the range of values; see
-    `harness.core.grid`. `grid` is used by symmetric formats alone, `zero_point` by asymmetric ones.
+    `grid` and `zero_point` decide how scale and zero point are computed from the range of values; see
+    `harness.core.grid`. Only symmetric formats use `grid`, only asymmetric formats use `zero_point`.
     """
 
     bits: int
@@ -44,7 +44,7 @@ class IntFormat:
 
 @dataclass(frozen=True, kw_only=True)
 class StoredFormat(IntFormat):
-    """Codes whose scales are stored beside them, as `scale_dtype`; `where` is the key that messages name."""
+    """Codes with scales that are stored as `scale_dtype`; `where` is the configuration key in error messages."""
 
     scale_dtype: ScaleDtype = "float16"
     where: ClassVar[str] = "scheme.weight"
@@ -54,8 +54,8 @@ class StoredFormat(IntFormat):
 class WeightFormat(StoredFormat):
     """Format of one weight (N out, K in).
 
-    `group_size` consecutive inputs of one output row share a scale, -1 is the whole row; it is read
-    for granularity `group` alone. Scales are stored as `scale_dtype`, integer zero points in `bits` bits.
+    `group_size` consecutive inputs of one output row share a scale, -1 is the whole row; only granularity
+    `group` uses it. Scales are stored as `scale_dtype`, integer zero points in `bits` bits.
     """
 
     granularity: Granularity = "channel"
@@ -87,7 +87,7 @@ class WeightFormat(StoredFormat):
         return out_features, in_features // size
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """The analytic figure: code, scale and zero point bits of a weight (N, K), over N K."""
+        """Analytic size: code, scale and zero point bits of a weight (N, K), divided by N K."""
         rows, columns = self.groups(shape)
         per_group = SCALE_BITS[self.scale_dtype]
         if not self.symmetric:
@@ -97,13 +97,14 @@ class WeightFormat(StoredFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationFormat(IntFormat):
-    """Format of a linear's input: a scale a token or a sequence, found anew (`dynamic`) or calibrated.
+    """Format of a linear's input: one scale per token or per sequence, computed at run time (`dynamic`) or calibrated.
 
-    Granularity `tensor` and `dynamic` shares one scale over all tokens of a sequence, never over the
-    sequences of a batch, so that a result does not depend on the batch size. With `threshold`, channels in
-    which any token of the sequence reaches it in magnitude stay float, and have no part in the ranges of the
-    others (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, equation 8). Ranges, found or calibrated, are
-    multiplied by `clip`: larger values go to the end of the grid, and the others get finer steps.
+    With granularity `tensor` and `dynamic`, all tokens of a sequence share one scale. The sequences of a batch
+    never share a scale, so that a result does not depend on the batch size. With `threshold`, a channel in which
+    any token of the sequence reaches the threshold in magnitude stays float and does not count for the ranges of
+    the other channels (LLM.int8(), Dettmers et al. 2022, arXiv 2208.07339, equation 8). Ranges, dynamic or
+    calibrated, are multiplied by `clip`: larger values are clipped to the end of the grid, and all other values
+    get finer steps.
     """
 
     granularity: Literal["token", "tensor"] = "token"
@@ -114,10 +115,10 @@ class ActivationFormat(IntFormat):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 < self.clip <= 1:
-            raise ValueError(f"clip={self.clip} is out of range; expected a share of the range above 0, and 1 at most")
+            raise ValueError(f"clip={self.clip} is out of range; expected a share of the range above 0, up to 1")
         if self.granularity == "token" and not self.dynamic:
             raise ValueError(
-                "dynamic=False has no meaning with granularity=token, whose ranges are known at run time alone; "
+                "dynamic=False has no meaning with granularity=token, whose ranges are known only at run time; "
                 "use granularity=tensor, or dynamic=true"
             )
         if self.threshold is not None and not (self.threshold > 0 and self.dynamic):
@@ -129,18 +130,21 @@ class ActivationFormat(IntFormat):
 
 @dataclass(frozen=True, kw_only=True)
 class Scheme:
-    """A weight format and, where inputs are quantized too, an activation format. `name` labels its rows."""
+    """A weight format and, if inputs are quantized too, an activation format. `name` labels the scheme in tables."""
 
     name: str
     weight: WeightFormat
     activation: ActivationFormat | None = None
 
     def at(self, bits: int) -> Scheme:
-        """The same format with weights of another width."""
+        """The same scheme with another number of `bits` for the weights."""
         return replace(self, weight=replace(self.weight, bits=bits))
 
 
 def require_native(scheme: Scheme, what: str) -> None:
-    """Raises: ValueError if `scheme` is not the one that stands for a format of the method's own, which is `what`."""
+    """Check that `scheme` is `native`, for a method that defines its format itself; `what` names that format.
+
+    Raises: ValueError if it is another scheme.
+    """
     if scheme.name != NATIVE:
         raise ValueError(f"scheme={scheme.name} is another format than {what}; use scheme={NATIVE}")

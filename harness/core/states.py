@@ -1,8 +1,8 @@
-"""Keys or values of one layer as a cache stores them: packed codes with their scales, and the newest tokens as floats.
+"""Keys or values of one layer in a cache: packed codes with their scales, and the newest tokens as floats.
 
-A range is that of the group. With a float zero point, groups whose values hardly differ get a range of at least
-2^-15 of their largest magnitude a code step, so that float16 can hold the zero point; that is far below the
-rounding of the zero point itself.
+The range of a group is its minimum and maximum. With a float zero point, a group of nearly equal values gets a scale of
+at least 2^-15 of its largest magnitude, so that float16 can hold the zero point; this is far below the rounding error
+of the zero point itself.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ _LEAST_STEP = 2.0**-15
 
 
 class States:
-    """States (B, H, T, D) of the same B sequences and H heads, appended along T, in memory that is all listed.
+    """States (B, H, T, D) of the same B sequences and H heads, appended along T; `tensors` lists all their memory.
 
-    Token t is coded once a whole group that holds it lies before the newest `residual` tokens. What is stored
-    therefore depends on the tokens alone, not on how many were appended at a time.
+    Token t is quantized when the group that contains it is complete and lies before the newest `residual` tokens.
+    The stored tensors therefore depend on the tokens only, not on how many tokens each call appended.
     """
 
     def __init__(self, fmt: StatesFormat, residual: int = 0) -> None:
         self.fmt, self.residual = fmt, residual
-        self._coded: tuple[Tensor, ...] = ()  # packed (B, H, T', bytes), then scale and zero point a group
+        self._coded: tuple[Tensor, ...] = ()  # packed codes (B, H, T', bytes), then scale and zero point per group
         self._recent: Tensor | None = None
 
     def __len__(self) -> int:
@@ -35,14 +35,15 @@ class States:
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is held."""
+        """All tensors in memory."""
         return [*self._coded, *([] if self._recent is None else [self._recent])]
 
     def append(self, states: Tensor) -> Tensor:
-        """Add new tokens (B, H, T, D); returns all tokens so far as they are stored, decoded, in `states`' dtype.
+        """Append new tokens (B, H, T, D).
 
-        All are decoded at every call: to keep decoded ones would be to hold the float cache beside the codes.
-        Raises: ValueError if the format does not fit the head's size, or a scale overflows its dtype.
+        Every call decodes all tokens, because storing decoded tokens would keep a float cache in addition to the codes.
+        Returns: all tokens so far, decoded from the stored tensors, in the dtype of `states`.
+        Raises: ValueError if the format does not fit the head size, or a scale overflows its dtype.
         """
         self.fmt.channels(states.shape[-1])
         recent = states if self._recent is None else torch.cat([self._recent, states], 2)
@@ -51,11 +52,11 @@ class States:
             new = self._encode(recent[:, :, :full])
             old = self._coded
             self._coded = tuple(torch.cat(pair, 2) for pair in zip(old, new, strict=True)) if old else new
-        self._recent = recent[:, :, full:].clone()  # of its own, lest a view hold what was coded
+        self._recent = recent[:, :, full:].clone()  # a view would keep the quantized tokens in memory
         return torch.cat([self._decode(states.shape[-1]).to(states.dtype), self._recent], 2) if self._coded else recent
 
     def _encode(self, states: Tensor) -> tuple[Tensor, ...]:
-        """Packed codes, scale and, of an asymmetric format, zero point of whole groups."""
+        """Packed codes, scale and, in an asymmetric format, zero point of complete groups."""
         values = states.to(grid.compute_dtype(states))
         axis, groups = self._groups(values)
         low, high = groups.amin(axis), groups.amax(axis)
@@ -64,22 +65,22 @@ class States:
         scale, zero_point = grid.stored_params(low, high, self.fmt)
         codes = grid.encode(groups, scale.unsqueeze(axis), zero_point.unsqueeze(axis), self.fmt)
         packed = pack(codes, self.fmt.bits).view(*states.shape[:3], -1)
-        stored = getattr(torch, self.fmt.scale_dtype)
+        dtype = getattr(torch, self.fmt.scale_dtype)
         if self.fmt.symmetric:
-            return packed, scale.to(stored)
-        return packed, scale.to(stored), zero_point.to(stored if self.fmt.zero_point == "float" else torch.uint8)
+            return packed, scale.to(dtype)
+        return packed, scale.to(dtype), zero_point.to(dtype if self.fmt.zero_point == "float" else torch.uint8)
 
     def _decode(self, head_dim: int) -> Tensor:
-        """All coded tokens (B, H, T', D), in float32 or wider."""
-        packed, scale, *rest = self._coded
+        """All quantized tokens (B, H, T', D), decoded in float32."""
+        packed, scale, *zero_points = self._coded
         codes = unpack(packed.view(-1), self.fmt.bits, (*packed.shape[:3], head_dim))
         axis, groups = self._groups(codes)
         scale = scale.to(torch.float32)
-        zero_point = rest[0].to(scale.dtype) if rest else torch.full_like(scale, self.fmt.mid_code)
+        zero_point = zero_points[0].to(scale.dtype) if zero_points else torch.full_like(scale, self.fmt.mid_code)
         return grid.decode(groups, scale.unsqueeze(axis), zero_point.unsqueeze(axis)).view(codes.shape)
 
     def _groups(self, states: Tensor) -> tuple[int, Tensor]:
-        """States (B, H, T, D) with the axis of what shares a scale split off, and that axis."""
+        """Split the axis along which values share a scale off states (B, H, T, D). Returns: that axis, and the view."""
         if self.fmt.granularity == "token":
             return 4, states.unflatten(3, (-1, self.fmt.channels(states.shape[3])))
         return 3, states.unflatten(2, (-1, self.fmt.tokens))

@@ -1,4 +1,4 @@
-"""Statistics of a linear's input, streamed over calibration batches: no batch is kept."""
+"""Statistics of a linear's input, accumulated over calibration batches; no batch stays in memory."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 S = TypeVar("S", bound="Stat")
-_PANEL = 192  # columns of a Hessian that are computed at once
+_PANEL = 192  # columns of a Hessian computed at once
 
 
 class Stat(ABC):
     """A statistic of the inputs (T tokens, K) that one input group reads.
 
-    Made once for each input group with K, then updated batch by batch. A new one may live in the
-    file of the method that needs it. With `cached = True`, tensors among the attributes (and nothing else)
-    are its state, which the harness keeps on disk for the next run of the same model, data and prefix.
+    It is created once per input group, with K, and updated batch by batch. A new statistic may be defined in the
+    file of the method that needs it. With `cached = True`, its state is exactly the tensors among its attributes;
+    the harness stores them on disk for later runs of the same model, data and prefix.
     """
 
     cached: ClassVar[bool] = False
@@ -28,25 +28,25 @@ class Stat(ABC):
 
     @abstractmethod
     def update(self, inputs: Tensor) -> None:
-        """Take in one batch of inputs (T, K); must not keep or change it."""
+        """Add one batch of inputs (T, K); must not store or change the batch."""
 
     def rescale(self, scale: Tensor) -> None:
-        """Become the statistic of inputs divided by `scale` (K,); needed with a `transform` in the same step."""
+        """Change to the statistic of inputs divided by `scale` (K,); required if the same step has a `transform`."""
         raise NotImplementedError(
-            f"{type(self).__name__} has no rescale; give it one, or make the transform a step of its own"
+            f"{type(self).__name__} does not implement rescale; implement it, or move the transform to a separate step"
         )
 
     def state(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+        """The tensors of the statistic, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
 
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
-        """Become what `state` was taken from, on `device`."""
+        """Restore the tensors of `state` on `device`."""
         vars(self).update({name: value.to(device) for name, value in state.items()})
 
 
 class MinMax(Stat):
-    """Smallest and largest input of each channel over all tokens, (K,), widened to hold 0.0."""
+    """Smallest and largest input of each channel over all tokens, (K,), widened to include 0.0."""
 
     cached = True
 
@@ -60,7 +60,7 @@ class MinMax(Stat):
         self.highs = torch.maximum(self.highs.to(inputs.device), inputs.amax(0).float())
 
     def rescale(self, scale: Tensor) -> None:
-        self.lows, self.highs = (end.to(scale.device) / scale for end in (self.lows, self.highs))
+        self.lows, self.highs = (bounds.to(scale.device) / scale for bounds in (self.lows, self.highs))
 
     @property
     def low(self) -> Tensor:
@@ -99,10 +99,10 @@ class AbsMean(Stat):
 
 
 class Hessian(Stat):
-    """H = 2/T sum x x^T over all T tokens, `value` (K, K) float32: of a linear's squared output error.
+    """H = 2/T sum x x^T over all T tokens, `value` (K, K) float32: the Hessian of a linear's squared output error.
 
     Frantar et al. 2022, arXiv 2210.17323, section 3 (their code averages over sequences, which differs by a factor).
-    It is symmetric, so panels right of the diagonal stand for those left of it.
+    H is symmetric, so only the diagonal panels and those on their right are computed.
     """
 
     cached = True
@@ -130,7 +130,7 @@ class Hessian(Stat):
 
 
 class Sample(Stat):
-    """Some inputs of each batch, `rows` of them, evenly spread, (S, K): enough to measure an output error by."""
+    """A sample of the inputs, (S, K), to measure output errors: up to `rows` evenly spaced tokens of each batch."""
 
     cached = True
     rows: ClassVar[int] = 16
@@ -155,14 +155,14 @@ class Stats:
         self._stats = {cls: cls(in_features) for cls in needs}
 
     def update(self, inputs: Tensor, only: Container[type[Stat]] | None = None) -> None:
-        """Feed one batch of inputs (B, T, K) or (T, K) to every statistic, or to those of the classes `only`."""
+        """Update every statistic, or only those of the classes `only`, with one batch of inputs (B, T, K) or (T, K)."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         for cls, stat in self._stats.items():
             if only is None or cls in only:
                 stat.update(rows)
 
     def rescale(self, scale: Tensor) -> None:
-        """Become the statistics of inputs divided by `scale` (K,)."""
+        """Change to the statistics of inputs divided by `scale` (K,)."""
         for stat in self._stats.values():
             stat.rescale(scale)
 
@@ -170,7 +170,10 @@ class Stats:
         return cls in self._stats
 
     def __getitem__(self, cls: type[S]) -> S:
-        """Raises: KeyError that says to add the class to `needs`."""
+        """The statistic of class `cls`.
+
+        Raises: KeyError if the class is not in the method's `needs`.
+        """
         stat = self._stats.get(cls)
         if not isinstance(stat, cls):
             raise KeyError(f"{cls.__name__} was not collected; add it to the method's `needs`")

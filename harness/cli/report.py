@@ -1,8 +1,8 @@
-"""Write the report of a folder of records.
+"""Write the HTML report of a folder of records.
 
-    python -m harness.report [runs=FOLDER] [output=FILE] [png=FILE]
+    python -m harness report [runs=FOLDER] [output=FILE] [png=FILE]
 
-`output` is RUNS/report.html where it is not given; `png` writes the plot of perplexity against bits per weight too.
+`output` is RUNS/report.html by default; `png` also writes the plot of perplexity against bits per weight.
 """
 
 from __future__ import annotations
@@ -13,14 +13,15 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from harness.cli.options import options_of
-from harness.reports.frame import load_some
+from harness.records.folder import load_some
+from harness.runs import stale_ids
 
 DEFAULTS = {"runs": "results/runs", "output": "", "png": ""}
 EXTRA = {"altair": "altair", "vl_convert": "vl-convert-python", "itables": "itables", "jinja2": "jinja2"}
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; 0, or 1 with one line on stderr."""
+    """Run the command; 0, or 1 with one line on stderr."""
     try:
         options = DEFAULTS | options_of(arguments, DEFAULTS)
         _require_extra()
@@ -32,15 +33,16 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _write(options: dict[str, str]) -> None:
-    from harness.reports.html import page  # imports what the extra installs
+    from harness.reports.html import page  # imports the libraries of the extra
 
-    records = load_some(Path(options["runs"]))
+    folder = Path(options["runs"])
+    records = load_some(folder)
     if options["png"]:
         target = Path(options["png"])
         target.write_bytes(page.png(records))
         sys.stdout.write(f"{target}\n")
-    target = Path(options["output"] or Path(options["runs"]) / "report.html")
-    target.write_text(page.html(records, Path(options["runs"])), encoding="utf-8")
+    target = Path(options["output"] or folder / "report.html")
+    target.write_text(page.html(records, folder, stale_ids(records)), encoding="utf-8")
     sys.stdout.write(f"{target}\n")
 
 

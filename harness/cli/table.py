@@ -1,14 +1,17 @@
-"""The command line of tables: records, or what differs between two folders of them, in the format asked for.
+"""Tables of records, or the differences between two folders of them.
 
-    python -m harness.table [runs=FOLDER] [seeds=all|mean] [format=md|csv|parquet|latex] [output=FILE]
-    python -m harness.table [runs=FOLDER] into=README.md [mark=table]
-    python -m harness.table compare=OLD,NEW [seeds=all|mean] [format=md|csv|parquet|latex] [output=FILE]
-    python -m harness.table show=sweeps|kv [runs=FOLDER] [format=md|csv|parquet|latex] [output=FILE] [into=README.md]
+    python -m harness table [runs=FOLDER] [table=NAME] [columns=short|all] [stale=mark|hide|list] [seeds=all|mean]
+                            [format=md|csv|parquet|latex] [output=FILE]
+    python -m harness table [runs=FOLDER] [table=NAME] into=FILE.md [mark=NAME]
+    python -m harness table compare=OLD,NEW [seeds=all|mean] [format=md|csv|parquet|latex] [output=FILE]
+    python -m harness table show=sweeps|kv [runs=FOLDER] [format=md|csv|parquet|latex] [output=FILE] [into=FILE.md]
 
-Each figure stands with its ratio to the float baseline. `seeds=mean` makes one row of runs that differ in their seed
-alone. `into` replaces what stands between two marks of a Markdown file: <!-- table:begin --> and <!-- table:end -->, or
-those of another name. OLD and NEW are two folders, or two records. `show=sweeps` says where the time of sweeps went,
-`show=kv` what KV caches take by batch and length.
+Figures are shown with their ratio to the float baseline. `table` names a table of FOLDER/tables.yaml, which lists the
+rows and columns of each; the records are then in FOLDER/runs. CSV and Parquet have every column. `stale` marks rows
+that are results of other code than today's, leaves them out, or shows only them. `seeds=mean` makes one row of runs
+that differ only in their seed. `into` replaces the part between the lines <!-- NAME:begin --> and <!-- NAME:end --> of
+a Markdown file; `mark` is the name of the table, or "table", by default. OLD and NEW are two folders, or two records.
+`show=sweeps` shows where the time of sweeps went, `show=kv` the sizes of KV caches by batch and length.
 """
 
 from __future__ import annotations
@@ -16,65 +19,67 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-
-import pandas as pd
+from typing import get_args
 
 from harness.cli.options import options_of
-from harness.reports.cells import RANK, SHOWN, display, failures, shared
-from harness.reports.compare import compare
-from harness.reports.frame import label, load, load_some, to_frame
-from harness.reports.kv_table import kv_sheet
-from harness.reports.render import FORMATS, Sheet, between, emit, markdown, write_into
-from harness.reports.seeds import mean_over_seeds
-from harness.reports.sweep_table import sweeps_sheet
+from harness.records import folder as folders
+from harness.records.folder import load_records as load  # this and the next two: until cli.run imports them itself
+from harness.reports import (
+    FORMATS,
+    Columns,
+    Sheet,
+    as_markdown,
+    comparison_sheet,
+    emit,
+    kv_sheet,
+    label,
+    mean_over_seeds,
+    show,
+    sweeps_sheet,
+    to_frame,
+    to_sheet,
+    write_into,
+)
+from harness.runs import stale_ids
 
-__all__ = [
-    "between",
-    "display",
-    "label",
-    "load",
-    "main",
-    "markdown",
-    "show",
-    "sweeps_sheet",
-    "to_frame",
-    "to_markdown",
-    "write_into",
-]
+__all__ = ["label", "load", "main", "show", "to_frame"]
 
 DEFAULTS = {
     "runs": "results/runs",
+    "table": "",
     "compare": "",
-    "show": "runs",
+    "show": "",
+    "columns": "",
+    "stale": "mark",
     "seeds": "all",
     "format": "md",
     "output": "",
     "into": "",
-    "mark": "table",
+    "mark": "",
 }
-_CHOICES = {"format": FORMATS, "seeds": ("all", "mean"), "show": ("runs", "sweeps", "kv")}
-# Options that would be read by nobody beside another.
-_APART = (("compare", "runs"), ("compare", "into"), ("compare", "show"), ("into", "format"), ("into", "output"))
-
-
-def to_sheet(frame: pd.DataFrame) -> Sheet:
-    """The frame with its table as people read it."""
-    stacked = [heading for heading, *_ in SHOWN]
-    return Sheet(frame, display(frame), shared(frame), failures(frame), stacked, {"perplexity": RANK})
-
-
-def to_markdown(frame: pd.DataFrame) -> str:
-    """The shown table in Markdown, what all rows share above it and failures below it."""
-    return markdown(to_sheet(frame))
-
-
-def show(frame: pd.DataFrame) -> None:
-    """Print the table: drawn on a terminal, Markdown elsewhere."""
-    emit(to_sheet(frame), "md", "")
+_CHOICES = {
+    "format": FORMATS,
+    "seeds": ("all", "mean"),
+    "show": ("runs", "sweeps", "kv"),
+    "columns": get_args(Columns),
+    "stale": ("mark", "hide", "list"),
+}
+# Pairs of options of which one would be ignored.
+_APART = (
+    ("compare", "runs"),
+    ("compare", "into"),
+    ("compare", "show"),
+    ("compare", "table"),
+    ("compare", "columns"),
+    ("compare", "stale"),
+    ("table", "show"),
+    ("into", "format"),
+    ("into", "output"),
+)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command line; 0, or 1 with one line on stderr."""
+    """Run the command; 0, or 1 with one line on stderr."""
     try:
         options = _options(arguments)
         if options["compare"]:
@@ -89,35 +94,44 @@ def main(arguments: Sequence[str]) -> int:
 
 def _table(options: dict[str, str]) -> None:
     folder = Path(options["runs"])
-    sheet = _sheet(options["show"], folder, options["seeds"] == "mean")
+    table = folders.table_of(folder, options["table"]) if options["table"] else folders.Table()
+    sheet = _sheet(folder, table, options)
     if options["into"]:
-        write_into(Path(options["into"]), markdown(sheet), options["mark"])
+        write_into(Path(options["into"]), as_markdown(sheet), options["mark"] or options["table"] or "table")
         return
     default = folder / "table.parquet" if options["format"] == "parquet" else ""
     emit(sheet, options["format"], options["output"] or str(default))
 
 
-def _sheet(show: str, folder: Path, mean: bool) -> Sheet:
-    if show == "sweeps":
-        return sweeps_sheet(folder)
-    records = load_some(folder)
-    if show == "kv":
-        return kv_sheet(records)
-    return to_sheet(to_frame(mean_over_seeds(records) if mean else records))
+def _sheet(folder: Path, table: folders.Table, options: dict[str, str]) -> Sheet:
+    kind = options["show"] or table.show
+    if kind == "sweeps":
+        return sweeps_sheet(folders.runs_of(folder), table.runs, table.title)
+    records = folders.load_some(folder)
+    stale = stale_ids(records)
+    rows = folders.select(records, table, folder)
+    if options["stale"] != "mark":
+        rows = [record for record in rows if (record.run_id in stale) == (options["stale"] == "list")]
+    if kind == "kv":
+        return kv_sheet(rows, stale, table.title)
+    if options["seeds"] == "mean":
+        rows = mean_over_seeds(rows)
+    columns: Columns = "all" if (options["columns"] or table.columns) == "all" else "short"
+    return to_sheet(to_frame(rows, records, stale), columns, table.title)
 
 
 def _compare(options: dict[str, str]) -> None:
     if options["format"] == "parquet" and not options["output"]:
         raise ValueError("format=parquet needs a file where two folders are compared; add output=FILE.parquet")
-    emit(compare(options["compare"], options["seeds"] == "mean"), options["format"], options["output"])
+    emit(comparison_sheet(options["compare"], options["seeds"] == "mean"), options["format"], options["output"])
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
-    given = options_of(arguments, DEFAULTS)
+    options = options_of(arguments, DEFAULTS)
     for key, choices in _CHOICES.items():
-        if given.get(key, DEFAULTS[key]) not in choices:
-            raise ValueError(f"{key}={given[key]} is unknown; expected one of: {', '.join(choices)}")
+        if key in options and options[key] not in choices:
+            raise ValueError(f"{key}={options[key]} is unknown; expected one of: {', '.join(choices)}")
     for one, other in _APART:
-        if one in given and other in given:
-            raise ValueError(f"{other}={given[other]} means nothing beside {one}={given[one]}; drop one of them")
-    return DEFAULTS | given
+        if one in options and other in options:
+            raise ValueError(f"{other}={options[other]} means nothing with {one}={options[one]}; drop one of them")
+    return DEFAULTS | options

@@ -1,79 +1,97 @@
-"""The frame as people read it: text cells, "value (ratio)", and what all rows share in one line."""
+"""A frame as text: columns that name the rows, metrics as "value (ratio)", and one line on what all rows share."""
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from typing import Any, Literal
 
 import pandas as pd
 
-from harness.reports.frame import SETTING, has_coded_caches
+from harness.records.metrics import Metric
+from harness.reports.describe import SETTING
+from harness.reports.frame import measured
 
-# Shown columns: heading, value, its ratio, digits of each.
-SHOWN = (
-    ("perplexity", "perplexity", "perplexity_ratio", ".2f"),
-    ("KL", "kl", None, ".3g"),
-    ("top-1", "top1_agreement", None, ".1%"),
-    ("bits / weight", "bits_per_weight", "bits_per_weight_ratio", ".3f"),
-    ("size MiB", "model_size_mib", "model_size_mib_ratio", ".1f"),
-    ("resident MiB", "resident_mib", "resident_mib_ratio", ".1f"),
-    ("peak MiB", "peak_memory_mib", "peak_memory_mib_ratio", ".0f"),
-    ("prefill ms", "prefill_ms_p50", "prefill_speedup", ".0f"),
-    ("decode ms", "decode_ms_p50", "decode_speedup", ".1f"),
-    ("KV MiB", "kv_mib", "kv_mib_ratio", ".2f"),
-    ("prefill J", "prefill_j", None, ".2f"),
-    ("decode J", "decode_j_per_token", None, ".3f"),
-    ("quant s", "quantize_s", None, ".1f"),
-    ("quant MiB", "quantize_peak_mib", None, ".0f"),
-)
+Columns = Literal["short", "all"]
+
 RANK = "rank"
-_NAMES = (
-    "model",
-    "data",
-    "windows",
-    *SETTING,
-    "device",
-    "seed",
-)
-_ALWAYS = ("method", "scheme", "bits", "execution")
+STALE = "†"
+STALE_NOTE = f"{STALE} result of other code than today's: run it again, or `make reproduce` confirms it"
+_ALWAYS = ("method", "scheme", "bits")
+_NAMES = ("model", "data", "windows", *SETTING, "device", "seed")
+# In the short table, these columns are shown only if other columns do not tell two rows apart.
+_SPARE = ("execution", "calibration", "windows", "device", "seed")
 
 
-def display(frame: pd.DataFrame) -> pd.DataFrame:
-    """The table as people read it: text cells, "value (ratio)", columns that say nothing left out."""
-    out = names(frame)
+def display(frame: pd.DataFrame, columns: Columns = "short") -> pd.DataFrame:
+    """The table for people: text cells, without the columns that tell nothing.
+
+    The short table has the metrics that the registry marks for it, and as few naming columns as tell its rows apart.
+    """
+    out = names(frame) if columns == "all" else _short_names(frame)
     if "seeds" in frame:
         out["seeds"] = [text(value) for value in frame["seeds"]]
-    for heading, value, ratio, digits in SHOWN:
-        if value == "perplexity" or (frame[value].notna().any() and _tells(frame, value)):
-            out[heading] = [_figure(row, value, ratio, digits) for _, row in frame.iterrows()]
-        if value == "perplexity" and frame["rank_low"].notna().any():
+    for metric in shown_metrics(frame, columns):
+        out[heading(metric, columns)] = [_figure(row, metric, columns) for _, row in frame.iterrows()]
+        if metric.name == "perplexity" and columns == "all" and frame["rank_low"].notna().any():
             out[RANK] = [_rank(row) for _, row in frame.iterrows()]
     if (frame["status"] == "failed").any():
         out["status"] = frame["status"]
-    return out
+    return _marked(out, frame)
 
 
-def _tells(frame: pd.DataFrame, value: str) -> bool:
-    """Whether a figure says something of these rows: the size of a cache does where one is quantized."""
-    return value != "kv_mib" or has_coded_caches(frame)
+def shown_metrics(frame: pd.DataFrame, columns: Columns) -> list[Metric]:
+    """The metrics that the table of a frame has as columns: perplexity even if no row has it."""
+    return [
+        metric
+        for metric in measured(frame, always=("perplexity",))
+        if columns == "all" or metric.short in ("value", "both") or _has_ratio(frame, metric)
+    ]
+
+
+def _has_ratio(frame: pd.DataFrame, metric: Metric) -> bool:
+    return metric.short == "ratio" and bool(frame[metric.ratio].notna().any())
+
+
+def heading(metric: Metric, columns: Columns) -> str:
+    """The heading of a metric's column; without the unit where it shows the ratio alone."""
+    return metric.title if columns == "short" and metric.short == "ratio" else metric.heading or metric.name
 
 
 def names(frame: pd.DataFrame) -> pd.DataFrame:
-    """What tells the rows apart, as text: what is the same in all of them is left out."""
+    """The columns that tell rows apart, as text; columns with one value in all rows are left out."""
     out = pd.DataFrame(index=frame.index)
     for name in _NAMES:
-        if name in _ALWAYS or frame[name].nunique() > 1:
+        if name in (*_ALWAYS, "execution") or frame[name].nunique() > 1:
             out[name] = [text(value) for value in frame[name]]
     kernels = zip(out["execution"], frame["kernel"], strict=True)
     out["execution"] = [mode if pd.isna(kernel) else f"{mode}: {kernel}" for mode, kernel in kernels]
     return out
 
 
-def shared(frame: pd.DataFrame) -> str:
-    """What is the same in all rows, and what the marks of the table mean, in one line."""
+def _short_names(frame: pd.DataFrame) -> pd.DataFrame:
+    """The naming columns of the short table: the spare ones only where rows are alike without them."""
+    out = names(frame)
+    chosen = [name for name in out if name not in _SPARE]
+    for name in _SPARE:
+        alike = out[chosen].duplicated(keep=False)
+        if name in out and out.loc[alike].groupby(chosen)[name].nunique().gt(1).any():
+            chosen.append(name)
+    return out[[name for name in out if name in chosen]].copy()
+
+
+def _marked(out: pd.DataFrame, frame: pd.DataFrame) -> pd.DataFrame:
+    """The table with the sign of stale rows at the end of their first cell."""
+    first = out.columns[0]
+    out[first] = [f"{cell} {STALE}" if old else cell for cell, old in zip(out[first], frame["stale"], strict=True)]
+    return out
+
+
+def shared(frame: pd.DataFrame, columns: Columns) -> str:
+    """The values that all rows have, and what the signs of the table mean, in one line."""
     marks = ["with x: ratio to the float baseline (times: how many times as fast)"]
     if any(_is_noise(row) for _, row in frame.iterrows()):
         marks.append("≈: its 95% interval over windows holds 1")
-    if frame["rank_low"].notna().any():
+    if columns == "all" and frame["rank_low"].notna().any():
         marks.append("rank: among rows on the same windows, 2-4 where their intervals leave 2 to 4 open")
     if "seeds" in frame:
         marks.append("±: standard deviation over seeds")
@@ -90,21 +108,22 @@ def in_common(frame: pd.DataFrame) -> str:
     return ", ".join(parts)
 
 
-def failures(frame: pd.DataFrame) -> list[str]:
-    """A line for each failed run."""
+def notes(frame: pd.DataFrame) -> list[str]:
+    """A line for each failed run, and the one that explains the sign of stale rows if there are any."""
     failed = frame[frame["status"] == "failed"]
-    return [f"failed {row['run_id']}: {row['error']}" for _, row in failed.iterrows()]
+    lines = [f"failed {row['run_id']}: {row['error']}" for _, row in failed.iterrows()]
+    return lines + ([STALE_NOTE] if frame["stale"].any() else [])
 
 
 def text(value: Any) -> str:
-    """A cell: whole numbers without a point, a dash for nothing."""
+    """A cell: whole numbers without a point, a dash for a missing value."""
     if value is None or pd.isna(value):
         return "-"
     return str(int(value)) if isinstance(value, float) else str(value)
 
 
 def number(value: float, digits: str) -> str:
-    """A figure in `digits`, or three significant ones where that would be long."""
+    """A figure in the format `digits`, or in three significant digits where that would be long."""
     return format(value, digits if value < 1e4 else ".3g")
 
 
@@ -113,19 +132,23 @@ def times(ratio: float) -> str:
     return f"{ratio:{'.2f' if ratio < 1e3 else '.2g'}}x"
 
 
-def _figure(row: pd.Series[Any], value: str, ratio: str | None, digits: str) -> str:
-    if pd.isna(row[value]):
+def _figure(row: pd.Series[Any], metric: Metric, columns: Columns) -> str:
+    parts = "both" if columns == "all" else metric.short
+    ratio = row[metric.ratio] if metric.ratio else math.nan
+    if parts == "ratio":
+        return "-" if pd.isna(ratio) else times(ratio)
+    if pd.isna(row[metric.name]):
         return "-"
-    shown, spread = number(row[value], digits), row.get(f"{value}_sd", 0.0)
-    if spread > 0:
-        shown += f" ± {number(spread, digits)}"
-    if ratio is None or pd.isna(row[ratio]):
-        return shown
-    return f"{shown} ({'≈' if value == 'perplexity' and _is_noise(row) else ''}{times(row[ratio])})"
+    value, deviation = number(row[metric.name], metric.digits), row.get(f"{metric.name}_sd", 0.0)
+    if deviation > 0:
+        value += f" ± {number(deviation, metric.digits)}"
+    if parts == "value" or pd.isna(ratio):
+        return value
+    return f"{value} ({'≈' if metric.name == 'perplexity' and _is_noise(row) else ''}{times(ratio)})"
 
 
 def _is_noise(row: pd.Series[Any]) -> bool:
-    """Whether the ratio to the float baseline may be 1; the very same windows are no noise."""
+    """Whether the ratio to the float baseline may be 1; equal values in every window are no noise."""
     low, high = row["perplexity_ratio_low"], row["perplexity_ratio_high"]
     return bool(low <= 1 <= high and low < high)
 

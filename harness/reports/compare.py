@@ -1,4 +1,4 @@
-"""Two folders of records as one table: rows that moved first, then what is the same, then what only one of them has."""
+"""Two folders of records as one table: rows that moved first, then rows that did not, then rows of one folder only."""
 
 from __future__ import annotations
 
@@ -8,25 +8,16 @@ from typing import Any
 
 import pandas as pd
 
-from harness.records.store import Record, read
+from harness.records import Record, read
+from harness.records.folder import load_records
 from harness.reports.cells import in_common, names, number, text
-from harness.reports.frame import SETTING, describe, label, load
-from harness.reports.match import Pair, match, others_that_moved, paired_difference
+from harness.reports.describe import SETTING, describe, label
+from harness.reports.match import Pair, match, other_changes, pair_of
 from harness.reports.render import Sheet
 from harness.reports.seeds import mean_over_seeds
 
-_DESCRIBED = (
-    "model",
-    "data",
-    "protocol",
-    "windows",
-    *SETTING,
-    "kernel",
-    "device",
-    "seed",
-)
-_COLUMNS = [
-    *_DESCRIBED,
+_DESCRIBED = ("model", "data", "protocol", "windows", *SETTING, "kernel", "device", "seed")
+_COMPARED = (
     "verdict",
     "perplexity_old",
     "perplexity_new",
@@ -37,21 +28,24 @@ _COLUMNS = [
     "others",
     "run_id_old",
     "run_id_new",
-]
+)
+_COLUMNS = [*_DESCRIBED, *_COMPARED]
+_SIGNS = "ratio: perplexity, new / old, with its 95% interval over the windows of both; moved: it leaves 1 out"
 
 
-def compare(asked: str, seeds: bool = False) -> Sheet:
+def comparison_sheet(paths: str, seeds: bool = False) -> Sheet:
     """The sheet of OLD,NEW, two folders or two records; `seeds` compares means over seeds.
 
     Rows match by `seeds.identity`; two records are a pair whatever they are.
-    Raises: ValueError for what is no two folders or records, or two records of different tokens.
+
+    Raises: ValueError if `paths` are not two folders or records, or two records are of different tokens.
     """
-    places = [part.strip() for part in asked.split(",")]
+    places = [part.strip() for part in paths.split(",")]
     if len(places) != 2 or not all(places):
-        raise ValueError(f"compare={asked} does not name two; expected folders or records, as compare=OLD,NEW")
+        raise ValueError(f"compare={paths} does not name two; expected folders or records, as compare=OLD,NEW")
     old, new = (_read(Path(place), seeds) for place in places)
     if all(Path(place).is_file() for place in places):
-        return _sheet([Pair(old[0], new[0], paired_difference(old[0], new[0]))], [], places)
+        return _sheet([pair_of(old[0], new[0])], [], places)
     pairs, alone = match(old, new, places)
     return _sheet(sorted(pairs, key=_order), alone, places)
 
@@ -59,35 +53,29 @@ def compare(asked: str, seeds: bool = False) -> Sheet:
 def _read(path: Path, seeds: bool) -> list[Record]:
     if not path.exists():
         raise ValueError(f"compare: {path} is neither a folder nor a record; expected compare=OLD,NEW")
-    records = load(path) if path.is_dir() else [read(path)]
+    records = load_records(path) if path.is_dir() else [read(path)]
     if not records:
         raise ValueError(f"compare: {path} holds no records; name a folder that does, such as results/reference")
     return mean_over_seeds(records) if seeds else records
 
 
 def _order(pair: Pair) -> tuple[bool, bool, str]:
-    """Perplexities that moved first, then other figures, then what is as it was."""
-    return not pair.moved, not others_that_moved(pair.old, pair.new), label(pair.new)
+    """Perplexities that moved first, then other figures that moved, then the rest."""
+    return not pair.moved, not other_changes(pair.old, pair.new), label(pair.new)
 
 
 def _sheet(pairs: Sequence[Pair], alone: Sequence[tuple[Record, str]], places: Sequence[str]) -> Sheet:
-    matched = pd.DataFrame([_row(pair) for pair in pairs], columns=_COLUMNS)
-    rest = pd.DataFrame([_lone(record, why, places) for record, why in alone], columns=_COLUMNS)
-    parts = [part for part in (matched, rest) if len(part)]
-    shown = names(matched)
-    shown["perplexity"] = [_change(row) for _, row in matched.iterrows()]
-    shown["ratio"] = [_ratio(row) for _, row in matched.iterrows()]
-    shown["verdict"] = matched["verdict"]
-    if matched["others"].any():
-        shown["also moved"] = matched["others"]
+    paired = pd.DataFrame([_row(pair) for pair in pairs], columns=_COLUMNS)
+    single = pd.DataFrame([_single_row(record, why, places) for record, why in alone], columns=_COLUMNS)
+    frames = [frame for frame in (paired, single) if len(frame)]
+    shown = names(paired)
+    shown["perplexity"] = [_perplexities(row) for _, row in paired.iterrows()]
+    shown["ratio"] = [_ratio(row) for _, row in paired.iterrows()]
+    shown["verdict"] = paired["verdict"]
+    if paired["others"].any():
+        shown["also moved"] = paired["others"]
     notes = sorted(f"{why}: {_long_label(record)}" for record, why in alone)
-    return Sheet(
-        pd.concat(parts, ignore_index=True),
-        shown,
-        _head(matched, places),
-        notes,
-        ["perplexity", "ratio", "verdict", "also moved"],
-    )
+    return Sheet(pd.concat(frames, ignore_index=True), shown, [_head(paired, places)], notes, ["perplexity", "ratio"])
 
 
 def _long_label(record: Record) -> str:
@@ -95,46 +83,44 @@ def _long_label(record: Record) -> str:
     return " ".join(filter(None, (label(record), None if mode == "simulated" else mode, f"({record.run_id})")))
 
 
-def _head(matched: pd.DataFrame, places: Sequence[str]) -> str:
-    counts = matched["verdict"].value_counts()
-    found = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-    what = "ratio: perplexity, new / old, with its 95% interval over the windows of both; moved: it leaves 1 out"
-    head = f"{' -> '.join(places)}: {len(matched)} in both{f' ({found})' if found else ''}"
-    return "; ".join(part for part in (head, in_common(matched), what) if part)
+def _head(paired: pd.DataFrame, places: Sequence[str]) -> str:
+    verdicts = ", ".join(f"{count} {verdict}" for verdict, count in paired["verdict"].value_counts().items())
+    head = f"{' -> '.join(places)}: {len(paired)} in both{f' ({verdicts})' if verdicts else ''}"
+    return "; ".join(part for part in (head, in_common(paired), _SIGNS) if part)
 
 
 def _row(pair: Pair) -> dict[str, Any]:
-    was, now = describe(pair.old), describe(pair.new)
-    changed = {
-        name: now[name] if was[name] == now[name] else f"{text(was[name])} -> {text(now[name])}" for name in _DESCRIBED
+    old, new = describe(pair.old), describe(pair.new)
+    described = {
+        name: new[name] if old[name] == new[name] else f"{text(old[name])} -> {text(new[name])}" for name in _DESCRIBED
     }
-    ratio, low, high = pair.apart.ratio if pair.apart else (None, None, None)
-    return changed | {
+    ratio, low, high = pair.difference.ratio if pair.difference else (None, None, None)
+    return described | {
         "verdict": pair.verdict,
         "perplexity_old": pair.old.metrics.get("perplexity"),
         "perplexity_new": pair.new.metrics.get("perplexity"),
         "ratio": ratio,
         "ratio_low": low,
         "ratio_high": high,
-        "interval": pair.apart.how if pair.apart else None,
-        "others": ", ".join(others_that_moved(pair.old, pair.new)),
+        "interval": pair.difference.how if pair.difference else None,
+        "others": ", ".join(other_changes(pair.old, pair.new)),
         "run_id_old": pair.old.run_id,
         "run_id_new": pair.new.run_id,
     }
 
 
-def _lone(record: Record, why: str, places: Sequence[str]) -> dict[str, Any]:
+def _single_row(record: Record, why: str, places: Sequence[str]) -> dict[str, Any]:
     row = describe(record)
     side = "old" if why.endswith(f"in {places[0]}") else "new"
-    found = {name: row[name] for name in _DESCRIBED} | {"verdict": why, f"run_id_{side}": record.run_id}
-    return found | {f"perplexity_{side}": record.metrics.get("perplexity")}
+    described = {name: row[name] for name in _DESCRIBED} | {"verdict": why, f"run_id_{side}": record.run_id}
+    return described | {f"perplexity_{side}": record.metrics.get("perplexity")}
 
 
-def _change(row: pd.Series[Any]) -> str:
-    was, now = (
+def _perplexities(row: pd.Series[Any]) -> str:
+    old, new = (
         "-" if pd.isna(row[name]) else number(row[name], ".2f") for name in ("perplexity_old", "perplexity_new")
     )
-    return was if was == now == "-" else f"{was} -> {now}"
+    return old if old == new == "-" else f"{old} -> {new}"
 
 
 def _ratio(row: pd.Series[Any]) -> str:

@@ -1,4 +1,4 @@
-"""How sure a figure is: 95% intervals over the windows of a text, of one run and of the difference of two.
+"""95% intervals of a figure over the windows of a text: of one run, and of the difference of two runs.
 
 Sources: the paired bootstrap, Efron and Tibshirani 1993, An Introduction to the Bootstrap; the expanded percentile
 interval, Hesterberg 2015, What Teachers Should Know About the Bootstrap, arXiv 1411.5279: percentiles of a bootstrap of
@@ -22,20 +22,20 @@ from harness.records import Record, Text
 
 LEVEL = 0.95
 RESAMPLES = 10_000
-FEWEST = 6  # windows: resamples of fewer have too few distinct means to reach the level of the tails
+FEWEST = 6  # windows: resamples of fewer have too few distinct means for the level of the tails
 _SEED = 0
 _SLABS = 10
-_LARGEST = 700.0  # its exponential is a float still
+_LARGEST = 700.0  # its exponential is still a float
 
 Windows = Literal["window_nll", "window_kl"]
 
 
 @dataclass(frozen=True)
 class Interval:
-    """A mean over n windows with its interval; low and high are NaN where one window leaves nothing to go by.
+    """A mean over n windows with its interval; low and high are NaN for a single window.
 
-    how  bootstrap: expanded percentiles of resampled windows. t: Student's interval, below 6 windows, where resampling
-         cannot reach the level. none: a single window.
+    how  bootstrap: expanded percentiles of resampled windows. t: Student's interval, with fewer than 6 windows, where
+         resampling cannot reach the level. none: a single window.
     """
 
     mean: float
@@ -46,7 +46,7 @@ class Interval:
 
     @property
     def sure(self) -> bool:
-        """Whether it leaves 0 out: the difference is more than noise between windows."""
+        """Whether the interval does not contain 0: the difference is more than noise between windows."""
         return self.low > 0 or self.high < 0
 
     @property
@@ -61,26 +61,28 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def intervals(rows: ArrayLike) -> list[Interval]:
-    """The interval of each row's mean; rows (M, n) hold a value, or a difference of two runs, for each of n windows.
+    """The interval of each row's mean; rows (M, n) have a value, or a difference of two runs, for each of n windows.
 
-    All rows are resampled by the same 10,000 draws of windows. Raises: ValueError if there is no window.
+    All rows are resampled by the same 10,000 draws of windows.
+
+    Raises: ValueError if there is no window.
     """
     values = np.atleast_2d(np.asarray(rows, dtype=np.float64))
     count = values.shape[1]
     if count == 0:
-        raise ValueError("an interval was asked of 0 windows; expected 1 or more")
+        raise ValueError("an interval of 0 windows does not exist; expected 1 or more")
     means = np.array([math.fsum(row) / count for row in values.tolist()])
     if count == 1:
         return [Interval(mean, math.nan, math.nan, 1, "none") for mean in means.tolist()]
-    apart = values - means[:, None]
+    deviations = values - means[:, None]
     few = count < FEWEST
-    low, high = _student(apart) if few else _bootstrap(apart)
+    low, high = _student(deviations) if few else _bootstrap(deviations)
     bounds = zip(means.tolist(), (means + low).tolist(), (means + high).tolist(), strict=True)
     return [Interval(mean, below, above, count, "t" if few else "bootstrap") for mean, below, above in bounds]
 
 
 def difference(run: Record, base: Record, of: Windows = "window_nll") -> Interval:
-    """The interval of the mean of run - base over the windows that both have scored.
+    """The interval of the mean of run - base over the windows of both.
 
     Raises: ValueError if the two did not score the same tokens with the same model, or a window is missing.
     """
@@ -89,16 +91,16 @@ def difference(run: Record, base: Record, of: Windows = "window_nll") -> Interva
 
 
 def windows(run: Record, of: Windows = "window_nll") -> list[float]:
-    """A run's value for each window; none of a failed run, nor of one that did not measure it."""
-    found = getattr(run, of) if run.status == "ok" else []
-    sound = isinstance(found, list) and all(isinstance(value, (int, float)) for value in found)
-    return [float(value) for value in found] if sound else []
+    """A run's value for each window; empty for a failed run, and for one that did not measure it."""
+    values = getattr(run, of) if run.status == "ok" else []
+    numeric = isinstance(values, list) and all(isinstance(value, (int, float)) for value in values)
+    return [float(value) for value in values] if numeric else []
 
 
 def scored(run: Record) -> tuple[object, object, object]:
     """What two runs must share for their windows to be the same: model, tokens, length."""
-    stream = run.data.evaluation or Text()
-    return run.model.fingerprint, stream.tokens_sha256, stream.seq_len
+    text = run.data.evaluation or Text()
+    return run.model.fingerprint, text.tokens_sha256, text.seq_len
 
 
 def t_quantile(tail: float, freedom: int) -> float:
@@ -129,26 +131,26 @@ def _t(count: int) -> float:
     return t_quantile((1 - LEVEL) / 2, count - 1)
 
 
-def _student(apart: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both ends of Student's interval, from the mean, of deviations (M, n) from it."""
-    count = apart.shape[1]
-    half = _t(count) * np.sqrt(np.square(apart).sum(1) / (count - 1) / count)
+def _student(deviations: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both ends of Student's interval, relative to the mean, of deviations (M, n) from it."""
+    count = deviations.shape[1]
+    half = _t(count) * np.sqrt(np.square(deviations).sum(1) / (count - 1) / count)
     return -half, half
 
 
-def _bootstrap(apart: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Both ends of the expanded percentile interval, from the mean, of deviations (M, n) from it."""
-    count = apart.shape[1]
+def _bootstrap(deviations: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Both ends of the expanded percentile interval, relative to the mean, of deviations (M, n) from it."""
+    count = deviations.shape[1]
     tail = NormalDist().cdf(-math.sqrt(count / (count - 1)) * _t(count))
     slabs = np.array_split(_draws(count), _SLABS, axis=1)
-    means = np.concatenate([apart.astype(np.float32) @ slab.astype(np.float32) for slab in slabs], axis=1) / count
+    means = np.concatenate([deviations.astype(np.float32) @ slab.astype(np.float32) for slab in slabs], axis=1) / count
     low, high = np.quantile(means, (tail, 1 - tail), axis=1)
     return low.astype(np.float64), high.astype(np.float64)
 
 
 @lru_cache(maxsize=4)
 def _draws(count: int) -> NDArray[np.uint8]:
-    """How often each resample holds each window, (n, resamples); the same whenever it is asked for."""
+    """How often each resample contains each window, (n, resamples); the same in every call."""
     random = np.random.default_rng(_SEED)
     slabs = [
         random.multinomial(count, [1 / count] * count, RESAMPLES // _SLABS).astype(np.uint8) for _ in range(_SLABS)
@@ -167,7 +169,7 @@ def _check(run: Record, base: Record, of: Windows) -> None:
     if counts[0] != counts[1] or not counts[0]:
         raise ValueError(
             f"{of} has {counts[0]} windows in run {run.run_id} and {counts[1]} in run {base.run_id}; "
-            "expected as many in both, 1 or more: run again what lacks them"
+            "expected as many in both, 1 or more: run the one without them again"
         )
 
 

@@ -1,40 +1,49 @@
-"""What KV caches take, as a table: a row a format, MiB by batch and length as far as a model's positions reach."""
+"""The sizes of KV caches as a table: a row for each format, MiB by batch and length up to the positions of a model."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 
 import pandas as pd
 
-from harness.records.store import Record
-from harness.reports.cells import text, times
-from harness.reports.frame import describe
+from harness.records import Record
+from harness.reports.cells import STALE, STALE_NOTE, text, times
+from harness.reports.describe import describe
+from harness.reports.frame import is_stale
 from harness.reports.render import Sheet
 
 _HEAD = "MiB that a KV cache holds, by sequences x tokens; with x: ratio to the model's float cache of the same length"
 _FLOAT = "none"
+_NAMES = ("model", "dtype", "kv")
 
 
-def kv_sheet(records: Sequence[Record]) -> Sheet:
-    """The sheet of the caches of `records`; runs that share a model, its float type and a cache share a row.
+def kv_sheet(records: Sequence[Record], stale: Set[str] = frozenset(), title: str = "") -> Sheet:
+    """The sheet of the caches of `records`; runs with the same model, float type and cache share a row.
+
+    A row is marked if the run that it shows is among the ids `stale`.
 
     Raises: ValueError if no record has such figures.
     """
-    rows = {_key(record): _row(record) for record in records if record.kv}
-    if not rows:
+    latest = {_key(record): record for record in records if record.kv}
+    if not latest:
         raise ValueError("show=kv finds no record with figures of a KV cache; expected a run that is packed or float")
-    frame = pd.DataFrame([rows[key] for key in sorted(rows)])
+    frame = pd.DataFrame([_row(latest[key]) for key in sorted(latest)])
+    frame["stale"] = [is_stale(latest[key].run_id, stale) for key in sorted(latest)]
+    notes = [STALE_NOTE] if frame["stale"].any() else []
+    figures = [name for name in frame.columns if name not in (*_NAMES, "stale")]
+    return Sheet(frame, _shown(frame, figures), [line for line in (title, _HEAD) if line], notes, figures)
+
+
+def _shown(frame: pd.DataFrame, figures: Sequence[str]) -> pd.DataFrame:
     floats = frame[frame["kv"] == _FLOAT].drop(columns="kv")
-    same = frame[["model", "dtype"]].merge(floats, on=["model", "dtype"], how="left").set_axis(frame.index)
-    figures = [name for name in frame.columns if name not in ("model", "dtype", "kv")]
-    shown = pd.DataFrame({name: [text(value) for value in frame[name]] for name in _telling(frame)})
+    baselines = frame[["model", "dtype"]].merge(floats, on=["model", "dtype"], how="left").set_axis(frame.index)
+    naming = [name for name in ("model", "dtype") if frame[name].nunique() > 1] + ["kv"]
+    shown = pd.DataFrame({name: [text(value) for value in frame[name]] for name in naming})
+    signs = [f" {STALE}" if old else "" for old in frame["stale"]]
+    shown[naming[0]] = [cell + sign for cell, sign in zip(shown[naming[0]], signs, strict=True)]
     for name in figures:
-        shown[name] = [_cell(value, base) for value, base in zip(frame[name], same[name], strict=True)]
-    return Sheet(frame, shown, _HEAD, [], figures)
-
-
-def _telling(frame: pd.DataFrame) -> list[str]:
-    return [name for name in ("model", "dtype") if frame[name].nunique() > 1] + ["kv"]
+        shown[name] = [_cell(value, base) for value, base in zip(frame[name], baselines[name], strict=True)]
+    return shown
 
 
 def _key(record: Record) -> tuple[str, str, bool, str]:
@@ -44,13 +53,13 @@ def _key(record: Record) -> tuple[str, str, bool, str]:
 
 def _row(record: Record) -> dict[str, object]:
     model, dtype, _, kv = _key(record)
-    found: dict[str, object] = {"model": model, "dtype": dtype, "kv": kv}
-    found["bytes / token"] = record.metrics.get("kv_bytes_per_token")
-    return found | {f"{row['batch']} x {row['length']}": row["mib"] for row in record.kv}
+    row: dict[str, object] = dict(zip(_NAMES, (model, dtype, kv), strict=True))
+    row["bytes / token"] = record.metrics.get("kv_bytes_per_token")
+    return row | {f"{size['batch']} x {size['length']}": size["mib"] for size in record.kv}
 
 
-def _cell(value: float, base: float) -> str:
+def _cell(value: float, baseline: float) -> str:
     if pd.isna(value):
         return "-"
     shown = format(value, ",.0f" if value >= 100 else ".1f")
-    return shown if pd.isna(base) else f"{shown} ({times(value / base)})"
+    return shown if pd.isna(baseline) else f"{shown} ({times(value / baseline)})"

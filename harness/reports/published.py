@@ -1,9 +1,8 @@
-"""Published figures beside records of the same setting: results/published.csv.
+"""Published figures compared with records of the same setting: results/published.csv.
 
-A row names a model, a method and a format as the configurations do; `options` holds further values of the
-configuration that have to be so, as `method.gptq.act_order=false`. A record belongs to a row if all of these agree and
-nothing else of its method is off its defaults. Scales' float type and the calibration text are compared where a row
-names them.
+A row names a model, a method and a format as configurations do; `options` has further keys of the configuration and
+their values, as `method.gptq.act_order=false`. A record belongs to a row if all of these agree and every other option
+of its method has its default. The float type of scales and the calibration text are compared only if a row names them.
 """
 
 from __future__ import annotations
@@ -11,14 +10,15 @@ from __future__ import annotations
 import csv
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from harness.cli import table
-from harness.records.store import Record
+from harness.records import Record
+from harness.records.metrics import metric_of
+from harness.reports.describe import label, usual_fields
 from harness.reports.tolerance import Tolerance, parse
 from harness.reports.verdict import Figure, Report
 
@@ -49,10 +49,10 @@ class Row:
     """One published figure.
 
     experiment  the file of conf/experiment that runs it
-    method      its steps, joined by +; none for the float model, whose scheme and bits are empty
+    method      its steps, joined by +; none for the float model, which has no scheme and no bits
     options     further keys of the configuration, and their values
-    windows     how many were scored; None for all of the text
-    verified    whether the figure was read in its source, and not in notes about it
+    windows     number of scored windows; None for the whole text
+    verified    whether the figure was read in its source itself, not in notes about it
     """
 
     experiment: str
@@ -75,7 +75,7 @@ class Row:
     def label(self) -> str:
         """The setting in a few words."""
         parts = [self.model, self.method, self.scheme, f"bits={self.bits}" if self.bits else ""]
-        options = [f"{key.split('.', 1)[1]}={_written(value)}" for key, value in self.options.items()]
+        options = [f"{key.split('.', 1)[1]}={_as_text(value)}" for key, value in self.options.items()]
         return " ".join(part for part in (*parts, *options) if part)
 
 
@@ -94,30 +94,34 @@ def read(path: Path) -> list[Row]:
 
 
 def report(rows: Sequence[Row], records: Sequence[Record], only: str = "") -> Report:
-    """Each row beside the records of its setting; rows of experiments that were not run at all are only counted.
+    """Each row with the records of its setting; rows of experiments without any record are only counted.
 
-    With `only`, a row that has no record is shown if that is a part of its name.
+    With `only`, a row without a record is shown if `only` is a part of its name.
     """
-    found = {
-        i: [record for record in records if matches(row, record.config, record.options)] for i, row in enumerate(rows)
-    }
-    run = {rows[i].experiment for i, matched in found.items() if matched}
-    result = Report(f"{sum(map(bool, found.values()))} of {len(rows)} published figures beside {len(records)} records")
-    for i, row in enumerate(rows):
-        if row.experiment in run:
-            result.figures += [_figure(row, record) for record in found[i]]
-            if not found[i] and fnmatch(row.label, f"*{only}*"):
-                result.figures.append(_missing(row))
-    left = Counter(row.experiment for row in rows if row.experiment not in run)
-    result.notes += [f"not run here: {count} figures of experiment={name}" for name, count in left.items()]
-    known = {record.run_id for matched in found.values() for record in matched}
-    others = [table.label(record) for record in records if record.run_id not in known]
-    result.notes += [f"no published figure for: {', '.join(others)}"] if others else []
+    matched = [[record for record in records if matches(row, record.config, record.options)] for row in rows]
+    experiments = {row.experiment for row, members in zip(rows, matched, strict=True) if members}
+    result = Report(f"{sum(map(bool, matched))} of {len(rows)} published figures compared with {len(records)} records")
+    for row, members in zip(rows, matched, strict=True):
+        result.figures += [_figure(row, record) for record in members]
+        if not members and row.experiment in experiments and fnmatch(row.label, f"*{only}*"):
+            result.figures.append(_missing(row))
+    result.notes = _notes(rows, records, matched, experiments)
     return result
 
 
+def _notes(
+    rows: Sequence[Row], records: Sequence[Record], matched: Sequence[Sequence[Record]], experiments: Set[str]
+) -> list[str]:
+    """The experiments that were not run, and the records that no row is about."""
+    counts = Counter(row.experiment for row in rows if row.experiment not in experiments)
+    lines = [f"not run here: {count} figures of experiment={name}" for name, count in counts.items()]
+    published = {record.run_id for members in matched for record in members}
+    others = [label(record) for record in records if record.run_id not in published]
+    return lines + ([f"no published figure for: {', '.join(others)}"] if others else [])
+
+
 def matches(row: Row, config: Json, options: Mapping[str, Any]) -> bool:
-    """Whether a run of `config`, with `options` of its method off their defaults, is of the row's setting."""
+    """Whether a run of `config`, with these `options` of its method not at their defaults, has the row's setting."""
     steps = config.get("method") or {}
     if row.model != config["model"]["name"] or row.method != ("+".join(steps) or "none"):
         return False
@@ -125,33 +129,33 @@ def matches(row: Row, config: Json, options: Mapping[str, Any]) -> bool:
         return False
     if any(_at(config, key) != value for key, value in row.options.items()):
         return False
-    wanted = {"data.source": row.data, "data.max_windows": row.windows, "model.dtype": "auto"}
+    expected = {"data.source": row.data, "data.max_windows": row.windows, "model.dtype": "auto"}
     if steps:
         changed = {key if key.startswith("engine.") else f"method.{key}" for key in options}
         if not changed <= set(row.options):
             return False
-        wanted |= dict(_format(row, config))
-    return all(_at(config, key) == value for key, value in wanted.items() if key not in row.options)
+        expected |= dict(_format(row, config))
+    return all(_at(config, key) == value for key, value in expected.items() if key not in row.options)
 
 
 def _protocol(config: Json) -> str:
-    """The id of a protocol, as records have it."""
+    """The protocol in the form of records."""
     parts = [_at(config, f"data.{key}") for key in ("protocol", "seq_len", "stride")]
     return "-".join(str(part) for part in parts if part not in (None, _ANYTHING))
 
 
 def _format(row: Row, config: Json) -> Iterator[tuple[str, Any]]:
-    """The numeric format, by key of the configuration: that of the scheme's name, as it is shipped."""
+    """The numeric format by key of the configuration: that of the shipped scheme with this name."""
     yield from {"scheme.name": row.scheme, "scheme.weight.bits": row.bits, "skip": []}.items()
-    own_grid = "narrow" if _at(config, "scheme.activation") else "full"
-    yield from {"scheme.weight.grid": own_grid, "scheme.weight.zero_point": "integer"}.items()
+    usual = usual_fields(config["scheme"])
+    yield from {f"scheme.weight.{name}": usual[name] for name in ("grid", "zero_point")}.items()
     size = row.scheme.removeprefix("group").removesuffix("_sym")
     yield "scheme.weight.group_size", int(size) if size.isdecimal() else -1
 
 
 def _figure(row: Row, record: Record) -> Figure:
     notes = "; ".join(filter(None, [row.source, "" if row.verified else "from notes", row.note]))
-    return Figure(table.label(record), row.metric, record.metrics.get(row.metric), row.value, row.tolerance, notes)
+    return Figure(label(record), row.metric, record.metrics.get(row.metric), row.value, row.tolerance, notes)
 
 
 def _missing(row: Row) -> Figure:
@@ -161,7 +165,8 @@ def _missing(row: Row) -> Figure:
 def _row(path: Path, number: int, line: dict[str, str]) -> Row:
     try:
         return Row(
-            **{name: line[name] for name in ("experiment", "model", "method", "scheme", "data", "protocol", "metric")},
+            **{name: line[name] for name in ("experiment", "model", "method", "scheme", "data", "protocol")},
+            metric=metric_of(line["metric"]).name,
             bits=int(line["bits"]) if line["bits"] else None,
             options=dict(map(_option, line["options"].split())),
             windows=None if line["windows"] == "all" else int(line["windows"]),
@@ -175,20 +180,20 @@ def _row(path: Path, number: int, line: dict[str, str]) -> Row:
         raise ValueError(f"published={path} line {number}: {error}; correct the line") from error
 
 
-def _option(written: str) -> tuple[str, Any]:
-    key, _, value = written.partition("=")
+def _option(text: str) -> tuple[str, Any]:
+    key, _, value = text.partition("=")
     try:
         return key, json.loads(value)
     except json.JSONDecodeError:
         return key, value
 
 
-def _written(value: Any) -> str:
+def _as_text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def _at(config: Any, dotted: str) -> Any:
-    """A value of the configuration; one that is not there equals nothing."""
+    """A value of the configuration; a missing one equals nothing."""
     for key in dotted.split("."):
         if not isinstance(config, Mapping) or key not in config:
             return _ANYTHING

@@ -1,7 +1,8 @@
-"""Where the time of a folder's sweeps went, as a table: one row a sweep."""
+"""Where the time of a folder's sweeps went, as a table: one row for each sweep."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 import pandas as pd
@@ -14,15 +15,16 @@ _STAGES = ("load", "data", "other", *sweep.WORK)
 _HEAD = "seconds of each stage, all runs together; load, data and other (processes, records) are the harness's own"
 
 
-def sweeps_sheet(folder: Path) -> Sheet:
-    """The sheet of the summaries that sweeps have left in a folder of records.
+def sweeps_sheet(folder: Path, only: Collection[str] = (), title: str = "") -> Sheet:
+    """The sheet of the summaries that sweeps left in a folder of records: of all, or of those named `only`.
 
     Raises: ValueError if there are none.
     """
-    found = {path.stem: summary for path, summary in sweep.summaries(folder).items()}
-    if not found:
+    summaries = {path.stem: summary for path, summary in sweep.summaries(folder).items()}
+    rows = [{"sweep": name} | _row(summary) for name, summary in summaries.items() if not only or name in only]
+    if not rows:
         raise ValueError(f"runs={folder} holds no summary of a sweep; expected a folder that a sweep has written to")
-    frame = pd.DataFrame([{"sweep": name} | _row(summary) for name, summary in found.items()])
+    frame = pd.DataFrame(rows)
     shown = pd.DataFrame({"sweep": frame["sweep"]})
     for name in _COUNTS:
         shown[name] = frame[name].astype(str)
@@ -30,14 +32,11 @@ def sweeps_sheet(folder: Path) -> Sheet:
         if frame[name].any():
             shown[name] = [f"{seconds:.0f}" if seconds >= 10 else f"{seconds:.1f}" for seconds in frame[name]]
     shown["own share"] = [f"{share:.1%}" for share in frame["own_share"]]
-    return Sheet(frame, shown, _HEAD, [], ["wall", *_STAGES, "own share"])
+    figures = [*_COUNTS, "wall", *_STAGES, "own share"]
+    return Sheet(frame, shown, [line for line in (title, _HEAD) if line], [], figures)
 
 
 def _row(summary: sweep.Json) -> dict[str, float]:
     seconds = {name: summary["stages"].get(name, 0.0) for name in _STAGES}
-    return (
-        {name: summary[name] for name in _COUNTS}
-        | {"wall": summary["wall_s"]}
-        | seconds
-        | {"own_share": summary["own_share"]}
-    )
+    counts = {name: summary[name] for name in _COUNTS}
+    return counts | {"wall": summary["wall_s"]} | seconds | {"own_share": summary["own_share"]}

@@ -1,4 +1,4 @@
-"""What a comparison found, figure by figure: drawn on a terminal, Markdown elsewhere."""
+"""The result of a comparison, figure by figure: drawn on a terminal, Markdown elsewhere."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
+from harness.reports import markdown as md
+from harness.reports.draw import rich_table
 from harness.reports.tolerance import Tolerance
 
 Word = Literal["PASS", "FAIL", "SKIP", "MISSING", "-"]
@@ -25,9 +25,9 @@ _NUMBERS = ("value", "expected", "difference", "tolerance")
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure beside the one it should be; without a tolerance it is shown and not judged.
+    """One figure and its expected value; without a tolerance it is shown and not judged.
 
-    `value` is None where the run has no such figure, `expected` where it could not be compared at all.
+    `value` is None if the run lacks the figure, `expected` if nothing could be compared.
     """
 
     run: str
@@ -49,7 +49,7 @@ class Figure:
         return "PASS" if self.tolerance.holds(self.value, self.expected) else "FAIL"
 
     def cells(self) -> tuple[str, ...]:
-        """As text, in the order of the table's columns."""
+        """The figure as text, in the order of the table's columns."""
         limit = "" if self.tolerance is None else str(self.tolerance)
         numbers = (_number(self.value), _number(self.expected), self._difference())
         better = " (better)" if self.better else ""
@@ -57,7 +57,7 @@ class Figure:
 
     @property
     def better(self) -> bool:
-        """Whether the value passes for being lower than it had to be."""
+        """Whether the value passes although it is lower than expected by more than the tolerance."""
         if self.value is None or self.expected is None or self.tolerance is None:
             return False
         return self.tolerance.better(self.value, self.expected)
@@ -76,7 +76,7 @@ class Figure:
 
 @dataclass
 class Report:
-    """Figures, and lines of what has to be known beside them."""
+    """Figures, and lines that a reader of the figures must know."""
 
     title: str
     notes: list[str] = field(default_factory=list)
@@ -87,21 +87,17 @@ class Report:
         return any(figure.verdict == "FAIL" for figure in self.figures)
 
     def summary(self) -> str:
-        """The verdicts counted, the whole one first."""
+        """The verdict on the whole report, and the number of figures with each verdict."""
         counts = Counter(figure.verdict for figure in self.figures)
         counted = ", ".join(f"{counts[word]} {word}" for word in ("PASS", "FAIL", "SKIP", "MISSING") if counts[word])
         whole = "FAIL" if self.failed else ("PASS" if counts["PASS"] else "nothing was compared")
         return f"{whole}: {counted or 'no figures'}"
 
     def markdown(self) -> str:
-        """The whole report in Markdown."""
-        table = [
-            "| " + " | ".join(_HEADER) + " |",
-            "|" + "|".join("--:" if h in _NUMBERS else "---" for h in _HEADER) + "|",
-        ]
-        table += ["| " + " | ".join(figure.cells()) + " |" for figure in self.figures]
+        """The whole report in Markdown; cells are not padded, since notes are long."""
+        table = md.table(_HEADER, [figure.cells() for figure in self.figures], _NUMBERS, pad=False)
         notes = [f"- {note}" for note in self.notes]
-        return "\n".join([f"# {self.title}", "", *notes, "", *table, "", self.summary(), ""])
+        return "\n".join([f"# {self.title}", "", *notes, "", table, "", self.summary(), ""])
 
     def show(self) -> None:
         """Print the report."""
@@ -112,20 +108,12 @@ class Report:
         console.print(escape(self.title), style="bold", highlight=False)
         for note in self.notes:
             console.print(note, markup=False, highlight=False)
-        console.print(self._drawn())
+        console.print(rich_table(_HEADER, [*_coloured(self.figures)], _NUMBERS))
         console.print(self.summary(), style="bold red" if self.failed else "green", highlight=False)
-
-    def _drawn(self) -> Table:
-        drawn = Table(box=box.SIMPLE_HEAD, padding=0, pad_edge=False, show_edge=False)
-        for heading in _HEADER:
-            drawn.add_column(heading, justify="right" if heading in _NUMBERS else "left", overflow="fold")
-        for verdict, *cells in _without_repeats(self.figures):
-            drawn.add_row(f"[{_COLOURS[verdict.split()[0]]}]{verdict}[/]", *map(escape, cells))
-        return drawn
 
 
 def emit(report: Report, output: str) -> int:
-    """Print a report and, where `output` names a file, write it there as Markdown; 1 if something failed."""
+    """Print a report and, if `output` names a file, write it there as Markdown; 1 if a figure failed."""
     if output:
         Path(output).parent.mkdir(parents=True, exist_ok=True)
         Path(output).write_text(report.markdown())
@@ -133,13 +121,14 @@ def emit(report: Report, output: str) -> int:
     return int(report.failed)
 
 
-def _without_repeats(figures: Sequence[Figure]) -> Iterator[tuple[str, ...]]:
-    """The cells of each figure; a run is named on its first line alone."""
-    before = ""
+def _coloured(figures: Sequence[Figure]) -> Iterator[tuple[str, ...]]:
+    """The cells of each figure as Rich markup; a run is named only on its first line."""
+    previous = ""
     for figure in figures:
-        verdict, run, *rest = figure.cells()
-        yield (verdict, "" if run == before else run, *rest)
-        before = run
+        verdict, run, *cells = figure.cells()
+        name = "" if run == previous else run
+        yield (f"[{_COLOURS[figure.verdict]}]{verdict}[/]", *map(escape, (name, *cells)))
+        previous = run
 
 
 def _number(value: float | None) -> str:

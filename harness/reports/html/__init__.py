@@ -1,1 +1,1 @@
-"""The report: all runs of a folder in one HTML file that needs no network; `python -m harness.report`."""
+"""The report: all runs of a folder in one HTML file that opens without a network; `python -m harness report`."""

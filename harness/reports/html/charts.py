@@ -1,6 +1,6 @@
-"""Altair charts of the report, as Vega-Lite JSON; the page inlines one copy of Vega, vl-convert draws the PNG.
+"""Altair charts of the report, as Vega-Lite JSON; the page inlines one copy of Vega, and vl-convert draws the PNG.
 
-Every chart has two parameters that the page sets: `shown`, the runs that the table's filters leave, and `selected`.
+Every chart has two parameters that the page sets: `shown`, the runs that pass the filters of the table, and `selected`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Json = dict[str, Any]
 
 INK, MUTED, GRID = "#1b2430", "#5d6878", "#e6e9ee"
 FONT = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
-FLOAT = "datum.label == 'none' ? 'float' : datum.label"  # what the legend calls method none
+FLOAT = "datum.label == 'none' ? 'float' : datum.label"  # the legend's name of method none
 COLORS = ("#2f6db3", "#d9622b", "#2a8f5c", "#b0387a", "#7a5bc0", "#b58a00", "#1697a6", "#c0392b", "#6b7f1e", "#8a5a3b",
           "#4b55c4", "#d0679d", "#5c6b7a", "#4f9d2f")  # fmt: skip
 
@@ -29,7 +29,7 @@ def palette(methods: Sequence[str]) -> dict[str, str]:
 
 
 def pareto(plot: Plot, colors: dict[str, str], *, wide: bool, legend: bool = False, font: int = 12) -> Json:
-    """Points with their intervals, the front through those that no run beats, and float's figure as a line."""
+    """Points with intervals, the front through the points that no run beats, and the float model's loss as a line."""
     base = alt.Chart(alt.InlineData(values=_named(plot.points, wide, font))).encode(
         x=_x(plot, 0.012 * font if wide else 0.24), y=_y(plot)
     )
@@ -61,7 +61,7 @@ def layers(font: int = 12) -> Json:
 
 
 def outliers(font: int = 12) -> Json:
-    """The largest magnitude of each channel, of rows {rank, channel, stage, absmax} given as `channels`."""
+    """The largest magnitude of each channel, of rows {rank, channel, stage, absmax} in the page's `channels`."""
     base = alt.Chart(alt.NamedData(name="channels")).encode(
         x=alt.X("rank:Q", title="channels, largest before smoothing first", scale=alt.Scale(nice=False)),
         y=alt.Y("absmax:Q", title="largest magnitude", scale=alt.Scale(type="log", nice=False, padding=12)),
@@ -81,15 +81,15 @@ def ticks(low: float, high: float) -> list[float]:
     """At most nine round values between two positive bounds, spaced by ratio."""
     decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for steps in ((1, 1.2, 1.4, 1.6, 1.8, 2, 2.5, 3, 4, 5, 6, 8), (1, 1.5, 2, 3, 4, 6, 8), (1, 2, 3, 5), (1, 3), (1,)):
-        found = [float(f"{step * 10.0**decade:g}") for decade in decades for step in steps]
-        inside = [value for value in found if low <= value <= high]
+        values = [float(f"{step * 10.0**decade:g}") for decade in decades for step in steps]
+        inside = [value for value in values if low <= value <= high]
         if len(inside) <= 9:
             break
     return inside
 
 
 def finish(chart: alt.TopLevelMixin, font: int) -> Json:
-    """The specification with the report's look, without the address of its schema: nothing is fetched."""
+    """The specification in the style of the report, without the address of its schema: nothing is fetched."""
     axis = {"labelColor": MUTED, "titleColor": INK, "gridColor": GRID, "domainColor": "#b9c1cc", "tickColor": "#b9c1cc"}
     sizes = {"labelFontSize": font, "titleFontSize": font + 1, "titleFontWeight": 600, "titlePadding": 10}
     spec: Json = chart.to_dict()
@@ -105,22 +105,22 @@ def finish(chart: alt.TopLevelMixin, font: int) -> Json:
 
 
 def _named(points: Sequence[Json], wide: bool, font: int) -> list[Json]:
-    """Points with the `name` that stands beside them: of the front, those that run into no other name."""
+    """Points with the `name` next to them: the name of points on the front, where it overlaps no other name."""
     across, up = [math.log(at["across"]) for at in points], [math.log(at["height"]) for at in points]
     across_scale = (900 if wide else 200) / (max(across) - min(across) or 1)  # pixels, about
     up_scale = (300 if wide else 220) / (max(up) - min(up) or 1)
-    taken: list[tuple[float, float, float]] = []
+    placed: list[tuple[float, float, float]] = []
     named = {}
     for i in sorted((i for i, at in enumerate(points) if at["front"]), key=lambda i: across[i]):
         right, top, width = across[i] * across_scale, up[i] * up_scale, 0.6 * font * len(points[i]["short"]) + 8
-        if all(right - width > end or right < start or abs(top - height) > 1.3 * font for start, end, height in taken):
-            taken.append((right - width, right, top))
+        if all(right - width > end or right < start or abs(top - height) > 1.3 * font for start, end, height in placed):
+            placed.append((right - width, right, top))
             named[i] = points[i]["short"]
     return [at | {"name": named.get(i, "")} for i, at in enumerate(points)]
 
 
 def _x(plot: Plot, room: float) -> alt.X:
-    """The cost's scale, with room for labels on the left, as a share of its length."""
+    """The axis of the cost; `room` for labels on its left is a share of its length."""
     lows = [point.get("cost_low", point["across"]) for point in plot.points]
     highs = [point.get("cost_high", point["across"]) for point in plot.points]
     return alt.X("across:Q", **_scaled(plot.cost.title, min(lows), max(highs), (room, 0.03)))
@@ -148,14 +148,14 @@ def _floats(plot: Plot) -> list[alt.Chart]:
 
 
 def _intervals(base: alt.Chart, plot: Plot) -> list[alt.Chart]:
-    found = []
+    rules = []
     rule: Json = {"color": MUTED, "strokeWidth": 1.2}
     dim = {"opacity": _opacity(0.75)}
     if any("loss_low" in point for point in plot.points):
-        found.append(base.mark_rule(**rule).encode(y="loss_low:Q", y2="loss_high:Q", **dim))
+        rules.append(base.mark_rule(**rule).encode(y="loss_low:Q", y2="loss_high:Q", **dim))
     if any("cost_low" in point for point in plot.points):
-        found.append(base.mark_rule(**rule).encode(x="cost_low:Q", x2="cost_high:Q", **dim))
-    return found
+        rules.append(base.mark_rule(**rule).encode(x="cost_low:Q", x2="cost_high:Q", **dim))
+    return rules
 
 
 def _front(base: alt.Chart) -> alt.Chart:
@@ -165,7 +165,7 @@ def _front(base: alt.Chart) -> alt.Chart:
 
 
 def _points(base: alt.Chart, plot: Plot, colors: dict[str, str], legend: bool) -> alt.Chart:
-    """Hollow where simulated, a diamond for float, a triangle at the edge for what lies beyond it."""
+    """Hollow where simulated, a diamond for float, a triangle at the edge for a point beyond it."""
     colors = {method: color for method, color in colors.items() if any(at["method"] == method for at in plot.points)}
     key = alt.Legend(title="method", symbolType="circle", symbolStrokeWidth=0, labelExpr=FLOAT) if legend else None
     scale = alt.Scale(domain=list(colors), range=list(colors.values()))
@@ -190,7 +190,7 @@ def _points(base: alt.Chart, plot: Plot, colors: dict[str, str], legend: bool) -
 
 
 def _labels(base: alt.Chart, font: int, **look: Any) -> alt.Chart:
-    """Names of the runs on the front, below and left of their points, where no other run is."""
+    """Names of the runs on the front, below and left of their points, where no other run can be."""
     marks = base.transform_filter("datum.name").mark_text(
         align="right", baseline="top", dx=-6, dy=5, fontSize=font, **look
     )

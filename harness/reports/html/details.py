@@ -1,4 +1,4 @@
-"""What a record says beyond its figures: the sections behind a row, and what differs between records."""
+"""The contents of records beyond their figures: the sections behind a row, and the differences between records."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ SECTIONS = (
 
 @dataclass(frozen=True)
 class Details:
-    """All that the page shows of one run."""
+    """Everything that the page shows about one run."""
 
     run_id: str
     label: str
@@ -54,13 +54,13 @@ def details(record: Record, label: str) -> Details:
 
 def bars(seconds: Any) -> list[tuple[str, str, float]]:
     """Seconds of stages as (name, text, percent of the longest)."""
-    known = {name: value for name, value in seconds.items() if number(value)} if isinstance(seconds, dict) else {}
-    longest = max(known.values(), default=0) or 1
-    return [(str(name), f"{value:.1f} s", 100 * value / longest) for name, value in known.items()]
+    numbers = {name: value for name, value in seconds.items() if number(value)} if isinstance(seconds, dict) else {}
+    longest = max(numbers.values(), default=0) or 1
+    return [(str(name), f"{value:.1f} s", 100 * value / longest) for name, value in numbers.items()]
 
 
 def flat(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """The leaves of nested sections as (dotted key, text), floats in six digits; a list is one leaf, None is none."""
+    """The leaves of nested sections as (dotted key, text), floats in six digits; lists are leaves, None is skipped."""
     if is_dataclass(value) and not isinstance(value, type):
         value = {name: inner for name, inner in asdict(value).items() if inner is not None}
     if isinstance(value, dict):
@@ -78,33 +78,33 @@ def number(value: Any) -> TypeGuard[float]:
 
 @dataclass(frozen=True)
 class Classes:
-    """Records sorted by one of their fields: what all have in common, and what tells the classes apart."""
+    """Records classed by one of their fields: the values that all share, and those in which the classes differ."""
 
     common: Pairs
     keys: list[str]
-    rows: list[tuple[int, int, list[str]]]  # number of the class, how many runs, their values of `keys`
+    rows: list[tuple[int, int, list[str]]]  # number of the class, number of its runs, their values of `keys`
     of: dict[str, int]  # run_id -> number of its class
 
 
 def classes(records: Sequence[Record], name: str) -> Classes:
     """Classes of equal values of a field such as `environment`, numbered from 1 in order of appearance."""
     leaves = {record.run_id: dict(flat(getattr(record, name))) for record in records}
-    every = list(dict.fromkeys(key for found in leaves.values() for key in found))
-    differs = [key for key in every if len({found.get(key) for found in leaves.values()}) > 1]
+    keys = list(dict.fromkeys(key for values in leaves.values() for key in values))
+    differing = [key for key in keys if len({values.get(key) for values in leaves.values()}) > 1]
     numbers: dict[tuple[str, ...], int] = {}
     of = {}
-    for run, found in leaves.items():
-        values = tuple(found.get(key, "absent") for key in differs)
-        of[run] = numbers.setdefault(values, len(numbers) + 1)
+    for run_id, values in leaves.items():
+        differences = tuple(values.get(key, "absent") for key in differing)
+        of[run_id] = numbers.setdefault(differences, len(numbers) + 1)
     members = list(of.values())
     rows = [(i, members.count(i), list(values)) for values, i in numbers.items()]
     first = next(iter(leaves.values()), {})
-    return Classes([(key, first[key]) for key in every if key not in differs], differs, rows, of)
+    return Classes([(key, first[key]) for key in keys if key not in differing], differing, rows, of)
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """The summary of a sweep: how long it took, and the share of that which was its own work."""
+    """The summary of a sweep: its duration, and the share of the harness's own work in it."""
 
     name: str
     wall: str
@@ -113,10 +113,10 @@ class Sweep:
 
 
 def sweeps(folder: Path) -> list[Sweep]:
-    """Summaries in `sweeps/` of a folder of records; a file that is none is left out."""
-    found = []
-    for path, loaded in sweep.summaries(folder).items():
-        share = loaded["own_share"]
+    """Summaries in `sweeps/` of a folder of records; a file that is no summary is left out."""
+    out = []
+    for path, summary in sweep.summaries(folder).items():
+        share = summary["own_share"]
         shown = f"{100 * share:.2g} %" if number(share) else "-"
-        found.append(Sweep(path.stem, f"{loaded['wall_s']:.0f} s", shown, bars(loaded["stages"])))
-    return found
+        out.append(Sweep(path.stem, f"{summary['wall_s']:.0f} s", shown, bars(summary["stages"])))
+    return out

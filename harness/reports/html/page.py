@@ -1,11 +1,11 @@
-"""The page: records in, one self-contained HTML text out; and the plot for a README."""
+"""The page: records in, one self-contained HTML text out; and the plot of a README."""
 
 from __future__ import annotations
 
 import json
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ import vl_convert
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from harness.cli.table import to_frame
-from harness.records.store import Record
-from harness.reports.cells import number
+from harness.records import Record
+from harness.records.folder import runs_of
+from harness.reports.cells import STALE_NOTE, number
+from harness.reports.frame import to_frame
 from harness.reports.html import charts, details, layers, pareto, rows
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -27,8 +28,8 @@ VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
 PIXELS = 1000  # width of the PNG, at twice the density
 
 
-def html(records: Sequence[Record], folder: Path) -> str:
-    """The page of all records, with the sweeps of `folder`."""
+def html(records: Sequence[Record], folder: Path, stale: Set[str] = frozenset()) -> str:
+    """The page of all records, with the sweeps of `folder`; runs with an id in `stale` are marked."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES),
         autoescape=True,
@@ -36,7 +37,7 @@ def html(records: Sequence[Record], folder: Path) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html").render(_context(_ordered(records), folder)) + "\n"
+    return environment.get_template("report.html").render(_context(_ordered(records), folder, stale)) + "\n"
 
 
 def png(records: Sequence[Record]) -> bytes:
@@ -72,13 +73,13 @@ def _title(title: str, plot: pareto.Plot) -> dict[str, Any]:
 
 
 def _ordered(records: Sequence[Record]) -> list[Record]:
-    """One record a run, in the order of the table."""
-    known = {record.run_id: record for record in records}
-    return [known[run] for run in to_frame(records)["run_id"]]
+    """One record for each run, in the order of the table."""
+    by_id = {record.run_id: record for record in records}
+    return [by_id[run_id] for run_id in to_frame(records)["run_id"]]
 
 
-def _context(records: list[Record], folder: Path) -> dict[str, Any]:
-    frame = _frame(records)
+def _context(records: list[Record], folder: Path, stale: Set[str]) -> dict[str, Any]:
+    frame = _frame(records, stale)
     labels, colors = pareto.labels(frame), charts.palette(list(frame["method"]))
     groups = [_group(title, part, labels, colors) for title, part in pareto.groups(frame)]
     groups = [group for group in groups if group["losses"]]
@@ -98,26 +99,27 @@ def _context(records: list[Record], folder: Path) -> dict[str, Any]:
         "rows": table,
         "details": [details.details(record, labels[record.run_id]) for record in records],
         "failed": [(record.run_id, labels[record.run_id], record.error) for record in records if record.status != "ok"],
+        "stale_note": STALE_NOTE if frame["stale"].any() else "",
         "has_layers": bool(sensitivity["runs"]),
         "has_outliers": bool(outliers),
         "environments": details.classes(records, "environment"),
         "protocols": details.classes(records, "data"),
-        "sweeps": details.sweeps(folder),
+        "sweeps": details.sweeps(runs_of(folder)),
         "data": as_json(data),
     }
 
 
-def _frame(records: Sequence[Record]) -> pd.DataFrame:
+def _frame(records: Sequence[Record], stale: Set[str] = frozenset()) -> pd.DataFrame:
     """The table's frame with the class of each run's protocol and environment."""
-    frame = to_frame(records)
+    frame = to_frame(records, stale=stale)
     for column, name in (("protocol_class", "data"), ("environment_class", "environment")):
         frame[column] = frame["run_id"].map(details.classes(records, name).of).astype(str)
     return frame
 
 
 def _group(title: str, part: pd.DataFrame, labels: dict[str, str], colors: dict[str, str]) -> dict[str, Any]:
-    found = list(pareto.plots(part, labels))
-    losses = [_loss([plot for plot in found if plot.loss is loss], colors) for loss in pareto.LOSSES]
+    plots = list(pareto.plots(part, labels))
+    losses = [_loss([plot for plot in plots if plot.loss is loss], colors) for loss in pareto.LOSSES]
     methods = [method for method in colors if method in set(part["method"]) - {"none"}]
     return {
         "title": title,
@@ -127,23 +129,23 @@ def _group(title: str, part: pd.DataFrame, labels: dict[str, str], colors: dict[
     }
 
 
-def _loss(found: list[pareto.Plot], colors: dict[str, str]) -> dict[str, Any]:
-    """The plots of one loss; what lies beyond any of them is named once."""
-    plots = []
-    for plot in found:
-        wide = plot.cost.name == "bits_per_weight"
+def _loss(plots: list[pareto.Plot], colors: dict[str, str]) -> dict[str, Any]:
+    """The plots of one loss; runs beyond the edge of any of them are named once."""
+    charted = []
+    for plot in plots:
+        wide = plot.cost is pareto.COSTS[0]
         title = f"{plot.loss.title.partition(',')[0]} against {plot.cost.title.partition(',')[0]}"
-        plots.append({"title": title, "wide": wide, "spec": charts.pareto(plot, colors, wide=wide)})
-    beyond = pareto.named([name for plot in found for name in plot.beyond])
+        charted.append({"title": title, "wide": wide, "spec": charts.pareto(plot, colors, wide=wide)})
+    beyond = pareto.named([name for plot in plots for name in plot.beyond])
     return {
-        "plots": plots,
+        "plots": charted,
         "beyond": beyond,
-        "zeros": list(dict.fromkeys(name for plot in found for name in plot.zeros)),
+        "zeros": list(dict.fromkeys(name for plot in plots for name in plot.zeros)),
     }
 
 
 def _best(part: pd.DataFrame) -> list[dict[str, str]]:
-    """Float, and the run of least perplexity at each weight width, widest first."""
+    """Float, and the run with the lowest perplexity at each weight width, widest first."""
     scored = part.dropna(subset=["perplexity"]).sort_values("perplexity")
     scored = scored.assign(width=scored["bits"].where(scored["method"] != "none", float("inf")))
     best = scored.dropna(subset=["width"]).drop_duplicates("width").sort_values("width", ascending=False)
@@ -173,7 +175,7 @@ def _count(number: int, word: str) -> str:
 
 @cache
 def _libraries() -> dict[str, Markup]:
-    """Stylesheet and scripts, inlined; DataTables is the bundle that itables ships for use without network."""
+    """Stylesheet and scripts, inlined; DataTables is the bundle that itables ships for use without a network."""
     bundle = Path(itables.__file__).parent / "html" / "dt_bundle.js"
     return {
         "style": Markup((TEMPLATES / "report.css").read_text()),
@@ -184,10 +186,10 @@ def _libraries() -> dict[str, Markup]:
 
 
 def in_script(source: str) -> Markup:
-    """JavaScript in which nothing ends or hides the element around it."""
+    """JavaScript in which nothing ends or hides the script element that contains it."""
     return Markup(re.sub(r"<(?=!--|/?script)", r"\\x3c", source, flags=re.IGNORECASE))
 
 
 def as_json(value: Any) -> Markup:
-    """JSON that can stand in a script element whatever its texts hold."""
+    """JSON that is safe in a script element, whatever texts it contains."""
     return Markup(json.dumps(value, separators=(",", ":"), allow_nan=False).replace("<", "\\u003c"))

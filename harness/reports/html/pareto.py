@@ -1,4 +1,4 @@
-"""What the Pareto plots show: which runs may be compared, their points, and those that no other run beats."""
+"""The data of the Pareto plots: which runs may be compared, their points, and the points that no other run beats."""
 
 from __future__ import annotations
 
@@ -8,47 +8,53 @@ from typing import Any
 
 import pandas as pd
 
-from harness.reports.frame import has_coded_caches
+from harness.records.metrics import METRICS, Metric
+from harness.reports.cells import STALE
+from harness.reports.frame import measured
 
 # Rows of one group were measured on the same model, text, windows and device: their figures can be compared.
 COMPARABLE = ("model", "fingerprint", "data", "tokens_sha256", "seq_len", "protocol", "windows", "device")
-REACH = 5  # how many times the float perplexity a plot reaches; what lies beyond is drawn at its edge and named
+REACH = 5  # how many times the float perplexity a plot reaches; points beyond are drawn at its edge and named
 TIMES = "\u00d7"
-FLOAT_ROOM = 1.4  # float, where it costs more than this times the dearest other run, is drawn at the right edge
-STACKED = 0.95  # points at an edge that would hide one another are drawn this far apart
-# What may tell two runs apart that agree in method, scheme, bits and options.
-_TELLING = ("model", "data", "dtype", "execution", "kernel", "calibration", "device", "seed", "run_id")
+FLOAT_ROOM = 1.4  # float models that cost more than this times the dearest other run are drawn at the right edge
+STACKED = 0.95  # points at an edge that would hide each other are drawn this far apart
+# Columns that may tell two runs apart that agree in method, scheme, bits and options.
+_DISTINCTIVE = ("model", "data", "dtype", "execution", "kernel", "calibration", "device", "seed", "run_id")
 
 
 @dataclass(frozen=True)
 class Axis:
-    """A figure of runs: its column, how it is called, and the columns of its interval."""
+    """A metric on an axis of a plot: its title, and the columns of its interval.
+
+    reach  how many times the float model's value the axis reaches; None for all the way
+    """
 
     name: str
     title: str
-    low: str = ""
-    high: str = ""
+    low: str
+    high: str
     reach: float | None = None
 
 
-COSTS = (
-    Axis("bits_per_weight", "bits per weight"),
-    Axis("model_size_mib", "model size, MiB"),
-    Axis("resident_mib", "resident memory, MiB"),
-    Axis("decode_ms_p50", "decode latency, ms per token", "decode_ms_p10", "decode_ms_p90"),
-    Axis("kv_bytes_per_token", "KV cache, bytes per token"),  # the last: drawn where a cache is quantized
-)
-LOSSES = (
-    Axis("perplexity", "perplexity", "perplexity_low", "perplexity_high", REACH),
-    Axis("kl", "KL divergence from float, nats", "kl_low", "kl_high"),
-)
+def _axis(metric: Metric) -> Axis:
+    """The axis of a metric. Times have percentiles, losses an interval over windows, counted costs neither."""
+    title = f"{metric.long}, {metric.unit}" if metric.unit else metric.long
+    low, high = f"{metric.name}_low", f"{metric.name}_high"
+    if metric.kind == "time":
+        low, high = (metric.name.replace("p50", share) for share in ("p10", "p90"))
+    return Axis(metric.name, title, low, high, REACH if metric.axis == "loss" and metric.ratio else None)
+
+
+COSTS = tuple(_axis(metric) for metric in METRICS if metric.axis == "cost")
+LOSSES = tuple(_axis(metric) for metric in METRICS if metric.axis == "loss")
 
 
 @dataclass
 class Plot:
-    """Points of one loss against one cost; `zeros` names the runs that it leaves out.
+    """Points of one loss against one cost.
 
-    beyond     the runs drawn at its edge, each with the figure that puts it there
+    beyond  the runs drawn at its edge, each with the figure that is beyond it
+    zeros   the runs that are left out, since a figure is zero
     """
 
     cost: Axis
@@ -59,7 +65,7 @@ class Plot:
 
 
 def groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Finished rows that can be compared with one another, under a heading; the largest group first."""
+    """Finished rows that can be compared, under a heading; the largest group first."""
     finished = frame[frame["status"] == "ok"]
     parts = [part for _, part in finished.groupby(list(COMPARABLE), dropna=False, sort=False)]
     for part in sorted(parts, key=len, reverse=True):
@@ -67,49 +73,54 @@ def groups(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame]]:
 
 
 def heading(row: pd.Series[Any]) -> str:
-    """What the rows of a group share, in a few words."""
+    """The values that the rows of a group share, in a few words."""
     windows = "" if pd.isna(row["windows"]) else f"{int(row['windows'])} windows of {int(row['seq_len'])} tokens"
     parts = (row["model"], row["data"], windows, row["device"])
     return " · ".join(str(part) for part in parts if part and not pd.isna(part))
 
 
 def labels(frame: pd.DataFrame) -> dict[str, str]:
-    """A name for each run_id: method, scheme, bits and options, and where two agree in these what tells them apart."""
+    """A name for each run_id: method, scheme, bits, options, and further columns where two runs agree in these.
+
+    Names of stale rows end with the sign of such rows.
+    """
     named = {index: _name(row) for index, row in frame.iterrows()}
-    for column in _TELLING:
+    for column in _DISTINCTIVE:
         names = pd.Series(named)
         for name, same in names[names.duplicated(keep=False)].groupby(names):
             values = frame.loc[same.index, column]
             if values.nunique(dropna=False) > 1:
                 named |= {index: f"{name} {'-' if pd.isna(value) else value}" for index, value in values.items()}
-    return {row["run_id"]: named[index] for index, row in frame.iterrows()}
+    return {
+        row["run_id"]: f"{named[index]} {STALE}" if row["stale"] else named[index] for index, row in frame.iterrows()
+    }
 
 
 def plots(frame: pd.DataFrame, names: dict[str, str]) -> Iterator[Plot]:
     """Each loss against each cost, for the rows of one group; none with fewer than two points."""
-    costs = COSTS if has_coded_caches(frame) else COSTS[:-1]
+    names_measured = {metric.name for metric in measured(frame)}
     for loss in LOSSES:
-        for cost in costs:
-            if {loss.name, cost.name} <= set(frame.columns):
-                found = plot(frame, cost, loss, names)
-                if len(found.points) > 1:
-                    yield found
+        for cost in COSTS:
+            if {loss.name, cost.name} <= names_measured:
+                candidate = plot(frame, cost, loss, names)
+                if len(candidate.points) > 1:
+                    yield candidate
 
 
 def plot(frame: pd.DataFrame, cost: Axis, loss: Axis, names: dict[str, str]) -> Plot:
-    """The points of rows that have both figures. Zero has no place on a logarithmic axis: such rows are named."""
-    both = frame.dropna(subset=[cost.name, loss.name])
-    rows = both[(both[cost.name] > 0) & (both[loss.name] > 0)]
+    """The points of rows with both figures. A logarithmic axis has no zero: rows with zeros are named instead."""
+    complete = frame.dropna(subset=[cost.name, loss.name])
+    rows = complete[(complete[cost.name] > 0) & (complete[loss.name] > 0)]
     points = [_point(row, cost, loss, names) for _, row in rows.iterrows()]
     for point, best in zip(points, front([(point["cost"], point["loss"]) for point in points]), strict=True):
         point["front"] = best
     beyond = _keep_low(points, loss) + _keep_left(points, cost)
-    zeros = [names[row["run_id"]] for _, row in both.drop(rows.index).iterrows()]
+    zeros = [names[row["run_id"]] for _, row in complete.drop(rows.index).iterrows()]
     return Plot(cost, loss, points, beyond, zeros)
 
 
 def named(beyond: Sequence[tuple[str, str]]) -> list[str]:
-    """Each run that lies beyond plots, with all its figures that do."""
+    """Each run that is beyond the edge of a plot, with all its figures that are."""
     figures: dict[str, list[str]] = {}
     for label, shown in dict.fromkeys(beyond):
         figures.setdefault(label, []).append(shown)
@@ -117,7 +128,7 @@ def named(beyond: Sequence[tuple[str, str]]) -> list[str]:
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Whether each (cost, loss) is on the Pareto front: no other point is as good in both and better in one."""
+    """Whether each (cost, loss) is on the Pareto front: no other point is as good in both values and better in one."""
     return [not any(a <= cost and b <= loss and (a, b) != (cost, loss) for a, b in points) for cost, loss in points]
 
 
@@ -131,9 +142,9 @@ def _name(row: pd.Series[Any]) -> str:
 
 
 def kind(row: pd.Series[Any]) -> str:
-    """Method and scheme, unless the format is the method's own."""
-    own = pd.isna(row["scheme"]) or row["scheme"] in ("native", row["method"])
-    return str(row["method"]) if own else f"{row['method']} {row['scheme']}"
+    """Method and scheme; the method alone where it has its own format."""
+    native = pd.isna(row["scheme"]) or row["scheme"] in ("native", row["method"])
+    return str(row["method"]) if native else f"{row['method']} {row['scheme']}"
 
 
 def _short(row: pd.Series[Any]) -> str:
@@ -155,7 +166,7 @@ def _point(row: pd.Series[Any], cost: Axis, loss: Axis, names: dict[str, str]) -
 
 
 def _keep_low(points: list[dict[str, Any]], loss: Axis) -> list[tuple[str, str]]:
-    """Draw points of a loss beyond its reach at the top edge; their names and figures."""
+    """Draw points beyond the reach of a loss at the top edge. Returns: their names and figures."""
     floats = [point["loss"] for point in points if point["method"] == "none"]
     if loss.reach is None or not points:
         return []
@@ -164,19 +175,19 @@ def _keep_low(points: list[dict[str, Any]], loss: Axis) -> list[tuple[str, str]]
     for point in points:
         if "loss_high" in point:
             point["loss_high"] = min(point["loss_high"], limit)
-    for before, point in zip([None, *beyond], beyond, strict=False):
-        crowded = before is not None and point["cost"] < 1.03 * before["cost"]
-        point |= {"height": before["height"] * STACKED if before and crowded else limit, "shape": "triangle-up"}
+    for previous, point in zip([None, *beyond], beyond, strict=False):
+        crowded = previous is not None and point["cost"] < 1.03 * previous["cost"]
+        point |= {"height": previous["height"] * STACKED if previous and crowded else limit, "shape": "triangle-up"}
         point.pop("loss_low", None)
         point.pop("loss_high", None)
     return [(point["label"], f"{loss.name} {point['loss_text']}") for point in beyond]
 
 
 def _keep_left(points: list[dict[str, Any]], cost: Axis) -> list[tuple[str, str]]:
-    """Draw float at the right edge where it would press all others into a corner; its name and figure."""
+    """Draw float at the right edge where it would press all others into a corner. Returns: its names and figures."""
     floats = [point for point in points if point["method"] == "none"]
     others = [point["cost"] for point in points if point["method"] != "none"]
-    if not others or cost.low:
+    if not others or _is_time(cost):
         return []
     limit = FLOAT_ROOM * max(others)
     beyond = sorted((point for point in floats if point["cost"] > limit), key=lambda point: point["cost"])
@@ -193,22 +204,20 @@ def _interval(row: pd.Series[Any], axis: Axis) -> tuple[float, float] | None:
 
 
 def text(row: pd.Series[Any], axis: Axis) -> str:
-    """A figure with its interval and its ratio to float, as read beside a point."""
+    """A figure with its interval and its ratio to float, as the tooltip of a point shows it."""
     interval, ratio = _interval(row, axis), row.get(f"{axis.name}_ratio")
     shown = figure(row[axis.name])
     if interval:
         shown += f", {figure(interval[0])} to {figure(interval[1])}"
-    if axis.low.endswith("p10"):  # its ratio is not of the two medians but of pairs, and stands in the table
+    if ratio is None or pd.isna(ratio):  # as of times, whose speedups are in the table
         return shown
-    return (
-        shown
-        if ratio is None or pd.isna(ratio)
-        else f"{shown} ({ratio:.3g}{TIMES} float)"
-        if ratio < 1e3
-        else f"{shown} ({ratio:,.0f}{TIMES} float)"
-    )
+    return f"{shown} ({format(ratio, '.3g' if ratio < 1e3 else ',.0f')}{TIMES} float)"
+
+
+def _is_time(axis: Axis) -> bool:
+    return axis.low.endswith("p10")
 
 
 def figure(value: float) -> str:
-    """A figure in four digits, without an exponent where that can be read."""
+    """A figure in four digits, without an exponent up to ten million."""
     return f"{value:.4g}" if value < 1e4 else f"{value:,.0f}" if value < 1e7 else f"{value:.3g}"

@@ -1,0 +1,117 @@
+"""What a run is, in words and columns: model, method, format, text, device. No results."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from harness.records import Record, Text
+
+DTYPES = ("float64", "float32", "float16", "bfloat16")
+# The columns in which runs of one model and text may differ, in the order of tables.
+SETTING = ("method", "scheme", "bits", "options", "calibration", "kv", "dtype", "execution")
+
+# What the schemes of this project have, unless their name says otherwise.
+_GRID = {False: "full", True: "narrow"}  # of symmetric weights: without and with quantized activations
+_ZERO_POINT = "integer"
+_SCALE_DTYPE = "float16"
+
+Json = dict[str, Any]
+
+
+def describe(record: Record) -> Json:
+    """The columns that describe a run, as far as its record has them; a failed run may lack any."""
+    config, text, execution = record.config, record.data.evaluation or Text(), record.execution
+    steps = config.get("method") or {}
+    scheme = config.get("scheme") if steps else None
+    return {
+        "run_id": record.run_id,
+        "status": record.status,
+        "model": record.model.name or at(config, "model", "name"),
+        "method": "+".join(steps) if isinstance(steps, dict) and steps else "none",
+        "scheme": at(scheme, "name"),
+        "bits": None if "mixed.budget" in record.options else at(scheme, "weight", "bits"),
+        "options": options_text(config, record.options) if steps else "",
+        "kv": execution.kv or str(at(config, "kv", "name") or "none"),
+        "dtype": execution.dtype or _configured_dtype(config),
+        "baseline_dtype": execution.baseline_dtype,
+        "execution": execution.mode,
+        "kernel": execution.kernel,
+        "device": execution.device,
+        "data": text.source or _configured_text(config),
+        "protocol": record.data.protocol,
+        "windows": text.num_windows,
+        "seq_len": text.seq_len,
+        "calibration": _calibration(record),
+        "seed": config.get("seed"),
+        "fingerprint": record.model.fingerprint,
+        "tokens_sha256": text.tokens_sha256,
+        "commit": record.environment.commit,
+    }
+
+
+def label(record: Record) -> str:
+    """A run in a few words: model, method, format, options."""
+    row = describe(record)
+    parts = [row["model"], row["method"], row["scheme"], f"bits={row['bits']}" if row["bits"] else ""]
+    parts += [row["options"], f"kv={row['kv']}" if row["kv"] != "none" else "", row["dtype"]]
+    parts += ["simulated" if row["execution"] == "simulated" else ""]
+    return " ".join(str(part) for part in parts if part)
+
+
+def options_text(config: Json, options: Json) -> str:
+    """Options that are not at their defaults, and fields of the scheme that its name does not say."""
+    steps = config["method"]
+    prefix = f"{next(iter(steps))}." if isinstance(steps, dict) and len(steps) == 1 else ""
+    parts = [f"{key.removeprefix(prefix)}={value}" for key, value in options.items()]
+    parts += _unusual_fields(config.get("scheme"))
+    return " ".join(parts + ([f"skip={','.join(config['skip'])}"] if config.get("skip") else []))
+
+
+def _unusual_fields(scheme: Any) -> list[str]:
+    weight = at(scheme, "weight")
+    if not isinstance(weight, dict):
+        return []
+    usual = usual_fields(scheme)
+    parts = [f"{key}={weight[key]}" for key in usual if weight.get(key, usual[key]) != usual[key]]
+    size = weight.get("group_size")
+    if size not in (None, -1) and str(size) not in str(at(scheme, "name")):
+        parts.append(f"group_size={size}")
+    return parts
+
+
+def usual_fields(scheme: Any) -> dict[str, str]:
+    """The fields of a scheme's weights that its name does not say, with the values of this project's schemes."""
+    grid = _GRID[bool(at(scheme, "activation"))]
+    return {"grid": grid, "zero_point": _ZERO_POINT, "scale_dtype": _SCALE_DTYPE}
+
+
+def at(config: Any, *keys: str) -> Any:
+    """A value of a nested configuration, None if there is none: that of a failed run may have any shape."""
+    for key in keys:
+        config = config.get(key) if isinstance(config, dict) else None
+    return config
+
+
+def _configured_dtype(config: Any) -> str | None:
+    """The float type of a run that failed before its model was loaded, if its configuration names one."""
+    dtype = at(config, "model", "dtype")
+    return dtype if dtype in DTYPES else None
+
+
+def _configured_text(config: Any) -> str | None:
+    """The evaluation text of a run that failed before the text was read."""
+    source, path = at(config, "data", "source"), at(config, "data", "path")
+    return Path(str(path)).name if path else source and f"{source}:evaluation"
+
+
+def _calibration(record: Record) -> str | None:
+    """The calibration data as "8 x 512 tokens of pydocs:calibration, random"; None if the run has none."""
+    text = record.data.calibration
+    if text is None:
+        return None
+    sampling = ", random" if text.sampling == "random" else ""
+    return f"{text.num_windows} x {text.seq_len} tokens of {text.source}{sampling}"
+
+
+DESCRIBED = tuple(describe(Record("")))  # the columns

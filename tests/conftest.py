@@ -1,12 +1,12 @@
-"""What the tests share: resolved configurations of the tiny model, and commands run as a user would."""
+"""Shared fixtures and functions: resolved configurations of the tiny model, and the command line as a user runs it."""
 
 from __future__ import annotations
 
 import os
 
-# Triton decides when a kernel is decorated whether it is interpreted, so before anything imports one.
+# Triton reads this variable when a kernel is decorated, so it must be set before any kernel is imported.
 os.environ.setdefault("TRITON_INTERPRET", "1")
-# Each worker of pytest-xdist has a core: threads beyond it wait for one another for longer than they work.
+# Each worker of pytest-xdist has one core: with more threads, the workers spend most of their time waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import subprocess
@@ -33,7 +33,7 @@ TINY = ("model=tiny", "data.seq_len=64", "data.max_windows=2", "data.num_samples
 
 interpreter.mend()
 
-# One seed and no deadline: the same examples everywhere, however slow the machine.
+# One seed and no deadline: the same examples on every machine, fast or slow.
 settings.register_profile("ptqbench", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("ptqbench")
 
@@ -41,11 +41,11 @@ settings.load_profile("ptqbench")
 @pytest.fixture(autouse=True)
 def _quiet_and_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # and back, where the command line set it
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # restored after the test if the command line changed it
 
 
 def resolve(*overrides: str) -> dict[str, Any]:
-    """The configuration that the command line `overrides` gives, as plain values."""
+    """The resolved configuration for command line `overrides`, as plain values."""
     with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
         return OmegaConf.to_container(compose("config", list(overrides)), resolve=True)  # type: ignore[return-value]
 
@@ -58,13 +58,13 @@ def run_id_of(raw: dict[str, Any]) -> str:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Builds configurations of fast runs on random weights, with results in a folder of the test's own."""
+    """Builds configurations of fast runs on random weights, with results in the test's temporary folder."""
     return lambda *overrides: resolve(*TINY, "measure=off", f"results_dir={tmp_path}", *overrides)
 
 
 @dataclass
 class Done:
-    """What a command left on the screen."""
+    """The exit code and output of a command."""
 
     returncode: int
     stdout: str
@@ -73,7 +73,7 @@ class Done:
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Runs the command line in this process: quicker than a new one, and the same code."""
+    """Runs the command line in this process: the same code as in a new process, but faster."""
 
     def run(*arguments: str) -> Done:
         monkeypatch.setattr(sys, "argv", ["ptqbench", *arguments])

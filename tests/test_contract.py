@@ -1,4 +1,4 @@
-"""The contract, for every method in conf/method: a new YAML is tested by being there."""
+"""The contract, tested for every method in conf/method; a new YAML file there is tested automatically."""
 
 from __future__ import annotations
 
@@ -46,12 +46,13 @@ def steps(method: str) -> dict[str, Method]:
 
 
 def quantizer(method: str) -> Method:
-    found = steps(method)
-    return next((step for step in found.values() if overrides(step, "quantize")), next(iter(found.values())))
+    """The first step of a method that overrides `quantize`, or else its first step."""
+    candidates = steps(method)
+    return next((step for step in candidates.values() if overrides(step, "quantize")), next(iter(candidates.values())))
 
 
 def inputs() -> Tensor:
-    """Correlated inputs with a few large channels, as a transformer's are."""
+    """Correlated inputs with a few large channels, like those of a transformer."""
     generator = torch.Generator().manual_seed(3)
     mix = torch.randn(COLUMNS, COLUMNS, generator=generator) * torch.rand(COLUMNS, generator=generator).mul(3).exp()
     return torch.randn(TOKENS, COLUMNS, generator=generator) @ mix
@@ -88,12 +89,12 @@ def test_yaml_equals_the_dataclass_defaults(method: str) -> None:
             item.name: item.default_factory() if callable(item.default_factory) else item.default
             for item in dataclasses.fields(step)
         }
-        assert written == defaults, f"conf/method/{method}.yaml and {type(step).__name__} have drifted apart"
+        assert written == defaults, f"conf/method/{method}.yaml and {type(step).__name__} differ"
         assert step.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_module_says_its_paper_and_its_differences(method: str) -> None:
+def test_module_docstring_names_paper_and_differences(method: str) -> None:
     for step in steps(method).values():
         doc = importlib.import_module(type(step).__module__).__doc__ or ""
         assert re.search(r"^Paper: .*", doc, re.MULTILINE), type(step).__module__
@@ -101,7 +102,7 @@ def test_module_says_its_paper_and_its_differences(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_takes_a_scheme_here_and_the_one_that_its_yaml_chooses(method: str) -> None:
+def test_accepts_one_of_these_schemes_and_the_scheme_of_its_yaml(method: str) -> None:
     assert any(accepts(method, scheme) for scheme in SCHEMES)
     resolved = resolve(f"method={method}")
     for step in build_steps(resolved["method"]).values():
@@ -148,34 +149,34 @@ def test_nan_raises(method: str) -> None:
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_output_error_is_no_worse_than_rtn(method: str, scheme: str) -> None:
-    """Of a method that sees no inputs: no worse in the weight, |W - W'|, which is all that it can promise."""
+    """A method without input statistics is compared by its weight error |W - W'|, others by their output error."""
     if type(quantizer(method)).__module__.startswith("methods.peers."):
-        pytest.skip("a peer has a grid of its own")
+        pytest.skip("a peer defines its own grid")
     if scheme == "native":
-        pytest.skip("the method has a format of its own, and what `native` says of a grid is a placeholder")
-    weight, seen = weights(), inputs()
+        pytest.skip("the method defines its own format; the weight format of `native` is a placeholder")
+    weight, samples = weights(), inputs()
     nearest = round_to_nearest(weight, SCHEMES[scheme].weight).dequantize()
-    found = run(method, weight, scheme).dequantize()
+    decoded = run(method, weight, scheme).dequantize()
     if not quantizer(method).needs:
-        assert (found - weight).abs().mean() <= (nearest - weight).abs().mean() * 1.001
+        assert (decoded - weight).abs().mean() <= (nearest - weight).abs().mean() * 1.001
         return
-    assert (seen @ (found - weight).T).norm() <= (seen @ (nearest - weight).T).norm() * 1.001
+    assert (samples @ (decoded - weight).T).norm() <= (samples @ (nearest - weight).T).norm() * 1.001
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("method", METHODS)
 def test_packed_equals_dequantized_execution(method: str, scheme: str) -> None:
-    quantized, seen = run(method, weights(), scheme), inputs() / 40  # some channels above the threshold, some below
+    quantized, samples = run(method, weights(), scheme), inputs() / 40  # some channels above the threshold, some below
     packed = QuantLinear(quantized, None, torch.float32).pack()
-    expected = seen @ quantized.dequantize().T
+    expected = samples @ quantized.dequantize().T
     if quantized.quantizes_inputs:
-        assert (packed(seen) - expected).norm() <= 0.02 * expected.norm()
+        assert (packed(samples) - expected).norm() <= 0.02 * expected.norm()
     else:
-        torch.testing.assert_close(packed(seen), expected)
+        torch.testing.assert_close(packed(samples), expected)
     assert sum(buffer.nbytes for buffer in packed.buffers()) * 8 == quantized.stored_bits
 
 
-def test_hooks_default_to_nothing_and_an_uncollected_statistic_says_so() -> None:
+def test_hooks_default_to_nothing_and_a_missing_statistic_is_an_error() -> None:
     from harness.core.stats import MinMax
 
     assert not any(overrides(Method, hook) for hook in ("prepare", "rotate", "transform", "quantize"))

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from harness.core.formats import IncoherentQTensor
 from harness.core.hadamard import random_signs, rotate, unrotate
-from harness.core.incoherent import IncoherentQTensor
 from harness.records import environment
 
 OUTPUT = Path(__file__).parent.parent / "results/benchmarks/online_transform.json"

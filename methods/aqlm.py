@@ -21,15 +21,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.core import grid
-from harness.core.additive import AdditiveQTensor, half
-from harness.core.additive_fit import Fit, Problem
-from harness.core.kmeans import assign, kmeans
-from harness.core.method import Finetuned
-from harness.core.qtensor import QTensor
-from harness.core.ranges import above_zero, at_least
-from harness.core.scheme import Scheme, require_native
-from harness.core.stats import Hessian, Stats
+from harness.core import Finetuned, Hessian, QTensor, Scheme, Stats, above_zero, at_least, require_native
+from harness.core.formats import AdditiveQTensor, grid
+from harness.core.formats.additive import half
+from harness.core.solvers.additive_fit import Fit, Problem
+from harness.core.solvers.kmeans import assign, kmeans
 
 _SAMPLE = 64  # training vectors of k-means for each codebook entry
 _FEWEST_BITS, _MOST_BITS = 2, 8  # the range of a scheme's `bits`

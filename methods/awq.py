@@ -19,12 +19,19 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness.core.clip import clipped_params
-from harness.core.method import InputGroup, Method
-from harness.core.qtensor import QTensor, round_to_grid, round_to_nearest
-from harness.core.ranges import at_least
-from harness.core.scheme import Scheme
-from harness.core.stats import AbsMean, Hessian, Stats
+from harness.core import (
+    AbsMean,
+    Hessian,
+    InputGroup,
+    Method,
+    QTensor,
+    Scheme,
+    Stats,
+    at_least,
+    round_to_grid,
+    round_to_nearest,
+)
+from harness.core.solvers.clip import clipped_params
 
 _TINY = 1e-4  # the authors' lower bound of a mean magnitude
 

@@ -19,14 +19,21 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.core import grid
-from harness.core.clip import clipped_params
-from harness.core.damping import cholesky, damped_factor
-from harness.core.method import Method
-from harness.core.qtensor import PermutedQTensor, QTensor, round_to_grid, round_to_nearest
-from harness.core.ranges import above_zero, at_least
-from harness.core.scheme import Scheme, WeightFormat
-from harness.core.stats import Hessian, Stats
+from harness.core import (
+    Hessian,
+    Method,
+    QTensor,
+    Scheme,
+    Stats,
+    WeightFormat,
+    above_zero,
+    at_least,
+    round_to_grid,
+    round_to_nearest,
+)
+from harness.core.formats import PermutedQTensor, grid
+from harness.core.solvers.clip import clipped_params
+from harness.core.solvers.damping import cholesky, damped_factor
 
 Params = tuple[Tensor, Tensor]  # scale and zero point
 

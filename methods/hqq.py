@@ -18,12 +18,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.core import grid
-from harness.core.method import Method
-from harness.core.qtensor import QTensor, round_to_grid
-from harness.core.ranges import above_zero, at_least
-from harness.core.scheme import Scheme, WeightFormat
-from harness.core.stats import Stats
+from harness.core import Method, QTensor, Scheme, Stats, WeightFormat, above_zero, at_least, round_to_grid
+from harness.core.formats import grid
 
 Params = tuple[Tensor, Tensor]  # scale and zero point
 

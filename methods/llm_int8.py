@@ -19,10 +19,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harness.core.method import Method
-from harness.core.qtensor import MixedQTensor, QTensor, round_to_nearest
-from harness.core.scheme import Scheme
-from harness.core.stats import MinMax, Stat, Stats
+from harness.core import Method, MinMax, QTensor, Scheme, Stat, Stats, round_to_nearest
+from harness.core.formats import MixedQTensor
 
 
 @dataclass(frozen=True, kw_only=True)

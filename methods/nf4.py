@@ -17,12 +17,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.core.codebook import BITS, LevelsQTensor
-from harness.core.method import Method
-from harness.core.qtensor import QTensor
-from harness.core.ranges import at_least
-from harness.core.scheme import Scheme, require_native
-from harness.core.stats import Stats
+from harness.core import Method, QTensor, Scheme, Stats, at_least, require_native
+from harness.core.formats import LevelsQTensor
+from harness.core.formats.codebook import BITS
 
 # Probability of the outermost quantile: the mean of 1 - 1/32 and 1 - 1/30, rounded as in the authors' code.
 _OUTERMOST = 0.9677083

@@ -18,15 +18,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.core import e8, grid
-from harness.core.damping import cholesky, damped_factor
+from harness.core import Finetuned, Hessian, QTensor, Scheme, Stats, above_zero, at_least, require_native
+from harness.core.formats import IncoherentQTensor, grid, lattice
+from harness.core.formats.incoherent import STAGES
 from harness.core.hadamard import random_signs, rotate
-from harness.core.incoherent import STAGES, IncoherentQTensor
-from harness.core.method import Finetuned
-from harness.core.qtensor import QTensor
-from harness.core.ranges import above_zero, at_least
-from harness.core.scheme import Scheme, require_native
-from harness.core.stats import Hessian, Stats
+from harness.core.solvers.damping import cholesky, damped_factor
 
 Round = Callable[[Tensor], Tensor]  # maps vectors (8, n) to points (stages, 8, n) whose sum over stages is near them
 
@@ -70,9 +66,9 @@ class QuIPSharp(Finetuned):
         grid.check_finite(weight)
         bits, W = scheme.weight.bits, weight.to(grid.compute_dtype(weight))
         N, K = weight.shape
-        if K % e8.WIDTH:
+        if K % lattice.WIDTH:
             raise ValueError(
-                f"in_features={K} is not a multiple of {e8.WIDTH}, the number of weights in a code; skip this linear"
+                f"in_features={K} is not a multiple of {lattice.WIDTH}, the weights of one code; skip this linear"
             )
         generator = torch.Generator().manual_seed(self.seed)
         left, right = (random_signs(size, generator).to(W) for size in (N, K))
@@ -82,7 +78,7 @@ class QuIPSharp(Finetuned):
         scale = [base_scale, *(base_scale / factor for factor in _MAGNIFIED[bits])]
         points = solve(W_T, H, self.damp, self.passes, _rounding(bits, scale))
         codes = [
-            book.encode((stage_points / step).reshape(-1, e8.WIDTH, N).transpose(0, 1).flatten(1)).view(-1, N).T
+            book.encode((stage_points / step).reshape(-1, lattice.WIDTH, N).transpose(0, 1).flatten(1)).view(-1, N).T
             for book, stage_points, step in zip(STAGES[bits], points, scale, strict=True)
         ]
         return IncoherentQTensor(codes, bits, torch.tensor(scale), left, right)
@@ -99,9 +95,9 @@ def solve(weight: Tensor, hessian: Tensor, damp: float, passes: int, rounding: R
     """
     cholesky_factor, H = damped_factor(hessian, damp, cholesky)
     L = _unit_blocks(cholesky_factor)
-    points = torch.zeros_like(rounding(weight[: e8.WIDTH]))[:, :1].repeat(1, len(weight), 1)
+    points = torch.zeros_like(rounding(weight[: lattice.WIDTH]))[:, :1].repeat(1, len(weight), 1)
     Err = torch.zeros_like(weight)
-    blocks = [slice(start, start + e8.WIDTH) for start in reversed(range(0, len(weight), e8.WIDTH))]
+    blocks = [slice(start, start + lattice.WIDTH) for start in reversed(range(0, len(weight), lattice.WIDTH))]
     for cells in blocks:
         later = slice(cells.stop, None)
         points[:, cells] = rounding(weight[cells] + L[later, cells].T @ Err[later])
@@ -128,9 +124,9 @@ def _revise(cells: slice, weight: Tensor, H: Tensor, points: Tensor, Err: Tensor
 
 def _unit_blocks(lower: Tensor) -> Tensor:
     """L (K, K) of H = L D L^T, where D has 8 by 8 blocks on its diagonal, from the Cholesky factor of H."""
-    count = len(lower) // e8.WIDTH
-    panels = lower.view(len(lower), count, e8.WIDTH)
-    diagonal_blocks = torch.stack([panels[i * e8.WIDTH : (i + 1) * e8.WIDTH, i] for i in range(count)])
+    count = len(lower) // lattice.WIDTH
+    panels = lower.view(len(lower), count, lattice.WIDTH)
+    diagonal_blocks = torch.stack([panels[i * lattice.WIDTH : (i + 1) * lattice.WIDTH, i] for i in range(count)])
     return torch.einsum("rkc,kcd->rkd", panels, torch.linalg.inv(diagonal_blocks)).reshape(lower.shape)
 
 

@@ -19,9 +19,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harness.core import hadamard
-from harness.core.method import Method
-from harness.core.residual import Residual, Turn
+from harness.core import Method, Residual, Turn, hadamard
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from harness.core.method import Method
-from harness.core.qtensor import QTensor, round_to_nearest
-from harness.core.scheme import Scheme
-from harness.core.stats import Stats
+from harness.core import Method, QTensor, Scheme, Stats, round_to_nearest
 
 
 @dataclass(frozen=True, kw_only=True)

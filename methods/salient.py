@@ -15,10 +15,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from harness.core.method import Method
-from harness.core.qtensor import MixedQTensor, QTensor, ScaledQTensor, round_to_nearest
-from harness.core.scheme import Scheme
-from harness.core.stats import AbsMean, Stat, Stats
+from harness.core import AbsMean, Method, QTensor, Scheme, Stat, Stats, round_to_nearest
+from harness.core.formats import MixedQTensor, ScaledQTensor
 
 
 @dataclass(frozen=True, kw_only=True)

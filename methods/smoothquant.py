@@ -14,8 +14,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from harness.core.method import InputGroup, Method
-from harness.core.stats import MinMax, Stats
+from harness.core import InputGroup, Method, MinMax, Stats
 
 _TINY = 1e-5  # the authors' lower bound of both maxima
 _ALPHAS = tuple(i / 20 for i in range(6, 20))  # 0.3 to 0.95

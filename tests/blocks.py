@@ -7,9 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from harness.core.rewrite import InputGroup
-from harness.core.scheme import Scheme, WeightFormat
-from harness.core.stats import Stat, Stats
+from harness.core import InputGroup, Scheme, Stat, Stats, WeightFormat
 from harness.models import Decoder, input_groups, weight_of
 from harness.nn.linear import QuantLinear
 from harness.quantization.producers import Discovery

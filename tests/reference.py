@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from harness.core.scheme import WeightFormat
+from harness.core import WeightFormat
 
 # Weight formats of every kind, with float32 scales.
 FORMATS = {

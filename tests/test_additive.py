@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core.additive import _LOOKUP_ROWS, AdditiveQTensor, Gather
-from harness.core.qtensor import round_to_nearest
-from harness.core.scheme import WeightFormat
+from harness.core import WeightFormat, round_to_nearest
+from harness.core.formats import AdditiveQTensor, Gather
+from harness.core.formats.additive import _LOOKUP_ROWS
 from harness.nn.linear import QuantLinear
 
 ROWS, GROUPS = 37, 11  # odd, so no power of two
@@ -73,7 +73,7 @@ def test_slabs_of_rows_give_the_result_of_the_whole_weight(monkeypatch: pytest.M
     quantized = AdditiveQTensor(*random(8, 2, 8))
     whole, inputs = quantized.dequantize(), torch.randn(9, quantized.shape[1])
     product = quantized.linear(inputs, None)
-    monkeypatch.setattr("harness.core.qtensor._SLAB_VALUES", 5 * quantized.shape[1])
+    monkeypatch.setattr("harness.core.formats.qtensor._SLAB_VALUES", 5 * quantized.shape[1])
     assert torch.equal(quantized.dequantize(), whole)
     assert relative(quantized.linear(inputs, None), product) <= 1e-6
 

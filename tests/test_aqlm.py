@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core.additive import AdditiveQTensor
-from harness.core.additive_fit import Fit, Problem
-from harness.core.scheme import Scheme, WeightFormat
-from harness.core.stats import Hessian, Stats
+from harness.core import Hessian, Scheme, Stats, WeightFormat
+from harness.core.formats import AdditiveQTensor
+from harness.core.solvers.additive_fit import Fit, Problem
 from methods.aqlm import AQLM
 from tests.conftest import resolve
 
@@ -156,9 +155,9 @@ def test_an_entry_without_vectors_stays_finite() -> None:
 @pytest.mark.parametrize("beam", [1, 2, 5])
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_search_raises_no_row_s_error(count: int, beam: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("harness.core.additive_fit._COLUMNS", 2 * SIZE)
-    monkeypatch.setattr("harness.core.additive_fit._SCORES", 1)
-    monkeypatch.setattr("harness.core.additive_fit._LEAST_ROWS", 3)
+    monkeypatch.setattr("harness.core.solvers.additive_fit._COLUMNS", 2 * SIZE)
+    monkeypatch.setattr("harness.core.solvers.additive_fit._SCORES", 1)
+    monkeypatch.setattr("harness.core.solvers.additive_fit._LEAST_ROWS", 3)
     fit, problem = random_fit(count=count), Problem(weights(), hessian(), SIZE)
     problem.rescale(fit)
     losses = [row_losses(weights(), decoded(fit), hessian())]

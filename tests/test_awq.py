@@ -10,11 +10,19 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core.clip import clipped_params
-from harness.core.qtensor import round_to_grid, round_to_nearest
-from harness.core.rewrite import InputGroup, Producer
-from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
-from harness.core.stats import AbsMean, Hessian, Stats
+from harness.core import (
+    AbsMean,
+    ActivationFormat,
+    Hessian,
+    InputGroup,
+    Producer,
+    Scheme,
+    Stats,
+    WeightFormat,
+    round_to_grid,
+    round_to_nearest,
+)
+from harness.core.solvers.clip import clipped_params
 from methods.awq import AWQ
 from tests.blocks import GROUP8, TOKENS, Block, logits, relative
 from tests.families import build, uneven

@@ -8,11 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.core import grid
-from harness.core.clip import clipped_params, group_errors
-from harness.core.qtensor import round_to_grid
-from harness.core.scheme import WeightFormat
-from harness.core.stats import Hessian
+from harness.core import Hessian, WeightFormat, round_to_grid
+from harness.core.formats import grid
+from harness.core.solvers.clip import clipped_params, group_errors
 from tests.reference import FORMATS as EXACT
 from tests.reference import naive_clip, naive_group_errors
 

@@ -12,7 +12,7 @@ import pytest
 from torch import nn
 
 from harness.config import RunConfig, build, build_run, build_steps
-from harness.core.method import Method
+from harness.core import Method
 from methods.rtn import RTN
 from tests.conftest import ROOT, resolve
 

@@ -13,10 +13,17 @@ import torch
 from torch import Tensor
 
 from harness.config import build, build_steps
-from harness.core.method import Method, overrides
-from harness.core.qtensor import IntQTensor, QTensor, round_to_nearest
-from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
-from harness.core.stats import Stats
+from harness.core import (
+    ActivationFormat,
+    IntQTensor,
+    Method,
+    QTensor,
+    Scheme,
+    Stats,
+    WeightFormat,
+    overrides,
+    round_to_nearest,
+)
 from harness.nn.linear import QuantLinear
 from tests.conftest import ROOT, resolve
 
@@ -177,7 +184,7 @@ def test_packed_equals_dequantized_execution(method: str, scheme: str) -> None:
 
 
 def test_hooks_default_to_nothing_and_a_missing_statistic_is_an_error() -> None:
-    from harness.core.stats import MinMax
+    from harness.core import MinMax
 
     assert not any(overrides(Method, hook) for hook in ("prepare", "rotate", "transform", "quantize"))
     with pytest.raises(KeyError, match="MinMax was not collected; add it to the method's `needs`"):

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import IntQTensor, PermutedQTensor, round_to_nearest
-from harness.core.scheme import ActivationFormat, WeightFormat
+from harness.core import ActivationFormat, IntQTensor, WeightFormat, round_to_nearest
+from harness.core.formats import InputQuantizer, PermutedQTensor
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
 from harness.kernels.table import choose

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.core import e8
-from harness.core.e8 import E8P, SMALL, Codebook
+from harness.core.formats import lattice as e8
+from harness.core.formats.lattice import E8P, SMALL, Codebook
 
 CPU = torch.device("cpu")
 BOOKS = {"e8p": E8P, "small": SMALL}

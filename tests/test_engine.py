@@ -12,11 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config import RunConfig, build_run
-from harness.core.method import InputGroup, Method
-from harness.core.qtensor import QTensor, round_to_nearest
-from harness.core.residual import Residual
-from harness.core.scheme import Scheme
-from harness.core.stats import MinMax, Stat, Stats
+from harness.core import InputGroup, Method, MinMax, QTensor, Residual, Scheme, Stat, Stats, round_to_nearest
 from harness.models import weight_of
 from harness.nn.linear import QuantLinear
 from methods.rtn import RTN

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.config import build_run
-from harness.core.method import Finetune, Method
-from harness.core.qtensor import QTensor, Tuner
-from harness.core.scheme import Scheme
-from harness.core.stats import AbsMean, Stats
+from harness.core import AbsMean, Finetune, Method, QTensor, Scheme, Stats
+from harness.core.formats import Tuner
 from harness.nn.hooks import first_of
 from harness.nn.linear import QuantLinear, replace
 from harness.quantization import engine

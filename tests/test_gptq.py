@@ -11,9 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.core.qtensor import IntQTensor, PermutedQTensor, QTensor, round_to_nearest
-from harness.core.scheme import Scheme, WeightFormat
-from harness.core.stats import Hessian, Stats
+from harness.core import Hessian, IntQTensor, QTensor, Scheme, Stats, WeightFormat, round_to_nearest
+from harness.core.formats import PermutedQTensor
 from methods.gptq import GPTQ, inverse_factor
 from tests.reference import FORMATS, Solved, naive_damped, naive_gptq, naive_ldlq
 

@@ -12,9 +12,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.core import grid
-from harness.core.qtensor import IntQTensor, round_to_nearest
-from harness.core.scheme import ActivationFormat, WeightFormat
+from harness.core import ActivationFormat, IntQTensor, WeightFormat, round_to_nearest
+from harness.core.formats import grid
 from tests.reference import naive_rtn
 
 KINDS: list[dict[str, Any]] = [

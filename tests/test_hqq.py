@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.config import build
-from harness.core.qtensor import IntQTensor, round_to_nearest
-from harness.core.scheme import Scheme, WeightFormat
-from harness.core.stats import Stats
+from harness.core import IntQTensor, Scheme, Stats, WeightFormat, round_to_nearest
 from methods.hqq import HQQ, shrink
 from tests.conftest import resolve
 from tests.reference import FORMATS, naive_hqq, naive_shrink

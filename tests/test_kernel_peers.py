@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core.qtensor import round_to_nearest
-from harness.core.scheme import WeightFormat
+from harness.core import WeightFormat, round_to_nearest
 from harness.kernels.bench import peers
 from harness.kernels.bench.peers import PEERS, Peer
 

@@ -7,8 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.core import kmeans
-from harness.core.kmeans import assign, smallest
+from harness.core.solvers import kmeans
+from harness.core.solvers.kmeans import assign, smallest
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoConfig, DynamicCache
 
 from harness.config import build_run
-from harness.core.kv import KVFormat, StatesFormat
-from harness.core.states import States
+from harness.core import KVFormat
+from harness.core.formats import States, StatesFormat
 from harness.evaluation import perplexity
 from harness.nn import kvcache
 from harness.runs import execute_run, run

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import round_to_nearest
-from harness.core.scheme import ActivationFormat, WeightFormat
+from harness.core import ActivationFormat, WeightFormat, round_to_nearest
+from harness.core.formats import InputQuantizer
 from harness.nn.linear import QuantLinear, stored_bytes
 
 
@@ -125,7 +124,7 @@ def test_weights_of_several_slabs_decode_and_multiply_as_one(bits: int, monkeypa
         torch.randn(43, 24) * torch.rand(43, 1), WeightFormat(bits=bits, granularity="channel")
     )
     whole, inputs, bias = quantized.dequantize(), torch.randn(2, 3, 24), torch.randn(43)
-    monkeypatch.setattr("harness.core.qtensor._SLAB_VALUES", 24 * 17)  # slabs of 16 rows, the last shorter
+    monkeypatch.setattr("harness.core.formats.qtensor._SLAB_VALUES", 24 * 17)  # slabs of 16 rows, the last shorter
     assert torch.equal(quantized.dequantize(), whole)
     torch.testing.assert_close(quantized.linear(inputs, bias), F.linear(inputs, whole, bias))
 

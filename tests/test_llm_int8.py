@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 
 from harness.config import build_run
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import MixedQTensor, round_to_nearest
-from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
-from harness.core.stats import MinMax, Stats
+from harness.core import ActivationFormat, MinMax, Scheme, Stats, WeightFormat, round_to_nearest
+from harness.core.formats import InputQuantizer, MixedQTensor
 from harness.nn.linear import QuantLinear
 from methods.llm_int8 import LLMInt8
 from tests.conftest import resolve

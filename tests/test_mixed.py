@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from harness import models
 from harness.cli import table
 from harness.config import RunConfig, build_run
-from harness.core.grid import snap_weight
-from harness.core.qtensor import QTensor, round_to_nearest
+from harness.core import QTensor, round_to_nearest
+from harness.core.formats import snap_weight
 from harness.models import Decoder, weight_of
 from harness.nn.linear import QuantLinear
 from harness.quantization import mixed

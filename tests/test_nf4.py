@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from harness.config import build
-from harness.core.codebook import NESTED_BLOCK, LevelsQTensor, decode_blocks, dynamic_levels, encode_blocks, nearest
-from harness.core.scheme import Scheme
-from harness.core.stats import Stats
+from harness.core import Scheme, Stats
+from harness.core.formats import LevelsQTensor
+from harness.core.formats.codebook import NESTED_BLOCK, decode_blocks, dynamic_levels, encode_blocks, nearest
 from harness.nn.linear import QuantLinear
 from methods.nf4 import FP4, NF4, Codebook
 from tests.conftest import resolve

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.core.packing import pack, packed_bytes, unpack
+from harness.core.formats import pack, packed_bytes, unpack
 
 
 def dtypes(bits: int) -> tuple[torch.dtype, ...]:

@@ -12,10 +12,8 @@ import torch
 from torch import Tensor
 
 from harness.config import build
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import round_to_nearest
-from harness.core.scheme import Scheme
-from harness.core.stats import Stats
+from harness.core import Scheme, Stats, round_to_nearest
+from harness.core.formats import InputQuantizer
 from harness.nn.linear import QuantLinear
 from harness.runs import execute_run
 from methods.peers.bitsandbytes import Bnb4Bit, Bnb4BitQTensor, BnbFP4, BnbInt8, BnbInt8QTensor, BnbNF4

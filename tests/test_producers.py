@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config import RunConfig, build_run
-from harness.core.rewrite import InputGroup, Producer
+from harness.core import InputGroup, Producer
 from harness.models import Decoder, weight_of
 from harness.nn.linear import QuantLinear
 from harness.quantization.producers import Discovery, Found, _Scratch

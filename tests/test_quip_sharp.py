@@ -9,12 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core.e8 import E8P, SMALL
+from harness.core import Hessian, Scheme, Stats, WeightFormat, round_to_nearest
+from harness.core.formats import IncoherentQTensor
+from harness.core.formats.incoherent import STAGES
+from harness.core.formats.lattice import E8P, SMALL
 from harness.core.hadamard import rotate
-from harness.core.incoherent import STAGES, IncoherentQTensor
-from harness.core.qtensor import round_to_nearest
-from harness.core.scheme import Scheme, WeightFormat
-from harness.core.stats import Hessian, Stats
 from harness.nn.linear import QuantLinear
 from methods.quip_sharp import QuIPSharp, solve
 
@@ -214,7 +213,7 @@ def test_what_it_refuses() -> None:
         with pytest.raises(ValueError, match=message):
             QuIPSharp().check(refused)
     with pytest.raises(
-        ValueError, match="in_features=20 is not a multiple of 8, the number of weights in a code; skip this"
+        ValueError, match="in_features=20 is not a multiple of 8, the weights of one code; skip this"
     ):
         quantized(weights(8, 20))
     for key, value in (("damp", 0.0), ("spread", -1.0), ("lr", 0.0), ("passes", -1), ("epochs", -1), ("seed", -1)):

@@ -16,9 +16,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from harness.config import build_run
-from harness.core import hadamard
-from harness.core.method import Method
-from harness.core.residual import Residual
+from harness.core import Method, Residual, hadamard
 from harness.core.rotated import Rotated
 from harness.models import weight_of
 from harness.nn.linear import QuantLinear, stored_bytes

@@ -6,9 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core.qtensor import MixedQTensor, ScaledQTensor, round_to_nearest
-from harness.core.scheme import Scheme, WeightFormat
-from harness.core.stats import AbsMean, Stats
+from harness.core import AbsMean, Scheme, Stats, WeightFormat, round_to_nearest
+from harness.core.formats import MixedQTensor, ScaledQTensor
 from methods.salient import Salient
 
 FMT = WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32")

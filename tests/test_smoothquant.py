@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.config import build_run
-from harness.core.rewrite import InputGroup
-from harness.core.scheme import ActivationFormat, Scheme, WeightFormat
-from harness.core.stats import MinMax
+from harness.core import ActivationFormat, InputGroup, MinMax, Scheme, WeightFormat
 from methods.smoothquant import SmoothQuant
 from tests.blocks import TOKENS, Block, logits, relative
 from tests.families import build, uneven

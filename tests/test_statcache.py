@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from harness.calibration import Stream
 from harness.calibration.observer import stat_identity
 from harness.config import RunConfig, build_run
-from harness.core.stats import AbsMean, Hessian, MinMax, Sample, Stat
+from harness.core import AbsMean, Hessian, MinMax, Sample, Stat
 from harness.utils.digests import digest, module_digest, tensor_digest
 from harness.utils.disk_cache import DiskCache
 from tests.blocks import TOKENS, codes_of

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.core.packing import packed_bytes
+from harness.core.formats import packed_bytes
 from harness.kernels.triton.tiles import (
     Layout,
     pack_codes,

@@ -14,8 +14,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core.qtensor import IntQTensor
-from harness.core.scheme import WeightFormat
+from harness.core import IntQTensor, WeightFormat
 from harness.kernels.triton import tune, w4a16
 from harness.kernels.triton.tune import Config
 from harness.kernels.triton.w4a16 import TritonInt, dequantize, matmul, supports, weight_only_linear

@@ -9,10 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import grid
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import IntQTensor, round_to_nearest
-from harness.core.scheme import ActivationFormat, WeightFormat
+from harness.core import ActivationFormat, IntQTensor, WeightFormat, round_to_nearest
+from harness.core.formats import InputQuantizer, grid
 from harness.kernels.triton import int8_matmul
 from harness.kernels.triton.int8_rows import quantize_rows
 from harness.kernels.triton.w8a8 import TritonW8A8, supports

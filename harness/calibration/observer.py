@@ -9,8 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from torch import Tensor, nn
 
 from harness.calibration.replay import Stream
-from harness.core.rewrite import InputGroup
-from harness.core.stats import Stat, Stats
+from harness.core import InputGroup, Stat, Stats
 from harness.nn.hooks import tensors_of
 from harness.utils.digests import digest, machine, module_digest, tensor_digest
 from harness.utils.disk_cache import DiskCache

@@ -9,9 +9,7 @@ from torch import Tensor
 from harness.calibration.observer import Observer
 from harness.calibration.proofs import PROBE_TOKENS
 from harness.calibration.replay import Stream, verify
-from harness.core.rewrite import InputGroup
-from harness.core.scheme import Scheme
-from harness.core.stats import Stat, Stats
+from harness.core import InputGroup, Scheme, Stat, Stats
 from harness.models import Decoder, input_groups, weight_of
 from harness.utils.disk_cache import DiskCache
 from harness.utils.progress import Track, silent

@@ -9,9 +9,7 @@ from typing import Any
 
 from harness.config.build import build
 from harness.config.schema import JobConfig, LimitsConfig, RunConfig
-from harness.core.kv import KVFormat
-from harness.core.method import Method, overrides
-from harness.core.scheme import Scheme
+from harness.core import KVFormat, Method, Scheme, overrides
 
 
 def build_limits(cfg: Mapping[str, Any], sweeping: bool) -> LimitsConfig | None:

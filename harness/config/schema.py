@@ -6,10 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from harness.config.options import ALWAYS, ANALYSED, CALIBRATED, MIXED, NEVER, QUANTIZED
-from harness.core.kv import KVFormat
-from harness.core.method import Method, overrides
-from harness.core.ranges import above_zero, at_least
-from harness.core.scheme import NATIVE, Scheme
+from harness.core import NATIVE, KVFormat, Method, Scheme, above_zero, at_least, overrides
 
 T = TypeVar("T")
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from harness.core.qtensor import QTensor, round_to_nearest
-from harness.core.ranges import above_zero, at_least
+from harness.core.checks import above_zero, at_least
+from harness.core.formats.qtensor import QTensor, round_to_nearest
+from harness.core.groups import InputGroup as InputGroup
 from harness.core.residual import Residual as Residual
-from harness.core.rewrite import InputGroup as InputGroup
 from harness.core.scheme import NATIVE, Scheme
 from harness.core.stats import Stat, Stats
 

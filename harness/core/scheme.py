@@ -16,7 +16,7 @@ class IntFormat:
     """Integer codes 0 .. 2^bits - 1 on a uniform grid: value = (code - zero_point) * scale.
 
     `grid` and `zero_point` decide how scale and zero point are computed from the range of values; see
-    `harness.core.grid`. Only symmetric formats use `grid`, only asymmetric formats use `zero_point`.
+    `harness.core.formats.grid`. Only symmetric formats use `grid`, only asymmetric formats use `zero_point`.
     """
 
     bits: int

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from harness.calibration import survey
-from harness.core.stats import MinMax
+from harness.core import MinMax
 from harness.models import Decoder
 from harness.utils.disk_cache import DiskCache
 from harness.utils.progress import Track, silent

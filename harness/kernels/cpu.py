@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import IntQTensor
+from harness.core import IntQTensor
+from harness.core.formats import InputQuantizer
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
 

@@ -14,8 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from harness.core.qtensor import IntQTensor
-from harness.core.scheme import WeightFormat
+from harness.core import IntQTensor, WeightFormat
 from harness.kernels.base import Kernel
 
 MAX_DIRECT_ROWS = 64  # up to this number of rows of x the kernel is faster, by `python -m harness.kernels.bench`

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core.qtensor import IntQTensor
+from harness.core import IntQTensor
 from harness.kernels.base import Kernel
 
 MAX_DIRECT_ROWS = 8  # up to this number of rows of x the kernel is faster, by `python -m harness.kernels.bench`

@@ -12,8 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import IntQTensor
+from harness.core import IntQTensor
+from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 from harness.kernels.cpu_int8 import of_rows, signed
 

@@ -6,8 +6,8 @@ import importlib.util
 
 import torch
 
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import IntQTensor
+from harness.core import IntQTensor
+from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 
 

@@ -14,7 +14,7 @@ groups or the dtype of the weight; then the next rule is tried. If no rule appli
     cpu     8       int8              cpu_w8a8         (small weights: torch's int8 product; large: oneDNN's)
     cpu     8       int8, outliers    cpu_llm_int8     torch's int8 product, outlier columns separately
     any     2 to 8  any               reference        decode in slabs of rows and matmul
-    any     vectors any               additive         few: a table of products; many: decode (harness.core.additive)
+    any     vectors any               additive         few: a table of products; many: decode (core.formats.additive)
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from collections.abc import Callable
 
 import torch
 
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import IntQTensor, PermutedQTensor, QTensor
+from harness.core import IntQTensor, QTensor
+from harness.core.formats import InputQuantizer, PermutedQTensor
 from harness.kernels.base import Kernel
 from harness.kernels.reordered import Reordered
 

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from harness.core.kv import KVFormat
-from harness.core.states import States
+from harness.core import KVFormat
+from harness.core.formats import States
 
 MakeCache = Callable[[], Any]
 LENGTHS = (2048, 8192, 32768)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import QTensor
+from harness.core import QTensor
+from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 from harness.kernels.table import choose
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from harness.calibration import PROBE_TOKENS, SAME_TURNED, logits
 from harness.config import RunConfig
-from harness.core.method import Method, overrides
+from harness.core import Method, overrides
 from harness.models import Decoder, matching, split_skipped, weight_of
 from harness.quantization.install import float_row, recorded
 from harness.quantization.passes import Pass, same_function

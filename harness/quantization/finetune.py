@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.core.method import Finetune
-from harness.core.qtensor import QTensor, Tuner
+from harness.core import Finetune, QTensor
+from harness.core.formats import Tuner
 from harness.nn.hooks import standing_in
 from harness.nn.linear import QuantLinear
 

@@ -13,12 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.calibration import relative_error
-from harness.core.activation import InputQuantizer
-from harness.core.grid import compute_dtype
-from harness.core.method import Method
-from harness.core.qtensor import QTensor
-from harness.core.scheme import Scheme
-from harness.core.stats import Hessian, MinMax, Sample, Stats
+from harness.core import Hessian, Method, MinMax, QTensor, Sample, Scheme, Stats
+from harness.core.formats import InputQuantizer, compute_dtype
 from harness.models import weight_of
 from harness.nn.linear import QuantLinear, replace
 

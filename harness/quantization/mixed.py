@@ -18,10 +18,8 @@ from torch import Tensor
 
 from harness.calibration import Surveyed, survey
 from harness.config import RunConfig
-from harness.core.qtensor import round_to_nearest
+from harness.core import Hessian, Scheme, round_to_nearest
 from harness.core.rotated import Rotated
-from harness.core.scheme import Scheme
-from harness.core.stats import Hessian
 from harness.models import Decoder, split_skipped
 from harness.quantization.allocation import Choice, allocate
 from harness.quantization.install import hessian_error

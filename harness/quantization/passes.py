@@ -20,10 +20,7 @@ from harness.calibration import (
 )
 from harness.calibration.proofs import Limits
 from harness.config import RunConfig
-from harness.core.method import InputGroup, Method, overrides
-from harness.core.qtensor import QTensor
-from harness.core.scheme import Scheme
-from harness.core.stats import Hessian, MinMax, Sample, Stat, Stats
+from harness.core import Hessian, InputGroup, Method, MinMax, QTensor, Sample, Scheme, Stat, Stats, overrides
 from harness.models import Decoder
 from harness.nn.linear import QuantLinear
 from harness.quantization.finetune import finetune

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.calibration import Stream
-from harness.core.rewrite import InputGroup, Kind, Producer
+from harness.core import InputGroup, Producer
+from harness.core.groups import Kind
 from harness.models import weight_of
 from harness.nn.hooks import hooked
 

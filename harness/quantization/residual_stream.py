@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.calibration import logits
-from harness.core.residual import Norm, Port, Residual, Table
+from harness.core import Residual
+from harness.core.residual import Norm, Port, Table
 from harness.models import Decoder, weight_of
 from harness.quantization.dataflow import Flow, Normed, Sum
 

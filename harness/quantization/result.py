@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from harness.core.qtensor import QTensor
+from harness.core import QTensor
 
 Row = dict[str, Any]
 

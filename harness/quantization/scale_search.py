@@ -10,10 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from harness.calibration import Stream
-from harness.core.activation import InputQuantizer
-from harness.core.grid import snap_weight
-from harness.core.rewrite import InputGroup
-from harness.core.stats import Hessian, Stats
+from harness.core import Hessian, InputGroup, Stats
+from harness.core.formats import InputQuantizer, snap_weight
 from harness.nn.hooks import first_of, hooked
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

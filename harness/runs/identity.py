@@ -17,7 +17,7 @@ from typing import Any
 
 from harness import data
 from harness.config import Decides, JobConfig, RunConfig, decides
-from harness.core.method import Method
+from harness.core import Method
 from harness.models import Source
 from harness.models.exchange import native
 from harness.quantization import mixed

@@ -20,12 +20,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harness.core import grid
-from harness.core.method import Method
-from harness.core.qtensor import QTensor
-from harness.core.ranges import at_least
-from harness.core.scheme import ActivationFormat, Scheme, WeightFormat, require_native
-from harness.core.stats import Stats
+from harness.core import ActivationFormat, Method, QTensor, Scheme, Stats, WeightFormat, at_least, require_native
+from harness.core.formats import grid
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product whose inputs are not float16
 

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import round_to_nearest
-from harness.core.scheme import ActivationFormat, WeightFormat
+from harness.core import ActivationFormat, WeightFormat, round_to_nearest
+from harness.core.formats import InputQuantizer
 from harness.kernels.bench.peers import PEERS, Peer
 from harness.kernels.table import choose
 

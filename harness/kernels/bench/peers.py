@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.core.qtensor import IntQTensor, round_to_nearest
-from harness.core.scheme import ScaleDtype, WeightFormat
+from harness.core import IntQTensor, WeightFormat, round_to_nearest
+from harness.core.scheme import ScaleDtype
 
 Built = tuple[Callable[[Tensor], Tensor], Callable[[], Tensor], int]
 

@@ -25,8 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.core.qtensor import round_to_nearest
-from harness.core.scheme import WeightFormat
+from harness.core import WeightFormat, round_to_nearest
 from harness.kernels.bench import clock
 from harness.kernels.bench.contenders import Contender, Entry, contenders
 from harness.kernels.bench.report import markdown

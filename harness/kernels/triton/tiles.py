@@ -17,7 +17,7 @@ and the 32-bit word with fixed (w, g, t, s, h) holds the codes for one or two re
 so `word & 0x000f000f` is the pair of inputs of one register, and no byte is permuted. The 16 bytes of one lane are
 contiguous, followed by the other lanes, then by the other warps: a warp reads 512 contiguous bytes at a time. Rows and
 inputs that do not fill a tile are padded with codes 0; the kernel masks their inputs. Nothing else is added: if all
-tiles are full, the layout is a permutation of the codes that `harness.core.packing` stores.
+tiles are full, the layout is a permutation of the codes that `harness.core.formats.packing` stores.
 """
 
 from __future__ import annotations

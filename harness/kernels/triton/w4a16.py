@@ -14,8 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core.qtensor import IntQTensor
-from harness.core.scheme import WeightFormat
+from harness.core import IntQTensor, WeightFormat
 from harness.kernels.base import Kernel
 from harness.kernels.triton import tiles, tune
 from harness.kernels.triton.case import Case

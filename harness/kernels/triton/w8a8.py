@@ -12,10 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from harness.core import grid
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import IntQTensor
-from harness.core.scheme import IntFormat
+from harness.core import IntFormat, IntQTensor
+from harness.core.formats import InputQuantizer, grid
 from harness.kernels.base import Kernel
 from harness.kernels.triton import int8_matmul as matmul
 from harness.kernels.triton import int8_rows as rows

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core.packing import pack, unpack
-from harness.core.qtensor import QTensor, Tuner
+from harness.core.formats.packing import pack, unpack
+from harness.core.formats.qtensor import QTensor, Tuner
 
 # Inputs of at most this many rows use the table. Measured on one AVX-512 core, weights of (576, 576) to (4096, 4096),
 # codebooks of 2 x 256 and 1 x 4096. Time relative to decoding: 1 row 0.2 to 0.9, 2 rows 0.2 to 1.3, 4 rows 0.6 to 2.5.

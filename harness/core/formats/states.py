@@ -10,9 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.core import grid
-from harness.core.kv import StatesFormat
-from harness.core.packing import pack, unpack
+from harness.core.formats import grid
+from harness.core.formats.kv import StatesFormat
+from harness.core.formats.packing import pack, unpack
 
 _LEAST_STEP = 2.0**-15
 

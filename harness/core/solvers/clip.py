@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from harness.core import grid
+from harness.core.formats import grid
 from harness.core.scheme import WeightFormat
 
 # Factors of the range: both ends shrink together first, then each end is moved alone.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from harness.core import grid
+from harness.core.formats import grid
 from harness.core.scheme import ActivationFormat
 
 

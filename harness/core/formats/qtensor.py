@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.core import grid
-from harness.core.packing import pack, packed_bytes, unpack
+from harness.core.formats import grid
+from harness.core.formats.packing import pack, packed_bytes, unpack
 from harness.core.scheme import WeightFormat
 
 _SLAB_VALUES = 1 << 18  # 1 MiB of float32

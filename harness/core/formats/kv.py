@@ -10,7 +10,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from harness.core.ranges import at_least
+from harness.core.checks import at_least
 from harness.core.scheme import StoredFormat
 
 # Word in a format's name -> the granularities of keys and of values that it implies.

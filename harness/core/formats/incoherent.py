@@ -17,13 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core import e8
+from harness.core.formats import lattice
+from harness.core.formats.packing import pack, unpack
+from harness.core.formats.qtensor import QTensor, Tuner
 from harness.core.hadamard import rotate, unrotate
-from harness.core.packing import pack, unpack
-from harness.core.qtensor import QTensor, Tuner
 
 # bits -> the codebook of each stage; the points of all stages are summed.
-STAGES: dict[int, tuple[e8.Codebook, ...]] = {2: (e8.E8P,), 3: (e8.E8P, e8.SMALL), 4: (e8.E8P, e8.E8P)}
+STAGES: dict[int, tuple[lattice.Codebook, ...]] = {
+    2: (lattice.E8P,),
+    3: (lattice.E8P, lattice.SMALL),
+    4: (lattice.E8P, lattice.E8P),
+}
 
 
 class IncoherentQTensor(QTensor):

@@ -1,8 +1,8 @@
 """The three updates that fit additive codebooks to a weight: scales, codebooks, codes. No update raises the error.
 
 Egiazarian et al. 2024, arXiv 2401.06118, section 3: the error is tr(D H D^T) with D = W - W', H = X^T X, W' as in
-`harness.core.additive`. The update of the scales is exact, that of the codebooks approaches the least squares solution
-by conjugate gradients, and that of the codes is a beam search, because an exact search is infeasible.
+`harness.core.formats.additive`. The update of the scales is exact, that of the codebooks approaches the least squares
+solution by conjugate gradients, and that of the codes is a beam search, because an exact search is infeasible.
 Arrays: weight (N, K) float32, hessian (K, K) positive definite, codes (G, M, N) int64, codebooks (M, E, g), scale (N,).
 """
 
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.core.additive import Gather
-from harness.core.kmeans import smallest
+from harness.core.formats.additive import Gather
+from harness.core.solvers.kmeans import smallest
 
 _COLUMNS = 64  # columns searched between two updates of the whole error; chosen for speed only
 _SCORES = 1 << 20  # scores of candidates in memory at once, 4 MiB

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core import grid
-from harness.core.packing import pack, unpack
-from harness.core.qtensor import QTensor
+from harness.core.formats import grid
+from harness.core.formats.packing import pack, unpack
+from harness.core.formats.qtensor import QTensor
 
 BITS = 4
 NESTED_BLOCK = 256  # scales that share one nested scale

@@ -1,0 +1,21 @@
+"""Formats of weights, inputs and KV caches: how values become codes and back. The only place that rounds.
+
+One module for each family: the uniform grid, tables of levels, the E8 lattice, sums of codebook vectors.
+"""
+
+from harness.core.formats.activation import InputQuantizer as InputQuantizer
+from harness.core.formats.additive import AdditiveQTensor as AdditiveQTensor
+from harness.core.formats.additive import Gather as Gather
+from harness.core.formats.codebook import LevelsQTensor as LevelsQTensor
+from harness.core.formats.grid import compute_dtype as compute_dtype
+from harness.core.formats.grid import snap_weight as snap_weight
+from harness.core.formats.incoherent import IncoherentQTensor as IncoherentQTensor
+from harness.core.formats.kv import StatesFormat as StatesFormat
+from harness.core.formats.packing import pack as pack
+from harness.core.formats.packing import packed_bytes as packed_bytes
+from harness.core.formats.packing import unpack as unpack
+from harness.core.formats.qtensor import MixedQTensor as MixedQTensor
+from harness.core.formats.qtensor import PermutedQTensor as PermutedQTensor
+from harness.core.formats.qtensor import ScaledQTensor as ScaledQTensor
+from harness.core.formats.qtensor import Tuner as Tuner
+from harness.core.formats.states import States as States

@@ -25,8 +25,9 @@ from harness import records
 from harness.cli.options import options_of
 from harness.config import LimitsConfig, build_run
 from harness.records import Record
+from harness.records.folder import load_records, runs_of
 from harness.reports import published
-from harness.reports.frame import label, load
+from harness.reports.describe import label
 from harness.reports.reproduction import compare, notes
 from harness.reports.verdict import Figure, Report, emit
 from harness.runs import execute_isolated, moved, stamped
@@ -126,11 +127,11 @@ def main(arguments: Sequence[str]) -> int:
     try:
         options = DEFAULTS | options_of(arguments, DEFAULTS)
         folder = Path(options["runs"])
-        chosen = select(load(folder), options["only"])
+        chosen = select(load_records(folder), options["only"])
         if options["published"]:
             rows = published.read(Path(options["published"]))
             return emit(published.report(rows, chosen, options["only"]), options["output"])
-        return emit(reproduce(chosen, folder, options["into"]), options["output"])
+        return emit(reproduce(chosen, runs_of(folder), options["into"]), options["output"])
     except (ValueError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
         return 1

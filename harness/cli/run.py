@@ -1,4 +1,4 @@
-"""The command line: starts runs and sweeps, shows their progress, and prints their table."""
+"""Runs and sweeps: starts them, shows their progress, and prints their table."""
 
 from __future__ import annotations
 
@@ -20,12 +20,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness import records
-from harness.cli import table
 from harness.cli.hydra_errors import one_line
 from harness.cli.main import conf_folder
 from harness.config import build_limits
 from harness.records import Record, sweep
-from harness.runs import execute_isolated, execute_run, failed_run
+from harness.records.folder import load_records
+from harness.records.metrics import headline
+from harness.reports import label, show, to_frame
+from harness.runs import execute_isolated, execute_run, failed_run, stale_ids
 from harness.utils.progress import Label, text
 
 T = TypeVar("T")
@@ -36,15 +38,15 @@ _TRACEBACK = "PTQBENCH_TRACEBACK"  # whether the user asked Hydra for tracebacks
 
 
 def main() -> int:
-    """Start the runs that the command line asks for and print their table; 0 if every one ended well."""
-    asked = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    os.environ[_TRACEBACK] = "1" if asked else ""
+    """Start the runs of the command line and print their table; 0 if all of them finished without an error."""
+    show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
+    os.environ[_TRACEBACK] = "1" if show_traceback else ""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
     _ended.clear()
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
     except Exception as error:  # runs catch their own: this is a command line that Hydra cannot read
-        if asked:
+        if show_traceback:
             raise
         _fail(one_line(error))
         return 1
@@ -71,16 +73,16 @@ def job(cfg: DictConfig) -> list[float] | None:
         else:
             _ended.append("failed")
         return None
-    found, skipped = _execute(raw, sweeping)
-    _report(found, skipped)
+    record, skipped = _execute(raw, sweeping)
+    _report(record, skipped)
     if sweeping:
-        entry = sweep.entry_of(context.job.num, found, skipped, time.perf_counter() - start)
+        entry = sweep.entry_of(context.job.num, record, skipped, time.perf_counter() - start)
         sweep.note(Path(context.sweep.dir), entry)
     else:
-        _ended.append(found.status)
-        if found.status == "ok":
-            _show_table([found])
-    return _objectives(found)
+        _ended.append(record.status)
+        if record.status == "ok":
+            _show_table([record])
+    return _objectives(record)
 
 
 def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[Record, bool]:
@@ -95,44 +97,45 @@ def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[Record, bool]:
     return execute_isolated(raw, limits, _track, show_traceback)
 
 
-def _objectives(found: Record) -> list[float] | None:
-    """What a sweeper that optimizes is to make small or large; None, a failed trial, if it was not measured."""
-    names = found.config.get("objectives") or []
-    known = found.status == "ok" and all(name in found.metrics for name in names)
-    return [found.metrics[name] for name in names] if known and names else None
+def _objectives(record: Record) -> list[float] | None:
+    """The metrics that a sweeper optimizes; None, a failed trial, if one of them was not measured."""
+    names = record.config.get("objectives") or []
+    measured = record.status == "ok" and all(name in record.metrics for name in names)
+    return [record.metrics[name] for name in names] if measured and names else None
 
 
 class SweepEnd(Callback):
-    """Hydra's callback around a sweep, in the process that started it: what it did, where its time went, its table."""
+    """Hydra's callback in the process that started a sweep: a summary of its runs and times at the end, and a table."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Summarize what all processes of the sweep have left."""
+        """Summarize the entries that all processes of the sweep have written."""
         folder = Path(config.hydra.sweep.dir)
-        done = sweep.entries(folder)
-        _ended.extend(entry.status for entry in done)
-        about = sweep.summary(done, time.perf_counter() - self.start)
-        if any(entry.run_id for entry in done):
-            _show_table(_records(Path(config.results_dir), done))
+        entries = sweep.entries(folder)
+        _ended.extend(entry.status for entry in entries)
+        summary = sweep.summary(entries, time.perf_counter() - self.start)
+        if any(entry.run_id for entry in entries):
+            _show_table(_records(Path(config.results_dir), entries))
         _console.print(
-            f"{about['runs']} runs, {about['failed']} failed, {about['skipped']} skipped in {about['wall_s']:.0f} s; "
-            f"{about['own_share']:.1%} of it is the harness's own; {sweep.write_summary(folder, about)}",
+            f"{summary['runs']} runs, {summary['failed']} failed, {summary['skipped']} skipped in "
+            f"{summary['wall_s']:.0f} s; {summary['own_share']:.1%} of the time is the harness's own; "
+            f"{sweep.write_summary(folder, summary)}",
             highlight=False,
             soft_wrap=True,
         )
 
 
-def _records(folder: Path, done: Sequence[sweep.Entry]) -> list[Record]:
+def _records(folder: Path, entries: Sequence[sweep.Entry]) -> list[Record]:
     """The records of a sweep's runs; one that could not be written is named and left out."""
-    found = []
-    for name in dict.fromkeys(entry.run_id for entry in done if entry.run_id):
+    readable = []
+    for run_id in dict.fromkeys(entry.run_id for entry in entries if entry.run_id):
         try:
-            found.append(records.read(records.path_of(folder, name)))
+            readable.append(records.read(records.path_of(folder, run_id)))
         except ValueError as error:
             _fail(str(error))
-    return found
+    return readable
 
 
 def _track(items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]:
@@ -145,28 +148,29 @@ def _track(items: Iterable[T], label: Label, total: int | None = None) -> Genera
             progress.update(task, advance=1, description=text(label))
 
 
-def _report(found: Record, skipped: bool) -> None:
-    label = escape(table.label(found))
+def _report(record: Record, skipped: bool) -> None:
+    name = escape(label(record))
     if skipped:
         _console.print(
-            f"[dim]skip[/]  {label}: finished before as {found.run_id}; force=true repeats it", soft_wrap=True
+            f"[dim]skip[/]  {name}: finished before as {record.run_id}; force=true repeats it", soft_wrap=True
         )
         return
-    for warning in found.warnings:
-        _console.print(f"[yellow]warn[/]  {label}: {escape(warning)}", highlight=False, soft_wrap=True)
-    if found.status == "failed":
-        _fail(f"{table.label(found)}: {found.error}")
+    for warning in record.warnings:
+        _console.print(f"[yellow]warn[/]  {name}: {escape(warning)}", highlight=False, soft_wrap=True)
+    if record.status == "failed":
+        _fail(f"{label(record)}: {record.error}")
     else:
-        shown = next((name for name in ("perplexity", "nll", "decode_ms_p50") if name in found.metrics), "")
-        figure = f"{shown} {found.metrics[shown]:.4g} in " if shown else ""
-        seconds = sum(found.stages.values())
-        _console.print(f"[green]done[/]  {label}: {figure}{seconds:.1f} s", highlight=False, soft_wrap=True)
+        metric = headline(record.metrics)
+        figure = f"{metric} {record.metrics[metric]:.4g} in " if metric else ""
+        seconds = sum(record.stages.values())
+        _console.print(f"[green]done[/]  {name}: {figure}{seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
 def _show_table(shown: Sequence[Record]) -> None:
     """The table of these runs, with ratios to float baselines that may be from an earlier command."""
     folder = Path(str(shown[0].config["results_dir"]))
-    table.show(table.to_frame(shown, table.load(folder) if folder.is_dir() else ()))
+    others = load_records(folder) if folder.is_dir() else ()
+    show(to_frame(shown, others, stale_ids(shown)))
 
 
 def _fail(message: str) -> None:

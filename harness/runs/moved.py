@@ -5,13 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 
 from harness.records import Record
-
-_CHANCE = ("_ms_", "_speedup", "_j", "peak", "quantize_s")  # measured anew each time: no two runs agree
+from harness.records.metrics import repeats
 
 
 def moved(before: Record, now: Record) -> list[str]:
     """What differs between the results of two runs: metrics, with both values, and analyses. Timings do not count."""
-    names = [name for name in {**before.metrics, **now.metrics} if _repeats(name)]
+    names = [name for name in {**before.metrics, **now.metrics} if repeats(name)]
     changes = [
         f"{name} {_figure(before.metrics.get(name))} -> {_figure(now.metrics.get(name))}"
         for name in names
@@ -26,10 +25,6 @@ def moved(before: Record, now: Record) -> list[str]:
 def stamped(before: Record, now: Record) -> Record:
     """The earlier record, its timings too, confirmed by the code of the newer one."""
     return replace(before, code=now.code, confirmed=now.environment.commit)
-
-
-def _repeats(name: str) -> bool:
-    return not any(part in name for part in _CHANCE)
 
 
 def _figure(value: float | None) -> str:

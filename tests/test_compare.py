@@ -11,10 +11,10 @@ import pandas as pd
 import pytest
 
 from harness.cli import table
-from harness.records import Record, store
-from harness.reports.compare import compare
+from harness.records import Record, Text, read, write
+from harness.reports import comparison_sheet
 from harness.reports.intervals import difference
-from harness.reports.match import others_that_moved
+from harness.reports.match import other_changes
 from tests.test_table import NLL, WOBBLE, make, scored
 
 TIMES = {"decode_ms_p10": 10.0, "decode_ms_p50": 11.0, "decode_ms_p90": 12.0}
@@ -44,26 +44,26 @@ def folders(tmp_path: Path) -> tuple[Path, Path]:
     ]
     for name, records in (("old", old), ("new", new)):
         for found in records:
-            store.write(found, tmp_path / name)
+            write(found, tmp_path / name)
     return tmp_path / "old", tmp_path / "new"
 
 
 def test_verdicts_with_what_moved_first(folders: tuple[Path, Path]) -> None:
-    found = compare("{},{}".format(*folders))
+    found = comparison_sheet("{},{}".format(*folders))
     rows = found.frame.set_index("bits")
     shown = found.shown.set_index("bits")
     assert dict(shown["verdict"]) == {"4": "moved", "5": "ok -> failed", "3": "same", "2": "identical"}
     assert set(shown.index[:2]) == {"4", "5"}
-    old, new = (store.read(folder / f"{name}.json") for folder, name in zip(folders, ("run4", "moved"), strict=True))
+    old, new = (read(folder / f"{name}.json") for folder, name in zip(folders, ("run4", "moved"), strict=True))
     moved = rows[rows["verdict"] == "moved"].iloc[0]
     assert tuple(moved[["ratio", "ratio_low", "ratio_high"]]) == difference(new, old).ratio
     assert (moved["run_id_old"], moved["run_id_new"]) == ("run4", "moved")
     assert shown.loc["4", "perplexity"] == f"{old.metrics['perplexity']:.2f} -> {new.metrics['perplexity']:.2f}"
-    assert "4 in both (" in found.head
+    assert "4 in both (" in found.head[0]
 
 
 def test_rows_of_one_folder_are_listed(folders: tuple[Path, Path]) -> None:
-    found = compare("{},{}".format(*folders))
+    found = comparison_sheet("{},{}".format(*folders))
     assert [note.split(": ")[1] for note in found.notes] == [
         "m added group64 bits=4 float32 packed (added)",
         "m gone group64 bits=4 float32 packed (gone)",
@@ -82,23 +82,24 @@ def test_a_run_that_is_another_does_not_match(key: str, tmp_path: Path) -> None:
     elif key == "options":
         new.options = {"rtn.shrink": 0.5}
     elif key == "calibration":
-        new.data["calibration"] = {"num_windows": 32}
+        new.data = replace(new.data, calibration=Text(num_windows=32))
     elif key == "activation":
         new.config["scheme"]["activation"] = {"bits": 8}
     else:
-        new.execution |= {key if key == "dtype" else "mode": "other"}
-    store.write(old, tmp_path / "old")
-    store.write(new, tmp_path / "new")
-    found = compare(f"{tmp_path / 'old'},{tmp_path / 'new'}")
+        changes = {"dtype": "bfloat16"} if key == "dtype" else {"mode": "simulated"}
+        new.execution = replace(new.execution, **changes)
+    write(old, tmp_path / "old")
+    write(new, tmp_path / "new")
+    found = comparison_sheet(f"{tmp_path / 'old'},{tmp_path / 'new'}")
     assert len(found.shown) == 0
     assert len(found.notes) == 2
 
 
 def test_rows_that_are_alike_are_not_paired_by_chance(tmp_path: Path) -> None:
-    store.write(scored("a", NLL), tmp_path / "old")
-    store.write(scored("b", NLL), tmp_path / "old")
-    store.write(scored("c", NLL), tmp_path / "new")
-    found = compare(f"{tmp_path / 'old'},{tmp_path / 'new'}")
+    write(scored("a", NLL), tmp_path / "old")
+    write(scored("b", NLL), tmp_path / "old")
+    write(scored("c", NLL), tmp_path / "new")
+    found = comparison_sheet(f"{tmp_path / 'old'},{tmp_path / 'new'}")
     assert len(found.shown) == 0
     assert [note.partition(" in ")[0] for note in found.notes] == ["1 alike", "2 alike", "2 alike"]
 
@@ -110,11 +111,11 @@ def test_times_moved_only_when_their_spans_lie_apart() -> None:
     touching.metrics |= {"decode_ms_p10": 12.0, "decode_ms_p50": 14.0, "decode_ms_p90": 20.0}
     apart.metrics |= {"decode_ms_p10": 12.5, "decode_ms_p50": 14.0, "decode_ms_p90": 20.0}
     counted.metrics |= {"bits_per_weight": 4.5, "model_size_mib": 11.0}
-    assert others_that_moved(old, touching) == []
-    assert others_that_moved(old, apart) == ["decode_ms 11 -> 14"]
-    assert others_that_moved(old, counted) == ["bits_per_weight 4.25 -> 4.5", "model_size_mib 10 -> 11"]
+    assert other_changes(old, touching) == []
+    assert other_changes(old, apart) == ["decode_ms 11 -> 14"]
+    assert other_changes(old, counted) == ["bits_per_weight 4.25 -> 4.5", "model_size_mib 10 -> 11"]
     other_work = again(apart, config=apart.config | {"measure": {"batch_size": 8}})
-    assert others_that_moved(old, other_work) == []
+    assert other_changes(old, other_work) == []
 
 
 def test_divergence_moved_only_beyond_its_interval() -> None:
@@ -122,27 +123,27 @@ def test_divergence_moved_only_beyond_its_interval() -> None:
     old.window_kl = [0.02] * len(NLL)
     near_it.window_kl = [0.02 + 0.1 * wobble for wobble in WOBBLE]
     far.window_kl = [0.03 + 0.1 * wobble for wobble in WOBBLE]
-    assert others_that_moved(old, near_it) == []
-    assert others_that_moved(old, far) == ["kl 0.02 -> 0.03007"]
+    assert other_changes(old, near_it) == []
+    assert other_changes(old, far) == ["kl 0.02 -> 0.03007"]
 
 
 def test_two_records_are_a_pair_whatever_they_are(folders: tuple[Path, Path]) -> None:
-    found = compare(f"{folders[0] / 'gone.json'},{folders[1] / 'added.json'}")
+    found = comparison_sheet(f"{folders[0] / 'gone.json'},{folders[1] / 'added.json'}")
     assert list(found.shown["method"]) == ["gone -> added"]
     assert list(found.shown["verdict"]) == ["identical"]
 
 
 def test_what_was_not_scored_is_not_called_the_same(tmp_path: Path) -> None:
     for name, run in (("old", make("a", 20.0)), ("new", make("b", 20.0))):
-        store.write(run, tmp_path / name)
-    assert list(compare(f"{tmp_path / 'old'},{tmp_path / 'new'}").shown["verdict"]) == ["not scored"]
+        write(run, tmp_path / name)
+    assert list(comparison_sheet(f"{tmp_path / 'old'},{tmp_path / 'new'}").shown["verdict"]) == ["not scored"]
 
 
 def test_means_over_seeds_are_compared(tmp_path: Path) -> None:
     for name, shift in (("old", 0.0), ("new", 0.2)):
         for seed in range(2):
-            store.write(scored(f"{name}{seed}", near(shift + 0.01 * seed), seed=seed), tmp_path / name)
-    found = compare(f"{tmp_path / 'old'},{tmp_path / 'new'}", seeds=True)
+            write(scored(f"{name}{seed}", near(shift + 0.01 * seed), seed=seed), tmp_path / name)
+    found = comparison_sheet(f"{tmp_path / 'old'},{tmp_path / 'new'}", seeds=True)
     assert list(found.shown["verdict"]) == ["moved"]
     assert found.frame["run_id_new"][0] == "new0+new1"
 
@@ -172,7 +173,7 @@ def test_bad_input_is_one_line(
     asked: str, message: str, folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "empty").mkdir()
-    store.write(scored("other", NLL, tokens="u"), tmp_path / "else")
+    write(scored("other", NLL, tokens="u"), tmp_path / "else")
     asked = asked.format(old=folders[0], empty=tmp_path / "empty", other=tmp_path / "else")
     assert table.main([f"compare={asked}"]) == 1
     written = capsys.readouterr().err

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.cli import reproduce, table
+from harness.cli import reproduce
 from harness.config import build_run, changed_options
-from harness.records import Record, store
-from harness.reports import published
+from harness.records import Record, write
+from harness.reports import label, published
 from harness.reports.published import Row
 from harness.reports.tolerance import parse
 from tests.conftest import ROOT, Done, resolve
@@ -198,7 +198,7 @@ def test_missing_rows_are_shown_for_experiments_that_were_run_and_counted_for_ot
     ]
     found = published.report(rows, [a_record(), a_record(run_id="s", model__name="unknown")])
     assert [figure.cells()[:2] for figure in found.figures] == [
-        ("PASS", table.label(a_record())),
+        ("PASS", label(a_record())),
         ("MISSING", "m rtn group64 bits=3"),
     ]
     assert "not run here: 1 figures of experiment=two" in found.notes
@@ -209,7 +209,7 @@ def test_missing_rows_are_shown_for_experiments_that_were_run_and_counted_for_ot
 
 
 def test_the_embedded_model_meets_the_authors_programs(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = [f"published={ROOT}/results/published.csv", f"runs={ROOT}/results/reference/wikitext2"]
+    arguments = [f"published={ROOT}/results/published.csv", f"runs={ROOT}/results/reference"]
     assert reproduce.main(arguments) == 0
     out = capsys.readouterr().out
     assert out.count("| PASS") >= 12
@@ -221,7 +221,7 @@ def test_a_figure_off_its_target_fails_the_command(tmp_path: Path, capsys: pytes
     (tmp_path / "p.csv").write_text(
         "\n".join([lines[0], "one,m,rtn,group64,4,,wikitext2,gptq-2048,all,perplexity,9,+1%,s,no,"])
     )
-    store.write(a_record(), tmp_path / "runs")
+    write(a_record(), tmp_path / "runs")
     code = reproduce.main([f"published={tmp_path}/p.csv", f"runs={tmp_path}/runs"])
     out = capsys.readouterr().out
     assert code == 1
@@ -234,6 +234,7 @@ def test_a_figure_off_its_target_fails_the_command(tmp_path: Path, capsys: pytes
         ("one,m,rtn,g,x,,d,gptq-8,all,perplexity,9,+1%,s,no,", "line 2: invalid literal for int"),
         ("one,m,rtn,g,4,,d,gptq-8,all,perplexity,9,1%,s,no,", "line 2: tolerance='1%' cannot be read"),
         ("one,m,rtn,g,4,,d,gptq-8,all,perplexity,9,+1%,s,maybe,", "line 2: 'maybe'"),
+        ("one,m,rtn,g,4,,d,gptq-8,all,perplex,9,+1%,s,no,", "line 2: metric=perplex is unknown"),
     ],
 )
 def test_a_line_that_cannot_be_read_is_named(tmp_path: Path, line: str, message: str) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import re
 import sys
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from harness.records import Record, store
+from harness.records import Analysis, Environment, Record, write
 from tests.test_table import make
 
 pytest.importorskip("altair")
@@ -19,7 +21,8 @@ pytest.importorskip("vl_convert")
 pytest.importorskip("itables")
 
 from harness.cli.report import main
-from harness.cli.table import to_frame
+from harness.reports import to_frame
+from harness.reports.cells import STALE, STALE_NOTE
 from harness.reports.html import charts, details, layers, page, pareto, rows
 
 HOSTILE = "</script><script>document.title = 'owned'</script><b>&"
@@ -33,11 +36,17 @@ def full(run_id: str, perplexity: float, stored: float, **changes: Any) -> Recor
     found.metrics |= {"bits_per_weight": stored, "kl": perplexity / 1000, "model_size_mib": 10 * stored}
     found.metrics |= {"decode_ms_p50": 5.0, "decode_ms_p10": 4.0, "decode_ms_p90": 8.0}
     found.layers = [
-        {"name": f"model.layers.{block}.{part}", "weight_error": 0.1 * block + 0.01 * i, "kl_alone": 0.5}
+        {
+            "name": f"model.layers.{block}.{part}",
+            "shape": [2, 3],
+            "stored_bits": 24,
+            "weight_error": 0.1 * block + 0.01 * i,
+            "kl_alone": 0.5,
+        }
         for block in range(2)
         for i, part in enumerate(("self_attn.q_proj", "mlp.down_proj"))
     ]
-    found.environment = {"cpu": "one", "packages": {"torch": "2.0"}}
+    found.environment = Environment(cpu="one", packages={"torch": "2.0"})
     found.stages = {"load": 1.0, "quantize": 3.0}
     return found
 
@@ -49,7 +58,7 @@ def records() -> list[Record]:
     found += [full("far", 100000.0, 2.5, method="rtn", bits=2)]
     found[1].warnings = [HOSTILE]
     found[1].options = {"awq.note": HOSTILE}
-    found[2].environment = {"cpu": "other", "packages": {"torch": "2.0"}}
+    found[2].environment = Environment(cpu="other", packages={"torch": "2.0"})
     failed = make("bad", None, bits=2)
     failed.error = HOSTILE
     return [*found, failed]
@@ -58,7 +67,7 @@ def records() -> list[Record]:
 def analysed() -> list[Record]:
     found = records()
     magnitudes = {"before": [float(1 + channel % 7) for channel in range(400)], "after": [1.0] * 400}
-    vars(found[3])["analysis"] = {"outliers": {"model.layers.0.mlp.up_proj": magnitudes}}
+    found[3].analysis = Analysis(outliers={"model.layers.0.mlp.up_proj": magnitudes})
     return found
 
 
@@ -134,7 +143,7 @@ def test_failures_conditions_sweeps_and_all_details_are_named(text: str) -> None
     failed = text.partition('<section id="failed">')[2]
     assert 'data-run="bad"' in failed
     assert "&lt;/script&gt;" in failed.partition("</section>")[0]
-    assert "they differ in cpu, packages.torch." in text
+    assert "they differ in packages.torch, cpu." in text
     assert "3.4 %" in text
     assert "broken" not in text
     for run in ("base", "r0", "far", "bad"):
@@ -176,6 +185,16 @@ def test_intervals_are_drawn_where_the_frame_has_them() -> None:
     assert '"cost_high"' in fields
 
 
+def test_stale_runs_are_marked_in_the_table_and_in_their_names(tmp_path: Path) -> None:
+    text = page.html(records(), tmp_path, stale={"r1"})
+    (row,) = re.findall(r'<tr data-run="r1".*?</tr>', text, re.DOTALL)
+    assert f'data-search="gptq {STALE}">gptq {STALE}</td>' in row
+    assert text.count(f"{STALE}</td>") == 1
+    assert f"<h2>gptq group64 4 bits {STALE}</h2>" in text
+    assert STALE_NOTE.replace("'", "&#39;") in text
+    assert STALE not in page.html(records(), tmp_path).partition("<script")[0]
+
+
 def test_only_rows_of_one_text_are_compared() -> None:
     mixed = [*records(), full("o1", 3.0, 4.0, tokens="other"), full("o2", 4.0, 5.0, tokens="other")]
     sizes = [len(part) for _, part in pareto.groups(page._frame(mixed))]
@@ -199,19 +218,22 @@ def test_quantized_caches_are_told_from_the_float_model_and_have_a_plot_of_their
     found = [full("base", 10.0, 32.0, method="none"), full("coded", 11.0, 32.0, method="none")]
     for each, slope in zip(found, (4096.0, 1024.0), strict=True):
         each.metrics["kv_bytes_per_token"] = slope
-    found[1].execution.kv = "kivi2 residual=128"
+    found[1].execution = replace(found[1].execution, kv="kivi2 residual=128")
     frame = page._frame(found)
     names = pareto.labels(frame)
     assert names == {"base": "float baseline float32", "coded": "float float32 kivi2 residual=128"}
     _, part = next(pareto.groups(frame))
     plots = {plot.cost.name: plot for plot in pareto.plots(part, names) if plot.loss.name == "perplexity"}
     assert {point["short"] for point in plots["kv_bytes_per_token"].points} == {"float32", "kivi2"}
-    del found[1].execution.kv
+    found[1].execution = replace(found[1].execution, kv=None)
     _, same = next(pareto.groups(page._frame(found)))
     assert "kv_bytes_per_token" not in {plot.cost.name for plot in pareto.plots(same, names)}
-    assert "KV per token" not in {column.heading for column in rows.table(same)[0]}
-    headings = [column.heading for column in rows.table(frame)[0]]
-    assert {"kv", "KV per token"} <= set(headings)
+    assert ("KV", "bytes / token") not in headings(same)
+    assert {("kv", ""), ("KV", "bytes / token")} <= headings(frame)
+
+
+def headings(frame: pd.DataFrame) -> set[tuple[str, str]]:
+    return {(column.heading, column.unit) for column in rows.table(frame)[0]}
 
 
 def test_cells_round_but_sort_exactly() -> None:
@@ -225,7 +247,7 @@ def test_cells_round_but_sort_exactly() -> None:
 
 def test_environments_are_classed_by_what_differs() -> None:
     found = details.classes(records(), "environment")
-    assert found.keys == ["cpu", "packages.torch"]  # the failed run has none
+    assert found.keys == ["packages.torch", "cpu"]  # the failed run has none
     assert [count for _, count, _ in found.rows] == [5, 1, 1]
     assert found.of["r1"] == 2
     assert found.common == []
@@ -260,21 +282,24 @@ def test_ticks_are_few_and_inside(low: float, high: float) -> None:
 
 
 def test_odd_failed_records_are_shown(tmp_path: Path) -> None:
-    odd = Record(run_id='a"b<', status="failed", error=None, config={"method": {"rtn": None}, "scheme": 3}, stages=[1])  # type: ignore[arg-type]
+    odd = Record(run_id='a"b<', status="failed", error=None, config={"method": {"rtn": None}, "scheme": 3})
     text = page.html([odd], tmp_path)
     assert 'data-run="a&#34;b&lt;"' in text
     assert "no reason was recorded" in text
 
 
-def test_command_line_writes_page_and_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_writes_page_and_picture(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("harness.cli.report.stale_ids", lambda _: {"r0"})
     for found in records():
-        store.write(found, tmp_path)
+        write(found, tmp_path)
     picture = tmp_path / "plot.png"
     assert main([f"runs={tmp_path}", f"png={picture}"]) == 0
     assert capsys.readouterr().out == f"{picture}\n{tmp_path / 'report.html'}\n"
     assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert int.from_bytes(picture.read_bytes()[16:20], "big") == 2 * page.PIXELS
-    assert (tmp_path / "report.html").read_text() == page.html(records(), tmp_path)
+    assert (tmp_path / "report.html").read_text() == page.html(records(), tmp_path, {"r0"})
 
 
 @pytest.mark.parametrize(

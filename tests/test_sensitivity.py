@@ -13,13 +13,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.cli import attribution
+from harness.cli import attribution as command
 from harness.config import RunConfig, build_run
 from harness.evaluation import sensitivity
 from harness.models import Decoder, weight_of
 from harness.nn.linear import swapped
 from harness.quantization.engine import Result
-from harness.records import Analysis, Weights, store
+from harness.records import Analysis, Record, Weights, write
+from harness.reports import attribution
 from harness.runs import execute_run
 from harness.runs.analysis import Analyser
 from harness.utils.disk_cache import DiskCache
@@ -226,7 +227,7 @@ def test_the_record_has_it_and_the_figures_of_the_run_stay(tiny: Tiny) -> None:
         assert {"kl_alone", "kl_without", "nll_alone", "nll_without"} <= set(row) & set(rows[row["name"]])
         assert rows[row["name"]]["kl_alone"] == row["kl_alone"]
         assert "hessian_error" in rows[row["name"]]
-    assert plain.analysis == {}
+    assert plain.analysis == Analysis()
     assert set(plain.layers[0]) == {"name", "shape", "stored_bits", "bits_per_weight", "weight_error"}
 
 
@@ -276,15 +277,15 @@ def test_spearman_by_hand() -> None:
     assert attribution.spearman([1.0, 2.0, 2.0, 5.0], [0.0, 7.0, 3.0, 8.0]) == pytest.approx(4.5 / math.sqrt(4.5 * 5))
 
 
-def ranked_record() -> store.Record:
+def ranked_record() -> Record:
     same = {"nll_alone": 2.0, "kl_without": 0.1, "nll_without": 2.1, "params": 6}
     units = [{"name": "a", "kl_alone": 0.1} | same, {"name": "b", "kl_alone": 0.3} | same]
     layers = [
-        {"name": "a", "weight_error": 0.2, "hessian_error": 0.1},
-        {"name": "b", "weight_error": 0.1, "hessian_error": 0.3},
+        {"name": "a", "shape": [2, 3], "stored_bits": 18, "weight_error": 0.2, "hessian_error": 0.1},
+        {"name": "b", "shape": [2, 3], "stored_bits": 18, "weight_error": 0.1, "hessian_error": 0.3},
     ]
     total = {"by": "linear", "windows": 4, "seq_len": 32, "kl": 0.5, "nll": 2.4, "nll_float": 2.0}
-    return store.Record(
+    return Record(
         "id",
         config={"scheme": {"name": "group64", "weight": {"bits": 3}}, "method": {"rtn": {}}},
         model=Weights(name="m"),
@@ -293,23 +294,27 @@ def ranked_record() -> store.Record:
     )
 
 
+@pytest.mark.parametrize("stale", [set(), {"id"}])
 def test_the_ranking_is_by_kl_alone_with_shares_and_correlations(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stale: set[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = ranked_record()
     assert {row["name"]: row["share"] for row in attribution.ranked(found)} == pytest.approx({"b": 0.75, "a": 0.25})
     assert attribution.correlations(attribution.ranked(found)) == pytest.approx(
         {"weight_error": -1, "hessian_error": 1}
     )
-    store.write(found, tmp_path)
-    store.write(replace(found, run_id="other", analysis=Analysis()), tmp_path)
-    assert attribution.main([f"runs={tmp_path}", "top=1"]) == 0
+    monkeypatch.setattr(command, "stale_ids", lambda _: stale)
+    write(found, tmp_path)
+    write(replace(found, run_id="other", analysis=Analysis()), tmp_path)
+    assert command.main([f"runs={tmp_path}", "top=1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("m rtn group64 bits=3, by linear, 4 calibration sequences of 32 tokens")
-    assert "each alone, added up: KL 0.4" in lines[2]
-    assert lines[4] == "rank correlation with KL alone: weight error -1.00, Hessian error 1.00"
-    assert lines[-1].startswith("| 1 | b | 0.3 | 75.0% |")
-    assert "| a |" not in "".join(lines)
+    assert lines[0].endswith("†") == (lines[-1].startswith("†")) == bool(stale)
+    assert "sum over each alone: KL 0.4" in lines[2]
+    assert lines[4] == "rank correlation with KL alone: Hessian error 1.00, weight error -1.00"
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("|")]
+    assert rows[0][:5] == ["rank", "name", "KL alone", "share", "KL without"]
+    assert [row[:4] for row in rows[2:]] == [["1", "b", "0.3", "75.0%"]], "the second is beyond top=1"
 
 
 @pytest.mark.parametrize(
@@ -323,5 +328,5 @@ def test_the_ranking_is_by_kl_alone_with_shares_and_correlations(
 def test_the_ranking_says_what_is_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
-    assert attribution.main([f"runs={tmp_path}", *arguments]) == 1
+    assert command.main([f"runs={tmp_path}", *arguments]) == 1
     assert message in capsys.readouterr().err

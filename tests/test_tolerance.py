@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from harness.records import Record
+from harness.records import Record, Text, Texts
 from harness.reports.tolerance import EXACT, Tolerance, of_metric, parse
 from harness.reports.verdict import Figure, Report
 
@@ -15,7 +15,7 @@ from harness.reports.verdict import Figure, Report
 def a_record(bits: int = 4, calibrated: bool = False, inputs: int | None = None, method: str = "rtn") -> Record:
     scheme: dict[str, Any] = {"weight": {"bits": bits}, "activation": None if inputs is None else {"bits": inputs}}
     steps = {} if method == "none" else {method: {}}
-    data: dict[str, Any] = {"evaluation": {}} | ({"calibration": {}} if calibrated else {})
+    data = Texts(evaluation=Text(), calibration=Text() if calibrated else None)
     return Record("r", config={"method": steps, "scheme": scheme}, data=data)
 
 
@@ -76,9 +76,11 @@ def test_perplexity_may_move_by_its_kind(record: Record, share: float) -> None:
 
 
 def test_other_figures() -> None:
-    for name in ("bits_per_weight", "model_size_mib", "resident_mib"):
+    for name in ("bits_per_weight", "model_size_mib", "resident_mib", "kv_mib"):
         assert of_metric(a_record(), name, same=False) == EXACT
     assert of_metric(a_record(), "decode_ms_p50", same=True) is None
+    assert of_metric(a_record(), "top1_agreement", same=True) == EXACT
+    assert of_metric(a_record(), "top1_agreement", same=False) is None
     for same in (True, False):
         assert of_metric(a_record(), "peak_memory_mib", same) == Tolerance(0.5)
 

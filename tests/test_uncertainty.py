@@ -7,13 +7,13 @@ import math
 import numpy as np
 import pytest
 
-from harness.records import Record
+from harness.records import Record, Text, Texts, Weights
 from harness.reports.intervals import FEWEST, difference, interval, intervals, t_quantile, windows
 
 
 def run(nll: list[float], fingerprint: str = "f", tokens: str = "t", seq_len: int = 8, run_id: str = "r") -> Record:
-    stream = {"tokens_sha256": tokens, "seq_len": seq_len}
-    return Record(run_id=run_id, model={"fingerprint": fingerprint}, data={"evaluation": stream}, window_nll=nll)
+    texts = Texts(evaluation=Text(tokens_sha256=tokens, seq_len=seq_len))
+    return Record(run_id=run_id, model=Weights(fingerprint=fingerprint), data=texts, window_nll=nll)
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_what_was_not_measured_has_no_windows() -> None:
     assert windows(failed) == []
     with pytest.raises(ValueError, match="window_kl has 0 windows"):
         difference(run([1.0]), run([1.0]), "window_kl")
-    with pytest.raises(ValueError, match="0 windows; expected 1 or more"):
+    with pytest.raises(ValueError, match="an interval of 0 windows does not exist; expected 1 or more"):
         interval([])
 
 

@@ -109,10 +109,10 @@ def in_common(frame: pd.DataFrame) -> str:
 
 
 def notes(frame: pd.DataFrame) -> list[str]:
-    """A line for each failed run, and the one that explains the sign of stale rows if there are any."""
+    """A line for each failed run, and one that explains the sign of stale rows if there are any."""
     failed = frame[frame["status"] == "failed"]
     lines = [f"failed {row['run_id']}: {row['error']}" for _, row in failed.iterrows()]
-    return lines + ([STALE_NOTE] if frame["stale"].any() else [])
+    return lines + ([STALE_NOTE] if frame["stale"].any() else []) + (["no rows"] if frame.empty else [])
 
 
 def text(value: Any) -> str:

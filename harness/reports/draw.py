@@ -1,4 +1,4 @@
-"""Tables on a terminal: a line for each row where that fits, else figures above their ratios."""
+"""Tables on a terminal: one line for each row where that fits, else figures above their ratios, else several tables."""
 
 from __future__ import annotations
 
@@ -10,20 +10,33 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-_WIDEST = 4096  # columns of a terminal on which every table fits
-_LINES = (("method",), ("scheme", "bits"))  # of the cell that names a row; its other columns follow below
+Lines = Sequence[Sequence[str]]
+
+_WIDEST = Console(width=4096)  # every table fits on it
+# Ways to split the cell that names a row into lines; its other columns are the last line.
+_TWO_LINES: Lines = (("method",),)
+_THREE_LINES: Lines = (("method",), ("scheme", "bits"))
 
 
-def drawn(shown: pd.DataFrame, figures: Sequence[str], beneath: Mapping[str, str], width: int) -> Table:
-    """A table of text cells for a terminal of `width` columns.
+def drawn(shown: pd.DataFrame, figures: Sequence[str], beneath: Mapping[str, str], width: int) -> list[Table]:
+    """A table of text cells for a terminal of `width` columns, in several parts if it is too wide for one.
 
     `figures` are the columns aligned right. Where one line for each row is too wide, all other columns become one cell,
     a ratio stands below its figure, and so do the columns `beneath`, by the column that they belong to.
     """
-    flat = rich_table(list(shown.columns), [[escape(cell) for cell in row] for row in shown.to_numpy()], figures)
-    if Console(width=_WIDEST).measure(flat).maximum <= width:
-        return flat
-    return _stacked(shown, figures, beneath)
+    columns = [name for name in figures if name in shown]
+    cells = [[escape(cell) for cell in row] for row in shown.to_numpy()]
+    flat = rich_table(list(shown.columns), cells, [*columns, *beneath.values()])
+    for table in (flat, _stacked(shown, columns, beneath, _TWO_LINES)):
+        if _WIDEST.measure(table).maximum <= width:
+            return [table]
+    tables = [flat]
+    for size in range(len(columns), 0, -1):
+        parts = [columns[start : start + size] for start in range(0, len(columns), size)]
+        tables = [_stacked(shown, part, beneath, _THREE_LINES, set(columns)) for part in parts]
+        if all(_WIDEST.measure(table).minimum <= width for table in tables):
+            break
+    return tables
 
 
 def rich_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: Collection[str] = ()) -> Table:
@@ -38,11 +51,13 @@ def rich_table(headings: Sequence[str], rows: Sequence[Sequence[str]], numbers: 
     return table
 
 
-def _stacked(shown: pd.DataFrame, figures: Sequence[str], beneath: Mapping[str, str]) -> Table:
-    columns = [name for name in figures if name in shown]
-    naming = [name for name in shown.columns if name not in (*columns, *beneath.values())]
-    lines = [[name for name in line if name in naming] for line in _LINES]
-    lines.append([name for name in naming if name not in sum(_LINES, ())])
+def _stacked(
+    shown: pd.DataFrame, columns: Sequence[str], beneath: Mapping[str, str], split: Lines, figures: Collection[str] = ()
+) -> Table:
+    """The table of some `columns` of all `figures`, after one cell that names the row."""
+    naming = [name for name in shown.columns if name not in (*columns, *figures, *beneath.values())]
+    lines = [[name for name in line if name in naming] for line in split]
+    lines.append([name for name in naming if not any(name in line for line in split)])
     rows = [
         [_named(row, lines), *(_figure(row, name, beneath.get(name)) for name in columns)]
         for _, row in shown.iterrows()
@@ -50,7 +65,7 @@ def _stacked(shown: pd.DataFrame, figures: Sequence[str], beneath: Mapping[str, 
     return rich_table(["run", *columns], rows, columns)
 
 
-def _named(row: pd.Series[str], lines: Sequence[Sequence[str]]) -> str:
+def _named(row: pd.Series[str], lines: Lines) -> str:
     texts = (" ".join(row[name] for name in line if row[name] not in ("", "-")) for line in lines)
     return escape("\n".join(text for text in texts if text))
 

@@ -59,7 +59,8 @@ def draw(sheet: Sheet, console: Console) -> None:
     """Print a sheet on a terminal, all of it wrapped to its width."""
     for line in sheet.head:
         console.print(line, markup=False, highlight=False)
-    console.print(drawn(sheet.shown, sheet.figures, sheet.beneath, console.width))
+    for table in drawn(sheet.shown, sheet.figures, sheet.beneath, console.width):
+        console.print(table)
     for line in sheet.notes:
         console.print(line, markup=False, highlight=False)
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from harness.config import MeasureConfig
-from harness.evaluation import energy, latency
+from harness.evaluation import energy
 from harness.evaluation.energy import Meter
 from harness.runs import execute_run
 from tests.families import build
@@ -112,7 +112,7 @@ def test_a_missing_library_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_joules_are_those_of_the_calls_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_BLOCK_S", 0.0)
+    monkeypatch.setattr(energy, "_BLOCK_S", 0.0)
     cfg = MeasureConfig(batch_size=3, prompt_len=5, decode_tokens=4, warmup=1, repeats=1)
     seen: list[tuple[int, ...]] = []
     joules = 0
@@ -130,7 +130,7 @@ def test_joules_are_those_of_the_calls_in_a_block(monkeypatch: pytest.MonkeyPatc
         return made
 
     meter = Meter("fake", lambda: [joules], (0,), 1.0)
-    found = latency.energy((model(2), model(3)), cfg, 0, meter)
+    found = energy.energy((model(2), model(3)), cfg, 0, meter)
     assert found == {
         "prefill_j": 2 * 3 * 5,
         "decode_j_per_token": 2,
@@ -141,25 +141,25 @@ def test_joules_are_those_of_the_calls_in_a_block(monkeypatch: pytest.MonkeyPatc
 
 
 def test_short_calls_are_repeated_until_counters_have_ticked(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(latency, "_milliseconds", lambda *_: 50.0)
+    monkeypatch.setattr(energy, "milliseconds", lambda *_: 50.0)
     calls: list[int] = []
     meter = Meter("fake", lambda: [len(calls)], (0,), 2.0)
-    assert latency._joules(meter, lambda: lambda: calls.append(0), CPU) == 2.0
+    assert energy._joules(meter, lambda: lambda: calls.append(0), CPU) == 2.0
     assert len(calls) == 3 * 10  # three blocks of half a second
 
 
 def test_a_run_says_what_it_measured_and_nothing_where_it_cannot(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = ("method=none", "measure=quick", "measure.prompt_len=8", "measure.decode_tokens=2", "force=true")
-    monkeypatch.setattr(energy, "meter", lambda _device: None)
+    monkeypatch.setattr("harness.evaluation.assess.meter", lambda _device: None)
     without = execute_run(tiny(*timed))[0]
     assert without.status == "ok", without.error
     assert not [name for name in without.metrics if "_j" in name]
-    assert "energy_source" not in without.execution
+    assert without.execution.energy_source is None
     assert without.warnings == []
 
     readings = iter(range(10**6))
-    monkeypatch.setattr(latency, "_BLOCK_S", 0.01)
-    monkeypatch.setattr(energy, "meter", lambda _device: Meter("fake", lambda: [next(readings)], (0,), 1.0))
+    monkeypatch.setattr(energy, "_BLOCK_S", 0.01)
+    monkeypatch.setattr("harness.evaluation.assess.meter", lambda _device: Meter("fake", lambda: [next(readings)], (0,), 1.0))
     measured = execute_run(tiny(*timed))[0]
     assert measured.status == "ok", measured.error
     assert measured.execution.energy_source == "fake"

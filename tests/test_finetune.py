@@ -16,8 +16,8 @@ from harness.core import AbsMean, Finetune, Method, QTensor, Scheme, Stats
 from harness.core.formats import Tuner
 from harness.nn.hooks import first_of
 from harness.nn.linear import QuantLinear, replace
-from harness.quantization import engine
 from harness.quantization import finetune as tuning
+from harness.quantization import passes
 from tests.blocks import TOKENS, logits, relative
 from tests.families import build, uneven
 from tests.support.decoders import quantize
@@ -148,7 +148,7 @@ def test_a_block_is_trained_from_quantized_inputs_to_the_float_models_outputs(
     def note(block: nn.Module, run: Any, inputs: Any, targets: Any, how: Finetune) -> None:
         seen.append(([x.clone() for x in inputs], [x.clone() for x in targets]))
 
-    monkeypatch.setattr(engine, "finetune", note)
+    monkeypatch.setattr(passes, "finetune", note)
     model, plain = build("llama"), build("llama")
     cfg = replace_fields(build_run(tiny("method=rtn", "scheme=channel")), steps={"halved": Halved()})
     quantize(model, cfg, TOKENS)

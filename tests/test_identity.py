@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 
+from harness import models
 from harness.config import Decides, RunConfig, build_run, decides
 from harness.config import schema as configuration
-from harness.records import store
+from harness.records import Record, path_of, read, write
 from harness.runs import execute_run, identity
 from harness.runs.sources import Sources
 from tests.conftest import ROOT, TINY, resolve
@@ -74,10 +75,10 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 
 def test_a_field_changes_the_run_id_if_it_decides_and_only_then(everything: RunConfig) -> None:
-    base = identity.run_id(everything)
+    base = identity.run_id(everything, WEIGHTS)
     tried = 0
     for key, item, changed in _changes(everything):
-        assert (identity.run_id(changed) != base) == (decides(item) is not Decides.NEVER), key
+        assert (identity.run_id(changed, WEIGHTS) != base) == (decides(item) is not Decides.NEVER), key
         tried += 1
     assert tried > 40
 
@@ -116,7 +117,7 @@ def _other(value: Any) -> Any:
 def test_method_and_scheme_change_the_run_id(override: str) -> None:
     base = build_run(resolve(*TINY, "method=gptq"))
     changed = build_run(resolve(*TINY, "method=gptq", override.removeprefix("+")))
-    assert identity.run_id(base) != identity.run_id(changed)
+    assert identity.run_id(base, WEIGHTS) != identity.run_id(changed, WEIGHTS)
 
 
 def test_run_id_of_a_strided_run_follows_which_targets_are_scored(tiny: Tiny) -> None:
@@ -126,6 +127,13 @@ def test_run_id_of_a_strided_run_follows_which_targets_are_scored(tiny: Tiny) ->
     assert any("def unscored" in file.read_text() for file in files)
 
 
+class _Opened:
+    """Stands for a model that was opened."""
+
+    fingerprint = "weights"
+
+
+WEIGHTS: Any = _Opened()
 CACHE = ("kv=kv8_token", "kv.key.group_size=16", "kv.value.group_size=16")
 CASES = {
     "float": ["method=none"],
@@ -148,7 +156,8 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_code_changes_with_every_module_that_it_reaches(case: str, tree: Path) -> None:
     cfg = build_run(resolve(*TINY, *CASES[case]))
     base = _code(tree, cfg)
-    modules = _closure(Sources((tree,)), cfg)
+    closure = _closure(Sources((tree,)), cfg)
+    modules = {name: module for name, module in closure.items() if module.digest}  # the others only import
     assert len(modules) > 30
     for name, module in modules.items():
         with _edited(module.file, _mutated(module.file)):
@@ -223,7 +232,8 @@ def test_a_name_of_a_package_leads_to_its_module(tmp_path: Path) -> None:
 
 def test_kernels_of_another_device_are_not_reached() -> None:
     cfg = build_run(resolve(*TINY, *CASES["gptq"]))
-    on_cpu, on_gpu = (identity.reached(cfg, device) for device in ("cpu", "cuda"))
+    sources = Sources((ROOT,))
+    on_cpu, on_gpu = (sources.closure(identity.roots(cfg, device), identity.unused(cfg)) for device in ("cpu", "cuda"))
     assert any(name.startswith("harness.kernels.triton.") for name in on_gpu)
     assert not any(name.startswith("harness.kernels.triton.") for name in on_cpu)
     assert "harness.kernels.cpu_int4" in on_cpu.keys() - on_gpu.keys()
@@ -244,7 +254,7 @@ def test_every_module_that_runs_is_reached(case: str, tiny: Tiny, tmp_path: Path
     threading.setprofile(note)
     sys.setprofile(note)
     try:
-        identity.run.run(cfg, store.Record("watched", config=raw))
+        identity.run.run(cfg, models.open(cfg.model, cfg.seed), Record("watched", config=raw))
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
@@ -266,7 +276,7 @@ def test_a_finished_run_of_other_code_is_repeated_and_confirmed(
     assert not skipped
     assert again.code == "other" != first.code
     assert again.metrics == first.metrics, "timings included"
-    assert store.read(store.path_of(tmp_path, first.run_id)) == again
+    assert read(path_of(tmp_path, first.run_id)) == again
     assert execute_run(raw)[1], "confirmed once"
 
 
@@ -277,7 +287,7 @@ def test_a_run_that_other_code_moves_says_which_metric(
     first, _ = execute_run(raw)
     first.metrics["nll"] += 0.5
     first.code = "earlier"
-    store.write(first, tmp_path)
+    write(first, tmp_path)
     again, skipped = execute_run(raw)
     assert not skipped
     assert again.metrics["nll"] == pytest.approx(first.metrics["nll"] - 0.5)
@@ -315,8 +325,9 @@ def _mutated(file: Path) -> str:
     tree = ast.parse(text)
     silent = {id(node) for parent in ast.walk(tree) for node in _silent_parts(parent)}
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in silent]
-    numbers = [node for node in nodes if type(node.value) in (int, float)] or nodes
-    node = numbers[0]
+    numbers = [node for node in nodes if type(node.value) in (int, float)]
+    results = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value is not None]
+    node = [*numbers, *nodes, *results][0]
     lines = text.splitlines(keepends=True)
     start = sum(len(line.encode()) for line in lines[: node.lineno - 1]) + node.col_offset
     stop = sum(len(line.encode()) for line in lines[: (node.end_lineno or 0) - 1]) + (node.end_col_offset or 0)

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache
 
+from harness import quantization
 from harness.config import build_run
 from harness.core import KVFormat
 from harness.core.formats import States, StatesFormat
 from harness.evaluation import perplexity
 from harness.nn import kvcache
-from harness.runs import execute_run, run
+from harness.runs import execute_run
 from tests.conftest import ROOT, resolve
 from tests.families import FAMILIES, build
 
@@ -335,7 +336,7 @@ def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:
     assert len({plain.run_id, coded.run_id, both.run_id}) == 3
     assert coded.config["kv"]["key"]["bits"] == 4
     assert coded.execution.kv == "kv4_token group_size=8"
-    assert "kv" not in plain.execution
+    assert plain.execution.kv is None
     assert coded.metrics["perplexity"] != plain.metrics["perplexity"]
     assert coded.metrics["perplexity"] == pytest.approx(plain.metrics["perplexity"], rel=0.02)
     tokens = 8 + 1 + 3
@@ -374,7 +375,7 @@ def test_simulated_weights_claim_no_cache(tiny: Tiny) -> None:
     ],
 )
 def test_refused_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str) -> None:
-    monkeypatch.setattr(run.engine, "quantize", lambda *_: pytest.fail("it was quantized before it was refused"))
+    monkeypatch.setattr(quantization, "quantize", lambda *_: pytest.fail("it was quantized before it was refused"))
     found = execute_run(tiny(*overrides))[0]
     assert found.status == "failed"
     assert str(found.error).startswith(message)

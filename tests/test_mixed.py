@@ -118,7 +118,7 @@ def mixing(tiny: Tiny, followed: Path, *options: str, budget: float = 4.0) -> di
 
 
 def float_model(cfg: RunConfig) -> nn.Module:
-    return models.load(cfg.model, torch.float32, torch.device("cpu"), cfg.seed)
+    return models.open(cfg.model, cfg.seed).load(torch.float32, torch.device("cpu"))
 
 
 def calibration(cfg: RunConfig) -> Tensor:

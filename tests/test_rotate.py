@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from harness.config import build_run
 from harness.core import Method, Residual, hadamard
 from harness.core.rotated import Rotated
-from harness.models import weight_of
+from harness.models import Decoder, weight_of
 from harness.nn.linear import QuantLinear, stored_bytes
 from harness.quantization.residual_stream import discover, measured
 from methods.rotate import Rotate, random_orthogonal, turn
@@ -62,7 +62,7 @@ def precise(model: nn.Module) -> nn.Module:
 
 
 def residual_of(model: nn.Module) -> Residual:
-    return discover(model, TOKENS[:1])
+    return discover(Decoder(model), TOKENS[:1])
 
 
 def rotated(model: nn.Module, **options: Any) -> nn.Module:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from harness.calibration import shortcuts
 from harness.config import build_run
 from harness.models import Decoder, linears_of
-from harness.quantization import engine
+from harness.quantization import passes
 from tests.blocks import TOKENS, codes_of, logits, relative
 from tests.conftest import TINY, resolve
 from tests.families import FAMILIES, build, uneven
@@ -231,7 +231,7 @@ def test_shortcuts_do_not_change_a_code(family: str, monkeypatch: pytest.MonkeyP
     for short in (True, False):
         model = uneven(build(family))
         if not short:
-            monkeypatch.setattr(engine, "shortcuts", lambda *_: [])
+            monkeypatch.setattr(passes, "shortcuts", lambda *_: [])
         quantize(model, cfg, TOKENS)
         codes.append(codes_of(model))
     assert codes[0].keys() == codes[1].keys() == linears(build(family)).keys()

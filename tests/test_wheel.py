@@ -128,7 +128,7 @@ def test_sweep_over_a_method_of_the_current_folder(wheel: Wheel, tmp_path: Path)
     (tmp_path / "mine.py").write_text(
         '"""Rounds to nearest."""\n'
         "from dataclasses import dataclass\n"
-        "from harness.core.method import Method\n"
+        "from harness.core import Method\n"
         "@dataclass(frozen=True, kw_only=True)\n"
         "class Mine(Method):\n"
         '    """Rounds to nearest."""\n'

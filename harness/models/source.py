@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import hashlib
 import json
@@ -136,7 +137,8 @@ class Source:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(self.seed)
             # Rows that are compared by perplexity share weights whatever their float type; large ones save the memory.
-            drawn = AutoModelForCausalLM.from_config(self.shape, dtype=None if self.cfg.scored else dtype)
+            shape = copy.deepcopy(self.shape)  # a model owns its config, and a rotation changes it
+            drawn = AutoModelForCausalLM.from_config(shape, dtype=None if self.cfg.scored else dtype)
             model: nn.Module = drawn.to(dtype)
         return model
 
@@ -180,7 +182,7 @@ def skeleton(shape: Any) -> nn.Module:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(shape)
+        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(shape))
     return model
 
 

@@ -17,9 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.config import build
-from harness.core.activation import InputQuantizer
-from harness.core.qtensor import IntQTensor, QTensor
-from harness.core.scheme import Scheme
+from harness.core import IntQTensor, QTensor, Scheme
+from harness.core.formats import InputQuantizer
 from harness.nn.linear import QuantLinear, replace
 from harness.utils.files import replacing
 

@@ -1,6 +1,6 @@
-"""Decoder blocks run one by one on calibration tokens, and the statistics of what their linears read.
+"""Runs decoder blocks one by one on calibration tokens and collects statistics of the inputs of their linears.
 
-`quantization` and `evaluation` replay blocks through a Stream; `proofs` says when two results count as the same.
+`quantization` and `evaluation` replay blocks through a Stream; `proofs` defines when two results count as the same.
 """
 
 from harness.calibration.observer import Observer as Observer

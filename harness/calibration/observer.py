@@ -1,4 +1,4 @@
-"""Statistics of a block's inputs, from the cache where they were computed before, else by running the block."""
+"""Statistics of the inputs of a block's linears: read from the cache, or computed by running the block."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from harness.utils.disk_cache import DiskCache
 
 
 class Observer:
-    """Collects statistics block after block, and moves the stream on.
+    """Collects statistics block by block and advances the stream.
 
-    names   the linears that are observed, of all blocks
-    keep    blocks hand on what they give before anything changes them; else what they give in the end
-    always  activations are wanted for more than statistics, so that cached ones save no pass
+    names   the linears to observe, of all blocks
+    keep    each block receives the outputs of the unchanged block before it; else, of that block after its changes
+    always  run blocks even if all their statistics are cached, because more than the statistics needs activations
     """
 
     def __init__(
@@ -34,34 +34,34 @@ class Observer:
     ) -> None:
         self.stream, self.cache, self.needs, self.keep = stream, cache, needs, keep
         self.device = stream.states[0].device
-        first = tensor_digest(*stream.states, *tensors_of(stream.calls[0]))
-        self._chain = digest(first, str(self.device), *names)
-        self._block = ""  # the digest of the block as it was when it was first observed
+        inputs_digest = tensor_digest(*stream.states, *tensors_of(stream.calls[0]))
+        self._chain = digest(inputs_digest, str(self.device), *names)
+        self._block = ""  # digest of the block at its first observation, before it changes
         self._outputs: list[Tensor] | None = None
-        # Kept outputs are of blocks as they were: a pass over them is left out for all blocks, or for none.
+        # Outputs of an unchanged block cannot be computed later, so either all blocks skip their pass or none does.
         self._running = always or (keep and not self._all_cached())
 
     def observe(self, groups: Sequence[InputGroup]) -> list[Stats]:
-        """The needed statistics of each group's input, with the block as it is now."""
+        """The needed statistics of each group's input, from the block in its present state."""
         block = module_digest(self.stream.blocks[self.stream.position])
         self._block = self._block or block
-        state = digest(self._chain, block)
+        inputs_and_block = digest(self._chain, block)
         stats = [Stats(self.needs, group.in_features) for group in groups]
         label = "" if self.keep else " ".join(group.name for group in groups)
-        keys = {cls: _key(state, cls, label) for cls in self.needs if cls.cached}
+        keys = {cls: _key(inputs_and_block, cls, label) for cls in self.needs if cls.cached}
         missing = {cls for cls in self.needs if cls not in keys or not self._load(keys[cls], cls, stats)}
-        last = self.stream.position == len(self.stream.blocks) - 1  # whose outputs enter no block
-        keeping = self.keep and self._running and self._outputs is None and not last
-        if missing or keeping:
+        last = self.stream.position == len(self.stream.blocks) - 1  # no block reads its outputs
+        needs_outputs = self.keep and self._running and self._outputs is None and not last
+        if missing or needs_outputs:
             self._running = True
-            self._run(groups, stats, missing, keeping)
+            self._run(groups, stats, missing, needs_outputs)
         for cls in missing & keys.keys():
             self.cache.save(keys[cls], {f"{i}.{name}": value for i, name, value in _states(cls, stats)})
         return stats
 
     def advance(self) -> None:
         """Move the stream to the next block."""
-        block = self._block if self.keep else ""  # hashed before, and it is what later blocks follow from
+        block = self._block if self.keep else ""  # later blocks depend on the unchanged block, whose digest is known
         self._chain = digest(self._chain, block or module_digest(self.stream.blocks[self.stream.position]))
         self.stream.advance(self._outputs)
         self._outputs, self._block = None, ""
@@ -69,13 +69,13 @@ class Observer:
             self.stream.catch_up()
 
     def _run(self, groups: Sequence[InputGroup], stats: list[Stats], missing: set[type[Stat]], keep: bool) -> None:
-        def watcher(seen: Stats) -> Callable[[Tensor], None]:
-            return lambda inputs: seen.update(inputs, missing)
+        def watcher(group_stats: Stats) -> Callable[[Tensor], None]:
+            return lambda inputs: group_stats.update(inputs, missing)
 
         watchers: dict[nn.Module, Callable[[Tensor], None]] = {}
         if missing:
             readers = [next(iter(group.linears.values())) for group in groups]
-            watchers = {reader: watcher(seen) for reader, seen in zip(readers, stats, strict=True)}
+            watchers = {reader: watcher(group_stats) for reader, group_stats in zip(readers, stats, strict=True)}
         outputs = self.stream.outputs(watchers, keep)
         if keep:
             self._outputs = outputs
@@ -83,35 +83,35 @@ class Observer:
     def _all_cached(self) -> bool:
         chain = self._chain
         for block in self.stream.blocks:
-            state = module_digest(block)
-            keys = [_key(digest(chain, state), cls, "") for cls in self.needs if cls.cached]
+            block_digest = module_digest(block)
+            keys = [_key(digest(chain, block_digest), cls, "") for cls in self.needs if cls.cached]
             if len(keys) < len(self.needs) or not all(map(self.cache.has, keys)):
                 return False
-            chain = digest(chain, state)
+            chain = digest(chain, block_digest)
         return True
 
     def _load(self, key: str, cls: type[Stat], stats: list[Stats]) -> bool:
-        found = self.cache.load(key) if self.cache.has(key) else None
-        if found is None:
+        entry = self.cache.load(key) if self.cache.has(key) else None
+        if entry is None:
             return False
-        for i, seen in enumerate(stats):
-            own = {name.removeprefix(f"{i}."): value for name, value in found.items() if name.startswith(f"{i}.")}
-            seen[cls].restore(own, self.device)
+        for i, group_stats in enumerate(stats):
+            state = {name.removeprefix(f"{i}."): value for name, value in entry.items() if name.startswith(f"{i}.")}
+            group_stats[cls].restore(state, self.device)
         return True
 
 
 @functools.cache
 def stat_identity(cls: type[Stat]) -> str:
-    """A hash of what decides a statistic besides its inputs: its source code and the machine's arithmetic."""
+    """Hash of everything except the inputs that decides a statistic: its source code and the machine's arithmetic."""
     source = inspect.getsource(inspect.getmodule(cls) or cls)
     return digest(cls.__qualname__, source, *machine())
 
 
-def _key(state: str, cls: type[Stat], group: str) -> str:
-    return digest(state, stat_identity(cls), group)
+def _key(inputs_and_block: str, cls: type[Stat], group: str) -> str:
+    return digest(inputs_and_block, stat_identity(cls), group)
 
 
 def _states(cls: type[Stat], stats: list[Stats]) -> Iterator[tuple[int, str, Tensor]]:
-    for i, seen in enumerate(stats):
-        for name, value in seen[cls].state().items():
+    for i, group_stats in enumerate(stats):
+        for name, value in group_stats[cls].state().items():
             yield i, name, value

@@ -1,4 +1,4 @@
-"""Calibration activations, one decoder block at a time: captured before the first, moved through the next by replay."""
+"""Calibration activations at one decoder block: captured before the first block, moved past each block by replay."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from harness.nn.hooks import first_of, hooked
 Watcher = Callable[[Tensor], None]
 
 
-class _Enough(Exception):  # noqa: N818 - it is no error: every watched linear has been seen
-    """Ends a block's forward."""
+class _Enough(Exception):  # noqa: N818 - not an error: every watched module has been called
+    """Ends a forward early."""
 
 
 class Stream:
-    """The inputs of one decoder block for every sequence, and whatever else the model hands to its blocks.
+    """The inputs of one decoder block for every sequence, and the other arguments that the model passes to its blocks.
 
-    Holds the hidden states (1, T, D) of all sequences at one block, nothing of other blocks. `advance` only notes that
-    the blocks so far are final; the states catch up when somebody asks for them.
+    Holds the hidden states (1, T, D) of all sequences at one block, and of no other block. `advance` only notes that
+    the blocks so far are final; reading `states` runs them.
     """
 
     def __init__(self, decoder: Decoder, tokens: Tensor) -> None:
@@ -45,11 +45,11 @@ class Stream:
         self._reached = 0
         self.shortcuts: Sequence[Shortcut] = ()  # of the block at `position`
         for sequence in tokens:
-            ((states, rest),) = _calls(partial(logits, model, sequence[None]), self.blocks[:1], _split_call)
-            if not _equal(rest, self.calls[0]):
+            ((states, arguments),) = _calls(partial(logits, model, sequence[None]), self.blocks[:1], _split_call)
+            if not _equal(arguments, self.calls[0]):
                 raise ValueError(
-                    f"{type(model).__name__} hands its blocks inputs that depend on the tokens, beside the hidden "
-                    "states; such a model cannot be calibrated block by block, use a data-free method such as rtn"
+                    f"{type(model).__name__} passes its blocks token-dependent arguments besides the hidden states; "
+                    "it cannot be calibrated block by block, use a data-free method such as rtn"
                 )
             self._states.append(states)
 
@@ -59,18 +59,18 @@ class Stream:
         return self._run(self.position, states, block)
 
     def run_to_train(self, states: Tensor) -> Tensor:
-        """As `run`, with gradients where the caller asks for them."""
+        """Like `run`, but not under `no_grad`: the caller decides about gradients."""
         return self._run(self.position, states)
 
     def _run(self, position: int, states: Tensor, block: nn.Module | None = None) -> Tensor:
         args, options = self.calls[position]
         args, options = _cast(args, states.dtype), _cast(options, states.dtype)
-        found: Tensor = first_of((block or self.blocks[position])(states, *args, **options))
-        return found
+        output: Tensor = first_of((block or self.blocks[position])(states, *args, **options))
+        return output
 
     @torch.no_grad()
     def onward(self, states: Tensor) -> Tensor:
-        """What the last block gives, for input states (1, T, D) of the block at `position`."""
+        """Output states of the last block, for input states (1, T, D) of the block at `position`."""
         for position in range(self.position, len(self.blocks)):
             states = self._run(position, states)
         return states
@@ -83,7 +83,7 @@ class Stream:
 
     @torch.no_grad()
     def catch_up(self) -> None:
-        """Run the blocks that were advanced past, as they are now."""
+        """Run the blocks up to `position`, in their present state."""
         while self._reached < self.position:
             outputs = []
             for i, states in enumerate(self._states):
@@ -94,29 +94,29 @@ class Stream:
             self.shortcuts = ()
 
     def outputs(self, watchers: Mapping[nn.Module, Watcher], keep: bool) -> list[Tensor]:
-        """Show the watched linears' inputs to their watchers, sequence by sequence; `keep` returns the outputs.
+        """Run the block on each sequence and pass the inputs of the watched linears to their watchers.
 
-        Without `keep` a forward ends once every watcher has seen its input.
+        Returns: the outputs with `keep`, else nothing: each forward then ends once all watched linears were called.
         """
-        found = []
-        seen = [cut for cut in self.shortcuts if cut.linear in watchers and not cut.inputs]
-        kept: list[list[Tensor]] = [[] for _ in seen]
+        outputs = []
+        new = [cut for cut in self.shortcuts if cut.linear in watchers and not cut.inputs]
+        inputs_of: list[list[Tensor]] = [[] for _ in new]
         for i, states in enumerate(self.states):
-            noting = {cut.linear: inputs.append for cut, inputs in zip(seen, kept, strict=True)}
-            with self._shortened(i), _watched(watchers, noting, stop=not keep):
+            recorders = {cut.linear: inputs.append for cut, inputs in zip(new, inputs_of, strict=True)}
+            with self._shortened(i), _watched(watchers, recorders, stop=not keep):
                 try:
                     output = self.run(states)
                 except _Enough:
                     continue
             if keep:
-                found.append(output)
-        for cut, inputs in zip(seen, kept, strict=True):
+                outputs.append(output)
+        for cut, inputs in zip(new, inputs_of, strict=True):
             cut.inputs = inputs if len(inputs) == len(self.states) else []
-        return found
+        return outputs
 
     @contextmanager
     def _shortened(self, index: int) -> Iterator[None]:
-        """Shortcuts that know their inputs are taken, for sequence `index`."""
+        """Take the shortcuts whose inputs are stored, for sequence `index`."""
         with ExitStack() as stack:
             for cut in self.shortcuts:
                 if cut.inputs:
@@ -125,13 +125,13 @@ class Stream:
 
     @torch.no_grad()
     def call_of(self, module: nn.Module, states: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Arguments of the first call of a module within the block, for input states (1, T, D)."""
-        found: tuple[tuple[Any, ...], dict[str, Any]]
-        (found,) = _calls(lambda: self.run(states), [module], lambda args, options: (args, options))
-        return found
+        """Arguments of the first call of a module inside the block, for input states (1, T, D)."""
+        call: tuple[tuple[Any, ...], dict[str, Any]]
+        (call,) = _calls(lambda: self.run(states), [module], lambda args, options: (args, options))
+        return call
 
     def advance(self, outputs: list[Tensor] | None = None) -> None:
-        """Move on to the next block, with this one's `outputs`, or by what it gives as it is when they are needed."""
+        """Move to the next block, with the `outputs` of this block; None: compute them later, when they are needed."""
         self.position += 1
         if outputs is not None:
             self.shortcuts = ()
@@ -140,9 +140,9 @@ class Stream:
 
 @torch.no_grad()
 def verify(decoder: Decoder, tokens: Tensor) -> None:
-    """Prove on `tokens` (1, T) that replaying the blocks one by one gives the model's own logits.
+    """Prove on `tokens` (1, T) that replaying the blocks one by one reproduces the logits of the model.
 
-    Raises: ValueError with the measured difference if not.
+    Raises: ValueError with the measured error if it does not.
     """
     model, stream = decoder.model, Stream(decoder, tokens)
     for _ in stream.blocks:
@@ -150,63 +150,65 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
     expected = logits(model, tokens)
     last, states = stream.blocks[-1], stream.states[0]
 
-    def logits_from(given: Tensor) -> Tensor:
+    def logits_from(last_states: Tensor) -> Tensor:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return (given, *output[1:]) if isinstance(output, tuple) else given
+            return (last_states, *output[1:]) if isinstance(output, tuple) else last_states
 
         with hooked([last.register_forward_hook(hook)]):
             return logits(model, tokens)
 
-    found, without = logits_from(states), logits_from(torch.zeros_like(states))
-    moved, limit = relative_error(found, expected), SAME_LOGITS[states.dtype]
-    if not within(moved, limit) or torch.equal(without, expected):
+    replayed, from_zeros = logits_from(states), logits_from(torch.zeros_like(states))
+    error, limit = relative_error(replayed, expected), SAME_LOGITS[states.dtype]
+    if not within(error, limit) or torch.equal(from_zeros, expected):  # equal: the model ignores its blocks
         raise ValueError(
-            f"replaying the {len(stream.blocks)} blocks of {type(model).__name__} does not reproduce its logits: they "
-            f"differ by {moved:.2g} relative, expected at most {limit:g}; it cannot be calibrated block by block, "
+            f"replaying the {len(stream.blocks)} blocks of {type(model).__name__} does not reproduce its logits: the "
+            f"relative error is {error:.2g}, expected at most {limit:g}; it cannot be calibrated block by block, "
             "use a data-free method such as rtn"
         )
 
 
 @torch.no_grad()
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The model's own logits (B, T, V) on `tokens` (B, T)."""
-    found: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
-    return found
+    """The model's logits (B, T, V) on `tokens` (B, T)."""
+    output: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
+    return output
 
 
 @torch.no_grad()
 def _calls(run: Callable[[], object], modules: list[nn.Module], keep: Callable[..., Any]) -> list[Any]:
-    """What `keep` makes of the arguments of each call of `modules` in `run`, in order; the last of them ends it."""
-    seen: list[Any] = []
+    """`keep(args, options)` of each call of `modules` during `run`, in order; as many calls as modules end the run."""
+    calls: list[Any] = []
 
     def note(_module: nn.Module, args: Any, options: Any) -> None:
-        seen.append(keep(args, options))
-        if len(seen) == len(modules):
+        calls.append(keep(args, options))
+        if len(calls) == len(modules):
             raise _Enough
 
     with hooked(module.register_forward_pre_hook(note, with_kwargs=True) for module in modules), suppress(_Enough):
         run()
-    return seen
+    return calls
 
 
 @contextmanager
-def _watched(watchers: Mapping[nn.Module, Watcher], noting: Mapping[nn.Module, Watcher], stop: bool) -> Iterator[None]:
+def _watched(
+    watchers: Mapping[nn.Module, Watcher], recorders: Mapping[nn.Module, Watcher], stop: bool
+) -> Iterator[None]:
     waiting = set(watchers)
 
-    def shown(module: nn.Module, args: Any) -> None:
+    def hook(module: nn.Module, args: Any) -> None:
         watchers[module](args[0])
-        if module in noting:
-            noting[module](args[0])
+        if module in recorders:
+            recorders[module](args[0])
         waiting.discard(module)
         if stop and not waiting:
             raise _Enough
 
-    with hooked(module.register_forward_pre_hook(shown) for module in watchers):
+    with hooked(module.register_forward_pre_hook(hook) for module in watchers):
         yield
 
 
 def _split_call(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The hidden states of a call, and all else."""
+    """The hidden states of a call, and its other arguments."""
     return args[0] if args else options["hidden_states"], _without_states(args, options)
 
 

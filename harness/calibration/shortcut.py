@@ -1,8 +1,8 @@
-"""Modules whose output is that of their last linear: once that linear's inputs are known, the rest need not run again.
+"""Modules whose output is the output of their last linear: later passes reuse its inputs and run this linear alone.
 
-In a block that is quantized group after group, all before a linear is final when the linear is observed. Its
-inputs are kept, and its module (attention, mlp) answers later passes over the block with the linear alone.
-Every linear then runs about once a block, at the price of one linear's inputs in memory.
+A block is quantized group by group, so everything before a linear is final when the linear is observed. Its inputs
+are stored, and in later passes over the block its module (attention, mlp) runs only this linear. Each linear then
+runs about once per block, at the cost of holding one linear's inputs in memory.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from harness.nn.hooks import first_of, hooked, standing_in
 
 @dataclass
 class Shortcut:
-    """`module`, whose output is that of its linear called `last`; `as_tuple` is how many items it returns, the others
-    being None (0: the tensor itself)."""
+    """A `module` that returns the output of its linear `last`.
+
+    as_tuple  number of items that the module returns, all None after the first; 0 if it returns the tensor itself
+    inputs    the inputs of the linear, one tensor per sequence; empty until they are observed
+    """
 
     module: nn.Module
     last: str
@@ -30,12 +33,12 @@ class Shortcut:
 
     @property
     def linear(self) -> nn.Module:
-        """The linear as it is now, float or quantized."""
+        """The linear in its present state, float or quantized."""
         return self.module.get_submodule(self.last)
 
     @contextmanager
     def taken(self, index: int) -> Iterator[None]:
-        """Let the module answer for sequence `index` from kept inputs."""
+        """Let the module compute its output for sequence `index` from the stored inputs."""
 
         def forward(*_args: Any, **_options: Any) -> Any:
             output = self.linear(self.inputs[index])
@@ -46,21 +49,21 @@ class Shortcut:
 
 
 def shortcuts(block: nn.Module, run: Callable[[], object]) -> list[Shortcut]:
-    """The shortcuts in a block, as seen while `run` runs it: the outermost module of each, never the block itself."""
-    made: list[tuple[str, Any]] = []
+    """The shortcuts of a block, discovered while `run` runs it: the outermost module of each, but never the block."""
+    calls: list[tuple[str, Any]] = []
 
     def note(name: str) -> Callable[..., None]:
-        return lambda _module, _args, output: made.append((name, output))
+        return lambda _module, _args, output: calls.append((name, output))
 
     with hooked(module.register_forward_hook(note(name)) for name, module in block.named_modules() if name):
         run()
-    found: dict[str, Shortcut] = {}
-    outputs = {name: output for name, output in made if isinstance(output, Tensor)}
+    by_linear: dict[str, Shortcut] = {}
+    outputs = {name: output for name, output in calls if isinstance(output, Tensor)}
     for last in linears_of(block):
-        for name, output in made:  # inner modules end before outer ones, so the outermost is found last
+        for name, output in calls:  # inner modules end before outer ones, so the outermost comes last and stays
             if not last.startswith(f"{name}.") or first_of(output) is not outputs.get(last):
                 continue
             size = len(output) if isinstance(output, tuple) else 0
             if size == 0 or all(item is None for item in output[1:]):
-                found[last] = Shortcut(block.get_submodule(name), last.removeprefix(f"{name}."), size)
-    return list(found.values())
+                by_linear[last] = Shortcut(block.get_submodule(name), last.removeprefix(f"{name}."), size)
+    return list(by_linear.values())

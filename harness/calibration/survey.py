@@ -1,4 +1,4 @@
-"""Statistics of every input in a model as it is, block after block, without changing anything."""
+"""Statistics of every input group of a model, block by block; the model stays unchanged."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def survey(
     cache: DiskCache,
     track: Track = silent,
 ) -> Surveyed:
-    """The input groups of each block, and what `needs` names of their inputs over `tokens` (B, T), block by block.
+    """Yield each block's input groups and the statistics `needs` of their inputs over `tokens` (B, T).
 
-    `names` are the linears that matter; a block without any is left out.
+    `names` are the linears to observe; a block without any of them is left out.
     """
     verify(decoder, tokens[:1, :PROBE_TOKENS])
     stream, probe = Stream(decoder, tokens), Stream(decoder, tokens[:1, :PROBE_TOKENS])
@@ -48,17 +48,17 @@ def groups_of(
     scheme: Scheme | None = None,
     schemes: Mapping[str, Scheme] | None = None,
 ) -> list[InputGroup]:
-    """The input groups of the block at the probe's position, in execution order; those without any of `names` are none.
+    """The input groups of the block at the probe's position, in execution order.
 
-    `schemes` are formats of linears that have one of their own.
+    A group without any linear of `names` is left out. `schemes` are the schemes of linears that differ from `scheme`.
     """
     linears = decoder.linears(probe.position)
     groups = []
     for members in input_groups(linears, lambda: probe.run(probe.states[0])):
-        kept = {name: linears[name] for name in members if name in names}
-        weights = {name: weight_of(module) for name, module in kept.items()}
-        others = {name: weight_of(linears[name]) for name in members if name not in kept}
-        own = {name: schemes[name] for name in kept if schemes and name in schemes}
-        if kept:
-            groups.append(InputGroup(kept, weights, others, scheme, own))
+        selected = {name: linears[name] for name in members if name in names}
+        weights = {name: weight_of(module) for name, module in selected.items()}
+        others = {name: weight_of(linears[name]) for name in members if name not in selected}
+        different = {name: schemes[name] for name in selected if schemes and name in schemes}
+        if selected:
+            groups.append(InputGroup(selected, weights, others, scheme, different))
     return groups

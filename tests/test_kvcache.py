@@ -1,4 +1,4 @@
-"""Quantized KV caches against the formulas in float64, their bytes, the models that use them, and whole runs."""
+"""Quantized KV caches: equality with the formulas in float64, bytes, all model families, refusals, and whole runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def kv_format(bits: int, granularity: Any, group_size: int = 8, residual: int = 
 
 
 def uneven_states(tokens: int, batch: int = 2, heads: int = 3, head_dim: int = 16) -> Tensor:
-    """States whose every token and every channel has a size and an offset of its own."""
+    """States (B, heads, T, head_dim) in which every token and every channel has a different size and offset."""
     generator = torch.Generator().manual_seed(tokens)
     noise = torch.randn(batch, heads, tokens, head_dim, generator=generator)
     by_channel = torch.logspace(-1, 1, head_dim)
@@ -48,15 +48,15 @@ def uneven_states(tokens: int, batch: int = 2, heads: int = 3, head_dim: int = 1
 
 def naive_group(values: np.ndarray[Any, Any], fmt: StatesFormat) -> np.ndarray[Any, Any]:
     """One group in float64, by the formulas of grid.py with a float zero point, scales stored as float16."""
-    codes = 2**fmt.bits - 1
-    scale = float(np.float16((values.max() - values.min()) / codes))
+    largest = 2**fmt.bits - 1
+    scale = float(np.float16((values.max() - values.min()) / largest))
     zero_point = float(np.float16(-values.min() / scale))
-    found = np.clip(np.rint(values / scale + zero_point), 0, codes)
-    return np.asarray((found - zero_point) * scale)
+    quantized = np.clip(np.rint(values / scale + zero_point), 0, largest)
+    return np.asarray((quantized - zero_point) * scale)
 
 
 def naive(states: Tensor, fmt: StatesFormat, residual: int) -> Tensor:
-    """What a cache decodes to: a loop over sequences, heads and groups."""
+    """The states that a cache should decode, by a loop over sequences, heads and groups."""
     out = states.double().numpy().copy()
     tokens, head_dim = out.shape[2:]
     coded = max(0, tokens - residual) // fmt.tokens * fmt.tokens
@@ -73,8 +73,9 @@ def naive(states: Tensor, fmt: StatesFormat, residual: int) -> Tensor:
     return torch.from_numpy(out)
 
 
-def error(found: Tensor, wanted: Tensor) -> float:
-    return float((found.double() - wanted.double()).norm() / wanted.double().norm())
+def error(actual: Tensor, expected: Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((actual.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -82,35 +83,35 @@ def error(found: Tensor, wanted: Tensor) -> float:
 @pytest.mark.parametrize(("tokens", "residual"), [(1, 0), (8, 0), (13, 0), (37, 0), (37, 5), (4, 9)])
 def test_decodes_to_the_formulas(granularity: str, bits: int, tokens: int, residual: int) -> None:
     fmt, states = states_format(bits, granularity), uneven_states(tokens)
-    found = States(fmt, residual).append(states)
-    wanted = naive(states, fmt, residual)
-    assert found.shape == states.shape
-    assert error(found, wanted) < 1e-6
+    decoded = States(fmt, residual).append(states)
+    expected = naive(states, fmt, residual)
+    assert decoded.shape == states.shape
+    assert error(decoded, expected) < 1e-6
     recent = tokens - max(0, tokens - residual) // fmt.tokens * fmt.tokens
-    assert torch.equal(found[:, :, tokens - recent :], states[:, :, tokens - recent :])
-    assert (recent == tokens) == torch.equal(found, states)
+    assert torch.equal(decoded[:, :, tokens - recent :], states[:, :, tokens - recent :])
+    assert (recent == tokens) == torch.equal(decoded, states)
 
 
-def test_a_whole_head_may_share_a_scale() -> None:
+def test_a_whole_head_can_share_a_scale() -> None:
     fmt, states = states_format(4, "token", -1), uneven_states(9)
     assert error(States(fmt).append(states), naive(states, fmt, 0)) < 1e-6
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("residual", [0, 5])
-def test_token_by_token_stores_what_one_call_does(granularity: str, residual: int) -> None:
+def test_token_by_token_stores_the_same_as_one_call(granularity: str, residual: int) -> None:
     states = uneven_states(43)
     whole, parts = (States(states_format(3, granularity), residual) for _ in range(2))
-    wanted = whole.append(states)
+    expected = whole.append(states)
     for piece in states.split([17, *[1] * 20, 6], 2):
-        found = parts.append(piece)
-    assert torch.equal(found, wanted)
+        decoded = parts.append(piece)
+    assert torch.equal(decoded, expected)
     assert len(parts) == len(whole) == 43
     assert all(map(torch.equal, parts.tensors, whole.tensors))
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_sequences_of_a_batch_do_not_meet(granularity: str) -> None:
+def test_sequences_of_a_batch_do_not_affect_each_other(granularity: str) -> None:
     states = uneven_states(19, batch=4)
     whole = States(states_format(2, granularity)).append(states)
     for i in range(4):
@@ -125,7 +126,7 @@ def test_error_falls_with_bits(granularity: str) -> None:
     assert errors[-1] < 5e-3 < 5e-2 < errors[0]
 
 
-def test_keys_with_large_channels_want_a_scale_a_channel() -> None:
+def test_keys_with_large_channels_need_one_scale_per_channel() -> None:
     states = torch.randn(1, 2, 64, 16)
     states[..., 3] += 30
     states[..., 10] *= 20
@@ -137,7 +138,7 @@ def test_keys_with_large_channels_want_a_scale_a_channel() -> None:
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
-def test_values_that_hardly_differ_are_held(granularity: str) -> None:
+def test_values_that_hardly_differ_are_stored_accurately(granularity: str) -> None:
     level = torch.linspace(-500, 900, 16)
     states = (level * (1 + 1e-6 * torch.randn(1, 1, 8, 1))).expand(1, 1, 8, 16)
     if granularity == "token":
@@ -149,14 +150,14 @@ def test_values_that_hardly_differ_are_held(granularity: str) -> None:
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
-def test_what_comes_back_has_the_type_that_went_in(granularity: str, dtype: torch.dtype) -> None:
+def test_decoded_states_have_the_dtype_of_the_input(granularity: str, dtype: torch.dtype) -> None:
     states = uneven_states(16).to(dtype)
-    found = States(states_format(8, granularity)).append(states)
-    assert found.dtype == dtype
-    assert error(found, states) < 1e-2
+    decoded = States(states_format(8, granularity)).append(states)
+    assert decoded.dtype == dtype
+    assert error(decoded, states) < 1e-2
 
 
-def test_symmetric_grids_and_whole_zero_points() -> None:
+def test_symmetric_grids_and_integer_zero_points() -> None:
     states = uneven_states(24)
     for options in ({"symmetric": True}, {"symmetric": True, "grid": "narrow"}, {}):
         fmt = states_format(8, "channel", zero_point="integer", **options)
@@ -164,21 +165,21 @@ def test_symmetric_grids_and_whole_zero_points() -> None:
 
 
 @pytest.mark.parametrize("bits", [8, 4, 3, 2])
-def test_bytes_are_those_of_the_format(bits: int) -> None:
+def test_stored_bytes_equal_the_formula_of_the_format(bits: int) -> None:
     batch, heads, head_dim, tokens = 2, 3, 16, 21
     rows = batch * heads
-    held = {}
+    stored = {}
     for which, options in {"float": {}, "integer": {"zero_point": "integer"}}.items():
         for granularity in GRANULARITIES:
             cache = States(states_format(bits, granularity, **options))
             cache.append(uneven_states(tokens).half())
-            held[which, granularity] = sum(x.untyped_storage().nbytes() for x in cache.tensors)
+            stored[which, granularity] = sum(x.untyped_storage().nbytes() for x in cache.tensors)
     for which, zero in (("float", 2), ("integer", 1)):
         groups = tokens * head_dim // 8
-        assert held[which, "token"] == rows * (tokens * head_dim * bits // 8 + groups * (2 + zero))
+        assert stored[which, "token"] == rows * (tokens * head_dim * bits // 8 + groups * (2 + zero))
         coded, recent = 16, 5
         groups = coded // 8 * head_dim
-        assert held[which, "channel"] == rows * (coded * head_dim * bits // 8 + groups * (2 + zero) + recent * 32)
+        assert stored[which, "channel"] == rows * (coded * head_dim * bits // 8 + groups * (2 + zero) + recent * 32)
 
 
 # In models.
@@ -191,7 +192,7 @@ def test_every_family_decodes_through_a_coded_cache(family: str) -> None:
     fmt = kv_format(8, "token")
     kvcache.prove(model, fmt)
     with torch.inference_mode():
-        wanted = model(input_ids=tokens, use_cache=False).logits
+        expected = model(input_ids=tokens, use_cache=False).logits
         make = kvcache.maker(fmt)
         assert make is not None
         whole = model(input_ids=tokens, past_key_values=make(), use_cache=True).logits
@@ -199,7 +200,7 @@ def test_every_family_decodes_through_a_coded_cache(family: str) -> None:
         for piece in tokens.split([13, 1, 1, 5], 1):
             parts.append(model(input_ids=piece, past_key_values=cache, use_cache=True).logits)
     assert cache.get_seq_length() == 20
-    assert 0 < error(whole, wanted) < 2e-2
+    assert 0 < error(whole, expected) < 2e-2
     assert error(torch.cat(parts, 1), whole) < 1e-3  # a code may change where float32 rounds in another order
 
 
@@ -210,24 +211,26 @@ def test_sliding_windows_are_masked(family: str) -> None:
     make = kvcache.maker(kv_format(8, "token"))
     assert make is not None
     with torch.inference_mode():
-        wanted, cache = model(input_ids=tokens, use_cache=False).logits, make()
+        expected, cache = model(input_ids=tokens, use_cache=False).logits, make()
         parts = [model(input_ids=x, past_key_values=cache, use_cache=True).logits for x in tokens.split(8, 1)]
-    assert 0 < error(torch.cat(parts, 1), wanted) < 2e-2
+    assert 0 < error(torch.cat(parts, 1), expected) < 2e-2
     warning = kvcache.check(kv_format(8, "token"), model.config, 24, "m")
-    assert warning == "kv=kv8_token holds all 24 tokens of layers that see 6; kv_mib is larger than need be"
+    assert warning == (
+        "kv=kv8_token stores all 24 tokens in layers that attend to the last 6; kv_mib is larger than necessary"
+    )
     assert kvcache.check(kv_format(8, "token"), model.config, 6, "m") is None
 
 
-def test_perplexity_goes_through_the_cache_whatever_the_batch_size() -> None:
+def test_perplexity_uses_the_cache_and_does_not_depend_on_batch_size() -> None:
     model = build("llama")
     windows = torch.randint(3, 128, (5, 24), generator=torch.Generator().manual_seed(1))
     plain = perplexity.perplexity(model, windows).window_nll
     for fmt in (kv_format(2, "token"), kv_format(2, "channel")):
-        found = perplexity.perplexity(model, windows, cache=kvcache.maker(fmt)).window_nll
-        assert found != pytest.approx(plain, rel=1e-5)
+        coded = perplexity.perplexity(model, windows, cache=kvcache.maker(fmt)).window_nll
+        assert coded != pytest.approx(plain, rel=1e-5)
         for batch_size in (2, 5):
             batched = perplexity.perplexity(model, windows, batch_size, cache=kvcache.maker(fmt)).window_nll
-            assert batched == pytest.approx(found, rel=1e-6)
+            assert batched == pytest.approx(coded, rel=1e-6)
     fine = perplexity.perplexity(model, windows, cache=kvcache.maker(kv_format(8, "token"))).window_nll
     assert fine == pytest.approx(plain, rel=1e-3)
 
@@ -235,9 +238,9 @@ def test_perplexity_goes_through_the_cache_whatever_the_batch_size() -> None:
 def test_a_model_that_ignores_its_cache_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("llama")
     body: Any = model.base_model
-    own = body.forward
-    monkeypatch.setattr(body, "forward", lambda **options: own(**{**options, "past_key_values": None}))
-    with pytest.raises(ValueError, match="kv=kv4_token: .* does not use the cache it is given; use kv=none"):
+    forward = body.forward
+    monkeypatch.setattr(body, "forward", lambda **options: forward(**{**options, "past_key_values": None}))
+    with pytest.raises(ValueError, match="kv=kv4_token: .* does not use the cache that is passed to it; use kv=none"):
         kvcache.prove(model, kv_format(4, "token"))
 
 
@@ -251,7 +254,7 @@ def test_a_model_that_ignores_its_cache_is_refused(monkeypatch: pytest.MonkeyPat
         KVFormat(name="x", key=states_format(2, "channel", 6), value=states_format(3, "channel", 4), residual=7),
     ],
 )
-def test_computed_bytes_are_those_of_a_built_cache(monkeypatch: pytest.MonkeyPatch, fmt: KVFormat | None) -> None:
+def test_computed_bytes_equal_the_bytes_of_a_built_cache(monkeypatch: pytest.MonkeyPatch, fmt: KVFormat | None) -> None:
     lengths = (23, 40, 64)
     monkeypatch.setattr(kvcache, "LENGTHS", (*lengths, 65))
     monkeypatch.setattr(kvcache, "BATCHES", (1, 3))
@@ -270,13 +273,13 @@ def test_computed_bytes_are_those_of_a_built_cache(monkeypatch: pytest.MonkeyPat
         assert per_token == 2 * 2 * 2 * (8 * 4 // 8 + 4)
 
 
-def test_no_bytes_are_claimed_past_positions_or_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_bytes_are_reported_past_positions_or_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvcache, "LENGTHS", (8, 16))
     assert {row["length"] for row in kvcache.footprint(build("mistral", sliding_window=12), None)[1]} == {8}
     assert kvcache.footprint(build("llama"), kv_format(4, "channel", 8, residual=60)) == (None, [])
 
 
-# What is refused.
+# Refusals.
 
 
 @pytest.mark.parametrize(
@@ -288,12 +291,12 @@ def test_no_bytes_are_claimed_past_positions_or_windows(monkeypatch: pytest.Monk
         ({"symmetric": True}, "zero_point=float has no use with symmetric=true"),
     ],
 )
-def test_formats_that_cannot_be(options: dict[str, Any], message: str) -> None:
+def test_impossible_formats_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         StatesFormat(**{"bits": 4, "granularity": "channel"} | options)
 
 
-def test_heads_that_a_format_does_not_fit() -> None:
+def test_heads_that_do_not_fit_a_format_are_refused() -> None:
     with pytest.raises(ValueError, match=r"kv.{key,value}.group_size=6 does not divide head_dim=16; use a divisor, or"):
         States(states_format(4, "token", 6)).append(uneven_states(2))
     with pytest.raises(ValueError, match="bits=3 does not fill whole bytes with head_dim=12; use 8 bits, or 4"):
@@ -302,9 +305,10 @@ def test_heads_that_a_format_does_not_fit() -> None:
         States(states_format(2, "token", 8)).append(uneven_states(2) * 1e6)
 
 
-def test_layers_that_cache_something_else_are_refused() -> None:
+def test_layers_that_cache_anything_but_keys_and_values_are_refused() -> None:
     shape = AutoConfig.for_model("qwen3_next", num_hidden_layers=4)
-    with pytest.raises(ValueError, match="kv=kv4_token cannot hold the LinearAttention.* of model=m; expected layers"):
+    message = "kv=kv4_token cannot replace the LinearAttention.* of model=m; expected layers"
+    with pytest.raises(ValueError, match=message):
         kvcache.check(kv_format(4, "token"), shape, 64, "m")
     assert kvcache.held_bytes(DynamicCache(config=shape)) is None
     assert kvcache.footprint(SimpleNamespace(config=shape), None) == (None, [])  # type: ignore[arg-type]
@@ -328,12 +332,16 @@ def test_shipped_formats_build_and_name_themselves(path: Any) -> None:
 
 def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:
     timed = ("measure=quick", "measure.prompt_len=8", "measure.repeats=1", "measure.decode_tokens=3")
-    plain, coded, both = (
+    plain, coded, quantized = (
         execute_run(tiny(*timed, *more))[0]
         for more in (("method=none",), ("method=none", "kv=kv4_token", *SMALL), ("kv=kv4_token", *SMALL))
     )
-    assert (plain.status, coded.status, both.status) == ("ok", "ok", "ok"), (plain.error, coded.error, both.error)
-    assert len({plain.run_id, coded.run_id, both.run_id}) == 3
+    assert (plain.status, coded.status, quantized.status) == ("ok", "ok", "ok"), (
+        plain.error,
+        coded.error,
+        quantized.error,
+    )
+    assert len({plain.run_id, coded.run_id, quantized.run_id}) == 3
     assert coded.config["kv"]["key"]["bits"] == 4
     assert coded.execution.kv == "kv4_token group_size=8"
     assert plain.execution.kv is None
@@ -342,11 +350,11 @@ def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:
     tokens = 8 + 1 + 3
     assert plain.metrics["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 4  # layers, keys and values, heads, channels, bytes
     assert coded.metrics["kv_bytes_per_token"] == 2 * 2 * 2 * (16 // 2 + 2 * 4)
-    for found in (plain, coded, both):
-        assert found.metrics["kv_mib"] == tokens * found.metrics["kv_bytes_per_token"] / 2**20
-        assert {row["length"] for row in found.kv} == {2048}
-        mib = {row["batch"]: row["mib"] for row in found.kv}
-        assert mib[1] == 2048 * found.metrics["kv_bytes_per_token"] / 2**20
+    for record in (plain, coded, quantized):
+        assert record.metrics["kv_mib"] == tokens * record.metrics["kv_bytes_per_token"] / 2**20
+        assert {row["length"] for row in record.kv} == {2048}
+        mib = {row["batch"]: row["mib"] for row in record.kv}
+        assert mib[1] == 2048 * record.metrics["kv_bytes_per_token"] / 2**20
         assert mib[32] == 32 * mib[1]
 
 
@@ -355,11 +363,11 @@ def test_batch_size_does_not_change_a_run(tiny: Tiny) -> None:
     assert one == pytest.approx(two, rel=1e-6)
 
 
-def test_simulated_weights_claim_no_cache(tiny: Tiny) -> None:
-    found = execute_run(tiny("execution=simulated", "kv=kv8_channel"))[0]
-    assert found.status == "ok", found.error
-    assert found.kv == []
-    assert not [name for name in found.metrics if name.startswith("kv")]
+def test_simulated_weights_report_no_cache(tiny: Tiny) -> None:
+    record = execute_run(tiny("execution=simulated", "kv=kv8_channel"))[0]
+    assert record.status == "ok", record.error
+    assert record.kv == []
+    assert not [name for name in record.metrics if name.startswith("kv")]
 
 
 @pytest.mark.parametrize(
@@ -370,19 +378,21 @@ def test_simulated_weights_claim_no_cache(tiny: Tiny) -> None:
         (("kv=kv4_token", "kv.residual=-1"), "kv.residual=-1 is out of range; expected 0 or more"),
         (
             ("kv=kv4_channel", "kv.residual=60"),
-            "kv.residual=60 and groups of 32 tokens leave all of data.seq_len=64",
+            "kv.residual=60 and groups of 32 tokens leave all tokens of data.seq_len=64 float",
         ),
     ],
 )
-def test_refused_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str) -> None:
-    monkeypatch.setattr(quantization, "quantize", lambda *_: pytest.fail("it was quantized before it was refused"))
-    found = execute_run(tiny(*overrides))[0]
-    assert found.status == "failed"
-    assert str(found.error).startswith(message)
+def test_runs_are_refused_before_quantization(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, overrides: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.setattr(quantization, "quantize", lambda *_: pytest.fail("quantized before the refusal"))
+    record = execute_run(tiny(*overrides))[0]
+    assert record.status == "failed"
+    assert str(record.error).startswith(message)
 
 
-def test_a_run_without_a_coded_cache_keeps_no_keys(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_without_a_coded_cache_stores_no_keys(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvcache, "footprint", lambda *_: (None, []))
     monkeypatch.setattr(DynamicCache, "__init__", lambda *_args, **_options: pytest.fail("a cache was made"))
-    found = execute_run(tiny("method=none"))[0]
-    assert found.status == "ok", found.error
+    record = execute_run(tiny("method=none"))[0]
+    assert record.status == "ok", record.error

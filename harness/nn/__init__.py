@@ -1,1 +1,16 @@
-"""Modules that a quantized model consists of: QuantLinear, KV caches that hold codes, and hooks on modules."""
+"""Modules of a quantized model: QuantLinear, KV caches that store codes, and hooks on modules.
+
+`quantization` and `models` build QuantLinears, `calibration` uses the hooks, `evaluation` and `runs` the caches.
+The functions of caches are called through their module: `kvcache.maker`, `kvcache.check`, `kvcache.footprint`.
+"""
+
+from harness.nn.hooks import first_of as first_of
+from harness.nn.hooks import hooked as hooked
+from harness.nn.hooks import standing_in as standing_in
+from harness.nn.hooks import tensors_of as tensors_of
+from harness.nn.kvcache import MakeCache as MakeCache
+from harness.nn.linear import QuantLinear as QuantLinear
+from harness.nn.linear import replace as replace
+from harness.nn.linear import resident_bytes as resident_bytes
+from harness.nn.linear import stored_bytes as stored_bytes
+from harness.nn.linear import swapped as swapped

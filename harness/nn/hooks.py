@@ -1,4 +1,4 @@
-"""Hooks on modules that are gone afterwards, modules whose forward is replaced for a while, and nests of tensors."""
+"""Context managers for hooks and replaced forwards, and the tensors in arguments and outputs of modules."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 @contextmanager
 def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
-    """Remove the hooks of `handles` at the end, whatever happens inside."""
+    """Remove the hooks of `handles` on exit, also after an error."""
     attached = list(handles)
     try:
         yield
@@ -23,7 +23,7 @@ def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
 
 @contextmanager
 def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Replace the forward of a module, whether its class's or one that was set on the instance (as accelerate does)."""
+    """Replace the forward of a module until exit, also a forward that was set on the instance (as accelerate does)."""
     previous = vars(module).get("forward")
     module.forward = forward
     try:
@@ -35,17 +35,17 @@ def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 
 
 def first_of(output: Any) -> Any:
-    """The hidden states among the outputs of a module: the output, or the first item of a tuple."""
+    """The hidden states among the outputs of a module: the output itself, or the first item of a tuple."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def tensors_of(nest: Any) -> Iterator[Tensor]:
-    """Every tensor in a nest of arguments."""
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, tuple | list):
-        for item in nest:
+def tensors_of(arguments: Any) -> Iterator[Tensor]:
+    """Every tensor in nested tuples, lists and dicts of arguments."""
+    if isinstance(arguments, Tensor):
+        yield arguments
+    elif isinstance(arguments, tuple | list):
+        for item in arguments:
             yield from tensors_of(item)
-    elif isinstance(nest, dict):
-        for item in nest.values():
+    elif isinstance(arguments, dict):
+        for item in arguments.values():
             yield from tensors_of(item)

@@ -1,8 +1,8 @@
-"""A KV cache that holds codes, as transformers' attention asks for one, and what caches take in memory.
+"""A KV cache that stores codes, with the interface that transformers' attention expects, and the memory of caches.
 
-Attention sees every token as the cache holds it after the tokens of the same call were added: a pass over a whole
-window attends to codes throughout, also within groups that a decoder would still have held as floats when it was
-at that token. Figures of such a pass are therefore no better than decoding's.
+Attention sees every token as the cache stores it after all tokens of the same call were added. A pass over a whole
+window therefore attends to codes throughout, also within groups that a decoder at that token would still store as
+floats. So its perplexity and KL are no better than those of decoding token by token.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _MIB = 2**20
 
 
 class CodedLayer(CacheLayerMixin):
-    """Keys and values of one layer. It only grows: sliding windows are masked, not dropped."""
+    """Keys and values of one layer as codes. It only grows: tokens outside a sliding window are masked, not dropped."""
 
     is_sliding = False
 
@@ -36,14 +36,14 @@ class CodedLayer(CacheLayerMixin):
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_options: Any) -> tuple[Tensor, Tensor]:
-        """Add the tokens of one call, (B, heads, T, head_dim); returns all so far as they are stored."""
+        """Add the keys and values of one call, (B, heads, T, head_dim); returns those of all tokens so far, decoded."""
         self.lazy_initialization(key_states, value_states)
         keys, values = self.stored
         return keys.append(key_states), values.append(value_states)
 
     @property
     def tensors(self) -> list[Tensor]:
-        """All that is held."""
+        """All tensors that the layer stores."""
         return [tensor for states in self.stored for tensor in states.tensors]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -57,7 +57,7 @@ class CodedLayer(CacheLayerMixin):
 
 
 def maker(fmt: KVFormat | None) -> MakeCache | None:
-    """What makes an empty cache of the format; None for float caches, which models make themselves."""
+    """A function that makes an empty cache of the format; None for float caches, which models make themselves."""
     return None if fmt is None else lambda: _coded(fmt)
 
 
@@ -66,7 +66,7 @@ def _coded(fmt: KVFormat) -> Any:
 
 
 def held_bytes(cache: Any) -> int | None:
-    """Bytes of memory that a cache, float or coded, holds; None if layers hold something else than keys and values."""
+    """Bytes of memory that a cache, float or coded, takes; None if a layer stores anything but keys and values."""
     if _others(cache):
         return None
     layers = (x.tensors if isinstance(x, CodedLayer) else [x.keys, x.values] for x in cache.layers)
@@ -74,57 +74,65 @@ def held_bytes(cache: Any) -> int | None:
 
 
 def check(fmt: KVFormat, shape: Any, seq_len: int, name: str) -> str | None:
-    """Check a format against the model's config, before its weights are there; returns a warning where due.
+    """Check a format against the model's config, before the weights are loaded; returns a warning or None.
 
-    Raises: ValueError if layers cache something else than keys and values, or no token of a window would be coded.
+    Raises: ValueError if a layer caches anything but keys and values, or no token of a window would be coded.
     """
-    other = _others(DynamicCache(config=shape))
-    if other:
+    unsupported = _others(DynamicCache(config=shape))
+    if unsupported:
         raise ValueError(
-            f"kv={fmt.name} cannot hold the {type(other[0]).__name__} of model={name}; expected layers that cache "
-            "keys and values alone, use kv=none"
+            f"kv={fmt.name} cannot replace the {type(unsupported[0]).__name__} of model={name}; expected layers that "
+            "cache only keys and values, use kv=none"
         )
     if fmt.residual + fmt.tokens > seq_len:
         raise ValueError(
-            f"kv.residual={fmt.residual} and groups of {fmt.tokens} tokens leave all of data.seq_len={seq_len} float; "
-            "use a longer seq_len, or fewer"
+            f"kv.residual={fmt.residual} and groups of {fmt.tokens} tokens leave all tokens of data.seq_len={seq_len} "
+            "float; use a longer data.seq_len, a smaller kv.residual or smaller groups"
         )
     window = _window(shape)
     if window is not None and seq_len > window:
-        return f"kv={fmt.name} holds all {seq_len} tokens of layers that see {window}; kv_mib is larger than need be"
+        return (
+            f"kv={fmt.name} stores all {seq_len} tokens in layers that attend to the last {window}; "
+            "kv_mib is larger than necessary"
+        )
     return None
 
 
 def _others(cache: Any) -> list[Any]:
-    """Layers of a cache that hold something else than keys and values."""
-    known = (DynamicLayer, DynamicSlidingWindowLayer, CodedLayer)
-    return [layer for layer in cache.layers if type(layer) not in known]
+    """Layers of a cache that store anything but keys and values."""
+    supported = (DynamicLayer, DynamicSlidingWindowLayer, CodedLayer)
+    return [layer for layer in cache.layers if type(layer) not in supported]
 
 
 def _window(shape: Any) -> int | None:
-    """Tokens that the layer with the shortest sliding window sees, if there is one."""
+    """Length of the shortest sliding window of a layer, in tokens; None if no layer has one."""
     layers = DynamicCache(config=shape).layers
     return min((x.sliding_window for x in layers if isinstance(x, DynamicSlidingWindowLayer)), default=None)
 
 
 @torch.inference_mode()
 def prove(model: nn.Module, fmt: KVFormat) -> None:
-    """Run the model on two tokens with a coded cache.
+    """Run the model on two tokens with a coded cache, to prove that it uses the cache.
 
-    Raises: ValueError if the format does not fit its heads, or the model leaves the cache empty.
+    Raises: ValueError if the format does not fit the attention heads, or the model leaves the cache empty.
     """
     cache = _coded(fmt)
     _filled(model, 2, lambda: cache)
     if not (cache.layers and all(layer.get_seq_length() == 2 for layer in cache.layers)):
-        raise ValueError(f"kv={fmt.name}: {type(model).__name__} does not use the cache it is given; use kv=none")
+        raise ValueError(
+            f"kv={fmt.name}: {type(model).__name__} does not use the cache that is passed to it; use kv=none"
+        )
 
 
 @torch.inference_mode()
 def footprint(model: nn.Module, fmt: KVFormat | None) -> tuple[float | None, list[dict[str, float]]]:
-    """Bytes that a token adds to the cache of one sequence, and MiB by length and batch, as far as positions reach.
+    """Bytes that one token adds to the cache of one sequence, and rows of MiB for each length and batch size.
 
-    Short caches are built and measured. Past the first `residual` tokens, bytes grow by the same amount every
-    `tokens` tokens, and always in proportion to the batch, so that these figures are exact.
+    Short caches are built and measured. Past the first `residual` tokens, the bytes grow by the same amount every
+    `tokens` tokens, and always in proportion to the batch, so the figures are exact. Lengths that exceed the model's
+    positions or its sliding window are left out.
+
+    Returns: (None, []) if the window or the positions are too short, or layers cache anything but keys and values.
     """
     shape: Any = model.config
     window, longest = _window(shape), getattr(shape.get_text_config(), "max_position_embeddings", None)
@@ -134,18 +142,18 @@ def footprint(model: nn.Module, fmt: KVFormat | None) -> tuple[float | None, lis
     if start + period > limit or _others(DynamicCache(config=shape)):
         return None, []
 
-    def measured(length: int) -> int:
-        held = held_bytes(_filled(model, length, maker(fmt)))
-        assert held is not None  # as the config says
-        return held
+    def measure(length: int) -> int:
+        size = held_bytes(_filled(model, length, maker(fmt)))
+        assert size is not None  # checked above: all layers cache keys and values
+        return size
 
-    first, second = measured(start), measured(start + period)
+    first, second = measure(start), measure(start + period)
     slope = (second - first) / period
     rows = []
     for length in (n for n in LENGTHS if n <= limit):
         short = start + (length - start) % period
-        one = (first if short == start else measured(short)) + slope * (length - short)
-        rows += [{"batch": batch, "length": length, "mib": one * batch / _MIB} for batch in BATCHES]
+        sequence_bytes = (first if short == start else measure(short)) + slope * (length - short)
+        rows += [{"batch": batch, "length": length, "mib": sequence_bytes * batch / _MIB} for batch in BATCHES]
     return slope, rows
 
 

@@ -1,4 +1,4 @@
-"""QuantLinear: a linear that runs from its stored bits, with its input quantized where the scheme says so."""
+"""QuantLinear, a linear that computes with its stored bits, and functions that exchange linears and measure sizes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from harness.kernels.table import choose
 
 
 class QuantLinear(nn.Module):
-    """y = x' W'^T + b with W' (N out, K in) of a QTensor and x' the inputs, quantized where the scheme says so.
+    """y = x' W'^T + b, with W' (N out, K in) decoded from a QTensor and x' the inputs, quantized if the scheme says so.
 
-    It starts with the QTensor and its decoded weight in memory. `pack` keeps what a kernel reads, and nothing else
-    (execution=packed); `simulate` keeps the decoded weight (execution=simulated). Both give the same result.
+    It starts with the QTensor and its decoded weight in memory. `pack` keeps only the tensors that a kernel reads
+    (execution=packed); `simulate` keeps only the decoded weight (execution=simulated). Both give the same result.
     """
 
     bias: Tensor | None
@@ -39,19 +39,19 @@ class QuantLinear(nn.Module):
 
     @property
     def kernel(self) -> str:
-        """Name of what runs once packed."""
+        """Name of the kernel that runs after packing."""
         assert self.packed is not None
         return self.packed.name if isinstance(self.packed, Kernel) else self.packed.kernel
 
     def refresh(self) -> None:
-        """Take note that the QTensor's floats have changed; before `pack` and `simulate`."""
+        """Recompute stored bits and decoded weight after the QTensor's floats changed; before `pack` or `simulate`."""
         assert isinstance(self.packed, QTensor)
         self.stored_bits = self.packed.stored_bits
         if self.decoded is not None:
             self.decoded = self.packed.dequantize(self.dtype)
 
     def pack(self) -> QuantLinear:
-        """Keep the weight in the order of the kernel that runs it, or the QTensor where none does."""
+        """Keep only the weight in the layout of its kernel, or the QTensor if no kernel supports it."""
         self.decoded = None
         assert isinstance(self.packed, QTensor)
         device = next(self.packed.buffers()).device
@@ -59,40 +59,40 @@ class QuantLinear(nn.Module):
         return self
 
     def simulate(self) -> QuantLinear:
-        """Keep the decoded weight alone; a QTensor that quantizes its inputs itself has none and stays."""
+        """Keep only the decoded weight; a QTensor that quantizes its inputs has no decoded weight and is kept."""
         if self.decoded is not None:
             self.packed = None
         return self
 
     def forward(self, inputs: Tensor) -> Tensor:
-        itself = self.decoded is None and self.packed is not None and self.packed.quantizes_inputs
-        if self.input_quantizer is not None and not itself:
+        quantizes_inputs = self.decoded is None and self.packed is not None and self.packed.quantizes_inputs
+        if self.input_quantizer is not None and not quantizes_inputs:
             inputs = self.input_quantizer(inputs)
         if self.decoded is not None:
             return F.linear(inputs, self.decoded, self.bias)
         if isinstance(self.packed, QTensor):
             return self.packed.linear(inputs, self.bias)
         assert self.packed is not None
-        found: Tensor = self.packed(inputs, self.bias)
-        return found
+        outputs: Tensor = self.packed(inputs, self.bias)
+        return outputs
 
 
 def replace(model: nn.Module, name: str, new: nn.Module) -> None:
-    """Put `new` in the place of the module called `name`."""
+    """Replace the module called `name` by `new`."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, new)
 
 
 @contextmanager
 def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None]:
-    """`modules` in the places of those of their names, which are put back at the end, whatever happens inside."""
-    kept = {name: model.get_submodule(name) for name in modules}
+    """Replace the modules of the same names by `modules`; on exit, also after an error, put the originals back."""
+    originals = {name: model.get_submodule(name) for name in modules}
     try:
         for name, module in modules.items():
             replace(model, name, module)
         yield
     finally:
-        for name, module in kept.items():
+        for name, module in originals.items():
             replace(model, name, module)
 
 
@@ -101,23 +101,23 @@ def stored_bytes(model: nn.Module) -> int:
 
     Buffers that are computed rather than stored (rotary frequencies) are not weights.
     """
-    seen: dict[int, int] = {}
+    sizes: dict[int, int] = {}
     for module in model.modules():
         if isinstance(module, QuantLinear):
             bias = module.bias.nbytes if module.bias is not None else 0
             static = sum(buffer.nbytes for buffer in module.input_quantizer.buffers()) if module.input_quantizer else 0
-            seen[id(module)] = module.stored_bits // 8 + bias + static
+            sizes[id(module)] = module.stored_bits // 8 + bias + static
     for parameter in model.parameters():
-        seen[id(parameter)] = parameter.nbytes
-    return sum(seen.values())
+        sizes[id(parameter)] = parameter.nbytes
+    return sum(sizes.values())
 
 
 def resident_bytes(model: nn.Module) -> int:
-    """Bytes of a model's parameters and buffers as they are in memory, in the order of the kernels that run them."""
+    """Bytes of a model's parameters and buffers in memory, in the layout of the kernels that run them."""
     strided, other = dict[int, int](), 0
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.layout == torch.strided:
             strided[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
-        else:  # a kernel's own, which shares nothing
+        else:  # a layout of a kernel's library: it shares no memory
             other += tensor.nbytes
     return sum(strided.values()) + other

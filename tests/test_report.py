@@ -269,7 +269,7 @@ def test_channels_keep_the_largest_of_many() -> None:
     assert kept is not None
     assert kept["channel"][:3] == [999, 998, 997]
     assert kept["before"][: layers.LARGEST] == before[: -layers.LARGEST - 1 : -1]
-    assert len(kept["rank"]) == layers.KEPT
+    assert len(kept["rank"]) == layers.DRAWN
     assert kept["rank"] == sorted(set(kept["rank"]))
     assert layers.channels({"before": [float("nan")]}) is None
 

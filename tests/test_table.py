@@ -432,7 +432,7 @@ def test_a_ratio_within_noise_is_marked_and_the_mark_explained() -> None:
     text = table.to_markdown(to_frame([scored("a", NLL, "none"), noise, equal, worse]))
     assert text.count("(≈1.00x)") == 1
     assert "(1.65x)" in text
-    assert "≈: its 95% interval over windows holds 1" in text
+    assert "≈: its 95% interval over windows contains 1" in text
     assert "≈" not in table.to_markdown(to_frame([scored("a", NLL, "none"), equal, worse]))
 
 

@@ -21,3 +21,5 @@ from harness.reports.sweep_table import sweeps_sheet as sweeps_sheet
 from harness.reports.table import show as show
 from harness.reports.table import to_markdown as to_markdown
 from harness.reports.table import to_sheet as to_sheet
+from harness.reports.verdict import Figure as Figure
+from harness.reports.verdict import Report as Report

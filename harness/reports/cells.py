@@ -90,7 +90,7 @@ def shared(frame: pd.DataFrame, columns: Columns) -> str:
     """The values that all rows have, and what the signs of the table mean, in one line."""
     marks = ["with x: ratio to the float baseline (times: how many times as fast)"]
     if any(_is_noise(row) for _, row in frame.iterrows()):
-        marks.append("≈: its 95% interval over windows holds 1")
+        marks.append("≈: its 95% interval over windows contains 1")
     if columns == "all" and frame["rank_low"].notna().any():
         marks.append("rank: among rows on the same windows, 2-4 where their intervals leave 2 to 4 open")
     if "seeds" in frame:

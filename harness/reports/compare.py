@@ -30,7 +30,7 @@ _COMPARED = (
     "run_id_new",
 )
 _COLUMNS = [*_DESCRIBED, *_COMPARED]
-_SIGNS = "ratio: perplexity, new / old, with its 95% interval over the windows of both; moved: it leaves 1 out"
+_SIGNS = "ratio: perplexity, new / old, with its 95% interval over the windows of both; moved: it does not contain 1"
 
 
 def comparison_sheet(paths: str, seeds: bool = False) -> Sheet:
@@ -60,7 +60,7 @@ def _read(path: Path, seeds: bool) -> list[Record]:
 
 
 def _order(pair: Pair) -> tuple[bool, bool, str]:
-    """Perplexities that moved first, then other figures that moved, then the rest."""
+    """Perplexities that moved first, then other figures that moved, then all others."""
     return not pair.moved, not other_changes(pair.old, pair.new), label(pair.new)
 
 

@@ -11,7 +11,6 @@ from harness.records import Record
 from harness.records.metrics import METRICS, Metric
 from harness.reports import ranking
 from harness.reports.describe import DESCRIBED, DTYPES, describe
-from harness.reports.describe import label as label  # until cli.reproduce imports it from harness.reports
 
 _NAMES = tuple(metric.name for metric in METRICS)
 # Ratios that the frame computes; those of times are speedups, which runs measure in pairs.
@@ -93,7 +92,7 @@ def _columns(records: Iterable[Record]) -> list[str]:
 
 
 def _typed(frame: pd.DataFrame) -> pd.DataFrame:
-    """The frame with float64 metrics and bits; what is no number, as a failed run may have, becomes NaN."""
+    """The frame with float64 metrics and bits; values of failed runs that are no numbers become NaN."""
     for name in frame.columns.difference([*DESCRIBED, "error"]).union(["bits"]):
         frame[name] = pd.to_numeric(frame[name], errors="coerce").astype("float64")
     return frame

@@ -12,7 +12,7 @@ from harness.reports.describe import describe
 from harness.reports.frame import is_stale
 from harness.reports.render import Sheet
 
-_HEAD = "MiB that a KV cache holds, by sequences x tokens; with x: ratio to the model's float cache of the same length"
+_HEAD = "MiB of a KV cache, by sequences x tokens; with x: ratio to the model's float cache of the same length"
 _FLOAT = "none"
 _NAMES = ("model", "dtype", "kv")
 

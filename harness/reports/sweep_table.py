@@ -12,7 +12,7 @@ from harness.reports.render import Sheet
 
 _COUNTS = ("runs", "ok", "failed", "skipped")
 _STAGES = ("load", "data", "other", *sweep.WORK)
-_HEAD = "seconds of each stage, all runs together; load, data and other (processes, records) are the harness's own"
+_HEAD = "seconds of each stage, all runs together; own share: that of load, data and other (processes, records)"
 
 
 def sweeps_sheet(folder: Path, only: Collection[str] = (), title: str = "") -> Sheet:

@@ -13,7 +13,7 @@ from harness.reports.html.details import number
 Json = dict[str, Any]
 
 FIGURES = {metric.name: metric.long for metric in LINEAR_METRICS}  # those of the output first
-LARGEST, KEPT = 48, 160  # channels kept for a plot: the largest, and in all
+LARGEST, DRAWN = 48, 160  # channels drawn in a plot: the largest, and in all
 
 
 def sensitivity(records: Sequence[Record], labels: dict[str, str]) -> Json:
@@ -49,7 +49,7 @@ def outliers(records: Sequence[Record], labels: dict[str, str]) -> list[Json]:
     runs = []
     for record in records:
         rows = record.analysis.outliers.items()
-        linears = {str(name): kept for name, row in rows if (kept := channels(row))}
+        linears = {str(name): drawn for name, row in rows if (drawn := channels(row))}
         if linears:
             runs.append({"run": record.run_id, "label": labels[record.run_id], "linears": linears})
     return runs
@@ -65,16 +65,16 @@ def channels(row: Any) -> Json | None:
         return None
     order = sorted(range(len(before)), key=lambda channel: -before[channel])
     ranks = list(range(len(order)))
-    if len(ranks) > KEPT:
-        step = (len(ranks) - LARGEST) / (KEPT - LARGEST)
-        ranks = ranks[:LARGEST] + [LARGEST + int(i * step) for i in range(KEPT - LARGEST)]
+    if len(ranks) > DRAWN:
+        step = (len(ranks) - LARGEST) / (DRAWN - LARGEST)
+        ranks = ranks[:LARGEST] + [LARGEST + int(i * step) for i in range(DRAWN - LARGEST)]
     chosen = [order[rank] for rank in ranks]
     after = row.get("after")
     complete = isinstance(after, list) and len(after) == len(before)
-    kept = {"total": len(before), "rank": [rank + 1 for rank in ranks], "channel": chosen}
-    kept["before"] = [_rounded(before[channel]) for channel in chosen]
-    kept["after"] = [_rounded(after[channel]) for channel in chosen] if complete else None
-    return kept
+    drawn = {"total": len(before), "rank": [rank + 1 for rank in ranks], "channel": chosen}
+    drawn["before"] = [_rounded(before[channel]) for channel in chosen]
+    drawn["after"] = [_rounded(after[channel]) for channel in chosen] if complete else None
+    return drawn
 
 
 def _rounded(value: Any) -> float | None:

@@ -85,8 +85,8 @@ async function linearsByBlock({ linears, runs, titles, spec }) {
   run.addEventListener("change", () => (figures(), draw()));
   figure.addEventListener("change", draw);
   pickers.push((id) => {
-    const found = runs.findIndex((item) => item.run === id);
-    if (found >= 0) (run.value = found), figures(), draw();
+    const place = runs.findIndex((item) => item.run === id);
+    if (place >= 0) (run.value = place), figures(), draw();
   });
   draw();
 }
@@ -94,7 +94,7 @@ async function linearsByBlock({ linears, runs, titles, spec }) {
 async function channelsOfLinear({ runs, spec }) {
   const run = document.getElementById("outliers-run");
   const linear = document.getElementById("outliers-linear");
-  const kept = () => runs[run.value].linears[linear.value];
+  const channels = () => runs[run.value].linears[linear.value];
   const rowsOf = ({ rank, channel, before, after }) =>
     rank.flatMap((place, i) => [
       { rank: place, channel: channel[i], stage: "before", absmax: before[i] },
@@ -108,20 +108,20 @@ async function channelsOfLinear({ runs, spec }) {
   };
   fill(run, runs.map(({ label }, i) => [i, label]));
   linears();
-  const { view } = await embed("#outliers-chart", { ...spec, datasets: { channels: rowsOf(kept()) } });
+  const { view } = await embed("#outliers-chart", { ...spec, datasets: { channels: rowsOf(channels()) } });
   const draw = () => {
-    const { total, rank, before, after } = kept();
+    const { total, rank, before, after } = channels();
     const fall = after ? `, ${Math.max(...after).toPrecision(3)} after` : "; after it nothing was measured";
     const thinned = total > rank.length ? `; drawn are ${rank.length} of ${total} channels: all of the largest, some of the others` : "";
     document.getElementById("outliers-note").textContent =
       `Largest magnitude: ${Math.max(...before).toPrecision(3)} before smoothing${fall}${thinned}.`;
-    return view.data("channels", rowsOf(kept())).runAsync();
+    return view.data("channels", rowsOf(channels())).runAsync();
   };
   run.addEventListener("change", () => (linears(), draw()));
   linear.addEventListener("change", draw);
   pickers.push((id) => {
-    const found = runs.findIndex((item) => item.run === id);
-    if (found >= 0) (run.value = found), linears(), draw();
+    const place = runs.findIndex((item) => item.run === id);
+    if (place >= 0) (run.value = place), linears(), draw();
   });
   draw();
 }

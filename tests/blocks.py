@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from harness.core import InputGroup, Scheme, Stat, Stats, WeightFormat
 from harness.models import Decoder, input_groups, weight_of
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from harness.quantization.producers import Discovery
 from harness.quantization.scale_search import Trial
 from tests.support.decoders import linears

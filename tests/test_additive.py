@@ -9,7 +9,7 @@ from torch import Tensor
 from harness.core import WeightFormat, round_to_nearest
 from harness.core.formats import AdditiveQTensor, Gather
 from harness.core.formats.additive import _LOOKUP_ROWS
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 
 ROWS, GROUPS = 37, 11  # odd, so no power of two
 

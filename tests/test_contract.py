@@ -24,7 +24,7 @@ from harness.core import (
     overrides,
     round_to_nearest,
 )
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from tests.conftest import ROOT, resolve
 
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml") if path.stem != "none")

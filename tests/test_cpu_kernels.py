@@ -13,7 +13,7 @@ from harness.core.formats import InputQuantizer, PermutedQTensor
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
 from harness.kernels.table import choose
-from harness.nn.linear import QuantLinear, resident_bytes
+from harness.nn import QuantLinear, resident_bytes
 
 CPU = torch.device("cpu")
 INT8_ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow")

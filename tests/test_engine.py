@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from harness.config import RunConfig, build_run
 from harness.core import InputGroup, Method, MinMax, QTensor, Residual, Scheme, Stat, Stats, round_to_nearest
 from harness.models import weight_of
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from methods.rtn import RTN
 from tests.blocks import Block, codes_of, logits, relative
 from tests.families import build, uneven

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from harness.config import build_run
 from harness.core import AbsMean, Finetune, Method, QTensor, Scheme, Stats
 from harness.core.formats import Tuner
-from harness.nn.hooks import first_of
-from harness.nn.linear import QuantLinear, replace
+from harness.nn import QuantLinear, first_of, replace
 from harness.quantization import finetune as tuning
 from harness.quantization import passes
 from tests.blocks import TOKENS, logits, relative

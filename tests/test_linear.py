@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from harness.core import ActivationFormat, WeightFormat, round_to_nearest
 from harness.core.formats import InputQuantizer
-from harness.nn.linear import QuantLinear, stored_bytes
+from harness.nn import QuantLinear, stored_bytes
 
 
 def naive_symmetric(values: Tensor, bits: int) -> Tensor:

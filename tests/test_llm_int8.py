@@ -9,7 +9,7 @@ from torch import Tensor
 from harness.config import build_run
 from harness.core import ActivationFormat, MinMax, Scheme, Stats, WeightFormat, round_to_nearest
 from harness.core.formats import InputQuantizer, MixedQTensor
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from methods.llm_int8 import LLMInt8
 from tests.conftest import resolve
 

@@ -21,7 +21,7 @@ from harness.config import RunConfig, build_run
 from harness.core import QTensor, round_to_nearest
 from harness.core.formats import snap_weight
 from harness.models import Decoder, weight_of
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from harness.quantization import mixed
 from harness.quantization.allocation import Choice, allocate, hull
 from harness.records import Analysis, Record, Weights, store

@@ -12,7 +12,7 @@ from harness.config import build
 from harness.core import Scheme, Stats
 from harness.core.formats import LevelsQTensor
 from harness.core.formats.codebook import NESTED_BLOCK, decode_blocks, dynamic_levels, encode_blocks, nearest
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from methods.nf4 import FP4, NF4, Codebook
 from tests.conftest import resolve
 

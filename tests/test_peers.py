@@ -14,7 +14,7 @@ from torch import Tensor
 from harness.config import build
 from harness.core import Scheme, Stats, round_to_nearest
 from harness.core.formats import InputQuantizer
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from harness.runs import execute_run
 from methods.peers.bitsandbytes import Bnb4Bit, Bnb4BitQTensor, BnbFP4, BnbInt8, BnbInt8QTensor, BnbNF4
 from tests.conftest import TINY, Done, resolve

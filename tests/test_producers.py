@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.config import RunConfig, build_run
 from harness.core import InputGroup, Producer
 from harness.models import Decoder, weight_of
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from harness.quantization.producers import Discovery, Found, _Scratch
 from tests.blocks import TOKENS, Block, logits, relative
 from tests.conftest import TINY, resolve

@@ -14,7 +14,7 @@ from harness.core.formats import IncoherentQTensor
 from harness.core.formats.incoherent import STAGES
 from harness.core.formats.lattice import E8P, SMALL
 from harness.core.hadamard import rotate
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from methods.quip_sharp import QuIPSharp, solve
 
 ROWS, COLUMNS = 12, 48

@@ -19,7 +19,7 @@ from harness.config import build_run
 from harness.core import Method, Residual, hadamard
 from harness.core.rotated import Rotated
 from harness.models import Decoder, weight_of
-from harness.nn.linear import QuantLinear, stored_bytes
+from harness.nn import QuantLinear, stored_bytes
 from harness.quantization.residual_stream import discover, measured
 from methods.rotate import Rotate, random_orthogonal, turn
 from methods.rtn import RTN

@@ -17,7 +17,7 @@ from harness.cli import attribution as command
 from harness.config import RunConfig, build_run
 from harness.evaluation import sensitivity
 from harness.models import Decoder, weight_of
-from harness.nn.linear import swapped
+from harness.nn import swapped
 from harness.quantization.engine import Result
 from harness.records import Analysis, Record, Weights, write
 from harness.reports import attribution

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from harness.calibration.replay import Stream
 from harness.core import InputGroup, Stat, Stats
-from harness.nn.hooks import tensors_of
+from harness.nn import tensors_of
 from harness.utils.digests import digest, machine, module_digest, tensor_digest
 from harness.utils.disk_cache import DiskCache
 

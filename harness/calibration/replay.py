@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.calibration.proofs import SAME_LOGITS, relative_error, within
 from harness.calibration.shortcut import Shortcut
 from harness.models import Decoder
-from harness.nn.hooks import first_of, hooked
+from harness.nn import first_of, hooked
 
 Watcher = Callable[[Tensor], None]
 

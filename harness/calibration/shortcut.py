@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from harness.models import linears_of
-from harness.nn.hooks import first_of, hooked, standing_in
+from harness.nn import first_of, hooked, standing_in
 
 
 @dataclass

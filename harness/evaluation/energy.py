@@ -20,7 +20,7 @@ from torch import nn
 
 from harness.config import MeasureConfig
 from harness.evaluation.workload import Pair, decode_call, milliseconds, prefill_call, random_tokens, synchronize
-from harness.nn.kvcache import MakeCache
+from harness.nn import MakeCache
 
 POWERCAP = Path("/sys/class/powercap")
 _BLOCK_S = 0.5

@@ -11,8 +11,7 @@ from torch import nn
 
 from harness.config import MeasureConfig
 from harness.evaluation.workload import Pair, decode_call, milliseconds, prefill_call, random_tokens
-from harness.nn import kvcache
-from harness.nn.kvcache import MakeCache
+from harness.nn import MakeCache, kvcache
 from harness.utils.progress import Track, silent
 
 _MIB = 2**20

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from harness.calibration import PROBE_TOKENS, relative_error
 from harness.evaluation.tail import Tail
-from harness.nn.kvcache import MakeCache
+from harness.nn import MakeCache
 from harness.utils.progress import Track, silent
 
 _LOGIT_ELEMENTS = 2**24  # logits that may exist at once: 64 MiB of float32

@@ -21,7 +21,7 @@ from harness.calibration import PROBE_TOKENS, Stream, verify
 from harness.evaluation.divergence import token_kl
 from harness.evaluation.tail import Tail, after_blocks
 from harness.models import Decoder
-from harness.nn.linear import swapped
+from harness.nn import swapped
 from harness.utils.progress import Track, silent
 
 Modules = Mapping[str, nn.Module]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from harness.calibration import PROBE_TOKENS, SAME_LOGITS, Stream, logits, relative_error, within
 from harness.models import Decoder
-from harness.nn.hooks import standing_in
+from harness.nn import standing_in
 
 
 class Tail:

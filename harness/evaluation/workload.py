@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config import MeasureConfig
-from harness.nn.kvcache import MakeCache
+from harness.nn import MakeCache
 
 Pair = tuple[nn.Module, nn.Module]  # the model, and the float model that it is compared with
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from harness.nn.hooks import hooked
+from harness.nn import hooked
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from harness.models import linears_of
-from harness.nn.hooks import hooked, tensors_of
+from harness.nn import hooked, tensors_of
 
 _ADD = frozenset({"add", "iadd", "radd"})
 _SCALE = frozenset({"mul", "imul", "rmul", "div", "truediv", "true_divide"})

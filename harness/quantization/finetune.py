@@ -18,8 +18,7 @@ from torch.nn import functional as F
 
 from harness.core import Finetune, QTensor
 from harness.core.formats import Tuner
-from harness.nn.hooks import standing_in
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear, standing_in
 
 _HELD_OUT = 8  # one sequence of so many
 _TINY = 1e-12  # of a token's square

@@ -16,7 +16,7 @@ from harness.calibration import relative_error
 from harness.core import Hessian, Method, MinMax, QTensor, Sample, Scheme, Stats
 from harness.core.formats import InputQuantizer, compute_dtype
 from harness.models import weight_of
-from harness.nn.linear import QuantLinear, replace
+from harness.nn import QuantLinear, replace
 
 
 def install(

@@ -22,7 +22,7 @@ from harness.calibration.proofs import Limits
 from harness.config import RunConfig
 from harness.core import Hessian, InputGroup, Method, MinMax, QTensor, Sample, Scheme, Stat, Stats, overrides
 from harness.models import Decoder
-from harness.nn.linear import QuantLinear
+from harness.nn import QuantLinear
 from harness.quantization.finetune import finetune
 from harness.quantization.install import install, recorded, row_of
 from harness.quantization.producers import Discovery

@@ -21,7 +21,7 @@ from harness.calibration import Stream
 from harness.core import InputGroup, Producer
 from harness.core.groups import Kind
 from harness.models import weight_of
-from harness.nn.hooks import hooked
+from harness.nn import hooked
 
 _SAME = 1e-4  # relative, for a channel that moved by a factor
 _KEPT = 1e-3  # how much of what a scale moves may be left once its producer absorbs it

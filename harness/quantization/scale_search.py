@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from harness.calibration import Stream
 from harness.core import Hessian, InputGroup, Stats
 from harness.core.formats import InputQuantizer, snap_weight
-from harness.nn.hooks import first_of, hooked
+from harness.nn import first_of, hooked
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 

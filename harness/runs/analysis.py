@@ -9,7 +9,7 @@ from harness.config import RunConfig
 from harness.evaluation import sensitivity
 from harness.evaluation.outliers import absmax
 from harness.models import Decoder, matching
-from harness.nn.linear import swapped
+from harness.nn import swapped
 from harness.quantization import Result
 from harness.utils.disk_cache import DiskCache
 from harness.utils.progress import Track, silent

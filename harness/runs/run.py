@@ -17,8 +17,7 @@ from harness.evaluation.assess import Assessment
 from harness.evaluation.memory import peak_memory_mib, reset_peak_memory
 from harness.models import Decoder, Source
 from harness.models.exchange import native
-from harness.nn import kvcache
-from harness.nn.linear import resident_bytes, stored_bytes
+from harness.nn import kvcache, resident_bytes, stored_bytes
 from harness.quantization import mixed
 from harness.records.record import Execution, Record, Text, Texts, Weights
 from harness.runs.analysis import Analyser

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from harness.config import build
 from harness.core import IntQTensor, QTensor, Scheme
 from harness.core.formats import InputQuantizer
-from harness.nn.linear import QuantLinear, replace
+from harness.nn import QuantLinear, replace
 from harness.utils.files import replacing
 
 VERSION = 1

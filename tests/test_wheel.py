@@ -18,6 +18,7 @@ import pytest
 from harness.cli import main
 from harness.cli.main import COMMANDS
 from harness.cli.run import CONF
+from harness.runs.sources import Sources
 from tests.conftest import ROOT, TINY
 
 RUN = (*TINY, "measure=off")
@@ -106,6 +107,7 @@ def test_run_table_and_report(wheel: Wheel, tmp_path: Path, command: Callable[..
     (file,) = (tmp_path / "results/runs").glob("*.json")
     record = json.loads(file.read_text())
     assert record["status"] == "ok"
+    assert not record["environment"].get("commit")
 
     command(*RUN, "method=gptq", "bits=4", "scheme=group32", f"results_dir={tmp_path / 'checkout'}")
     same = json.loads((tmp_path / "checkout" / file.name).read_text())
@@ -141,6 +143,17 @@ def test_sweep_over_a_method_of_the_current_folder(wheel: Wheel, tmp_path: Path)
     records = [json.loads(file.read_text()) for file in (tmp_path / "results/runs").glob("*.json")]
     assert sorted(record["config"]["bits"] for record in records if "mine" in record["config"]["method"]) == [3, 4]
     assert all(record["status"] == "ok" for record in records)
+
+
+def test_libraries_in_the_folder_of_a_wheel_do_not_count_as_its_code(tmp_path: Path) -> None:
+    (tmp_path / "method.py").write_text("import library\n")
+    (tmp_path / "library.py").write_text("value = 1\n")
+    assert set(Sources((tmp_path,)).closure(["method"])) == {"method", "library"}
+    folder = tmp_path / "installed"
+    (folder / "library-1.0.dist-info").mkdir(parents=True)
+    for name in ("method.py", "library.py"):
+        (tmp_path / name).rename(folder / name)
+    assert set(Sources((folder,), frozenset({"method"})).closure(["method"])) == {"method"}
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -60,6 +60,8 @@ def _cpu_name() -> str:
 
 def _commit() -> str | None:
     """The commit of this source tree, with -dirty where tracked files differ; None outside a checkout."""
+    if not (Path(__file__).parents[2] / ".git").exists():  # a wheel, perhaps below the checkout of another project
+        return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
         done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)

@@ -23,7 +23,7 @@ from harness.models.exchange import native
 from harness.quantization import mixed
 from harness.runs import analysis, run
 from harness.runs.checks import device_of
-from harness.runs.sources import Sources, followed
+from harness.runs.sources import Sources
 
 Json = dict[str, Any]
 
@@ -53,7 +53,7 @@ def early_id(raw: Mapping[str, Any]) -> str:
 
 def code(cfg: RunConfig, device: str) -> str:
     """A digest of the code that `cfg` reaches on a device of type `device`: stages, method, formats and kernels."""
-    return _sources().digest(roots(cfg, device), unused(cfg))
+    return _sources(cfg).digest(roots(cfg, device), unused(cfg))
 
 
 def roots(cfg: RunConfig, device: str) -> list[str]:
@@ -75,14 +75,16 @@ def _method_modules(cfg: RunConfig) -> Iterator[str]:
 
 
 @functools.lru_cache(maxsize=1)
-def _all_sources(places: tuple[Path, ...]) -> Sources:
-    return Sources(places)
+def _all_sources(places: tuple[Path, ...], packages: frozenset[str]) -> Sources:
+    return Sources(places, packages)
 
 
-def _sources() -> Sources:
-    """The project's modules, and those of plug-ins on Python's path."""
+def _sources(cfg: RunConfig) -> Sources:
+    """The modules of the project, of the packages of its methods, and of plug-ins on Python's path."""
+    classes = [cls for step in cfg.steps.values() for cls in (type(step), *step.needs)]
+    packages = {cls.__module__.partition(".")[0] for cls in (RunConfig, *classes)}
     path = [Path(place or ".").resolve() for place in sys.path]
-    return _all_sources((_PROJECT, *(place for place in path if place.is_dir() and followed(place))))
+    return _all_sources((_PROJECT, *(place for place in path if place.is_dir())), frozenset(packages))
 
 
 def _conditions(cfg: RunConfig) -> dict[Decides, bool]:

@@ -67,9 +67,14 @@ class Module:
 
 @dataclass
 class Sources:
-    """The modules below some folders, found as Python finds them. Modules of other libraries are not followed."""
+    """The modules below some folders, found as Python finds them. Modules of other libraries are not followed.
+
+    places    folders in the order of Python's path
+    packages  top-level packages that are followed in folders of installed libraries; elsewhere all are
+    """
 
     places: tuple[Path, ...]
+    packages: frozenset[str] = frozenset()
     _modules: dict[str, Module | None] = field(default_factory=dict)
 
     def module(self, name: str) -> Module | None:
@@ -118,6 +123,8 @@ class Sources:
     def _find(self, name: str) -> Module | None:
         parts = name.split(".")
         for place in self.places:
+            if parts[0] not in self.packages and _has_libraries(place):
+                continue
             path = place.joinpath(*parts)
             for file in (path / "__init__.py", path.with_suffix(".py")):
                 if file.is_file():
@@ -131,9 +138,10 @@ def _module(name: str, file: Path, _time: int) -> Module:
     return Module(name, file)
 
 
-def followed(folder: Path) -> bool:
-    """Whether modules of a folder on Python's path belong to somebody's own code, not to an installed library."""
-    return not any(folder.is_relative_to(place) for place in _INSTALLED)
+@lru_cache(maxsize=256)
+def _has_libraries(folder: Path) -> bool:
+    """Whether a folder on Python's path has installed libraries: the standard library, or packages from pip."""
+    return any(folder.is_relative_to(place) for place in _INSTALLED) or any(folder.glob("*.dist-info"))
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:

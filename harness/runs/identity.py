@@ -74,7 +74,7 @@ def _method_modules(cfg: RunConfig) -> Iterator[str]:
             yield cls.__module__
 
 
-@functools.lru_cache(maxsize=1)
+@functools.cache
 def _all_sources(places: tuple[Path, ...], packages: frozenset[str]) -> Sources:
     return Sources(places, packages)
 

@@ -76,6 +76,7 @@ class Sources:
     places: tuple[Path, ...]
     packages: frozenset[str] = frozenset()
     _modules: dict[str, Module | None] = field(default_factory=dict)
+    _digests: dict[object, str] = field(default_factory=dict)
 
     def module(self, name: str) -> Module | None:
         """The module called `name`; None if it is below none of the places, or a library's."""
@@ -97,6 +98,12 @@ class Sources:
 
     def digest(self, roots: Iterable[str], without: Collection[str] = ()) -> str:
         """A short hash of the code of all modules that `roots` reach."""
+        key = frozenset(roots), frozenset(without)
+        if key not in self._digests:
+            self._digests[key] = self._digest(*key)
+        return self._digests[key]
+
+    def _digest(self, roots: Iterable[str], without: Collection[str]) -> str:
         modules = self.closure(roots, without).values()
         found = {module.digest for module in modules if module.digest}
         found |= {

@@ -1,4 +1,4 @@
-"""How good a quantized model is: its scores, its divergence from the float model, its memory and its times."""
+"""The assessment of a quantized model: perplexity, divergence from the float model, memory, latency and energy."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from harness.utils.progress import Track
 
 @dataclass(frozen=True)
 class Scores:
-    """Perplexity with the nll of each window, and the memory of that pass; without text, of one prefill."""
+    """Perplexity with the nll of each window, and the memory of that pass, or of one prefill if no text is scored."""
 
     window_nll: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -40,7 +40,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Diverged:
-    """Divergence from the float model; empty, with a warning, where the states of both found no room on the disk."""
+    """Divergence from the float model; empty, with a warning, if the states of both models did not fit on the disk."""
 
     window_kl: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -49,7 +49,7 @@ class Diverged:
 
 @dataclass(frozen=True)
 class Timing:
-    """Times and energy of the model and of its baseline; `energy_source` names the counter, where there is one."""
+    """Latency and energy of the model and of its baseline; `energy_source` names the counter, or is None without one."""
 
     metrics: dict[str, float]
     energy_source: str | None
@@ -57,12 +57,12 @@ class Timing:
 
 @dataclass
 class Assessment:
-    """The stages after quantization, on one model; a context, whose end removes the hidden states from the disk.
+    """The stages after quantization, for one model; a context manager that deletes the hidden states on exit.
 
     windows, tokens_sha256  the evaluation tokens (W, T) and their hash
-    simulated               whether decoded floats run: then memory and times say nothing about the format
+    simulated               whether the model runs on decoded floats: then its memory and latency are not the format's
 
-    `score` comes first, then `load_baseline` where `needs_baseline`, then `diverge` and `time`.
+    Call `score` first, then `load_baseline` if `needs_baseline`, then `diverge` and `time`.
     """
 
     cfg: RunConfig
@@ -103,17 +103,17 @@ class Assessment:
 
     @property
     def is_baseline(self) -> bool:
-        """Whether the model is the float model that others are compared with."""
+        """Whether the model is itself the float model that quantized models are compared with."""
         return not self.cfg.steps and self.cfg.kv is None and self._same_dtype
 
     def score(self) -> Scores:
-        """Perplexity, keeping the hidden states that it follows from, and the peak of memory meanwhile.
+        """Measure perplexity, store the last hidden states for `diverge`, and measure peak memory during the pass.
 
         Raises: ValueError if logits are not finite.
         """
         warning = reset_peak_memory(self._device)
-        scores = self._perplexity() if self.cfg.model.scored else None
-        if scores is None:
+        result = self._perplexity() if self.cfg.model.scored else None
+        if result is None:
             prefill(self.model, self.cfg.measure, self.cfg.seed, kvcache.maker(self.cfg.kv))
         memory, kv, warnings = dict[str, float](), list[dict[str, float]](), list[str]()
         if not self.simulated:
@@ -121,21 +121,24 @@ class Assessment:
             warnings += [warning] if warning else []
             bytes_per_token, kv = kvcache.footprint(self.model, self.cfg.kv)
             memory |= {} if bytes_per_token is None else {"kv_bytes_per_token": bytes_per_token}
-        if scores is None:
+        if result is None:
             name = self.cfg.model.name
-            warnings.append(f"model={name} has random weights: no perplexity is computed, it means nothing")
+            warnings.append(f"model={name} has random weights: no perplexity is computed, it would mean nothing")
             return Scores(metrics=memory, kv=kv, warnings=warnings)
-        self._nll = scores.nll
-        metrics = memory | {"nll": scores.nll}
-        if scores.perplexity is None:
-            warnings.append(f"perplexity is beyond the range of a float; nll={scores.nll:.6g} says how far")
+        self._nll = result.nll
+        metrics = memory | {"nll": result.nll}
+        if result.perplexity is None:
+            warnings.append(f"perplexity exceeds the range of a float; its logarithm is nll={result.nll:.6g}")
         else:
-            metrics["perplexity"] = scores.perplexity
-        return Scores(scores.window_nll, metrics, kv, warnings)
+            metrics["perplexity"] = result.perplexity
+        return Scores(result.window_nll, metrics, kv, warnings)
 
     @torch.inference_mode()
     def load_baseline(self) -> None:
-        """Load the float model; the model itself stands for it where its tail is the same and nothing is timed."""
+        """Load the float model.
+
+        If nothing is timed, its hidden states are stored and `model` has the same tail, `model` is used instead.
+        """
         if not self.times and self._same_dtype:
             tail = perplexity.scorer(self.model, self.windows).tail
             if self.is_baseline or self._shared().vouch_for(tail):
@@ -144,30 +147,33 @@ class Assessment:
         self._baseline = self.source.load(self._baseline_dtype, self._device)
 
     def diverge(self) -> Diverged:
-        """Divergence from the float model, by the last hidden states of both."""
+        """Measure divergence from the float model by the last hidden states of both.
+
+        Raises: ValueError if the nll of this pass differs from that of `score`, or a divergence is not finite.
+        """
         assert self._states is not None
         assert self._baseline is not None
         shared = self._shared()
         reference, scorer = (perplexity.scorer(model, self.windows) for model in (self._baseline, self.model))
-        with self._spool() as expected:
+        with self._spool() as float_states:
             if self.is_baseline:
-                expected = self._states
+                float_states = self._states
             else:
-                shared.fill(expected, partial(self._float_pass, expected))
-            refused = self._states.refused or expected.refused
+                shared.fill(float_states, partial(self._float_pass, float_states))
+            refused = self._states.refused or float_states.refused
             if refused:
-                return Diverged(warnings=[self._no_room(refused)])
+                return Diverged(warnings=[self._not_stored(refused)])
             if self._baseline is not self.model or self.is_baseline:
                 with torch.inference_mode():
-                    shared.publish(expected, reference.tail)
-            pair = (reference, expected), (scorer, self._states)
+                    shared.publish(float_states, reference.tail)
+            pair = (reference, float_states), (scorer, self._states)
             result = divergence.compare(*pair, self.windows, self.track, self.cfg.data.unscored)
         if not math.isclose(result.nll, self._nll, rel_tol=SAME_NLL):
-            raise ValueError(f"the divergence pass gave nll={result.nll}, the perplexity pass {self._nll}")
+            raise ValueError(f"nll={result.nll} of the divergence pass is not the perplexity pass's nll={self._nll}")
         return Diverged(result.window_kl, result.metrics)
 
     def time(self) -> Timing:
-        """Times, the memory of the cache, and joules where the machine has a counter that may be read."""
+        """Measure latency, the memory of the KV cache, and joules if the machine has a readable energy counter."""
         assert self._baseline is not None
         cache, counter = kvcache.maker(self.cfg.kv), meter(self._device)
         pair = (self.model, self._baseline)
@@ -181,37 +187,41 @@ class Assessment:
         data, cache = self.cfg.data, kvcache.maker(self.cfg.kv)
         return perplexity.perplexity(self.model, self.windows, data.batch_size, self.track, keep, cache, data.unscored)
 
-    def _float_pass(self, expected: Spool, keep: Callable[[Tensor], None]) -> None:
-        """Hand the float model's states to `keep`; where it was not loaded, because its states were cached, say so."""
+    def _float_pass(self, float_states: Spool, keep: Callable[[Tensor], None]) -> None:
+        """Pass the float model's states to `keep`.
+
+        If the float model was not loaded, because its states were stored, they were deleted since: note that instead.
+        """
         if self._baseline is self.model:
-            expected.refused = "another run has taken the place of the float model's states"
+            float_states.refused = "the states of another run replaced the float model's"
         else:
             assert self._baseline is not None
             perplexity.perplexity(self._baseline, self.windows, self.cfg.data.batch_size, self.track, keep)
 
-    def _no_room(self, reason: str) -> str:
+    def _not_stored(self, reason: str) -> str:
         return (
-            f"measure.divergence_gib={self.cfg.measure.divergence_gib:g} leaves no room for states ({reason}): "
-            "no divergence is measured; free space, raise it or lower data.max_windows"
+            f"measure.divergence_gib={self.cfg.measure.divergence_gib:g}: hidden states cannot be stored ({reason}), "
+            "so no divergence is measured; free disk space, raise the limit or lower data.max_windows"
         )
 
     def _shared(self) -> FloatStates:
-        """The float model's states for these windows, which all runs share."""
-        cache = DiskCache(cache_dir() / "float_states", self._room)
+        """The float model's states for these windows, shared by all runs."""
+        cache = DiskCache(cache_dir() / "float_states", self._limit)
         return FloatStates(cache, self._float_identity(), len(self.windows))
 
     def _float_identity(self) -> list[str]:
-        """What the float model's states follow from, besides the machine."""
+        """Everything that determines the float model's states, except the machine."""
         data = self.cfg.data
         names = [self.source.fingerprint, self.tokens_sha256, str(data.seq_len), _name(self._baseline_dtype)]
         code = sha256(Path(perplexity.__file__).read_bytes())
         return [*names, str(self._device), str(data.batch_size), code]
 
     def _spool(self) -> AbstractContextManager[Spool]:
-        return spool(cache_dir() / "spool", self._room)
+        return spool(cache_dir() / "spool", self._limit)
 
     @property
-    def _room(self) -> int:
+    def _limit(self) -> int:
+        """Bytes of disk that hidden states may take."""
         return int(self.cfg.measure.divergence_gib * 2**30)
 
     @property

@@ -1,7 +1,7 @@
-"""Divergence from the float model: what its next-token distributions lose, token by token, on the same stream.
+"""Divergence of a quantized model from the float model: KL and agreement of next-token distributions, token by token.
 
-Kept of the float model are its last hidden states, not its logits: they are a hundredth of the size, and the head that
-turns them into logits runs again, in float, beside the quantized model's own. So nothing is rounded on the way, and
+The float model's last hidden states are stored, not its logits: they take a hundredth of the space. Its head computes
+the logits again, in float, when the quantized model's head computes its logits. So nothing is rounded in between, and
 disk space stays bounded for any vocabulary.
 """
 
@@ -23,12 +23,13 @@ _TOP = 5
 
 @dataclass(frozen=True)
 class Divergence:
-    """Per token of the stream: KL(float || found) in nats, and agreement of the likeliest tokens.
+    """For each scored token of the stream: KL(float || quantized) in nats, and agreement of the likeliest tokens.
 
-    kl    (n,) float64
-    top1  (n,) whether both have the same likeliest token
-    top5  (n,) share of the float model's five likeliest tokens that are among the other's five
-    nll   mean negative log likelihood of `found` by the logits of this pass
+    kl         (n,) float64
+    top1       (n,) whether both models have the same likeliest token
+    top5       (n,) share of the float model's five likeliest tokens that are among the quantized model's five
+    nll        mean negative log likelihood of the quantized model, from the logits of this pass
+    window_kl  mean KL of each window
     """
 
     kl: Tensor
@@ -39,61 +40,66 @@ class Divergence:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """What the record keeps: mean, median and 99th percentile of KL, and mean agreement."""
-        middle, high = torch.quantile(self.kl, torch.tensor([0.5, 0.99], dtype=self.kl.dtype)).tolist()
+        """The metrics of the record: mean, median and 99th percentile of KL, and mean agreement."""
+        median, p99 = torch.quantile(self.kl, torch.tensor([0.5, 0.99], dtype=self.kl.dtype)).tolist()
         agreement = {"top1_agreement": float(self.top1.mean()), "top5_agreement": float(self.top5.mean())}
-        return {"kl": float(self.kl.mean()), "kl_median": middle, "kl_p99": high} | agreement
+        return {"kl": float(self.kl.mean()), "kl_median": median, "kl_p99": p99} | agreement
 
 
-def token_kl(expected: Tensor, found: Tensor) -> Tensor:
-    """KL(P || Q) (n,) in nats, of P = softmax(expected) and Q = softmax(found), both logits (n, V).
+def token_kl(reference: Tensor, quantized: Tensor) -> Tensor:
+    """KL(P || Q) (n,) in nats, of P = softmax(reference) and Q = softmax(quantized), both logits (n, V).
 
-    Logs of probabilities are float32, or float64 where the logits are.
+    Log probabilities are float32, or float64 if the logits are float64.
     """
-    P, Q = (F.log_softmax(each.to(torch.promote_types(each.dtype, torch.float32)), -1) for each in (expected, found))
-    return (P.exp() * (P - Q)).sum(-1)
+    log_P, log_Q = (_log_softmax(logits) for logits in (reference, quantized))
+    return (log_P.exp() * (log_P - log_Q)).sum(-1)
 
 
-def agreement(expected: Tensor, found: Tensor) -> tuple[Tensor, Tensor]:
+def _log_softmax(logits: Tensor) -> Tensor:
+    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+
+
+def agreement(reference: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
     """Of logits (n, V): whether the likeliest tokens agree (n,), and the share of the five likeliest that do (n,)."""
-    ours, theirs = (each.topk(min(_TOP, each.shape[-1]), dim=-1).indices for each in (expected, found))
-    shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).double().mean(-1)
-    return (ours[:, 0] == theirs[:, 0]).double(), shared
+    top_P, top_Q = (logits.topk(min(_TOP, logits.shape[-1]), dim=-1).indices for logits in (reference, quantized))
+    shared = (top_P[:, :, None] == top_Q[:, None, :]).any(-1).double().mean(-1)
+    return (top_P[:, 0] == top_Q[:, 0]).double(), shared
 
 
 @torch.inference_mode()
 def compare(
-    expected: tuple[Scorer, Sequence[Tensor]],
-    found: tuple[Scorer, Sequence[Tensor]],
+    reference: tuple[Scorer, Sequence[Tensor]],
+    quantized: tuple[Scorer, Sequence[Tensor]],
     windows: Tensor,
     track: Track = silent,
     unscored: int = 0,
 ) -> Divergence:
-    """Compare two models by the last states that each gave for every window of `windows` (W, T).
+    """Compare the float model with a quantized one by their last hidden states for each window of `windows` (W, T).
 
-    `expected` and `found` are a scorer, which turns states into logits, and the states of each window. Scored are the
-    positions that perplexity scores: T - 1, less the first `unscored`.
+    `reference` (the float model) and `quantized` are pairs: the scorer that turns states into logits, and the states
+    (T, D) of each window. The scored positions are those of perplexity: T - 1, without the first `unscored`.
     Raises: ValueError if a divergence is not finite.
     """
     kl, top1, top5, nll = list[Tensor](), list[Tensor](), list[Tensor](), list[float]()
-    device = next(found[0].model.parameters()).device
-    pairs = zip(expected[1], found[1], windows, strict=True)
-    for states in track(pairs, "divergence", len(windows)):
-        ours, theirs, tokens = (each.to(device) for each in states)
-        parts = [*_parts((expected[0], found[0]), (ours, theirs), tokens, unscored)]
-        for kept, values in zip((kl, top1, top5), [*zip(*parts, strict=True)][:3], strict=True):
-            kept.append(torch.cat(values).double().cpu())
-        nll.append(math.fsum(float(part[3]) for part in parts) / (len(tokens) - 1 - unscored))
-    if not all(bool(torch.isfinite(each).all()) for each in kl):
+    scorers = reference[0], quantized[0]
+    device = next(quantized[0].model.parameters()).device
+    triples = zip(reference[1], quantized[1], windows, strict=True)
+    for triple in track(triples, "divergence", len(windows)):
+        reference_states, quantized_states, tokens = (tensor.to(device) for tensor in triple)
+        slices = [*_slices(scorers, (reference_states, quantized_states), tokens, unscored)]
+        for column, values in zip((kl, top1, top5), [*zip(*slices, strict=True)][:3], strict=True):
+            column.append(torch.cat(values).double().cpu())
+        nll.append(math.fsum(float(each[3]) for each in slices) / (len(tokens) - 1 - unscored))
+    if not all(bool(torch.isfinite(window).all()) for window in kl):
         raise ValueError("the divergence from the float model is not finite: logits are too far apart for float32")
-    means = [float(each.mean()) for each in kl]
-    return Divergence(torch.cat(kl), torch.cat(top1), torch.cat(top5), math.fsum(nll) / len(nll), means)
+    window_kl = [float(window.mean()) for window in kl]
+    return Divergence(torch.cat(kl), torch.cat(top1), torch.cat(top5), math.fsum(nll) / len(nll), window_kl)
 
 
-def _parts(
+def _slices(
     scorers: tuple[Scorer, Scorer], states: tuple[Tensor, Tensor], tokens: Tensor, unscored: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """KL, agreements and summed nll of one window, a slice of positions at a time."""
-    both = (scorer.slices(each, tokens, unscored) for scorer, each in zip(scorers, states, strict=True))
-    for (P, _), (Q, wanted) in zip(*both, strict=True):
-        yield token_kl(P, Q), *agreement(P, Q), F.cross_entropy(Q, wanted, reduction="sum").double()
+    """KL, agreements and summed nll of one window, one slice of positions at a time."""
+    logits = (scorer.slices(hidden, tokens, unscored) for scorer, hidden in zip(scorers, states, strict=True))
+    for (P, _), (Q, targets) in zip(*logits, strict=True):
+        yield token_kl(P, Q), *agreement(P, Q), F.cross_entropy(Q, targets, reduction="sum").double()

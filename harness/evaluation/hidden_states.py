@@ -1,4 +1,4 @@
-"""Last hidden states of every window, on disk: a run's own while it lasts, the float model's for all of a sweep."""
+"""Last hidden states of each window, on disk: the quantized model's during one run, the float model's for many runs."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _PROBE = "probe"
 
 
 class Spool(Sequence[Tensor]):
-    """Tensors that are appended to a folder, a file each, and read back when asked for.
+    """A sequence of tensors in a folder, one file each: append to write, index to read.
 
-    Once they exceed `limit` bytes together, or the disk is full, nothing more is taken and `refused` says why.
+    Once the tensors exceed `limit` bytes in total, or the disk is full, no more are stored and `refused` is the reason.
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
@@ -34,13 +34,12 @@ class Spool(Sequence[Tensor]):
         self._sizes: list[int] = []
 
     def append(self, states: Tensor) -> None:
-        """Keep one more, if there is room."""
+        """Store one more tensor, if there is room."""
         if self.refused:
             return
         if sum(self._sizes) + states.nbytes > self.limit:
-            self.refused = (
-                f"{len(self) + 1} windows of states alone take {states.nbytes / 2**30 * (len(self) + 1):.2g} GiB"
-            )
+            gib = states.nbytes / 2**30 * (len(self) + 1)
+            self.refused = f"{len(self) + 1} windows of states take {gib:.2g} GiB"
             return
         try:
             save_file({_NAME: states.contiguous().cpu()}, self._path(len(self)))
@@ -49,7 +48,7 @@ class Spool(Sequence[Tensor]):
             self.refused = " ".join(str(error).split())
 
     def clear(self) -> None:
-        """Forget all; their files are written over."""
+        """Remove all tensors; later ones overwrite their files."""
         self._sizes.clear()
 
     def __len__(self) -> int:
@@ -71,17 +70,17 @@ class Spool(Sequence[Tensor]):
 
 
 @contextmanager
-def spool(place: Path, limit: int) -> Iterator[Spool]:
-    """A spool of at most `limit` bytes in a folder of its own under `place`, which is gone afterwards."""
-    place.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix="states-", dir=place) as name:
+def spool(parent: Path, limit: int) -> Iterator[Spool]:
+    """A spool of at most `limit` bytes in a new folder below `parent`, which is deleted on exit."""
+    parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="states-", dir=parent) as name:
         yield Spool(Path(name), limit)
 
 
 class FloatStates:
-    """The float model's states of one stream, computed once and shared by every run that compares itself with it.
+    """The float model's states of one stream, computed once and shared by all runs that compare with this model.
 
-    `decides` is all that they follow from; what the machine and its libraries add is known here.
+    `decides` are the strings that determine the states; the machine and its libraries are added here.
     """
 
     def __init__(self, cache: DiskCache, decides: Sequence[str], count: int) -> None:
@@ -89,19 +88,19 @@ class FloatStates:
         self.key = digest(*decides, *machine())
 
     def publish(self, states: Sequence[Tensor], tail: Callable[[Tensor], Tensor]) -> None:
-        """Keep them for other runs, as far as there is room, and what the float model's tail makes of the first."""
-        for i, each in enumerate(states):
+        """Store the states for other runs, if there is room, and a probe: the tail's logits of the first positions."""
+        for i, window_states in enumerate(states):
             if not self.cache.has(self._name(i)):
-                self.cache.save(self._name(i), {_NAME: each})
+                self.cache.save(self._name(i), {_NAME: window_states})
         if states and not self.cache.has(self._name(_PROBE)):
-            start = states[0][:PROBE_TOKENS]
-            self.cache.save(self._name(_PROBE), {_NAME: start, _LOGITS: tail(start)})
+            probe = states[0][:PROBE_TOKENS]
+            self.cache.save(self._name(_PROBE), {_NAME: probe, _LOGITS: tail(probe)})
 
     def vouch_for(self, tail: Callable[[Tensor], Tensor]) -> bool:
-        """Whether all states are kept, and `tail` makes of them what the float model's does, to the bit.
+        """Whether all states are stored, and `tail` turns the probe into exactly the float model's logits.
 
-        Then a quantized model's own tail, which most methods leave alone, gives the float model's logits, and the float
-        model need not be there.
+        Most methods do not change the tail. Then the quantized model's tail gives the float model's logits from the
+        stored states, and the float model need not be loaded.
         """
         if not all(self.cache.has(self._name(i)) for i in range(self.count)):
             return False
@@ -109,27 +108,28 @@ class FloatStates:
         return probe is not None and torch.equal(tail(probe[_NAME]).cpu(), probe[_LOGITS])
 
     def fill(self, target: Spool, compute: Callable[[Callable[[Tensor], None]], object]) -> None:
-        """Put the states into `target`: those that are kept, or what `compute` hands to the function that it is given.
+        """Fill `target` with the stored states, or let `compute` append the states of each window to it.
 
-        Of several processes that lack them, one computes and the others wait for it.
+        If several processes need states that are not stored, one computes them and the others wait.
         """
-        if self._kept(target):
+        if self._copy(target):
             return
         self.cache.folder.mkdir(parents=True, exist_ok=True)
         with FileLock(self.cache.folder / f"{self.key[:16]}.lock"):
-            if self._kept(target):
+            if self._copy(target):
                 return
             compute(target.append)
 
-    def _kept(self, target: Spool) -> bool:
+    def _copy(self, target: Spool) -> bool:
+        """Copy the stored states into `target`; returns False, with an empty target, if one of them is missing."""
         if not all(self.cache.has(self._name(i)) for i in range(self.count)):
             return False
         for i in range(self.count):
-            found = self.cache.load(self._name(i))
-            if found is None:  # forgotten by now, to make room
+            tensors = self.cache.load(self._name(i))
+            if tensors is None:  # deleted meanwhile, to make room
                 target.clear()
                 return False
-            target.append(found[_NAME])
+            target.append(tensors[_NAME])
         return True
 
     def _name(self, index: int | str) -> str:

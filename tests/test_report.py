@@ -305,13 +305,23 @@ def test_command_line_writes_page_and_picture(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=x"], "error: run=x is unknown; expected KEY=VALUE with a key of runs, output, png\n"),
+        (["run=x"], "error: run=x is unknown; expected KEY=VALUE with a key of runs, table, output, png\n"),
         (["runs=/nowhere"], "error: runs=/nowhere is no folder; expected one with records"),
     ],
 )
 def test_command_line_errors(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
     assert capsys.readouterr().err.startswith(message)
+
+
+def test_a_report_of_one_table(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("harness.cli.report.stale_ids", lambda _: set())
+    for found in records():
+        write(found, tmp_path / "runs")
+    (tmp_path / "tables.yaml").write_text("some: {runs: [base, r0]}")
+    assert main([f"runs={tmp_path}", "table=some"]) == 0
+    text = (tmp_path / "report.html").read_text()
+    assert re.findall(r'<tr data-run="(\w+)"', text) == ["base", "r0"]
 
 
 def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

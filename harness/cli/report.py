@@ -1,8 +1,9 @@
 """Write the HTML report of a folder of records.
 
-    python -m harness report [runs=FOLDER] [output=FILE] [png=FILE]
+    python -m harness report [runs=FOLDER] [table=NAME] [output=FILE] [png=FILE]
 
-`output` is RUNS/report.html by default; `png` also writes the plot of perplexity against bits per weight.
+`table` names a table of FOLDER/tables.yaml: the report is then about its runs only. `output` is RUNS/report.html by
+default; `png` also writes the plot of perplexity against bits per weight.
 """
 
 from __future__ import annotations
@@ -13,10 +14,10 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from harness.cli.options import options_of
-from harness.records.folder import load_some
+from harness.records.folder import load_some, select, table_of
 from harness.runs import stale_ids
 
-DEFAULTS = {"runs": "results/runs", "output": "", "png": ""}
+DEFAULTS = {"runs": "results/runs", "table": "", "output": "", "png": ""}
 EXTRA = {"altair": "altair", "vl_convert": "vl-convert-python", "itables": "itables", "jinja2": "jinja2"}
 
 
@@ -37,6 +38,8 @@ def _write(options: dict[str, str]) -> None:
 
     folder = Path(options["runs"])
     records = load_some(folder)
+    if options["table"]:
+        records = select(records, table_of(folder, options["table"]), folder)
     if options["png"]:
         target = Path(options["png"])
         target.write_bytes(page.png(records))

@@ -24,11 +24,11 @@ def kv_sheet(records: Sequence[Record], stale: Set[str] = frozenset(), title: st
 
     Raises: ValueError if no record has such figures.
     """
-    latest = {_key(record): record for record in records if record.kv}
-    if not latest:
+    shown = {_key(record): record for record in records if record.kv}
+    if not shown:
         raise ValueError("show=kv finds no record with figures of a KV cache; expected a run that is packed or float")
-    frame = pd.DataFrame([_row(latest[key]) for key in sorted(latest)])
-    frame["stale"] = [is_stale(latest[key].run_id, stale) for key in sorted(latest)]
+    frame = pd.DataFrame([_row(shown[key]) for key in sorted(shown)])
+    frame["stale"] = [is_stale(shown[key].run_id, stale) for key in sorted(shown)]
     notes = [STALE_NOTE] if frame["stale"].any() else []
     figures = [name for name in frame.columns if name not in (*_NAMES, "stale")]
     return Sheet(frame, _shown(frame, figures), [line for line in (title, _HEAD) if line], notes, figures)

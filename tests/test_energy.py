@@ -1,4 +1,4 @@
-"""Energy counters from a folder and a library that stand for the machine's, and what is measured with them."""
+"""Energy counters, read from a fake powercap folder and a fake NVML, and the energy metrics measured with them."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ CUDA = torch.device("cuda:0")
 
 
 def zone(folder: Path, name: str, label: str, used: int, wrap: int = 1000) -> Path:
-    """One zone below a powercap folder: microjoules used so far, and where they start again."""
-    place = folder / name
-    place.mkdir()
+    """Create a powercap zone with `used` microjoules that wraps at `wrap`; returns its counter file."""
+    directory = folder / name
+    directory.mkdir()
     for file, content in (("name", label), ("energy_uj", used), ("max_energy_range_uj", wrap)):
-        (place / file).write_text(f"{content}\n")
-    return place / "energy_uj"
+        (directory / file).write_text(f"{content}\n")
+    return directory / "energy_uj"
 
 
-def test_packages_are_added_and_their_parts_left_out(tmp_path: Path) -> None:
+def test_packages_are_summed_and_their_subzones_left_out(tmp_path: Path) -> None:
     counters = [zone(tmp_path, f"intel-rapl:{i}", f"package-{i}", used) for i, used in ((0, 100), (1, 7))]
     zone(tmp_path, "intel-rapl:0:0", "core", 50)
     zone(tmp_path, "intel-rapl:2", "psys", 50)
@@ -45,7 +45,7 @@ def test_packages_are_added_and_their_parts_left_out(tmp_path: Path) -> None:
     assert meter.joules(before, meter.read()) == pytest.approx(251e-6)
 
 
-def test_a_counter_that_wrapped_around(tmp_path: Path) -> None:
+def test_a_counter_that_wraps_is_corrected(tmp_path: Path) -> None:
     counter = zone(tmp_path, "intel-rapl:0", "package-0", 990, wrap=1000)
     meter = energy.meter(CPU, tmp_path)
     assert meter is not None
@@ -55,13 +55,13 @@ def test_a_counter_that_wrapped_around(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("broken", ["missing", "empty", "no package", "unreadable", "no number", "no range"])
-def test_counters_that_cannot_be_read_are_absent(tmp_path: Path, broken: str) -> None:
+def test_unreadable_counters_give_no_meter(tmp_path: Path, broken: str) -> None:
     folder = tmp_path / "powercap"
     if broken != "missing":
         folder.mkdir()
     if broken not in ("missing", "empty"):
         counter = zone(folder, "intel-rapl:0", "psys" if broken == "no package" else "package-0", 5)
-        if broken == "unreadable":  # a folder in its place fails for root too
+        if broken == "unreadable":  # reading a folder fails for root too
             counter.unlink()
             counter.mkdir()
         elif broken == "no number":
@@ -72,12 +72,12 @@ def test_counters_that_cannot_be_read_are_absent(tmp_path: Path, broken: str) ->
 
 
 class NVMLError(Exception):
-    """As pynvml's."""
+    """Replaces pynvml's exception."""
 
 
 @pytest.fixture
 def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """A library of one GPU that has used 2000 mJ, and 1500 more at every reading."""
+    """A fake pynvml with one GPU, which has used 2000 mJ, and 1500 mJ more at each reading."""
     used: Iterator[int] = iter(range(2000, 10**6, 1500))
     fake = SimpleNamespace(
         NVMLError=NVMLError,
@@ -90,7 +90,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     return fake
 
 
-def test_nvml_counts_the_device_of_the_run(nvml: SimpleNamespace) -> None:
+def test_nvml_reads_the_device_of_the_run(nvml: SimpleNamespace) -> None:
     meter = energy.meter(CUDA)
     assert meter is not None
     assert meter.source == "nvml"
@@ -98,7 +98,7 @@ def test_nvml_counts_the_device_of_the_run(nvml: SimpleNamespace) -> None:
 
 
 @pytest.mark.parametrize("failing", ["nvmlInit", "nvmlDeviceGetHandleByUUID", "nvmlDeviceGetTotalEnergyConsumption"])
-def test_devices_that_nvml_does_not_serve_are_absent(nvml: SimpleNamespace, failing: str) -> None:
+def test_devices_that_nvml_does_not_support_give_no_meter(nvml: SimpleNamespace, failing: str) -> None:
     def fail(*_args: Any) -> None:
         raise NVMLError
 
@@ -106,38 +106,38 @@ def test_devices_that_nvml_does_not_serve_are_absent(nvml: SimpleNamespace, fail
     assert energy.meter(CUDA) is None
 
 
-def test_a_missing_library_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)  # an import of it fails
+def test_a_missing_library_gives_no_meter(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # its import fails
     assert energy.meter(CUDA) is None
 
 
-def test_joules_are_those_of_the_calls_in_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_joules_count_the_calls_of_a_block(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(energy, "_BLOCK_S", 0.0)
     cfg = MeasureConfig(batch_size=3, prompt_len=5, decode_tokens=4, warmup=1, repeats=1)
-    seen: list[tuple[int, ...]] = []
+    shapes: list[tuple[int, ...]] = []
     joules = 0
 
     def spend(_module: Any, args: Any, options: dict[str, Any]) -> None:
         nonlocal joules
         tokens = options["input_ids"]
-        seen.append(tuple(tokens.shape))
+        shapes.append(tuple(tokens.shape))
         joules += tokens.numel()
 
     def model(per_token: int) -> Any:
-        made = build("llama")
+        llama = build("llama")
         for _ in range(per_token):
-            made.register_forward_pre_hook(spend, with_kwargs=True)
-        return made
+            llama.register_forward_pre_hook(spend, with_kwargs=True)
+        return llama
 
     meter = Meter("fake", lambda: [joules], (0,), 1.0)
-    found = energy.energy((model(2), model(3)), cfg, 0, meter)
-    assert found == {
+    metrics = energy.energy((model(2), model(3)), cfg, 0, meter)
+    assert metrics == {
         "prefill_j": 2 * 3 * 5,
         "decode_j_per_token": 2,
         "baseline_prefill_j": 3 * 3 * 5,
         "baseline_decode_j_per_token": 3,
     }
-    assert set(seen) == {(3, 5), (3, 1)}
+    assert set(shapes) == {(3, 5), (3, 1)}
 
 
 def test_short_calls_are_repeated_until_counters_have_ticked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_short_calls_are_repeated_until_counters_have_ticked(monkeypatch: pytest
     assert len(calls) == 3 * 10  # three blocks of half a second
 
 
-def test_a_run_says_what_it_measured_and_nothing_where_it_cannot(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_records_energy_and_its_source_only_with_a_counter(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     timed = ("method=none", "measure=quick", "measure.prompt_len=8", "measure.decode_tokens=2", "force=true")
     monkeypatch.setattr("harness.evaluation.assess.meter", lambda _device: None)
     without = execute_run(tiny(*timed))[0]
@@ -159,7 +159,8 @@ def test_a_run_says_what_it_measured_and_nothing_where_it_cannot(tiny: Tiny, mon
 
     readings = iter(range(10**6))
     monkeypatch.setattr(energy, "_BLOCK_S", 0.01)
-    monkeypatch.setattr("harness.evaluation.assess.meter", lambda _device: Meter("fake", lambda: [next(readings)], (0,), 1.0))
+    fake = Meter("fake", lambda: [next(readings)], (0,), 1.0)
+    monkeypatch.setattr("harness.evaluation.assess.meter", lambda _device: fake)
     measured = execute_run(tiny(*timed))[0]
     assert measured.status == "ok", measured.error
     assert measured.execution.energy_source == "fake"

@@ -1,4 +1,4 @@
-"""Perplexity against a naive loop, for any batch size, vocabulary slice and float type."""
+"""Perplexity equals a naive loop, for any batch size, slice of logits and dtype."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.evaluation import perplexity as evaluate
+from harness.evaluation import perplexity as perplexity_module
 from harness.evaluation.perplexity import Perplexity, perplexity
 from tests.families import build
 from tests.reference import naive_perplexity
@@ -24,10 +24,10 @@ def test_equals_the_naive_loop() -> None:
 
 @torch.no_grad()
 def test_strided_windows_score_each_target_once_with_its_context(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As transformers' guide to perplexity has it: labels of the context are left out of the loss."""
+    """As in transformers' guide to perplexity: the loss leaves out the labels of the context."""
     model, text, seq_len, stride = build("llama"), WINDOWS.flatten(), 24, 8
     windows = text.unfold(0, seq_len, stride)
-    monkeypatch.setattr(evaluate, "_LOGIT_ELEMENTS", 3 * 128)
+    monkeypatch.setattr(perplexity_module, "_LOGIT_ELEMENTS", 3 * 128)
     losses, targets = [], []
     for start in range(0, len(text) - seq_len + 1, stride):
         labels = text[start : start + seq_len].clone()
@@ -35,9 +35,9 @@ def test_strided_windows_score_each_target_once_with_its_context(monkeypatch: py
         labels[:-stride] = -100
         logits = model(input_ids=text[None, start : start + seq_len]).logits[0]
         losses.append(float(nn.functional.cross_entropy(logits[:-1], labels[1:], ignore_index=-100)))
-    found = perplexity(model, windows, unscored=seq_len - 1 - stride)
-    assert found.window_nll == pytest.approx(losses, rel=1e-5)
-    assert targets == list(range(seq_len - stride, len(text))), "each once"
+    strided = perplexity(model, windows, unscored=seq_len - 1 - stride)
+    assert strided.window_nll == pytest.approx(losses, rel=1e-5)
+    assert targets == list(range(seq_len - stride, len(text))), "each target is scored once"
 
 
 def test_does_not_depend_on_batch_size_or_slices(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -45,24 +45,24 @@ def test_does_not_depend_on_batch_size_or_slices(monkeypatch: pytest.MonkeyPatch
     expected = perplexity(model, WINDOWS).window_nll
     for batch_size in (2, 5, 100):
         assert perplexity(model, WINDOWS, batch_size).window_nll == pytest.approx(expected, rel=1e-6)
-    monkeypatch.setattr(evaluate, "_LOGIT_ELEMENTS", 3 * 128)  # three positions at a time
+    monkeypatch.setattr(perplexity_module, "_LOGIT_ELEMENTS", 3 * 128)  # three positions at a time
     assert perplexity(model, WINDOWS).window_nll == pytest.approx(expected, rel=1e-6)
 
 
 def test_capped_logits_are_capped_and_still_sliced(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build("gemma2")
-    model.lm_head.weight.data *= 100  # far into the cap of 5  # type: ignore[union-attr,operator]
+    model.lm_head.weight.data *= 100  # far above the cap of 5  # type: ignore[union-attr,operator]
     expected = naive_perplexity(model, WINDOWS)
-    monkeypatch.setattr(evaluate, "_LOGIT_ELEMENTS", 3 * 128)
+    monkeypatch.setattr(perplexity_module, "_LOGIT_ELEMENTS", 3 * 128)
     rows: list[int] = []
     model.lm_head.register_forward_hook(lambda _module, _args, out: rows.append(out.shape[1]))
     assert perplexity(model, WINDOWS).perplexity == pytest.approx(expected, rel=1e-5)
-    assert max(rows[2:]) <= 3, "after the proof, which computes all logits of a probe twice, only slices exist"
+    assert max(rows[2:]) <= 3, "only slices, after the check that computes all logits of a probe twice"
     assert set(rows[2:]) == {1, 2, 3}
 
 
 class Unusual(nn.Module):
-    """A model whose forward looks at its tokens after the body, so that it cannot be split."""
+    """A model whose forward uses the tokens after the body, so that it cannot be split."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -74,18 +74,17 @@ class Unusual(nn.Module):
         return SimpleNamespace(logits=logits * (1 + input_ids[..., None] / 64))
 
 
-def test_a_model_that_cannot_be_split_is_run_whole() -> None:
+def test_a_model_that_cannot_be_split_runs_whole() -> None:
     model = Unusual()
     assert perplexity(model, WINDOWS, 3).perplexity == pytest.approx(naive_perplexity(model, WINDOWS), rel=1e-5)
 
 
 def test_bfloat16_logits_are_scored_in_float32() -> None:
     model = build("llama").to(torch.bfloat16)
-    found = perplexity(model, WINDOWS).perplexity
-    assert found == pytest.approx(naive_perplexity(model, WINDOWS), rel=1e-5)
+    assert perplexity(model, WINDOWS).perplexity == pytest.approx(naive_perplexity(model, WINDOWS), rel=1e-5)
 
 
-def test_mean_is_over_windows_and_overflow_is_none() -> None:
+def test_the_mean_is_over_windows_and_an_overflow_gives_none() -> None:
     assert Perplexity([1.0, 3.0]).perplexity == pytest.approx(math.exp(2))
     assert Perplexity([800.0]).perplexity is None
 

@@ -1,4 +1,4 @@
-"""What each linear costs, against the whole model run anew with that one exchanged; and the ranking of it."""
+"""Sensitivities of linears and blocks, compared with runs of whole models in which one is exchanged; their ranking."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ LINEAR = ("analysis.sensitivity=linear", "scheme=channel", "bits=3")
 NO_CACHE = DiskCache(Path(), 0)
 
 
-def naive_kl(expected: Tensor, found: Tensor) -> float:
-    """Mean KL of the T - 1 positions that are followed by a token, over logits (B, T, V)."""
-    P, Q = (logits[:, :-1].double().softmax(-1) for logits in (expected, found))
+def naive_kl(reference: Tensor, quantized: Tensor) -> float:
+    """Mean KL of logits (B, T, V) over the first T - 1 positions, which have a next token."""
+    P, Q = (logits[:, :-1].double().softmax(-1) for logits in (reference, quantized))
     return float((P * (P / Q).log()).sum(-1).mean())
 
 
-def naive_nll(found: Tensor, tokens: Tensor = TOKENS) -> float:
-    Q = found[:, :-1].double().softmax(-1)
+def naive_nll(quantized: Tensor, tokens: Tensor = TOKENS) -> float:
+    Q = quantized[:, :-1].double().softmax(-1)
     return float(-Q.gather(-1, tokens[:, 1:, None]).log().mean())
 
 
@@ -53,7 +53,7 @@ def quantized(tiny: Tiny, family: str, *options: str, exact: bool = True) -> tup
 
 
 def with_only(model: nn.Module, modules: dict[str, nn.Module]) -> Tensor:
-    """Logits of a copy of the model with `modules` in place."""
+    """Logits of a copy of the model in which `modules` replace the modules of the same names."""
     other = copy.deepcopy(model)
     for name, module in modules.items():
         parent, _, child = name.rpartition(".")
@@ -63,7 +63,7 @@ def with_only(model: nn.Module, modules: dict[str, nn.Module]) -> Tensor:
 
 # OPT projects the blocks' output, GPT-2 has other linears, Falcon's branches run side by side, Gemma 2 caps its logits.
 @pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "falcon", "gemma2"])
-def test_each_linear_alone_and_left_out_is_the_whole_model_run_anew(tiny: Tiny, family: str) -> None:
+def test_figures_of_each_linear_equal_those_of_whole_models(tiny: Tiny, family: str) -> None:
     model, result, _ = quantized(tiny, family)
     plain = uneven(build(family)).double()
     measured = sensitivities(model, result.floats, TOKENS, "linear")
@@ -81,10 +81,10 @@ def test_each_linear_alone_and_left_out_is_the_whole_model_run_anew(tiny: Tiny, 
     assert measured.all.kl == pytest.approx(naive_kl(expected, logits(model)), rel=1e-6)
     assert measured.all.nll == pytest.approx(naive_nll(logits(model)), rel=1e-9)
     assert (measured.none.kl, measured.none.nll) == (0.0, pytest.approx(naive_nll(expected), rel=1e-9))
-    assert sum(row["kl_alone"] for row in measured.rows) > 1e-4, "else the comparison sees nothing"
+    assert sum(row["kl_alone"] for row in measured.rows) > 1e-4, "otherwise the comparison would test nothing"
 
 
-def test_a_block_is_all_of_its_linears(tiny: Tiny) -> None:
+def test_a_block_counts_all_its_linears(tiny: Tiny) -> None:
     model, result, _ = quantized(tiny, "llama")
     plain = uneven(build("llama")).double()
     before = logits(model)
@@ -98,10 +98,10 @@ def test_a_block_is_all_of_its_linears(tiny: Tiny) -> None:
         assert row["kl_alone"] == pytest.approx(naive_kl(logits(plain), alone), rel=1e-6)
         assert row["kl_without"] == pytest.approx(naive_kl(logits(plain), without), rel=1e-6)
         assert row["params"] == sum(weight_of(plain.get_submodule(name)).numel() for name in members)
-    assert torch.equal(logits(model), before), "the model is left as it was"
+    assert torch.equal(logits(model), before), "the model is unchanged"
 
 
-def test_the_only_quantized_linear_is_the_whole_cost_and_without_it_there_is_none(tiny: Tiny) -> None:
+def test_with_one_quantized_linear_its_cost_is_that_of_the_whole_model(tiny: Tiny) -> None:
     only = "model.layers.0.mlp.up_proj"
     others = [name for name in linears(build("llama")) if name != only]
     model, result, _ = quantized(tiny, "llama", f"skip=[{','.join(others)}]", exact=False)
@@ -131,23 +131,25 @@ def test_weights_are_exchanged_within_the_rewritten_model(tiny: Tiny, method: st
         without = with_only(model, {row["name"]: result.floats[row["name"]]})
         assert row["kl_alone"] == pytest.approx(naive_kl(logits(base), alone), rel=1e-6)
         assert row["kl_without"] == pytest.approx(naive_kl(logits(base), without), rel=1e-6)
-        assert row["kl_alone"] == pytest.approx(naive_kl(expected, alone), rel=0.05), "and not the rewrite's scale"
+        assert row["kl_alone"] == pytest.approx(naive_kl(expected, alone), rel=0.05), (
+            "the figure does not include the scale of the rewrite"
+        )
 
 
-def test_slices_and_logits_computed_anew_give_the_same(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slices_and_recomputed_logits_give_the_same_figures(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     model, result, _ = quantized(tiny, "llama")
     whole = sensitivities(model, result.floats, TOKENS, "block")
     monkeypatch.setattr(sensitivity, "_LOGIT_ELEMENTS", 4 * 128)
     sliced = sensitivities(model, result.floats, TOKENS, "block")
-    monkeypatch.setattr(sensitivity, "_KEPT_ELEMENTS", 0)
-    anew = sensitivities(model, result.floats, TOKENS, "block")
+    monkeypatch.setattr(sensitivity, "_STORED_ELEMENTS", 0)
+    recomputed = sensitivities(model, result.floats, TOKENS, "block")
     for key in ("kl_alone", "nll_alone", "kl_without", "nll_without"):
-        figures = [[row[key] for row in found.rows] for found in (whole, sliced, anew)]
+        figures = [[row[key] for row in measured.rows] for measured in (whole, sliced, recomputed)]
         assert figures[1] == pytest.approx(figures[0], rel=1e-9)
         assert figures[2] == figures[1]
 
 
-def test_logits_that_are_not_finite_name_what_was_exchanged(tiny: Tiny) -> None:
+def test_logits_that_are_not_finite_are_refused_with_the_name_of_the_linear(tiny: Tiny) -> None:
     model, result, _ = quantized(tiny, "llama", exact=False)
     name = "model.layers.1.mlp.up_proj"
     model.get_submodule(name).bias = torch.full((64,), torch.inf)

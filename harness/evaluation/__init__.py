@@ -1,6 +1,10 @@
-"""How good a model is and what it costs: perplexity, divergence, latency, memory, energy, sensitivity of linears.
+"""Measurements of a model: perplexity, divergence, latency, memory, energy, and the analyses of its linears.
 
-`runs` calls an Assessment, stage by stage, and the analyses.
+`runs` calls the stages of an Assessment one by one, the peak memory functions around quantization, and the analyses:
+`absmax` (largest inputs) and `sensitivity.measure`.
 """
 
 from harness.evaluation.assess import Assessment as Assessment
+from harness.evaluation.memory import peak_memory_mib as peak_memory_mib
+from harness.evaluation.memory import reset_peak_memory as reset_peak_memory
+from harness.evaluation.outliers import absmax as absmax

@@ -49,7 +49,7 @@ class Diverged:
 
 @dataclass(frozen=True)
 class Timing:
-    """Latency and energy of the model and of its baseline; `energy_source` names the counter, or is None without one."""
+    """Latency and energy of the model and of its baseline; `energy_source` names the counter, if there is one."""
 
     metrics: dict[str, float]
     energy_source: str | None

@@ -1,8 +1,8 @@
-"""Joules of a block of calls, from the counters that the machine has: RAPL of the processor, NVML of a GPU.
+"""Joules of a block of calls, from the energy counters of the machine: RAPL of processors, NVML of a GPU.
 
-A counter that is missing, or may not be read, is no error: there is then no meter, and no figure. Counters tick every
-1 to 100 ms and count all that their package or GPU does, idle power included: measure blocks of some tenths of a
-second, on a machine that does nothing else.
+A counter that is missing or cannot be read is no error: then there is no meter and no energy metric. Counters tick
+every 1 to 100 ms and count all work of their package or GPU, idle power included. So measure blocks of some tenths of
+a second, on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _MOST_CALLS = 256
 
 @dataclass(frozen=True)
 class Meter:
-    """Counters read together. `wraps` has the value after which each starts again at 0; `unit` is in joules."""
+    """Energy counters that are read together. Each wraps to 0 after its value in `wraps`; a count is `unit` joules."""
 
     source: str
     read: Callable[[], Sequence[int]]
@@ -38,13 +38,13 @@ class Meter:
     unit: float
 
     def joules(self, before: Sequence[int], after: Sequence[int]) -> float:
-        """What was spent between two readings, which are to be less than a whole round of a counter apart."""
-        spent = (b - a if b >= a else b - a + wrap for a, b, wrap in zip(before, after, self.wraps, strict=True))
-        return self.unit * sum(spent)
+        """Energy used between two readings; at most one wrap of each counter may lie between them."""
+        counts = (b - a if b >= a else b - a + wrap for a, b, wrap in zip(before, after, self.wraps, strict=True))
+        return self.unit * sum(counts)
 
 
 def meter(device: torch.device, powercap: Path = POWERCAP) -> Meter | None:
-    """The meter of what a run on `device` spends, None where there is none: of the GPU alone, or of all processors."""
+    """The energy meter for runs on `device`: of that GPU alone, or of all processors; None if it has no counter."""
     return _nvml(device) if device.type == "cuda" else _rapl(powercap)
 
 
@@ -52,30 +52,30 @@ def meter(device: torch.device, powercap: Path = POWERCAP) -> Meter | None:
 def energy(
     models: Pair, cfg: MeasureConfig, seed: int, meter: Meter, cache: MakeCache | None = None
 ) -> dict[str, float]:
-    """Joules of a prefill and of a decoded token (of one sequence), of the model and of the baseline.
+    """Joules of a prefill and of one decoded token (of one sequence), for the model and for the baseline.
 
-    Counters are too slow for single calls: a block of calls lasts `_BLOCK_S` or longer, and each figure is the
-    median of `_BLOCKS`. Decoded blocks are of caches that were filled before.
+    Counters are too slow for single calls: a block of calls lasts `_BLOCK_S` seconds or longer, and each metric is the
+    median of `_BLOCKS` blocks. The caches of decode blocks are filled before the block starts.
     """
     prompt, decoded = random_tokens(models[0], cfg, seed)
     metrics: dict[str, float] = {}
-    for name, model, made in zip(("", "baseline_"), models, (cache, None), strict=True):
-        fill = prefill_call(model, prompt, made)
+    for prefix, model, make in zip(("", "baseline_"), models, (cache, None), strict=True):
+        fill = prefill_call(model, prompt, make)
 
-        def decoding(model: nn.Module = model, fill: Callable[[], Any] = fill) -> Callable[[], Any]:
+        def decode(model: nn.Module = model, fill: Callable[[], Any] = fill) -> Callable[[], Any]:
             step = decode_call(model, fill(), decoded)
             return lambda: [step() for _ in range(decoded.shape[1])]
 
-        metrics[f"{name}prefill_j"] = _joules(meter, lambda fill=fill: fill, prompt.device)  # type: ignore[misc]
-        metrics[f"{name}decode_j_per_token"] = _joules(meter, decoding, prompt.device) / decoded.numel()
+        metrics[f"{prefix}prefill_j"] = _joules(meter, lambda fill=fill: fill, prompt.device)  # type: ignore[misc]
+        metrics[f"{prefix}decode_j_per_token"] = _joules(meter, decode, prompt.device) / decoded.numel()
     return metrics
 
 
 def _joules(meter: Meter, prepare: Callable[[], Callable[[], Any]], device: torch.device) -> float:
-    """Median joules of one call of what `prepare` gives, each prepared before its block begins."""
+    """Median joules of one call; `prepare` returns a call, and all calls of a block are prepared before it starts."""
     seconds = 1e-3 * milliseconds(prepare(), device)
     calls = min(_MOST_CALLS, max(1, math.ceil(_BLOCK_S / seconds)))
-    spent = []
+    joules = []
     for _ in range(_BLOCKS):
         block = [prepare() for _ in range(calls)]
         synchronize(device)
@@ -83,18 +83,18 @@ def _joules(meter: Meter, prepare: Callable[[], Callable[[], Any]], device: torc
         for call in block:
             call()
         synchronize(device)
-        spent.append(meter.joules(before, meter.read()) / calls)
-    return statistics.median(spent)
+        joules.append(meter.joules(before, meter.read()) / calls)
+    return statistics.median(joules)
 
 
 def _rapl(powercap: Path) -> Meter | None:
-    """Microjoules of each processor package, as Linux shows them below /sys/class/powercap."""
+    """The counters of all processor packages in microjoules, from Linux's /sys/class/powercap."""
     try:
         zones = [zone for zone in sorted(powercap.glob("intel-rapl:*")) if _text(zone / "name").startswith("package")]
         wraps = tuple(int(_text(zone / "max_energy_range_uj")) for zone in zones)
-        found = Meter("rapl", lambda: [int(_text(zone / "energy_uj")) for zone in zones], wraps, 1e-6)
-        return found if zones and found.read() else None
-    except (OSError, ValueError):  # since 2020, only root may read energy_uj
+        rapl = Meter("rapl", lambda: [int(_text(zone / "energy_uj")) for zone in zones], wraps, 1e-6)
+        return rapl if zones and rapl.read() else None
+    except (OSError, ValueError):  # since 2020, only root can read energy_uj
         return None
 
 
@@ -103,16 +103,16 @@ def _text(file: Path) -> str:
 
 
 def _nvml(device: torch.device) -> Meter | None:
-    """Millijoules of one GPU since its driver was loaded; GPUs before Volta do not count them."""
+    """The counter of one GPU in millijoules since its driver was loaded; GPUs before Volta have none."""
     try:
-        nvml: Any = importlib.import_module("pynvml")
+        pynvml: Any = importlib.import_module("pynvml")
     except ImportError:
         return None
     try:
-        nvml.nvmlInit()
-        handle = nvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        found = Meter("nvml", lambda: [nvml.nvmlDeviceGetTotalEnergyConsumption(handle)], (0,), 1e-3)
-        found.read()
-    except nvml.NVMLError:
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        nvml = Meter("nvml", lambda: [pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)], (0,), 1e-3)
+        nvml.read()
+    except pynvml.NVMLError:
         return None
-    return found
+    return nvml

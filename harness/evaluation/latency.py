@@ -1,4 +1,4 @@
-"""Latency of a model in pairs with the float model, so that a slow spell of the machine affects both."""
+"""Latency of a model, timed in pairs with the float model so that slow phases of the machine affect both."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ _MIB = 2**20
 def latency(
     models: Pair, cfg: MeasureConfig, seed: int, track: Track = silent, cache: MakeCache | None = None
 ) -> dict[str, float]:
-    """Time prefill and decode of a model, each repetition paired with one of the baseline.
+    """Time prefill and decode of a model; each repetition is paired with one of the baseline.
 
-    A prefill reads `prompt_len` tokens for `batch_size` sequences into a new KV cache and computes the last logits.
-    Decode then adds one token a step to that cache. Pairs run back to back in alternating order; a speedup is the
-    median of the pairs' ratios. The model's cache is `cache()`, the baseline's a float one.
+    A prefill reads `prompt_len` tokens of `batch_size` sequences into a new KV cache and computes the last logits.
+    Decode then adds one token per step to that cache. The calls of a pair run back to back in alternating order; a
+    speedup is the median of the pairs' ratios. The model's cache is `cache()`, the baseline's cache is float.
 
-    Returns: metrics: p50, p10 and p90 in milliseconds, of the baseline too, the speedups, and the size of the model's
-    cache at the end.
+    Returns: metrics: p50, p10 and p90 of the model and p50 of the baseline in milliseconds, the speedups, and the size
+    of the model's cache at the end in MiB.
     """
     device = next(models[0].parameters()).device
     prompt, decoded = random_tokens(models[0], cfg, seed)
@@ -38,24 +38,24 @@ def latency(
     caches = [prefill() for prefill in prefills]
     steps = [decode_call(model, filled, decoded) for model, filled in zip(models, caches, strict=True)]
     metrics |= _summary("decode", _interleave(steps, cfg.warmup, cfg.decode_tokens, device, track))
-    held = kvcache.held_bytes(caches[0])
-    return metrics if held is None else metrics | {"kv_mib": held / _MIB}
+    size = kvcache.held_bytes(caches[0])
+    return metrics if size is None else metrics | {"kv_mib": size / _MIB}
 
 
 @torch.inference_mode()
 def prefill(model: nn.Module, cfg: MeasureConfig, seed: int, cache: MakeCache | None = None) -> None:
-    """Run the prefill that is timed once, untimed."""
+    """Run one prefill, the same as `latency` times, without timing it."""
     prefill_call(model, random_tokens(model, cfg, seed)[0], cache)()
 
 
 def _interleave(
     pair: list[Callable[[], Any]], warmup: int, repeats: int, device: torch.device, track: Track
 ) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Milliseconds (repeats, 2) of the two calls, run in turn and in alternating order."""
+    """Milliseconds (repeats, 2) of the two calls of a pair, run in alternating order after `warmup` untimed pairs."""
     times = np.empty((warmup + repeats, 2))
     for i in track(range(warmup + repeats), "latency", warmup + repeats):
-        for which in (0, 1) if i % 2 else (1, 0):
-            times[i, which] = milliseconds(pair[which], device)
+        for column in (0, 1) if i % 2 else (1, 0):
+            times[i, column] = milliseconds(pair[column], device)
     return times[warmup:]
 
 

@@ -14,13 +14,13 @@ _MIB = 2**20
 
 
 def reset_peak_memory(device: torch.device) -> str | None:
-    """Start a new peak; returns a warning where the system only knows the peak since the process began."""
+    """Start a new peak; returns a warning if the system can only report the peak since the start of the process."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return None
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, which is not this model's
+        ctypes.CDLL(None).malloc_trim(0)  # glibc keeps memory that was freed before; return it to the system
         Path("/proc/self/clear_refs").write_text("5")  # Linux: VmHWM starts again from here
     except (OSError, AttributeError, TypeError):
         return "peak_memory_mib counts from the start of the process: this system cannot reset it"
@@ -28,7 +28,7 @@ def reset_peak_memory(device: torch.device) -> str | None:
 
 
 def peak_memory_mib(device: torch.device) -> float:
-    """Peak since the reset: allocated memory of a GPU, or the resident set of the whole process."""
+    """Peak since the reset, in MiB: allocated memory of a GPU, or the resident set of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / _MIB
     status = Path("/proc/self/status")

@@ -1,4 +1,4 @@
-"""The largest inputs of linears, channel by channel, over the calibration data."""
+"""The largest inputs of linears for each channel, over the calibration data."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ def absmax(
 ) -> dict[str, list[float]]:
     """Largest magnitude of each input channel (K,) of the linears `names` over `tokens` (B, T), to four digits.
 
-    Linears that read the same input are there once, by the name of the first of them.
+    Linears that read the same input have one entry, under the name of the first of them.
     """
     return {
-        next(iter(group.linears)): [float(f"{value:.4g}") for value in seen[MinMax].absmax.tolist()]
-        for groups, stats in survey(decoder, tokens, names, [MinMax], cache, track)
-        for group, seen in zip(groups, stats, strict=True)
+        next(iter(group.linears)): [float(f"{value:.4g}") for value in stats[MinMax].absmax.tolist()]
+        for groups, group_stats in survey(decoder, tokens, names, [MinMax], cache, track)
+        for group, stats in zip(groups, group_stats, strict=True)
     }

@@ -1,9 +1,9 @@
-"""What each linear, or block, costs: the divergence with it alone quantized, and with all quantized but it.
+"""The sensitivity of each linear or block: the divergence if only it is quantized, and if all others are quantized.
 
-Everything is measured on calibration sequences, so that a choice made by it has not seen the evaluation text. The float
-model is the one that rewrites left, with the same function as before: a linear's weights are exchanged within it, and
-what absorbed its scales is the same on both sides. A model with one linear exchanged differs from its base from that
-block on alone, so the base's states before each block are kept, and only the rest runs again.
+Everything is measured on calibration sequences, so choices made from it are independent of the evaluation text. The
+float model is the model after rewrites, which have kept its function: only the weights of linears are exchanged, and
+the modules that absorbed their scales are the same on both sides. A model with one linear exchanged differs from its
+base only from that linear's block on, so the base's states before each block are stored and only the later blocks run.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from harness.nn import swapped
 from harness.utils.progress import Track, silent
 
 Modules = Mapping[str, nn.Module]
-Units = list[dict[str, list[str]]]  # for each block its units, and the linears of each
+Units = list[dict[str, list[str]]]  # for each block: the name of each unit -> the linears of that unit
 
 _LOGIT_ELEMENTS = 2**24  # logits that may be computed at once: 64 MiB of float32
-_KEPT_ELEMENTS = 2**27  # logits of the float model that are kept, 512 MiB of float32; more are computed anew
+_STORED_ELEMENTS = 2**27  # logits of the float model that are stored, 512 MiB of float32; more are recomputed each time
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Mean KL to the float model's predictions, and mean negative log likelihood, in nats a token."""
+    """Mean KL from the float model's predictions, and mean negative log likelihood, both in nats per token."""
 
     kl: float
     nll: float
@@ -41,7 +41,12 @@ class Figures:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """`alone` with one unit quantized, `without` with all but it; `none` and `all` are the whole models."""
+    """Figures of models in which some units are quantized; a unit is a linear or a block.
+
+    alone, without  by name of the unit: only that unit is quantized, and all units but that one
+    params          by name of the unit: number of its weights
+    none, all       the float model, and the quantized model
+    """
 
     alone: dict[str, Figures]
     without: dict[str, Figures]
@@ -51,7 +56,7 @@ class Sensitivity:
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """A row a unit, as the record keeps it."""
+        """One row for each unit, as the record stores it."""
         return [
             {
                 "name": name,
@@ -69,9 +74,9 @@ class Sensitivity:
 def measure(
     decoder: Decoder, floats: Modules, tokens: Tensor, by: Literal["linear", "block"], track: Track = silent
 ) -> Sensitivity:
-    """Sensitivities of a quantized model, whose linears `floats` were before, on `tokens` (B, T) int64.
+    """Sensitivities of a quantized model on `tokens` (B, T) int64; `floats` are its linears before quantization.
 
-    Scored are the predictions of each sequence's T - 1 last tokens.
+    The predictions of the last T - 1 tokens of each sequence are scored.
     Raises: ValueError if the model cannot be run block by block, or logits are not finite.
     """
     model = decoder.model
@@ -81,15 +86,16 @@ def measure(
         verify(decoder, tokens[:1, :PROBE_TOKENS])
         stream = Stream(decoder, tokens)
         judge = _Judge(after_blocks(decoder, tokens), tokens, [stream.onward(states)[0] for states in stream.states])
-        alone, whole = _each(model, stream, judge, units, quantized, track)
-    without, rounded = _each(model, Stream(decoder, tokens), judge, units, floats, track)
+        alone, none = _exchange_each(model, stream, judge, units, quantized, track)
+    without, everything = _exchange_each(model, Stream(decoder, tokens), judge, units, floats, track)
     params = {
         name: sum(_size(floats[member]) for member in members) for unit in units for name, members in unit.items()
     }
-    return Sensitivity(alone, without, params, whole, rounded)
+    return Sensitivity(alone, without, params, none, everything)
 
 
 def _units(decoder: Decoder, floats: Modules, by: Literal["linear", "block"]) -> Units:
+    """The units of each block: one for each quantized linear, or one for the whole block."""
     units: Units = []
     for index in range(len(decoder.blocks)):
         block = decoder.name(index)
@@ -103,62 +109,67 @@ def _size(module: nn.Module) -> int:
     return module.weight.numel()
 
 
-def _each(
+def _exchange_each(
     model: nn.Module, stream: Stream, judge: _Judge, units: Units, others: Modules, track: Track
 ) -> tuple[dict[str, Figures], Figures]:
-    """Figures of `model` with each unit's linears exchanged for `others`, and of the model as it is."""
-    found: dict[str, Figures] = {}
+    """Figures of `model` with the linears of one unit at a time replaced by `others`, and of the unchanged model."""
+    exchanged: dict[str, Figures] = {}
     names = [(index, name) for index, unit in enumerate(units) for name in unit]
     for index, name in track(names, "sensitivity", len(names)):
         while stream.position < index:
             stream.advance()
-        states = stream.states  # of the model as it is: before the exchange, which they must not see
+        states = stream.states  # of the unchanged model: taken before the exchange
         with swapped(model, {member: others[member] for member in units[index][name]}):
-            found[name] = judge(map(stream.onward, states), name)
-    return found, judge(map(stream.onward, stream.states), "the whole model")
+            exchanged[name] = judge(map(stream.onward, states), name)
+    return exchanged, judge(map(stream.onward, stream.states), "the whole model")
 
 
 class _Judge:
-    """Compares what last blocks give, (1, T, D) for each sequence, with what the float model's gave."""
+    """Compares the last block's output, (1, T, D) for each sequence, with that of the float model."""
 
     def __init__(self, tail: Tail, tokens: Tensor, finals: Sequence[Tensor]) -> None:
-        """`finals` are the float model's states (T, D)."""
+        """`finals` are the float model's outputs (T, D) of its last block, one for each sequence."""
         self.tail, self.tokens, self.finals = tail, tokens.to(finals[0].device), finals
         self.width = tail(finals[0][:1]).shape[-1]
-        keeps = self.width * tokens.numel() <= _KEPT_ELEMENTS
-        self.kept = [[self._logits(part) for part in self._parts(states)] for states in finals] if keeps else None
+        fits = self.width * tokens.numel() <= _STORED_ELEMENTS
+        self.stored = [[self._logits(part) for part in self._slices(states)] for states in finals] if fits else None
 
-    def __call__(self, finals: Iterable[Tensor], what: str) -> Figures:
-        """Raises: ValueError, naming `what`, if a logit is not finite."""
+    def __call__(self, finals: Iterable[Tensor], exchanged: str) -> Figures:
+        """Figures of the outputs of the last block, one for each sequence.
+
+        Raises: ValueError, with the name of the `exchanged` unit, if a logit is not finite.
+        """
         kl, nll = (torch.zeros((), dtype=torch.float64, device=self.tokens.device) for _ in range(2))
         for i, states in enumerate(finals):
-            targets = self._cut(self.tokens[i, 1:])
-            for j, (part, wanted) in enumerate(zip(self._parts(states[0]), targets, strict=True)):
-                found = self._logits(part)
-                kl += token_kl(self._expected(i, j), found).sum(dtype=torch.float64)
-                nll += F.cross_entropy(found, wanted, reduction="sum").double()
+            slices = zip(self._slices(states[0]), self._split(self.tokens[i, 1:]), strict=True)
+            for j, (hidden, targets) in enumerate(slices):
+                logits = self._logits(hidden)
+                kl += token_kl(self._float_logits(i, j), logits).sum(dtype=torch.float64)
+                nll += F.cross_entropy(logits, targets, reduction="sum").double()
         count = self.tokens.shape[0] * (self.tokens.shape[1] - 1)
         figures = Figures(float(kl) / count, float(nll) / count)
         if not (math.isfinite(figures.kl) and math.isfinite(figures.nll)):
             raise ValueError(
-                f"analysis.sensitivity: logits are not finite with {what} exchanged between float and quantized; "
-                "use more bits, or skip it"
+                f"analysis.sensitivity: logits are not finite with {exchanged} exchanged between float and quantized; "
+                "use more bits, or add it to skip"
             )
         return figures
 
-    def _expected(self, i: int, j: int) -> Tensor:
-        if self.kept is not None:
-            return self.kept[i][j]
-        return self._logits(self._parts(self.finals[i])[j])
+    def _float_logits(self, i: int, j: int) -> Tensor:
+        """The float model's logits of slice `j` of sequence `i`."""
+        if self.stored is not None:
+            return self.stored[i][j]
+        return self._logits(self._slices(self.finals[i])[j])
 
     def _logits(self, states: Tensor) -> Tensor:
         logits = self.tail(states)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
-    def _parts(self, states: Tensor) -> tuple[Tensor, ...]:
-        return self._cut(states[:-1])
+    def _slices(self, states: Tensor) -> tuple[Tensor, ...]:
+        """The states of the scored positions, all but the last, in slices."""
+        return self._split(states[:-1])
 
-    def _cut(self, rows: Tensor) -> tuple[Tensor, ...]:
-        """Rows of as many positions as may have logits at once."""
-        parts: tuple[Tensor, ...] = rows.split(max(1, _LOGIT_ELEMENTS // self.width))
-        return parts
+    def _split(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """Slices of as many positions as may have logits in memory at once."""
+        slices: tuple[Tensor, ...] = rows.split(max(1, _LOGIT_ELEMENTS // self.width))
+        return slices

@@ -1,4 +1,4 @@
-"""The rest of a model after some of its modules: final norm, head, scaling, capping."""
+"""The tail of a model, from hidden states to logits: final norm, head, scaling, capping."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from harness.nn import standing_in
 
 
 class Tail:
-    """Logits (T, V) of states (T, D).
+    """A function from states (T, D) to logits (T, V).
 
-    It is the model's own forward, in which each of `modules` hands out `output(states)` instead of running.
+    It runs the model's forward, in which each of `modules` returns `output(states)` instead of computing.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module], output: Callable[[Tensor], Any]) -> None:
@@ -34,9 +34,9 @@ class Tail:
 
 @torch.no_grad()
 def after_blocks(decoder: Decoder, tokens: Tensor) -> Tail:
-    """The rest of the model after its last block, proved on the first of `tokens` (B, T).
+    """The tail of a model after its last block, proved on the first sequence of `tokens` (B, T).
 
-    Raises: ValueError if it depends on more than the states that the last block gives.
+    Raises: ValueError if the tail depends on more than the states that the last block returns.
     """
     model, probe = decoder.model, Stream(decoder, tokens[:1, :PROBE_TOKENS])
     outputs: list[Any] = []
@@ -48,7 +48,7 @@ def after_blocks(decoder: Decoder, tokens: Tensor) -> Tail:
     error, limit = relative_error(tail(probe.onward(probe.states[0])[0]), expected), SAME_LOGITS[expected.dtype]
     if not within(error, limit):
         raise ValueError(
-            f"what {type(model).__name__} does after its blocks does not follow from their states alone: logits "
-            f"differ by {error:.2g} relative, expected at most {limit:g}; use analysis.sensitivity=off"
+            f"the logits of {type(model).__name__} do not depend only on the states of its last block: their relative "
+            f"error is {error:.2g}, expected at most {limit:g}; use analysis.sensitivity=off"
         )
     return tail

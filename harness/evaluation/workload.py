@@ -1,4 +1,4 @@
-"""The work that latency and energy are measured on: prefills of random tokens, and decode steps after them."""
+"""The calls whose latency and energy are measured: prefills of random tokens, and decode steps after them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.config import MeasureConfig
 from harness.nn import MakeCache
 
-Pair = tuple[nn.Module, nn.Module]  # the model, and the float model that it is compared with
+Pair = tuple[nn.Module, nn.Module]  # the quantized model, and its float baseline
 
 
 def random_tokens(model: nn.Module, cfg: MeasureConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -28,18 +28,18 @@ def prefill_call(model: nn.Module, prompt: Tensor, cache: MakeCache | None) -> C
     """A prefill into a new cache, which it returns; only the last logits are computed where the model allows that."""
     accepted = inspect.signature(model.forward).parameters
     last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    make = cache or (lambda: None)  # without one, the model makes its own
+    make = cache or (lambda: None)  # with None, the model makes a float cache
     return lambda: model(input_ids=prompt, past_key_values=make(), use_cache=True, **last_only).past_key_values
 
 
 def decode_call(model: nn.Module, cache: Any, tokens: Tensor) -> Callable[[], Any]:
-    """A decode step: each call adds the next column of `tokens` to the cache."""
+    """A decode step: each call adds the next column of `tokens` (B, steps) to the cache."""
     columns = iter(tokens.split(1, dim=1))
     return lambda: model(input_ids=next(columns), past_key_values=cache, use_cache=True)
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
-    """How long one call takes, with everything that it started on the device."""
+    """Milliseconds of one call, with all work that it starts on the device."""
     synchronize(device)
     start = time.perf_counter()
     call()
@@ -48,7 +48,7 @@ def milliseconds(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait for what was started on a GPU."""
+    """Wait until a GPU has finished all work; does nothing on other devices."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from harness import records
 from harness.config import RunConfig
-from harness.evaluation import sensitivity
-from harness.evaluation.outliers import absmax
+from harness.evaluation import absmax, sensitivity
 from harness.models import Decoder, matching
 from harness.nn import swapped
 from harness.quantization import Result

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from harness import data, quantization
 from harness.config import RunConfig
-from harness.evaluation.assess import Assessment
-from harness.evaluation.memory import peak_memory_mib, reset_peak_memory
+from harness.evaluation import Assessment, peak_memory_mib, reset_peak_memory
 from harness.models import Decoder, Source
 from harness.models.exchange import native
 from harness.nn import kvcache, resident_bytes, stored_bytes

@@ -13,9 +13,8 @@ from typing import Any
 
 import pytest
 
-from harness import models
+from harness import config, models
 from harness.config import Decides, RunConfig, build_run, decides
-from harness.config import schema as configuration
 from harness.records import Record, path_of, read, write
 from harness.runs import execute_run, identity
 from harness.runs.sources import Sources
@@ -24,7 +23,7 @@ from tests.conftest import ROOT, TINY, resolve
 Tiny = Callable[..., dict[str, Any]]
 CLASSES = [
     cls
-    for cls in vars(configuration).values()
+    for cls in vars(config).values()
     if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__.startswith("harness.config")
 ]
 # Other values than those of EVERYTHING; a change of any other kind is covered by its type.

@@ -164,7 +164,7 @@ def test_isolation_is_for_sweeps_and_limits_unless_said_otherwise() -> None:
     assert of(False, "limits.time_s=3") == LimitsConfig(time_s=3.0)
     for overrides, message in [
         (["isolate=maybe"], "isolate='maybe' has type str; expected bool"),
-        (["isolate=false", "limits.time_s=3"], "isolate=False cannot hold limits.memory_gib or limits.time_s"),
+        (["isolate=false", "limits.time_s=3"], "isolate=False cannot enforce limits.memory_gib or limits.time_s"),
         (["limits.memory_gib=0"], "limits.memory_gib=0.0 is out of range; expected more than 0"),
         (["objectives=nll"], "objectives='nll' is no list; expected \\[value, ...\\]"),
     ]:

@@ -1,4 +1,7 @@
-"""The typed configuration of a run: its classes, and how Hydra's mapping becomes one. Every layer above reads it."""
+"""The typed configuration of a run: its classes, and how they are built from Hydra's mapping.
+
+All packages of higher rows read it. `cli` builds limits, `runs` builds the configuration of a run.
+"""
 
 from harness.config.build import build as build
 from harness.config.changed import changed_options as changed_options
@@ -7,13 +10,13 @@ from harness.config.load import build_run as build_run
 from harness.config.load import build_steps as build_steps
 from harness.config.options import Decides as Decides
 from harness.config.options import decides as decides
-from harness.config.schema import AnalysisConfig as AnalysisConfig
-from harness.config.schema import DataConfig as DataConfig
-from harness.config.schema import Dtype as Dtype
-from harness.config.schema import EngineConfig as EngineConfig
+from harness.config.parts import AnalysisConfig as AnalysisConfig
+from harness.config.parts import DataConfig as DataConfig
+from harness.config.parts import Dtype as Dtype
+from harness.config.parts import EngineConfig as EngineConfig
+from harness.config.parts import LimitsConfig as LimitsConfig
+from harness.config.parts import MeasureConfig as MeasureConfig
+from harness.config.parts import MixedConfig as MixedConfig
+from harness.config.parts import ModelConfig as ModelConfig
 from harness.config.schema import JobConfig as JobConfig
-from harness.config.schema import LimitsConfig as LimitsConfig
-from harness.config.schema import MeasureConfig as MeasureConfig
-from harness.config.schema import MixedConfig as MixedConfig
-from harness.config.schema import ModelConfig as ModelConfig
 from harness.config.schema import RunConfig as RunConfig

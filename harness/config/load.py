@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.config.build import build
-from harness.config.schema import JobConfig, LimitsConfig, RunConfig
+from harness.config.parts import LimitsConfig
+from harness.config.schema import JobConfig, RunConfig
 from harness.core import KVFormat, Method, Scheme, overrides
 
 

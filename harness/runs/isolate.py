@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import psutil
 
-from harness.config.schema import LimitsConfig
+from harness.config import LimitsConfig
 from harness.records import Record
 from harness.runs.execute import execute_run, failed_run
 from harness.utils.progress import Label, Track, silent, text

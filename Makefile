@@ -48,7 +48,7 @@ readme: $(STAMP) ## Write the tables and the plot of results/reference into READ
 	$(BIN)/python -m harness.table runs=results/reference table=readme into=README.md mark=table
 	set -e; for name in $(TABLES); do \
 	  $(BIN)/python -m harness.table runs=results/reference table=$$name into=docs/results.md mark=$$name; done
-	$(BIN)/python -m harness.report runs=results/reference png=results/pareto.png
+	$(BIN)/python -m harness.report runs=results/reference table=bench png=results/pareto.png
 
 reference: $(STAMP) ## Run the reference rows again and write the tables that show them
 	$(REFERENCE_RUN) experiment=bench force=true engine.cache_gib=0

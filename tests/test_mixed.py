@@ -1,4 +1,4 @@
-"""Widths under a budget, against every choice there is; and runs whose linears have each its own."""
+"""Bit allocation, compared with all possible allocations, and runs with a different width for each linear."""
 
 from __future__ import annotations
 
@@ -15,8 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from harness import models
-from harness.cli import table
+from harness import data, models
 from harness.config import RunConfig, build_run
 from harness.core import QTensor, round_to_nearest
 from harness.core.formats import snap_weight
@@ -25,7 +24,8 @@ from harness.nn import QuantLinear
 from harness.quantization import mixed
 from harness.quantization.allocation import Choice, allocate, hull
 from harness.records import Analysis, Record, Weights, store
-from harness.runs import execute_run, run
+from harness.reports import label, to_frame
+from harness.runs import execute_run
 from harness.utils.disk_cache import DiskCache
 from tests.blocks import GROUP8, Block, relative
 from tests.conftest import TINY, resolve, run_id_of
@@ -38,7 +38,7 @@ NO_CACHE = DiskCache(Path(), 0)
 
 
 def source_of(cfg: RunConfig) -> Record:
-    """The record of sensitivities that a configuration follows."""
+    """The record of sensitivities that a configuration uses."""
     return mixed.source(cfg, models.open(cfg.model, cfg.seed).fingerprint)
 
 
@@ -49,40 +49,42 @@ def plan(model: nn.Module, cfg: RunConfig, tokens: Tensor) -> mixed.Plan:
 choices = st.lists(
     st.tuples(st.integers(1, 40), st.floats(0, 10)), min_size=1, max_size=4, unique_by=lambda pair: pair[0]
 ).map(lambda pairs: [Choice(i, stored, cost) for i, (stored, cost) in enumerate(pairs)])
-curves = st.lists(choices, min_size=1, max_size=4).map(lambda found: {f"linear{i}": c for i, c in enumerate(found)})
+curves = st.lists(choices, min_size=1, max_size=4).map(lambda drawn: {f"linear{i}": c for i, c in enumerate(drawn)})
 
 
 def least(curves: dict[str, list[Choice]], budget: float) -> float:
-    """The lowest cost of all choices that fit."""
+    """The lowest cost of all allocations that fit the budget."""
     fitting = [each for each in itertools.product(*curves.values()) if sum(c.stored for c in each) <= budget]
     return min(sum(choice.cost for choice in each) for each in fitting)
 
 
 @given(curves, st.floats(0, 1))
-def test_no_choice_of_as_many_bits_costs_less_but_for_one_step(curves: dict[str, list[Choice]], share: float) -> None:
+def test_no_allocation_in_the_budget_costs_less_by_more_than_one_step(
+    curves: dict[str, list[Choice]], share: float
+) -> None:
     low, high = (sum(f(c.stored for c in curve) for curve in curves.values()) for f in (min, max))
     budget = low + share * (high - low)
-    found = allocate(curves, budget)
-    assert found.keys() == curves.keys()
-    assert all(found[name] in curve for name, curve in curves.items())
-    assert sum(choice.stored for choice in found.values()) <= budget
-    cost, best = sum(choice.cost for choice in found.values()), least(curves, budget)
+    chosen = allocate(curves, budget)
+    assert chosen.keys() == curves.keys()
+    assert all(chosen[name] in curve for name, curve in curves.items())
+    assert sum(choice.stored for choice in chosen.values()) <= budget
+    cost, best = sum(choice.cost for choice in chosen.values()), least(curves, budget)
     steps = [a.cost - b.cost for curve in curves.values() for a, b in itertools.pairwise(hull(curve))]
     assert cost <= best + max(steps, default=0.0) + 1e-9
 
 
 @given(curves)
-def test_what_is_on_the_hull_of_all_is_the_best_there_is(curves: dict[str, list[Choice]]) -> None:
+def test_allocations_on_the_hull_of_the_sum_are_optimal(curves: dict[str, list[Choice]]) -> None:
     steps = [
         ((a.cost - b.cost) / (b.stored - a.stored), b.stored - a.stored)
         for curve in curves.values()
         for a, b in itertools.pairwise(hull(curve))
     ]
     spent = float(sum(min(choice.stored for choice in curve) for curve in curves.values()))
-    for _, more in [(0.0, 0), *sorted(steps, reverse=True)]:
-        spent += more
-        found = allocate(curves, spent)
-        assert sum(choice.cost for choice in found.values()) == pytest.approx(least(curves, spent), abs=1e-9)
+    for _, added in [(0.0, 0), *sorted(steps, reverse=True)]:
+        spent += added
+        chosen = allocate(curves, spent)
+        assert sum(choice.cost for choice in chosen.values()) == pytest.approx(least(curves, spent), abs=1e-9)
 
 
 def test_the_hull_by_hand() -> None:
@@ -90,31 +92,31 @@ def test_the_hull_by_hand() -> None:
     assert [choice.bits for choice in hull(curve)] == [2, 4, 6], "3 is above the line from 2 to 4, 5 is worse than 4"
 
 
-def test_a_budget_under_the_narrowest_is_refused() -> None:
-    with pytest.raises(ValueError, match="the narrowest widths take 30 bits; expected a budget of at least that"):
+def test_a_budget_below_the_narrowest_widths_is_refused() -> None:
+    with pytest.raises(ValueError, match="budget=29.9 is below the 30 bits that the narrowest widths take; raise it"):
         allocate({"a": [Choice(3, 30, 1.0)]}, 29.9)
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> store.Record:
-    """A sensitivity run of the tiny model."""
+    """The record of a sensitivity run of the tiny model."""
     folder = tmp_path_factory.mktemp("measured")
-    asked = ("bits=3", "analysis.sensitivity=linear", "execution=simulated", "measure=off", f"results_dir={folder}")
-    return execute_run(resolve(*TINY, *asked))[0]
+    options = ("bits=3", "analysis.sensitivity=linear", "execution=simulated", "measure=off", f"results_dir={folder}")
+    return execute_run(resolve(*TINY, *options))[0]
 
 
 @pytest.fixture
-def followed(measured: store.Record, tmp_path: Path) -> Path:
-    """Its record, with figures set to differ by linear beyond all noise."""
-    found = copy.deepcopy(measured)
-    assert found.status == "ok", found.error
-    for i, row in enumerate(found.analysis.sensitivity):
+def sensitivity_path(measured: store.Record, tmp_path: Path) -> Path:
+    """The path of this record, with sensitivities that differ between linears by far more than noise."""
+    record = copy.deepcopy(measured)
+    assert record.status == "ok", record.error
+    for i, row in enumerate(record.analysis.sensitivity):
         row["kl_alone"] = 0.001 * 4 ** (i % 5)
-    return store.write(found, tmp_path / "followed")
+    return store.write(record, tmp_path / "sensitivities")
 
 
-def mixing(tiny: Tiny, followed: Path, *options: str, budget: float = 4.0) -> dict[str, Any]:
-    return tiny(f"mixed.budget={budget}", f"mixed.sensitivity={followed}", "execution=simulated", *options)
+def mixing(tiny: Tiny, sensitivity_path: Path, *options: str, budget: float = 4.0) -> dict[str, Any]:
+    return tiny(f"mixed.budget={budget}", f"mixed.sensitivity={sensitivity_path}", "execution=simulated", *options)
 
 
 def float_model(cfg: RunConfig) -> nn.Module:
@@ -122,59 +124,59 @@ def float_model(cfg: RunConfig) -> nn.Module:
 
 
 def calibration(cfg: RunConfig) -> Tensor:
-    return run.data.calibration(cfg.data, models.tokenizer(cfg.model), cfg.seed).windows
+    return data.calibration(cfg.data, models.open(cfg.model, cfg.seed).encode, cfg.seed).windows
 
 
 def inputs_of(model: nn.Module, name: str, tokens: Tensor) -> Tensor:
-    seen: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, args: seen.append(args[0].flatten(0, -2)))
+    inputs: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_pre_hook(lambda _m, args: inputs.append(args[0].flatten(0, -2)))
     with torch.no_grad():
         model(input_ids=tokens)
     handle.remove()
-    return torch.cat(seen)
+    return torch.cat(inputs)
 
 
 @pytest.mark.parametrize("by", ["linear", "block"])
-def test_a_plan_costs_what_its_formula_says(tiny: Tiny, followed: Path, by: str, tmp_path: Path) -> None:
-    source = store.read(followed)
+def test_a_plan_costs_as_much_as_its_formula(tiny: Tiny, sensitivity_path: Path, by: str, tmp_path: Path) -> None:
+    source = store.read(sensitivity_path)
     measured = {row["name"]: row["kl_alone"] for row in source.analysis.sensitivity}
     if by == "block":
         rows = source.analysis.sensitivity
         rows[:] = [rows[0] | {"name": "model.layers.0"}, rows[3] | {"name": "model.layers.1"}]
         measured = {row["name"]: row["kl_alone"] for row in rows}
-        followed = store.write(source, tmp_path / "blocks")
-    cfg = build_run(mixing(tiny, followed))
+        sensitivity_path = store.write(source, tmp_path / "blocks")
+    cfg = build_run(mixing(tiny, sensitivity_path))
     assert cfg.scheme is not None
     model, tokens = float_model(cfg), calibration(cfg)
-    found = plan(model, cfg, tokens)
+    chosen = plan(model, cfg, tokens)
     cost, bits, weights = 0.0, 0.0, 0
     for unit, kl in measured.items():
         members = [name for name in linears(model) if name == unit or name.startswith(f"{unit}.")]
-        squared = {3: 0.0, found.bits[members[0]]: 0.0}
+        squared = {3: 0.0, chosen.bits[members[0]]: 0.0}
         for name in members:
             weight, x = weight_of(model.get_submodule(name)), inputs_of(model, name, tokens)
-            assert found.bits[name] == found.bits[members[0]]
+            assert chosen.bits[name] == chosen.bits[members[0]]
             for width in squared:
                 rounded = round_to_nearest(weight, cfg.scheme.at(width).weight)
                 squared[width] += relative(x @ rounded.dequantize().T, x @ weight.T) ** 2
-            bits += cfg.scheme.at(found.bits[name]).weight.bits_per_weight(tuple(weight.shape)) * weight.numel()
+            bits += cfg.scheme.at(chosen.bits[name]).weight.bits_per_weight(tuple(weight.shape)) * weight.numel()
             weights += weight.numel()
-        cost += kl * squared[found.bits[members[0]]] / squared[3]
-    assert found.predicted_kl == pytest.approx(cost, rel=1e-3)
-    assert found.bits_per_weight == pytest.approx(bits / weights)
-    assert found.bits_per_weight <= 4
-    assert len(set(found.bits.values())) > 1
-    assert found.warnings == []
-    assert found.predicted_kl < min(found.uniform_kl.values())
-    assert list(found.uniform_kl) == [2, 3], "four bits and their scales take more than the budget"
+        cost += kl * squared[chosen.bits[members[0]]] / squared[3]
+    assert chosen.predicted_kl == pytest.approx(cost, rel=1e-3)
+    assert chosen.bits_per_weight == pytest.approx(bits / weights)
+    assert chosen.bits_per_weight <= 4
+    assert len(set(chosen.bits.values())) > 1
+    assert chosen.warnings == []
+    assert chosen.predicted_kl < min(chosen.uniform_kl.values())
+    assert list(chosen.uniform_kl) == [2, 3], "four bits and their scales take more than the budget"
 
 
-def test_sensitive_linears_get_more_bits(tiny: Tiny, followed: Path) -> None:
-    source = store.read(followed)
+def test_sensitive_linears_get_more_bits(tiny: Tiny, sensitivity_path: Path) -> None:
+    source = store.read(sensitivity_path)
     for row in source.analysis.sensitivity:
         row["kl_alone"] = 1.0 if row["name"].endswith("gate_proj") else 1e-3
-    store.write(source, followed.parent)
-    cfg = build_run(mixing(tiny, followed))
+    store.write(source, sensitivity_path.parent)
+    cfg = build_run(mixing(tiny, sensitivity_path))
     bits = plan(float_model(cfg), cfg, calibration(cfg)).bits
     gates = [width for name, width in bits.items() if name.endswith("gate_proj")]
     others = [width for name, width in bits.items() if not name.endswith("gate_proj")]
@@ -182,29 +184,30 @@ def test_sensitive_linears_get_more_bits(tiny: Tiny, followed: Path) -> None:
 
 
 def by_hand(cfg: RunConfig, widths: dict[str, int]) -> dict[str, Tensor]:
-    """Weights of a float-propagated run, block by block, each linear at its width."""
-    model, tokens, found = float_model(cfg), calibration(cfg), dict[str, Tensor]()
+    """Decoded weights of a run with float propagation, computed block by block, each linear at its width."""
+    model, tokens, decoded = float_model(cfg), calibration(cfg), dict[str, Tensor]()
     (step,) = cfg.steps.values()
     assert cfg.scheme is not None
     with torch.no_grad():
         for index in range(2):
             block = Block(model, index, cfg.scheme, tokens)
             stats = [block.stats(group, step.needs) for group in block.groups]
-            for group, seen in zip(block.groups, stats, strict=True):
+            for group, group_stats in zip(block.groups, stats, strict=True):
                 group.schemes = {name: cfg.scheme.at(widths[name]) for name in group.linears}
                 if step.searches:
-                    block.search(group, seen, cfg.engine.search_tokens)
-                step.transform(group, seen)
+                    block.search(group, group_stats, cfg.engine.search_tokens)
+                step.transform(group, group_stats)
             for group in block.groups:
-                seen = block.stats(group, step.needs)
+                group_stats = block.stats(group, step.needs)
                 for name, weight in group.weights.items():
-                    found[name] = step.quantize(weight.clone(), cfg.scheme.at(widths[name]), seen).dequantize()
-    return found
+                    qtensor = step.quantize(weight.clone(), cfg.scheme.at(widths[name]), group_stats)
+                    decoded[name] = qtensor.dequantize()
+    return decoded
 
 
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "awq"])
-def test_a_mixed_run_is_each_linear_at_its_bits(tiny: Tiny, method: str, followed: Path) -> None:
-    cfg = build_run(mixing(tiny, followed, f"method={method}", "engine.propagate=float"))
+def test_a_mixed_run_quantizes_each_linear_at_its_width(tiny: Tiny, method: str, sensitivity_path: Path) -> None:
+    cfg = build_run(mixing(tiny, sensitivity_path, f"method={method}", "engine.propagate=float"))
     model, tokens = float_model(cfg), calibration(cfg)
     widths = {name: WIDTHS[i % 4] for i, name in enumerate(linears(model))}
     result = quantize(model, cfg, tokens, widths=widths)
@@ -220,7 +223,7 @@ def test_a_mixed_run_is_each_linear_at_its_bits(tiny: Tiny, method: str, followe
         assert row["bits_per_weight"] == pytest.approx(analytic)
 
 
-def test_a_trial_rounds_each_linear_of_a_group_to_its_own_width() -> None:
+def test_a_trial_rounds_each_linear_of_a_group_to_its_width() -> None:
     block = Block(uneven(build("llama")), scheme=GROUP8)
     group = block.group("gate_proj")
     names = list(group.linears)
@@ -228,78 +231,78 @@ def test_a_trial_rounds_each_linear_of_a_group_to_its_own_width() -> None:
     block.search(group, block.stats(group, ()))
     with torch.no_grad():
         x, mlp = block.inputs(group), block.model.get_submodule(f"{block.prefix}mlp")
-        other = copy.deepcopy(mlp)
+        rounded = copy.deepcopy(mlp)
         for name, bits in zip(names, (3, 8), strict=True):
-            weight = weight_of(other.get_submodule(name.rpartition(".")[2]))
+            weight = weight_of(rounded.get_submodule(name.rpartition(".")[2]))
             weight.copy_(snap_weight(weight, GROUP8.at(bits).weight))
-        expected = float((other(x) - mlp(x)).square().mean())
-        found = group.error(torch.ones(32))
-    assert found == pytest.approx(expected, rel=1e-3)
+        expected = float((rounded(x) - mlp(x)).square().mean())
+        error = group.error(torch.ones(32))
+    assert error == pytest.approx(expected, rel=1e-3)
     assert group.scheme_of(names[0]) is GROUP8
 
 
 @pytest.mark.parametrize("method", ["rtn", "awq", "rotate_gptq"])
-def test_a_whole_run(tiny: Tiny, method: str, followed: Path) -> None:
-    found, _ = execute_run(mixing(tiny, followed, f"method={method}"))
-    assert found.status == "ok", found.error
-    plan = found.analysis.mixed
-    assert plan["sensitivity"] == store.read(followed).run_id
-    assert found.metrics["bits_per_weight"] == pytest.approx(plan["bits_per_weight"])
+def test_a_whole_run(tiny: Tiny, method: str, sensitivity_path: Path) -> None:
+    record, _ = execute_run(mixing(tiny, sensitivity_path, f"method={method}"))
+    assert record.status == "ok", record.error
+    plan = record.analysis.mixed
+    assert plan["sensitivity"] == store.read(sensitivity_path).run_id
+    assert record.metrics["bits_per_weight"] == pytest.approx(plan["bits_per_weight"])
     assert 3.5 < plan["bits_per_weight"] <= 4
-    assert len({row["bits"] for row in found.layers}) > 1
-    assert found.options["mixed.budget"] == 4.0
-    assert "mixed.sensitivity" not in found.options
-    assert "group64 mixed.budget=4.0" in table.label(found)
-    (row,) = table.to_frame([found]).to_dict("records")
+    assert len({row["bits"] for row in record.layers}) > 1
+    assert record.options["mixed.budget"] == 4.0
+    assert "mixed.sensitivity" not in record.options
+    assert "group64 mixed.budget=4.0" in label(record)
+    (row,) = to_frame([record]).to_dict("records")
     assert "mixed.budget=4.0" in row["options"]
-    assert row["bits"] != row["bits"], "no one width: nan"
-    assert found.stages["allocate"] > 0
+    assert row["bits"] != row["bits"], "nan, because the run has several widths"
+    assert record.stages["allocate"] > 0
 
 
-def test_the_figures_that_are_followed_decide_the_run_and_the_file_does_not(tiny: Tiny, followed: Path) -> None:
+def test_sensitivities_and_not_their_file_decide_the_run(tiny: Tiny, sensitivity_path: Path) -> None:
     def identity(path: Path, *options: str) -> str:
         raw = mixing(tiny, path, *options)
         return run_id_of(raw)
 
-    first = identity(followed)
-    assert identity(followed.parent) == first, "the folder's newest"
-    assert identity(followed, "bits=3") == first, "the scheme's own width has no use"
-    assert identity(followed, "mixed.widths=[2,4]") != first
-    source = store.read(followed)
+    first = identity(sensitivity_path)
+    assert identity(sensitivity_path.parent) == first, "the newest record of the folder"
+    assert identity(sensitivity_path, "bits=3") == first, "the width of the scheme has no effect"
+    assert identity(sensitivity_path, "mixed.widths=[2,4]") != first
+    source = store.read(sensitivity_path)
     source.analysis.sensitivity[0]["kl_alone"] *= 2
-    changed = store.write(source, followed.parent)
+    changed = store.write(source, sensitivity_path.parent)
     assert identity(changed) != first
     plain = tiny("mixed.widths=[2,4]")
-    assert run_id_of(plain) == run_id_of(tiny()), "nothing is mixed"
+    assert run_id_of(plain) == run_id_of(tiny()), "without a budget, widths have no effect"
 
 
-def test_the_newest_of_a_folder_that_fits_is_taken(tiny: Tiny, followed: Path) -> None:
-    good = store.read(followed)
-    others = {
-        "failed": replace(good, status="failed"),
-        "none": replace(good, analysis=Analysis()),
-        "model": replace(good, model=Weights(fingerprint="other")),
-        "mixed": replace(good, analysis=replace(good.analysis, mixed={"bits": {}})),
+def test_the_newest_usable_record_of_a_folder_is_used(tiny: Tiny, sensitivity_path: Path) -> None:
+    usable = store.read(sensitivity_path)
+    unusable = {
+        "failed": replace(usable, status="failed"),
+        "none": replace(usable, analysis=Analysis()),
+        "model": replace(usable, model=Weights(fingerprint="other")),
+        "mixed": replace(usable, analysis=replace(usable.analysis, mixed={"bits": {}})),
     }
-    for name, other in others.items():
-        store.write(replace(other, run_id=name), followed.parent)
-    (followed.parent / "broken.json").write_text("{")
-    assert source_of(build_run(mixing(tiny, followed.parent))).run_id == good.run_id
-    followed.unlink()
+    for name, record in unusable.items():
+        store.write(replace(record, run_id=name), sensitivity_path.parent)
+    (sensitivity_path.parent / "broken.json").write_text("{")
+    assert source_of(build_run(mixing(tiny, sensitivity_path.parent))).run_id == usable.run_id
+    sensitivity_path.unlink()
     with pytest.raises(ValueError, match="holds no finished run with sensitivities of model=tiny at one width; run"):
-        source_of(build_run(mixing(tiny, followed.parent)))
+        source_of(build_run(mixing(tiny, sensitivity_path.parent)))
 
 
-def test_linears_whose_measurement_says_nothing(tiny: Tiny, followed: Path) -> None:
-    source = store.read(followed)
+def test_linears_without_a_meaningful_sensitivity(tiny: Tiny, sensitivity_path: Path) -> None:
+    source = store.read(sensitivity_path)
     rows = source.analysis.sensitivity
     rows[0]["kl_alone"], rows[1]["kl_alone"] = 0.0, -1e-9
-    store.write(source, followed.parent)
-    cfg = build_run(mixing(tiny, followed))
-    found = plan(float_model(cfg), cfg, calibration(cfg))
-    (note,) = found.warnings
-    assert note == f"mixed: {rows[0]['name']} and 1 more cost no more than rounding noise alone; taken as 1e-07 nats"
-    assert found.bits[rows[0]["name"]] == 2
+    store.write(source, sensitivity_path.parent)
+    cfg = build_run(mixing(tiny, sensitivity_path))
+    chosen = plan(float_model(cfg), cfg, calibration(cfg))
+    (note,) = chosen.warnings
+    assert note == f"mixed: the KL of {rows[0]['name']} and 1 more is within rounding noise; 1e-07 nats are assumed"
+    assert chosen.bits[rows[0]["name"]] == 2
 
     model = float_model(cfg)
     exact = weight_of(model.get_submodule(rows[4]["name"]))
@@ -307,23 +310,25 @@ def test_linears_whose_measurement_says_nothing(tiny: Tiny, followed: Path) -> N
     with torch.no_grad():
         exact.copy_(round_to_nearest(exact, cfg.scheme.at(3).weight).dequantize())
     (_, note) = plan(model, cfg, calibration(cfg)).warnings
-    assert note == f"mixed: {rows[4]['name']} had no error at 3 bits; taken as sensitive as the median"
+    assert note == f"mixed: {rows[4]['name']} had no error at 3 bits; the median sensitivity is assumed"
 
 
-def test_another_scheme_is_said_and_a_linear_that_was_not_measured_refused(tiny: Tiny, followed: Path) -> None:
-    cfg = build_run(mixing(tiny, followed, "scheme=group32"))
+def test_another_scheme_is_a_warning_and_a_linear_without_sensitivity_an_error(
+    tiny: Tiny, sensitivity_path: Path
+) -> None:
+    cfg = build_run(mixing(tiny, sensitivity_path, "scheme=group32"))
     (note,) = plan(float_model(cfg), cfg, calibration(cfg)).warnings
     assert note.endswith("measured sensitivities under another scheme (group_size)")
-    source = store.read(followed)
+    source = store.read(sensitivity_path)
     del source.analysis.sensitivity[3]
-    store.write(source, followed.parent)
-    found, _ = execute_run(mixing(tiny, followed))
-    assert found.error is not None
-    assert f"run {source.run_id} says nothing of model.layers.0.self_attn.o_proj; measure it with" in found.error
+    store.write(source, sensitivity_path.parent)
+    record, _ = execute_run(mixing(tiny, sensitivity_path))
+    assert record.error is not None
+    assert f"run {source.run_id} has no sensitivity of model.layers.0.self_attn.o_proj; measure it with" in record.error
 
 
 class Wasteful(QTensor):
-    """A weight that stores a float16 a value beside what it needs."""
+    """A weight that stores each value as float16, more than the scheme stores."""
 
     def __init__(self, weight: Tensor) -> None:
         super().__init__((weight.shape[0], weight.shape[1]))
@@ -333,27 +338,31 @@ class Wasteful(QTensor):
         return self.values.to(dtype)  # type: ignore[operator,no-any-return]
 
 
-def test_a_method_that_stores_more_is_told_of(tiny: Tiny, followed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_that_exceeds_the_budget_gets_a_warning(
+    tiny: Tiny, sensitivity_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("methods.rtn.RTN.quantize", lambda _self, weight, _scheme, _stats: Wasteful(weight))
-    found, _ = execute_run(mixing(tiny, followed))
-    assert found.status == "ok", found.error
-    assert "mixed.budget=4 is exceeded: the method stores 16 bits a weight, scales included" in found.warnings
+    record, _ = execute_run(mixing(tiny, sensitivity_path))
+    assert record.status == "ok", record.error
+    assert "mixed.budget=4 is exceeded: the method stores 16 bits per weight, scales included" in record.warnings
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["mixed.budget=2"], "mixed.budget=2 is below the 2.281 bits a weight that the narrowest of mixed.widths="),
-        (["mixed.widths=[2,2]"], r"mixed.widths=\[2, 2\] is no choice; expected different widths of 2 to 8"),
-        (["mixed.widths=[1]"], r"mixed.widths=\[1\] is no choice"),
-        (["mixed.sensitivity=null"], "mixed.sensitivity=None with budget=4: nothing says which linears need bits;"),
+        (["mixed.budget=2"], "mixed.budget=2 is below the 2.281 bits per weight that the narrowest of mixed.widths="),
+        (["mixed.widths=[2,2]"], r"mixed.widths=\[2, 2\] cannot be chosen from; expected different widths of 2 to 8"),
+        (["mixed.widths=[1]"], r"mixed.widths=\[1\] cannot be chosen from"),
+        (["mixed.sensitivity=null"], "mixed.sensitivity=None with budget=4: nothing says which linears need more bits;"),
         (["mixed.sensitivity=nowhere"], "nowhere is no record"),
-        (["method=nf4", "scheme=native"], "mixed.budget=4 with scheme=native: method=nf4 has a format of its own"),
+        (["method=nf4", "scheme=native"], "mixed.budget=4 with scheme=native: method=nf4 has its own format"),
         (["save=folder"], "save=folder with mixed.budget=4: the file has one width for all linears; expected"),
     ],
 )
-def test_what_cannot_be_mixed_is_refused(tiny: Tiny, followed: Path, options: list[str], message: str) -> None:
-    found, _ = execute_run(mixing(tiny, followed, *options))
-    assert found.status == "failed"
+def test_configurations_that_cannot_be_mixed_are_refused(
+    tiny: Tiny, sensitivity_path: Path, options: list[str], message: str
+) -> None:
+    record, _ = execute_run(mixing(tiny, sensitivity_path, *options))
+    assert record.status == "failed"
     with pytest.raises(ValueError, match=message):
-        raise ValueError(found.error)
+        raise ValueError(record.error)

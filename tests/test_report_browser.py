@@ -18,7 +18,7 @@ from selenium.common.exceptions import StaleElementReferenceException, TimeoutEx
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
 
-from harness.cli.table import load
+from harness.records.folder import load_records, select, table_of
 from harness.reports.html import page
 from tests.conftest import ROOT
 from tests.test_report import HOSTILE, analysed
@@ -198,10 +198,10 @@ def test_a_run_and_a_figure_of_the_layers_can_be_chosen(report: webdriver.Chrome
     expect(report, lambda: "160 of 400 channels" in text_of(report, "outliers-note"), True)
 
 
-@pytest.mark.parametrize("name", ["", "survey"])
+@pytest.mark.parametrize("name", ["bench", "survey"])
 def test_the_reference_report_opens_and_fits_a_phone(name: str, browser: webdriver.Chrome, tmp_path: Path) -> None:
-    folder = ROOT / "results/reference" / name
-    records = load(folder)
+    folder = ROOT / "results/reference"
+    records = select(load_records(folder), table_of(folder, name), folder)
     show(browser, tmp_path, page.html(records, folder))
     assert severe(browser) == []
     expect(browser, lambda: len(run_ids(browser)), len(records))

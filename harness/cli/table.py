@@ -23,7 +23,6 @@ from typing import get_args
 
 from harness.cli.options import options_of
 from harness.records import folder as folders
-from harness.records.folder import load_records as load  # this and the next two: until cli.run imports them itself
 from harness.reports import (
     FORMATS,
     Columns,
@@ -32,17 +31,13 @@ from harness.reports import (
     comparison_sheet,
     emit,
     kv_sheet,
-    label,
     mean_over_seeds,
-    show,
     sweeps_sheet,
     to_frame,
     to_sheet,
     write_into,
 )
 from harness.runs import stale_ids
-
-__all__ = ["label", "load", "main", "show", "to_frame"]
 
 DEFAULTS = {
     "runs": "results/runs",

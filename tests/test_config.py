@@ -61,7 +61,7 @@ def test_data_configs_have_the_same_keys() -> None:
         ("method.rtn._target_=methods.rtn.RTM", r"^method.rtn._target_=methods.rtn.RTM cannot be imported"),
         (
             "method.rtn._target_=pathlib.Path",
-            r"^method.rtn._target_=pathlib.Path is no method; expected a class with @dataclass",
+            r"^method.rtn._target_=pathlib.Path is not a method; expected a class with @dataclass",
         ),
         ("model.dtype=int8", r"^model.dtype='int8' is unknown; expected one of: auto, float64"),
         ("data.seq_len=1", r"^data.seq_len=1 is out of range; expected 2 or more$"),
@@ -71,11 +71,11 @@ def test_data_configs_have_the_same_keys() -> None:
         ("data.stride=512", r"^data.stride=512 has no use with protocol=gptq; use null, or protocol=strided$"),
         ("measure.repeats=-1", r"^measure.repeats=-1 is out of range; expected 1 or more$"),
         ("execution=fast", r"^execution='fast' is unknown; expected one of: packed, simulated$"),
-        ("skip=down", r"^skip='down' is no list; expected \[value, \.\.\.\]$"),
+        ("skip=down", r"^skip='down' is not a list; expected \[value, \.\.\.\]$"),
         ("model.package=null", r"^model.path=None and 0 of package, id, architecture are set"),
         ("scheme.weight.grid=narrow", r"^scheme.weight.grid=narrow has no use with symmetric=false"),
         ("seed=-1", r"^seed=-1 is out of range; expected 0 to 2\^63 - 1$"),
-        ("method.rtn._target_=tests.test_config.Loose", r"Loose is no method; expected a class with @dataclass"),
+        ("method.rtn._target_=tests.test_config.Loose", r"Loose is not a method; expected a class with @dataclass"),
         ("seed=1.5", r"^seed=1.5 has type float; expected int$"),
         ("force=1", r"^force=1 has type int; expected bool$"),
     ],
@@ -138,13 +138,13 @@ def test_a_step_with_nothing_to_do_is_refused(names: list[str], idle: str, choos
         "again": "methods.gptq.GPTQ",
         "rewrites": "tests.test_config.Rewrites",
     }
-    message = rf"^method={re.escape('+'.join(names))}: step {idle} has nothing to do beside {chooser}, which chooses"
+    message = rf"^method={re.escape('+'.join(names))}: step {idle} has nothing to do, because {chooser} chooses"
     with pytest.raises(ValueError, match=message):
         build_steps({name: {"_target_": targets[name]} for name in names})
 
 
 def test_a_method_that_is_no_mapping_of_steps_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"method=\[1\] is no mapping of steps"):
+    with pytest.raises(ValueError, match=r"method=\[1\] is not a mapping of steps"):
         build_steps([1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method.rtn=3 has no _target_"):
         build_steps({"rtn": 3})
@@ -167,4 +167,4 @@ def test_rtn_takes_bits_and_scheme(tiny: Tiny) -> None:
 def test_bits_that_a_scheme_fixes_are_not_ignored_in_silence(tiny: Tiny) -> None:
     assert build_run(tiny("scheme=w8a8_token")).warnings == ()
     (warning,) = build_run(tiny("scheme=w8a8_token", "bits=3")).warnings
-    assert warning == "bits=3 is not used: scheme.weight.bits=8 of scheme=w8a8_token is"
+    assert warning == "bits=3 has no effect: scheme=w8a8_token sets scheme.weight.bits=8"

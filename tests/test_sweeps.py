@@ -166,7 +166,7 @@ def test_isolation_is_for_sweeps_and_limits_unless_said_otherwise() -> None:
         (["isolate=maybe"], "isolate='maybe' has type str; expected bool"),
         (["isolate=false", "limits.time_s=3"], "isolate=False cannot enforce limits.memory_gib or limits.time_s"),
         (["limits.memory_gib=0"], "limits.memory_gib=0.0 is out of range; expected more than 0"),
-        (["objectives=nll"], "objectives='nll' is no list; expected \\[value, ...\\]"),
+        (["objectives=nll"], "objectives='nll' is not a list; expected \\[value, ...\\]"),
     ]:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             of(True, *overrides)

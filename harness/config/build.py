@@ -1,4 +1,4 @@
-"""Builds a dataclass from a mapping: names and types are checked against its own fields."""
+"""Builds a dataclass from a mapping, whose keys and types are checked against the fields of the class."""
 
 from __future__ import annotations
 
@@ -13,27 +13,20 @@ T = TypeVar("T")
 
 
 def build(cls: type[T], values: Mapping[str, Any], key: str, extra: Mapping[str, Any] | None = None) -> T:
-    """Build the dataclass `cls` from `values`, checking names and types against its own fields.
+    """Build the dataclass `cls` from `values`, whose keys and types are checked against its fields.
 
-    `key` is the path of `values` in the configuration, for messages; `extra` holds fields already built.
+    `key` is the path of `values` in the configuration, for messages; `extra` has fields that are already built.
+    Raises: ValueError, in one line, for an unknown or missing key, a wrong type or a value that the class refuses.
     """
     prefix = f"{key}." if key else ""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{key}={values!r} is no mapping; expected the keys of {cls.__name__}")
+        raise ValueError(f"{key}={values!r} is not a mapping; expected the keys of {cls.__name__}")
     hints = get_type_hints(cls)
     names = [item.name for item in dataclasses.fields(cls) if item.name not in (extra or {})]  # type: ignore[arg-type]
     for name in values:
         if name not in names:
             raise ValueError(f"{prefix}{name}={values[name]!r} is an unknown key; {choices(str(name), names)}")
-    missing = [
-        item.name
-        for item in dataclasses.fields(cls)  # type: ignore[arg-type]
-        if item.default is dataclasses.MISSING
-        and item.default_factory is dataclasses.MISSING
-        and item.name not in values
-        and item.name not in (extra or {})
-    ]
-    if missing:
+    if missing := [name for name in _required(cls) if name not in {**values, **(extra or {})}]:
         raise ValueError(f"{prefix}{missing[0]} is missing; set it in the configuration or on the command line")
     checked = {name: _convert(value, hints[name], prefix + name) for name, value in values.items()}
     try:
@@ -42,14 +35,22 @@ def build(cls: type[T], values: Mapping[str, Any], key: str, extra: Mapping[str,
         raise ValueError(f"{prefix}{error}") from error
 
 
+def _required(cls: type) -> list[str]:
+    """The names of the fields that have no default."""
+    missing = dataclasses.MISSING
+    return [
+        item.name for item in dataclasses.fields(cls) if item.default is missing and item.default_factory is missing
+    ]
+
+
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    """`value` as the annotated type `hint`; refuses what would lose anything."""
+    """Convert `value` to the annotated type `hint`; a conversion that would lose information is an error."""
     origin = get_origin(hint)
     if origin in (Union, types.UnionType):
         if value is None and type(None) in get_args(hint):
             return None
         inner = [arg for arg in get_args(hint) if arg is not type(None)]
-        if len(inner) > 1:  # a choice of types: the class itself has to check
+        if len(inner) > 1:  # several types are allowed: the class itself checks
             return value
         return _convert(value, inner[0], key)
     if origin is Literal:
@@ -60,9 +61,9 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return build(hint, value, key)
     if origin in (tuple, list):
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ValueError(f"{key}={value!r} is no list; expected [value, ...]")
+            raise ValueError(f"{key}={value!r} is not a list; expected [value, ...]")
         return origin(_convert(item, get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value))
-    if not isinstance(hint, type) or origin is not None:  # mappings and the like: the class itself has to check
+    if not isinstance(hint, type) or origin is not None:  # mappings and other containers: the class itself checks
         return value
     return _convert_scalar(value, hint, key)
 

@@ -1,4 +1,4 @@
-"""The options of a run that are not at their defaults, as records and tables name them."""
+"""The options of a run that differ from their defaults, named as in records and tables."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ from typing import Any
 
 from harness.config.schema import RunConfig
 
-_UNTOLD = ("engine.cache_gib", "mixed.sensitivity")  # neither tells one result from another
+_LEFT_OUT = ("engine.cache_gib", "mixed.sensitivity")  # neither distinguishes one result from another
 
 
 def changed_options(cfg: RunConfig) -> dict[str, Any]:
-    """Options of steps, engine, analysis and mixed that are not at their class's defaults, by `step.option`."""
+    """Options of steps, engine, analysis and mixed that differ from the defaults of their class, by `step.option`.
+
+    The float baseline has none.
+    """
     if not cfg.steps:
         return {}
     parts: dict[str, Any] = {**cfg.steps, "engine": cfg.engine}
@@ -21,7 +24,7 @@ def changed_options(cfg: RunConfig) -> dict[str, Any]:
         f"{label}.{item.name}": getattr(part, item.name)
         for label, part in parts.items()
         for item in dataclasses.fields(part)
-        if f"{label}.{item.name}" not in _UNTOLD and getattr(part, item.name) != _default(item)
+        if f"{label}.{item.name}" not in _LEFT_OUT and getattr(part, item.name) != _default(item)
     }
 
 

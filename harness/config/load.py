@@ -1,4 +1,4 @@
-"""From the resolved mapping of conf/config.yaml to the typed configuration of a run."""
+"""Builds the typed configuration of a run from the resolved mapping of conf/config.yaml."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from harness.core import KVFormat, Method, Scheme, overrides
 
 
 def build_limits(cfg: Mapping[str, Any], sweeping: bool) -> LimitsConfig | None:
-    """The limits of a run that gets a process of its own; None for one that runs in this process.
+    """The limits of a run that gets a separate process; None for a run in this process.
 
-    Raises: ValueError, in one line, if `isolate`, `limits` or `objectives` has a value that it cannot have.
+    `sweeping` says whether the run is part of a sweep.
+    Raises: ValueError, in one line, if `isolate`, `limits` or `objectives` has an invalid value.
     """
     names = [item.name for item in dataclasses.fields(JobConfig)]
     job = build(JobConfig, {name: cfg[name] for name in names if cfg.get(name) is not None}, "")
@@ -29,37 +30,38 @@ def build_run(cfg: Mapping[str, Any]) -> RunConfig:
 
     Raises: ValueError, in one line, for an unknown key, a wrong type or a value out of range.
     """
-    elsewhere = {"bits", "scheme", "method", "kv", "experiment", *(item.name for item in dataclasses.fields(JobConfig))}
-    rest = {key: value for key, value in cfg.items() if key not in elsewhere}
+    job_keys = {item.name for item in dataclasses.fields(JobConfig)}
+    separate = {"bits", "scheme", "method", "kv", "experiment", *job_keys}
+    values = {key: value for key, value in cfg.items() if key not in separate}
     steps = build_steps(cfg["method"])
     scheme = build(Scheme, cfg["scheme"], "scheme") if steps else None
     warnings: tuple[str, ...] = ()
     if scheme and cfg["bits"] != scheme.weight.bits:
         warnings = (
-            f"bits={cfg['bits']} is not used: scheme.weight.bits={scheme.weight.bits} of scheme={scheme.name} is",
+            f"bits={cfg['bits']} has no effect: scheme={scheme.name} sets scheme.weight.bits={scheme.weight.bits}",
         )
     kv = build(KVFormat, cfg["kv"], "kv") if cfg.get("kv") else None
     extra = {"scheme": scheme, "steps": steps, "kv": kv, "warnings": warnings}
-    return build(RunConfig, rest, "", extra)
+    return build(RunConfig, values, "", extra)
 
 
 def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
-    """Build the ordered steps of `method`, each named by its `_target_`.
+    """Build the ordered steps of `method`; the `_target_` of each names its class.
 
-    The last step that has its own way to choose codes does it; those before it only rewrite.
-    Raises: ValueError if a class cannot be found or is no Method, or a step would have nothing to do.
+    The last step that overrides `quantize` chooses the codes; the steps before it only rewrite the model.
+    Raises: ValueError if a class cannot be imported or is not a Method, or a step would have nothing to do.
     """
     if method is not None and not isinstance(method, Mapping):
-        raise ValueError(f"method={method!r} is no mapping of steps; expected NAME: {{_target_: module.Class}}")
+        raise ValueError(f"method={method!r} is not a mapping of steps; expected NAME: {{_target_: module.Class}}")
     steps = {name: _build_step(f"method.{name}", step) for name, step in (method or {}).items()}
-    own = [name for name, step in steps.items() if overrides(step, "quantize")]
-    last = list(steps).index(own[-1]) if own else len(steps)
+    choosers = [name for name, step in steps.items() if overrides(step, "quantize")]
+    last = list(steps).index(choosers[-1]) if choosers else len(steps)
     for i, (name, step) in enumerate(steps.items()):
         rewrites = any(overrides(step, hook) for hook in ("prepare", "rotate", "transform"))
         if (i < last and not rewrites and len(steps) > 1) or i > last:
-            other = own[-1] if own else "rounding"
+            chooser = choosers[-1] if choosers else "rounding"
             raise ValueError(
-                f"method={'+'.join(steps)}: step {name} has nothing to do beside {other}, which chooses the codes; "
+                f"method={'+'.join(steps)}: step {name} has nothing to do, because {chooser} chooses the codes; "
                 "expected steps that rewrite, then one that quantizes"
             )
     return steps
@@ -67,21 +69,22 @@ def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
 
 def _build_step(key: str, step: Any) -> Method:
     if not isinstance(step, Mapping) or "_target_" not in step:
-        raise ValueError(f"{key}={step!r} has no _target_; expected a mapping that names a class, as in conf/method")
+        raise ValueError(f"{key}={step!r} has no _target_; expected a mapping with the class, as in conf/method")
     target = step["_target_"]
     try:
         module, _, name = str(target).rpartition(".")
         cls = getattr(importlib.import_module(module), name)
-    except (Exception, SystemExit) as error:  # an import can fail in any way; every way is the user's to mend
+    except (Exception, SystemExit) as error:  # the imported module can raise anything; the user can correct it
         reason = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
             f"{key}._target_={target} cannot be imported ({reason}); expected module.Class on the Python path"
         ) from error
-    own = cls.__dict__.get("__dataclass_params__") if isinstance(cls, type) and issubclass(cls, Method) else None
-    if own is None or not own.frozen:
+    is_method = isinstance(cls, type) and issubclass(cls, Method)
+    parameters = cls.__dict__.get("__dataclass_params__") if is_method else None  # None: the class is not decorated
+    if parameters is None or not parameters.frozen:
         raise ValueError(
-            f"{key}._target_={target} is no method; expected a class with @dataclass(frozen=True, kw_only=True) "
-            "that inherits harness.core.method.Method"
+            f"{key}._target_={target} is not a method; expected a class with @dataclass(frozen=True, kw_only=True) "
+            "that inherits from harness.core.Method"
         )
     options = {name: value for name, value in step.items() if name != "_target_"}
     built: Method = build(cls, options, key)

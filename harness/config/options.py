@@ -1,7 +1,7 @@
-"""What each field of a configuration class says about itself: when its value decides the result of a run.
+"""When the value of a configuration field decides the result of a run.
 
-A field carries one of these mappings as its metadata. `harness.runs.identity` reads them to compute the run id; there
-is no other list. A field without metadata, such as an option of a method, always decides.
+Each field of a configuration class has one of these mappings as its metadata. `harness.runs.identity` reads them to
+compute the run id; there is no other list. A field without metadata, such as an option of a method, always decides.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class Decides(Enum):
-    """When a field decides a result."""
+    """The runs in which a field decides the result."""
 
     ALWAYS = "always"
     NEVER = "never"
@@ -40,6 +40,6 @@ MIXED = _metadata(Decides.MIXED)
 
 
 def decides(field: dataclasses.Field[Any]) -> Decides:
-    """When the value of `field` decides a result."""
+    """The runs in which the value of `field` decides the result."""
     when: Decides = field.metadata.get("decides", Decides.ALWAYS)
     return when

@@ -178,7 +178,7 @@ def test_calibration_is_read_only_where_something_needs_it(tiny: Tiny, tmp_path:
         0
     ]
     assert asked.status == "ok"
-    assert any("perplexity is flattered" in warning for warning in asked.warnings)
+    assert any("perplexity is too low" in warning for warning in asked.warnings)
     assert asked.data.calibration.num_windows == 4
 
 
@@ -193,7 +193,7 @@ def test_calibration_is_read_only_where_something_needs_it(tiny: Tiny, tmp_path:
         (["data.seq_len=5000"], "data.seq_len=5000 exceeds the 4096 positions of model=tiny; use 4096 or less"),
         (["skip=['*.gate']"], "skip=*.gate matches no linear; expected a pattern for names such as"),
         (["bits=1"], "scheme.weight.bits=1 is out of range; expected 2 to 8"),
-        (["data.path=/nowhere"], "data.path=/nowhere is no file; expected a text file"),
+        (["data.path=/nowhere"], "data.path=/nowhere is not a file; expected a text file"),
         (["device=cuda:9"], "device=cuda:9 is not available"),
         (["device=gpu"], "device=gpu is unknown; expected auto, cpu, cuda or cuda:N"),
         (["device=meta"], "device=meta is not supported; expected auto, cpu, cuda or cuda:N"),
@@ -213,7 +213,7 @@ def test_failures_are_records_and_come_before_the_model(
 def test_a_bug_is_one_line_too_and_keeps_its_name(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Source, "load", lambda *_: {}["gone"])
     found, _ = execute_run(tiny())
-    assert found.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows where"
+    assert found.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows the traceback"
 
 
 def test_an_early_failure_is_forgotten_once_the_run_succeeds(tiny: Tiny, tmp_path: Path) -> None:

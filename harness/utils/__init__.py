@@ -1,1 +1,4 @@
-"""Small helpers that know nothing of models or runs: progress, digests, files, the disk cache, errors. For everyone."""
+"""Small helpers that every other package may use: progress, digests, files, the disk cache, errors, access to hubs.
+
+They contain nothing about models, methods or runs. Each module is imported by its name.
+"""

@@ -1,10 +1,14 @@
-"""What makes a run repeat to the bit on one machine with one thread count.
+"""The settings with which a run repeats to the bit on the same machine with the same number of threads.
 
-Every draw comes from a generator with a seed. On a CPU the thread count, which the record holds, fixes the order of
-every sum, so nothing is set there. On a GPU two things would not repeat: cuBLAS may take another algorithm where its
-workspace is shared between streams, and sums by index (`index_add_`, of AQLM's codebooks and of k-means) are atomic.
-The first wants a workspace of fixed size, the second torch's deterministic algorithms; an operator that has none warns
-and runs. Timed stages stay outside: some of these algorithms are slower, and times are to be those of the usual ones.
+Every random draw comes from a generator with a seed. On a CPU the number of threads, which the record states, fixes the
+order of every sum, so nothing has to be set. On a GPU two things would not repeat:
+
+- cuBLAS may choose another algorithm if streams share its workspace. A workspace of fixed size prevents this.
+- Sums by index (`index_add_`, in AQLM's codebooks and in k-means) are atomic. torch's deterministic algorithms replace
+  them; an operator that has no deterministic algorithm warns and runs.
+
+Timed stages do not use these settings: some deterministic algorithms are slower, and times should be those of the
+default algorithms.
 """
 
 from __future__ import annotations
@@ -21,11 +25,14 @@ _WORKSPACE = ":4096:8"  # eight buffers of 4 MiB; one of the two settings that c
 
 @contextmanager
 def repeatable(device: torch.device) -> Iterator[None]:
-    """Hold what runs on `device` to operators that repeat to the bit; on a CPU all that are used do."""
+    """Use only operators that repeat to the bit on `device`; on a CPU, all operators of the harness do so anyway.
+
+    The previous settings are restored at the end, also after an error.
+    """
     if device.type != "cuda":
         yield
         return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _WORKSPACE)  # read with the first matmul
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", _WORKSPACE)  # cuBLAS reads it at the first matmul
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     fill = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]

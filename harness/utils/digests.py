@@ -1,4 +1,4 @@
-"""Hashes of bytes, files, tensors and modules: the names by which records and caches know them."""
+"""Hashes of bytes, files, tensors and modules, by which records and caches identify them."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 
 def sha256(data: bytes) -> str:
-    """The hash of texts and tokens in records."""
+    """The SHA-256 of `data`, in hexadecimal digits; records identify texts and tokens by it."""
     return hashlib.sha256(data).hexdigest()
 
 
 def file_sha256(file: Path) -> str:
-    """The hash of a file's content, read in pieces."""
+    """The SHA-256 of the content of a file, which is read piece by piece."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -27,7 +27,7 @@ def digest(*parts: str) -> str:
 
 
 def tensor_digest(*tensors: Tensor) -> str:
-    """Hash of the shapes, types and contents of tensors."""
+    """One hash of the shapes, dtypes and contents of tensors."""
     state = hashlib.sha256()
     for tensor in tensors:
         state.update(f"{tuple(tensor.shape)}{tensor.dtype}".encode())
@@ -36,12 +36,12 @@ def tensor_digest(*tensors: Tensor) -> str:
 
 
 def module_digest(module: nn.Module) -> str:
-    """Hash of a module: its structure as printed, and every parameter and buffer."""
+    """Hash of a module: its printed structure, and every parameter and buffer."""
     named = [*module.named_parameters(), *module.named_buffers()]
     return digest(repr(module), *(name for name, _ in named), tensor_digest(*(tensor for _, tensor in named)))
 
 
 def machine() -> tuple[str, ...]:
-    """What floating-point results depend on: library versions, threads, instruction set."""
+    """What floating-point results depend on in this process: library versions, number of threads, instruction set."""
     versions = (torch.__version__, importlib.metadata.version("transformers"))
     return (*versions, str(torch.get_num_threads()), torch.backends.cpu.get_cpu_capability())

@@ -1,4 +1,4 @@
-"""Tensors kept on disk between runs: bounded in size, least recently used first out, safe for many processes.
+"""A cache of tensors on disk: limited in size, least recently used entries dropped first, safe with many processes.
 
 The name of an entry is a hash of everything that decides it, so an entry never becomes wrong; it can only be dropped.
 """
@@ -27,12 +27,13 @@ def cache_dir() -> Path:
 
 
 class DiskCache:
-    """A folder of entries that together take at most `limit` bytes; a limit of 0 keeps nothing."""
+    """A folder of entries, which take at most `limit` bytes together; with a limit of 0 nothing is stored."""
 
     def __init__(self, folder: Path, limit: int) -> None:
         self.folder, self.limit = folder, limit
 
     def has(self, key: str) -> bool:
+        """Whether there is an entry `key`."""
         return self.limit > 0 and self._path(key).exists()
 
     def load(self, key: str) -> dict[str, Tensor] | None:
@@ -40,16 +41,16 @@ class DiskCache:
         path = self._path(key)
         try:
             tensors = load_file(path)
-            os.utime(path)  # used now: the last to be dropped
+            os.utime(path)  # most recently used, so it is dropped last
         except FileNotFoundError:
             return None
-        except (OSError, SafetensorError):  # a damaged file: drop it, it is computed again
+        except (OSError, SafetensorError):  # a damaged file is dropped, and its content computed again
             path.unlink(missing_ok=True)
             return None
         return tensors
 
     def save(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep an entry, whole or not at all; an entry that is too large, or a full disk, changes nothing."""
+        """Write an entry, complete or not at all; an entry that is too large, or a full disk, changes nothing."""
         size = sum(tensor.nbytes for tensor in tensors.values())
         if self.limit == 0 or size > self.limit:
             return
@@ -61,13 +62,14 @@ class DiskCache:
                     self._make_room(size)
 
     def _make_room(self, size: int) -> None:
+        """Drop the least recently used entries until `size` bytes more fit into the limit."""
         entries = [(path, path.stat()) for path in self.folder.glob(f"*{_SUFFIX}")]
-        taken = size + sum(stat.st_size for _, stat in entries)
+        total = size + sum(stat.st_size for _, stat in entries)
         for path, stat in sorted(entries, key=lambda entry: entry[1].st_mtime):
-            if taken <= self.limit:
+            if total <= self.limit:
                 return
             path.unlink(missing_ok=True)
-            taken -= stat.st_size
+            total -= stat.st_size
 
     def _path(self, key: str) -> Path:
         return self.folder / f"{key}{_SUFFIX}"

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pathlib import Path
 
 @contextmanager
 def replacing(target: Path) -> Iterator[Path]:
-    """A new file in the folder of `target`, which replaces `target` at the end, once it is on the disk.
+    """A new file in the folder of `target`; at the end, once its content is on the disk, it replaces `target`.
 
-    After an error, the new file is removed and `target` is as it was.
+    After an error, the new file is removed and `target` is unchanged.
     Raises: OSError if the disk is full or the folder cannot be written.
     """
     handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent)
@@ -23,7 +23,7 @@ def replacing(target: Path) -> Iterator[Path]:
         yield part
         with part.open("rb") as stream:
             os.fsync(stream.fileno())
-        part.chmod(0o644)  # mkstemp makes it readable by its owner only
+        part.chmod(0o644)  # mkstemp creates it readable by its owner only
         part.replace(target)
     except BaseException:
         part.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Reaching a hub: at once or not at all, with one line that says what to do instead."""
+"""Downloads from a hub: they succeed or fail without delay, and an error says in one line what to do instead."""
 
 from __future__ import annotations
 
@@ -15,7 +15,10 @@ _PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
 
 
 def reachable() -> bool:
-    """Whether the hub's name resolves, or a proxy stands in between; clients would retry for half a minute."""
+    """Whether the host name of the hub can be resolved, or a proxy is set.
+
+    Without this check the clients of the hub would retry for half a minute.
+    """
     if any(os.environ.get(name) for name in _PROXIES):
         return True
     host = urlparse(os.environ.get("HF_ENDPOINT", "https://huggingface.co")).hostname
@@ -27,35 +30,37 @@ def reachable() -> bool:
 
 
 def reach(load: Callable[[], T], what: str, remedy: str) -> T:
-    """Run `load()`, from what is cached alone where the hub is out of reach.
+    """Run `load()`; if the hub cannot be reached, it reads cached files only.
 
-    Raises: ValueError with `what` and `remedy` in one line if it fails.
+    `what` names the thing that is loaded, `remedy` says what to do if that fails.
+    Raises: ValueError with `what`, the reason and `remedy`, in one line.
     """
     offline = not reachable()
     try:
         with _offline() if offline else nullcontext():
             return load()
-    except (OSError, ValueError) as error:  # what the hub's clients raise, connection and not-found errors included
+    except (OSError, ValueError) as error:  # all errors of the hub's clients: no connection, not found, ...
         reason = UNREACHABLE if offline else _first_line(error)
         raise ValueError(f"{what} could not be loaded ({reason}); {remedy}") from error
 
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """Keep the hub's clients from trying, and trying again, for half a minute."""
+    """Switch the clients of the hub to offline mode, so that they do not retry for half a minute."""
     import datasets.config
     from huggingface_hub import constants
 
-    switches: tuple[Any, ...] = (constants, datasets.config)
-    before = [module.HF_HUB_OFFLINE for module in switches]
-    for module in switches:
+    modules: tuple[Any, ...] = (constants, datasets.config)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    for module in modules:
         module.HF_HUB_OFFLINE = True
     try:
         yield
     finally:
-        for module, value in zip(switches, before, strict=True):
+        for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value
 
 
 def _first_line(error: Exception) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""The progress of long work, as a function that the work is given: nothing below run.py knows of a terminal."""
+"""Progress of long work, shown by a function that is passed to it: only `cli` writes to a terminal."""
 
 from __future__ import annotations
 
@@ -10,16 +10,19 @@ Label = str | Callable[[], str]
 
 
 def text(label: Label) -> str:
-    """What a label says by now."""
+    """The text of a label; a label that is a function is called for it."""
     return label if isinstance(label, str) else label()
 
 
 class Track(Protocol):
-    """Iterate over `items` while showing how far along it is, and `label`: a function is asked after each item."""
+    """Iterates over `items` and shows the progress with `label`; a label that is a function is called after each item.
+
+    total  number of items, if it is known
+    """
 
     def __call__(self, items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]: ...
 
 
 def silent(items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]:
-    """A Track that shows nothing."""
+    """A Track without output."""
     yield from items

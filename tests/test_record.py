@@ -115,7 +115,7 @@ def test_a_result_that_arrives_while_a_failure_is_written_wins(tmp_path: Path, m
 def test_a_damaged_file_counts_as_absent(tmp_path: Path) -> None:
     (tmp_path / "a1.json").write_text('{"run_id": "a1", "sta')
     assert store.finished(tmp_path, "a1") is None
-    with pytest.raises(ValueError, match=r"a1.json is no record .*; expected JSON of a run"):
+    with pytest.raises(ValueError, match=r"a1.json is not a record .*; expected JSON of a run"):
         store.read(tmp_path / "a1.json")
 
 

@@ -232,7 +232,7 @@ def test_a_results_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> 
     assert f"results_dir={tmp_path}/file cannot be written" in str(found.error)
     for none in (None, ""):
         found, _ = execute_run(tiny() | {"results_dir": none})
-        assert "is no folder; expected a name such as results/runs" in str(found.error)
+        assert "is not a folder; expected a name such as results/runs" in str(found.error)
 
 
 # On the command line.

@@ -409,7 +409,7 @@ def test_load_names_what_is_no_record(tmp_path: Path, capsys: pytest.CaptureFixt
     write(RECORDS[0], tmp_path)
     (tmp_path / "other.json").write_text("[]")
     assert [found.run_id for found in load_records(tmp_path)] == ["c"]
-    assert "other.json is no record" in capsys.readouterr().err
+    assert "other.json is not a record" in capsys.readouterr().err
     with pytest.raises(ValueError, match="runs=.*gone is no folder"):
         load_records(tmp_path / "gone")
 

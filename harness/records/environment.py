@@ -1,4 +1,4 @@
-"""What a record says of the machine: versions, processor, threads and commit."""
+"""The environment of a run, for its record: versions, processor, threads and commit."""
 
 from __future__ import annotations
 
@@ -43,6 +43,7 @@ def environment() -> Environment:
 
 
 def _version(name: str) -> str | None:
+    """The version of an installed package; None if it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -59,12 +60,12 @@ def _cpu_name() -> str:
 
 
 def _commit() -> str | None:
-    """The commit of this source tree, with -dirty where tracked files differ; None outside a checkout."""
-    if not (Path(__file__).parents[2] / ".git").exists():  # a wheel, perhaps below the checkout of another project
+    """The commit of this source tree, with -dirty if tracked files differ from it; None outside a checkout."""
+    if not (Path(__file__).parents[2] / ".git").exists():  # a wheel, possibly inside a checkout of another project
         return None
     command = ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        process = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() or None
+    return process.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""The rows of a record's linears, in a Parquet file beside it: some hundred rows, too many for a readable JSON file."""
+"""The rows of a record's linears, in a separate Parquet file: several hundred rows are too many for readable JSON."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Row = dict[str, Any]
 
 
 def write_layers(rows: Sequence[Row], path: Path) -> None:
-    """Write one row for each linear; a value that a row lacks is null."""
+    """Write one row for each linear; a value that is missing in a row is null."""
     names = dict.fromkeys(name for row in rows for name in row)
     table = pa.table({name: [row.get(name) for row in rows] for name in names})
     options: dict[str, Any] = {"compression": "zstd", "compression_level": 19, "write_statistics": False}
@@ -21,16 +21,16 @@ def write_layers(rows: Sequence[Row], path: Path) -> None:
 
 
 def read_layers(path: Path) -> list[Row]:
-    """The rows of a file, without their nulls.
+    """The rows of a file, without null values.
 
-    Raises: OSError or ValueError if it cannot be read.
+    Raises: OSError or ValueError if the file cannot be read.
     """
     rows: list[Row] = parquet.read_table(path).to_pylist()
     return [{name: value for name, value in row.items() if value is not None} for row in rows]
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One row for each kind of linear, by its name with `*` for numbers: how many, mean bits and the largest errors."""
+    """One row for each kind of linear, named with `*` for numbers: how many there are, mean bits and largest errors."""
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(".".join("*" if part.isdigit() else part for part in row["name"].split(".")), []).append(row)

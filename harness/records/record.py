@@ -1,4 +1,4 @@
-"""The record of a run: what was asked for, what ran, on which machine, and the results."""
+"""The record of a run: its configuration, how and on which machine it was executed, and its results."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 Json = dict[str, Any]
-SCHEMA = 2  # raise it when a field gets another name or meaning
+SCHEMA = 2  # increase it when a field gets another name or meaning
 
 
 @dataclass(frozen=True, kw_only=True)
 class Weights:
-    """Where the weights came from: `fingerprint` fixes them, `note` says what a reader has to know about them."""
+    """The source of the weights.
+
+    name         name of the model
+    source       the key that names it in `model`: package, id, path or architecture
+    fingerprint  identifies the weights: two runs with the same fingerprint had the same weights
+    note         what a reader of the results must know about the weights
+    gguf_sha256  hash of the GGUF file, if the weights come from one
+    commit       commit on the hub
+    """
 
     name: str | None = None
     source: str | None = None
@@ -23,7 +31,16 @@ class Weights:
 
 @dataclass(frozen=True, kw_only=True)
 class Execution:
-    """How the model ran. `mode` is packed, simulated or float; `kernel` names what ran the packed linears."""
+    """How the model was executed.
+
+    mode            packed: from packed weights; simulated: from dequantized weights; float: the baseline
+    device          cpu or cuda:N
+    dtype           float type of the model
+    baseline_dtype  float type of the float model in ratios and divergences
+    kernel          names of the kernels of the packed linears
+    kv              label of the format of the KV cache; None: float
+    energy_source   the counter that joules were read from
+    """
 
     mode: Literal["packed", "simulated", "float"] | None = None
     device: str | None = None
@@ -36,7 +53,14 @@ class Execution:
 
 @dataclass(frozen=True, kw_only=True)
 class Text:
-    """Windows of a text, `num_windows` of `seq_len` tokens; `text_tokens` counts the tokens of the whole text."""
+    """A text, and the windows of it that a run reads: `num_windows` of `seq_len` tokens.
+
+    source         the corpus or file
+    text_sha256    hash of the whole text
+    text_tokens    number of tokens of the whole text
+    sampling       how calibration sequences were chosen
+    tokens_sha256  hash of the tokens of all windows
+    """
 
     source: str | None = None
     text_sha256: str | None = None
@@ -49,7 +73,7 @@ class Text:
 
 @dataclass(frozen=True, kw_only=True)
 class Texts:
-    """The evaluation text with its protocol, and the calibration text where a run reads one."""
+    """The evaluation text with its protocol, and the calibration text if the run reads one."""
 
     protocol: str | None = None
     evaluation: Text | None = None
@@ -58,7 +82,7 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """What two machines may differ in: versions, processor, threads, commit."""
+    """The properties in which two machines may differ: versions, processor, threads, commit."""
 
     python: str | None = None
     packages: dict[str, str | None] = field(default_factory=dict)
@@ -74,11 +98,12 @@ class Environment:
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """What the error is attributed to, on request.
+    """The results of the optional analyses.
 
-    sensitivity, total  a row for each linear or block, and the figures of the whole models
-    outliers            largest inputs by linear, before and after rewrites
-    mixed               the choice of a width for each linear
+    sensitivity  a row for each linear or block: the loss that quantizing it causes
+    total        the same for the whole model
+    outliers     the largest inputs of each linear by channel, before and after rewrites
+    mixed        how a width was chosen for each linear
     """
 
     sensitivity: list[Json] = field(default_factory=list)
@@ -89,17 +114,28 @@ class Analysis:
 
 @dataclass
 class Record:
-    """A run. A metric that was not measured is absent from `metrics`, never zero.
+    """The configuration and the results of a run.
 
-    status     ok or failed, with the reason in `error`
-    code       digest of the code that ran it, or of later code that gave the same bits
-    confirmed  the commit of that later code; None where there was no need
-    config     the resolved configuration, as Hydra gave it
-    options    the options of the method's steps and of the engine that are not at their defaults
-    window_nll mean negative log likelihood of each window of the text; window_kl its mean KL from the float model
-    layers     a row for each linear of the decoder blocks; stored in a file beside the record
-    kv         MiB of the KV cache by batch and length, where they were computed
-    stages     seconds of each stage
+    run_id       identifies everything that decides the result, except the code
+    status       ok or failed
+    error        the reason of a failure, in one line
+    code         digest of the code of the run, or of later code that gave the same bits
+    confirmed    the commit of that later code; None if there was none
+    config       the resolved configuration, as read by Hydra
+    options      the options of steps, engine and analyses that differ from their defaults
+    environment  versions, processor, threads and commit
+    model        the source of the weights
+    execution    how the model was executed
+    data         the evaluation text and the calibration text
+    metrics      by name; a metric that was not measured is absent, never zero
+    window_nll   mean negative log-likelihood of each evaluation window, in nats per token
+    window_kl    mean KL divergence of each evaluation window from the float model, in nats per token
+    layers       a row for each linear of the decoder blocks; stored in a separate file
+    kv           size of the KV cache in MiB, by batch size and length
+    analysis     results of the optional analyses
+    warnings     what a reader of the results should know
+    stages       seconds of each stage
+    schema       version of the structure of this record
     """
 
     run_id: str

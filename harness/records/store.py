@@ -1,4 +1,4 @@
-"""Records on disk: one JSON file for each run, with the rows of its linears in a Parquet file beside it."""
+"""Records on disk: one JSON file for each run, and a Parquet file next to it with the rows of its linears."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from harness.config.build import build
+from harness.config import build
 from harness.records.layers import read_layers, summary, write_layers
 from harness.records.record import SCHEMA, Record
 from harness.utils.files import replacing
@@ -31,12 +31,13 @@ def layers_of(path: Path) -> Path:
 
 
 def usable(folder: Any) -> Path:
-    """The folder for records, created and proved writable before a run spends an hour on what cannot be kept.
+    """The folder for records, created if necessary, and tested to be writable.
 
-    Raises: ValueError if it is no name of a folder, or cannot be written.
+    A run calls this first, so that it does not spend an hour on a result that cannot be stored.
+    Raises: ValueError if `folder` is not a name, or records cannot be written into it.
     """
     if not isinstance(folder, str) or not folder:
-        raise ValueError(f"results_dir={folder!r} is no folder; expected a name such as results/runs")
+        raise ValueError(f"results_dir={folder!r} is not a folder; expected a name such as results/runs")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -50,10 +51,10 @@ def usable(folder: Any) -> Path:
 
 
 def write(record: Record, folder: Path) -> Path:
-    """Write a record whole or not at all; a failed run never replaces a finished one.
+    """Write a record completely or not at all; the record of a failed run never replaces that of a finished run.
 
-    Raises: OSError if the disk is full or the folder cannot be written, ValueError for a figure that JSON cannot hold;
-    nothing is left behind.
+    Raises: OSError if the disk is full or the folder cannot be written, ValueError for a number that JSON does not have
+    (NaN, infinity). After an error, the folder is unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = path_of(folder, record.run_id)
@@ -72,7 +73,7 @@ def write(record: Record, folder: Path) -> Path:
 
 
 def rescue(record: Record) -> Path | None:
-    """Write a record that its folder did not take into the system's temporary folder; None if that is full too."""
+    """Write a record into a temporary folder, because its own could not be written; None if this fails too."""
     try:
         return write(record, Path(tempfile.mkdtemp(prefix="ptqbench-")))
     except (OSError, ValueError):
@@ -80,24 +81,24 @@ def rescue(record: Record) -> Path | None:
 
 
 def read(path: Path) -> Record:
-    """The record in a file, with the rows of its linears.
+    """Read a record from a file, with the rows of its linears.
 
-    Raises: ValueError, in one line, if the file is no record of this schema, or has a key that no record has.
+    Raises: ValueError, in one line, if the file is not a record of this schema, or has an unknown key.
     """
     try:
         values = json.loads(path.read_text())
-        if not isinstance(values, dict) or values.get("schema") != SCHEMA:
-            found = values.get("schema") if isinstance(values, dict) else None
-            raise ValueError(f"schema={found} is not {SCHEMA}, run it again")
+        schema = values.get("schema") if isinstance(values, dict) else None
+        if schema != SCHEMA:
+            raise ValueError(f"schema={schema} is not {SCHEMA}, run it again")
         rows = layers_of(path)
         record = build(Record, values | {"layers": read_layers(rows) if rows.exists() else []}, "")
     except (OSError, TypeError, AttributeError, ValueError) as error:
-        raise ValueError(f"{path} is no record ({' '.join(str(error).split())}); expected JSON of a run") from error
+        raise ValueError(f"{path} is not a record ({' '.join(str(error).split())}); expected JSON of a run") from error
     return record
 
 
 def finished(folder: Path, run: str) -> Record | None:
-    """The record of a run that ended well before, if there is one."""
+    """The record of a run that has finished without an error; None if there is none, or its file cannot be read."""
     path = path_of(folder, run)
     if not path.exists():
         return None
@@ -109,19 +110,16 @@ def finished(folder: Path, run: str) -> Record | None:
 
 
 def _text(record: Record) -> str:
-    """A record as JSON: sections without what is None, and `layers` as one row for each kind of linear."""
+    """A record as JSON: its sections without values that are None, and `layers` as one row for each kind of linear."""
     values = asdict(record) | {"layers": summary(record.layers)}
-    return json.dumps(_without_none(values), indent=1, allow_nan=False) + "\n"
+    values |= {name: _without_none(values[name]) for name in ("environment", "model", "execution", "data")}
+    return json.dumps(values, indent=1, allow_nan=False) + "\n"
 
 
-def _without_none(values: dict[str, Any]) -> dict[str, Any]:
-    sections = ("environment", "model", "execution", "data")
-    return values | {name: _present(values[name]) for name in sections}
-
-
-def _present(section: dict[str, Any]) -> dict[str, Any]:
+def _without_none(section: dict[str, Any]) -> dict[str, Any]:
+    """A section without values that are None; `packages` keeps its None, for packages that are not installed."""
     return {
-        name: _present(value) if isinstance(value, dict) and name != "packages" else value
+        name: _without_none(value) if isinstance(value, dict) and name != "packages" else value
         for name, value in section.items()
         if value is not None
     }
@@ -129,15 +127,15 @@ def _present(section: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against other writers; the lock is on the folder itself and leaves no file.
+    """Exclude other writers from a folder. The lock is on the folder itself, so that no lock file remains.
 
-    A rename inside is on the disk at the end, so that a power loss does not undo it.
+    At the end, renames in the folder are flushed to the disk, so that a power loss does not undo them.
     """
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
-        with suppress(OSError):  # some file systems have no such call, and the record is there
+        with suppress(OSError):  # not all file systems support this; the record is complete without it
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

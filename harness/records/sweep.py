@@ -1,4 +1,4 @@
-"""What a sweep did: an entry for each run, left by whichever process ran it, and where the time went."""
+"""The log of a sweep: an entry for each run, written by the process of the run, and a summary of where time went."""
 
 from __future__ import annotations
 
@@ -15,16 +15,21 @@ from harness.utils.files import replacing
 
 Json = dict[str, Any]
 
-# Forward passes and the method; all else is the harness's own.
+# Stages of forward passes and of the method; all other time is overhead of the harness.
 WORK = ("allocate", "quantize", "analyse", "evaluate", "divergence", "measure")
 _SUFFIX = ".run.json"
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One run of a sweep. `wall_s` is from its start to its record, process and all; `stages` are the record's.
+    """One run of a sweep.
 
-    run_id is None where the configuration could not even be read.
+    number   position in the sweep, from 0
+    run_id   None if the configuration could not be read
+    status   ok or failed
+    wall_s   seconds from the start of the run to its record, the start of its process included
+    skipped  whether the run had finished before
+    stages   seconds of each stage, from the record; empty for a skipped run
     """
 
     number: int
@@ -36,17 +41,17 @@ class Entry:
 
     @property
     def work_s(self) -> float:
-        """Seconds of forward passes and of the method."""
+        """Seconds of forward passes and of the method, without overhead."""
         return math.fsum(self.stages.get(name, 0.0) for name in WORK)
 
 
-def entry_of(number: int, found: Record, skipped: bool, wall_s: float) -> Entry:
-    """The entry of a run; one that was finished before took none of its stages now."""
-    return Entry(number, found.run_id, found.status, wall_s, skipped, {} if skipped else found.stages)
+def entry_of(number: int, record: Record, skipped: bool, wall_s: float) -> Entry:
+    """The entry of a run; a skipped run spent no time in stages."""
+    return Entry(number, record.run_id, record.status, wall_s, skipped, {} if skipped else record.stages)
 
 
 def note(folder: Path, entry: Entry) -> None:
-    """Leave an entry in a sweep's folder, whole or not at all."""
+    """Write an entry into the folder of a sweep, completely or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / f"{entry.number:05d}{_SUFFIX}") as part:
         part.write_text(json.dumps(asdict(entry)))
@@ -57,44 +62,44 @@ def entries(folder: Path) -> list[Entry]:
     return [Entry(**json.loads(path.read_text())) for path in sorted(folder.glob(f"*{_SUFFIX}"))]
 
 
-def summary(found: Sequence[Entry], wall_s: float) -> Json:
-    """Where a sweep's `wall_s` went: seconds of each stage, and the share that is the harness's own.
+def summary(runs: Sequence[Entry], wall_s: float) -> Json:
+    """Where the `wall_s` seconds of a sweep went: seconds of each stage, and the overhead of the harness.
 
-    Its own is everything but forward passes and the method: loading, text, processes, records, waiting. Of runs side
-    by side it is counted in each, so that the share is of what all of them took together.
+    Overhead (`own_s`) is everything except forward passes and the method: loading, text, processes, records, waiting.
+    The times of runs that execute in parallel are added, and `own_share` is the share of overhead in this sum.
     """
     stages: dict[str, float] = {}
-    for entry in found:
+    for entry in runs:
         for name, seconds in entry.stages.items():
             stages[name] = stages.get(name, 0.0) + seconds
-    ran, work = (math.fsum(getattr(entry, name) for entry in found) for name in ("wall_s", "work_s"))
-    own = ran - work + max(0.0, wall_s - ran)
-    stages["other"] = max(0.0, ran - math.fsum(stages.values())) + max(0.0, wall_s - ran)
-    counts = {name: sum(entry.status == name for entry in found) for name in ("ok", "failed")}
+    runs_s, work_s = (math.fsum(getattr(entry, name) for entry in runs) for name in ("wall_s", "work_s"))
+    overhead_s = runs_s - work_s + max(0.0, wall_s - runs_s)
+    stages["other"] = max(0.0, runs_s - math.fsum(stages.values())) + max(0.0, wall_s - runs_s)
+    counts = {name: sum(entry.status == name for entry in runs) for name in ("ok", "failed")}
     return {
-        "runs": len(found),
+        "runs": len(runs),
         **counts,
-        "skipped": sum(entry.skipped for entry in found),
+        "skipped": sum(entry.skipped for entry in runs),
         "wall_s": wall_s,
         "stages": stages,
-        "own_s": own,
-        "own_share": own / (own + work) if own + work else 0.0,
+        "own_s": overhead_s,
+        "own_share": overhead_s / (overhead_s + work_s) if overhead_s + work_s else 0.0,
     }
 
 
 def summaries(results: Path) -> dict[Path, Json]:
-    """The summaries of all sweeps into a folder of records, oldest first; a file that is none is left out."""
-    found: dict[Path, Json] = {}
+    """The summaries of all sweeps that wrote into a folder of records, oldest first; other files are left out."""
+    by_path: dict[Path, Json] = {}
     for path in sorted((results / "sweeps").glob("*.json")):
         with suppress(OSError, ValueError):
             loaded = json.loads(path.read_text())
             if isinstance(loaded, dict) and {"runs", "wall_s", "stages", "own_share"} <= loaded.keys():
-                found[path] = loaded
-    return found
+                by_path[path] = loaded
+    return by_path
 
 
-def write_summary(folder: Path, what: Json) -> Path:
-    """Write a summary beside the sweep's folder."""
+def write_summary(folder: Path, values: Json) -> Path:
+    """Write a summary next to the folder of its sweep; returns its file."""
     target = folder.with_suffix(".json")
-    target.write_text(json.dumps(what, indent=1) + "\n")
+    target.write_text(json.dumps(values, indent=1) + "\n")
     return target

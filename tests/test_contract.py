@@ -1,4 +1,8 @@
-"""The contract, tested for every method in conf/method; a new YAML file there is tested automatically."""
+"""The contract between the harness and a method, for every file in conf/method: a new YAML needs no new test.
+
+Each pair of a method and a scheme is either served, and then the contract is tested on it, or refused, and then the
+refusal is tested.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from torch import Tensor
 
 from harness.config import build, build_steps
 from harness.core import (
+    NATIVE,
     ActivationFormat,
     IntQTensor,
     Method,
@@ -44,6 +49,19 @@ SCHEMES = {
     "native": Scheme(name="native", weight=WeightFormat(bits=4)),
     "native_2": Scheme(name="native", weight=WeightFormat(bits=2)),
 }
+FORMATS = {name for name, scheme in SCHEMES.items() if scheme.name != NATIVE}
+# The schemes that methods with a `check` of their own serve. All other methods serve every scheme but `native`.
+SERVED_BY = {
+    "aqlm": {"native_2"},
+    "bnb_fp4": {"native"},
+    "bnb_int8": {"llm_int8"},
+    "bnb_nf4": {"native"},
+    "fp4": {"native"},
+    "hqq": {"channel", "group", "float_zero", "tensor"},
+    "llm_int8": {"llm_int8"},
+    "nf4": {"native"},
+    "quip_sharp": {"native", "native_2"},
+}
 ROWS, COLUMNS, TOKENS = 24, 64, 200
 
 
@@ -53,9 +71,31 @@ def steps(method: str) -> dict[str, Method]:
 
 
 def quantizer(method: str) -> Method:
-    """The first step of a method that overrides `quantize`, or else its first step."""
-    candidates = steps(method)
-    return next((step for step in candidates.values() if overrides(step, "quantize")), next(iter(candidates.values())))
+    """The step that chooses the codes: the last one with a `quantize` of its own, or any step if none has one."""
+    *_, last = sorted(steps(method).values(), key=lambda step: overrides(step, "quantize"))
+    return last
+
+
+def refusal(method: str, scheme: Scheme) -> str | None:
+    """The message with which a step of the method refuses the scheme; None if all steps serve it."""
+    try:
+        for step in steps(method).values():
+            step.check(scheme)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+PAIRS = [(method, scheme) for method in METHODS for scheme in SCHEMES]
+REFUSED = [pair for pair in PAIRS if refusal(pair[0], SCHEMES[pair[1]])]
+SERVED = [pair for pair in PAIRS if pair not in REFUSED]
+# Pairs whose codes are on the uniform grid that the scheme describes. Peers and formats behind `native` have grids of
+# their own.
+ON_THE_GRID = [
+    (method, scheme)
+    for method, scheme in SERVED
+    if scheme in FORMATS and not type(quantizer(method)).__module__.startswith("methods.peers.")
+]
 
 
 def inputs() -> Tensor:
@@ -69,18 +109,7 @@ def weights() -> Tensor:
     return torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(4)) * 0.05
 
 
-def accepts(method: str, scheme: str) -> bool:
-    try:
-        quantizer(method).check(SCHEMES[scheme])
-    except ValueError:
-        return False
-    return True
-
-
 def run(method: str, weight: Tensor, scheme: str) -> QTensor:
-    """Quantize; skips the test where the method refuses the scheme."""
-    if not accepts(method, scheme):
-        pytest.skip(f"{method} refuses scheme={scheme}")
     step = quantizer(method)
     stats = Stats(step.needs, COLUMNS)
     stats.update(inputs())
@@ -109,15 +138,45 @@ def test_module_docstring_names_paper_and_differences(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_accepts_one_of_these_schemes_and_the_scheme_of_its_yaml(method: str) -> None:
-    assert any(accepts(method, scheme) for scheme in SCHEMES)
-    resolved = resolve(f"method={method}")
-    for step in build_steps(resolved["method"]).values():
-        step.check(build(Scheme, resolved["scheme"], "scheme"))
+def test_serves_its_schemes_and_the_one_that_its_yaml_chooses(method: str) -> None:
+    served = {scheme for name, scheme in SERVED if name == method}
+    if any(overrides(step, "check") for step in steps(method).values()):
+        assert served == SERVED_BY.get(method, served)
+    else:
+        assert served == FORMATS
+    assert served
+    assert refusal(method, build(Scheme, resolve(f"method={method}")["scheme"], "scheme")) is None
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("method", METHODS)
+@functools.cache
+def configured(scheme: str, bits: int) -> Scheme:
+    return build(Scheme, resolve(f"scheme={scheme}", f"bits={bits}")["scheme"], "scheme")
+
+
+def remedied(scheme: Scheme, message: str) -> Scheme:
+    """The scheme after the change that a refusal proposes, such as `use scheme=native` or `expected one of [2, 3]`."""
+    remedy = re.search(r"\buse .*?\b(scheme|bits)=(\w+)", message)
+    remedy = remedy or re.search(r"^(bits)=.* expected one of \[(\d+)", message)
+    assert remedy, f"no remedy in {message!r}"
+    if remedy[1] == "scheme":
+        return configured(remedy[2], scheme.weight.bits)
+    return dataclasses.replace(scheme, weight=dataclasses.replace(scheme.weight, bits=int(remedy[2])))
+
+
+@pytest.mark.parametrize(("method", "scheme"), REFUSED)
+def test_a_refusal_is_one_line_whose_remedy_is_served(method: str, scheme: str) -> None:
+    current = SCHEMES[scheme]
+    for _ in range(2):  # one remedy may change the scheme, the next one its bits
+        message = refusal(method, current)
+        if message is None:
+            break
+        assert "\n" not in message
+        assert message.split()[0] in (f"scheme={current.name}", f"bits={current.weight.bits}")
+        current = remedied(current, message)
+    assert refusal(method, current) is None
+
+
+@pytest.mark.parametrize(("method", "scheme"), SERVED)
 def test_codes_shapes_and_determinism(method: str, scheme: str) -> None:
     weight = weights()
     before = weight.clone()
@@ -132,9 +191,8 @@ def test_codes_shapes_and_determinism(method: str, scheme: str) -> None:
         assert first.scale.shape == SCHEMES[scheme].weight.groups((ROWS, COLUMNS))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["zero", "constant", "outlier", "tiny"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("method", "scheme"), SERVED)
 def test_degenerate_weights_stay_finite(method: str, kind: str, scheme: str) -> None:
     weight = {
         "zero": torch.zeros(ROWS, COLUMNS),
@@ -150,41 +208,35 @@ def test_nan_raises(method: str) -> None:
     weight = weights()
     weight[2, 5] = torch.nan
     with pytest.raises(ValueError, match="NaN"):
-        run(method, weight, next(scheme for scheme in SCHEMES if accepts(method, scheme)))
+        run(method, weight, next(scheme for name, scheme in SERVED if name == method))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("method", METHODS)
-def test_output_error_is_no_worse_than_rtn(method: str, scheme: str) -> None:
-    """A method without input statistics is compared by its weight error |W - W'|, others by their output error."""
-    if type(quantizer(method)).__module__.startswith("methods.peers."):
-        pytest.skip("a peer defines its own grid")
-    if scheme == "native":
-        pytest.skip("the method defines its own format; the weight format of `native` is a placeholder")
-    weight, samples = weights(), inputs()
-    nearest = round_to_nearest(weight, SCHEMES[scheme].weight).dequantize()
-    decoded = run(method, weight, scheme).dequantize()
-    if not quantizer(method).needs:
-        assert (decoded - weight).abs().mean() <= (nearest - weight).abs().mean() * 1.001
-        return
-    assert (samples @ (decoded - weight).T).norm() <= (samples @ (nearest - weight).T).norm() * 1.001
-
-
-@pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("method", METHODS)
-def test_packed_equals_dequantized_execution(method: str, scheme: str) -> None:
-    quantized, samples = run(method, weights(), scheme), inputs() / 40  # some channels above the threshold, some below
-    packed = QuantLinear(quantized, None, torch.float32).pack()
-    expected = samples @ quantized.dequantize().T
-    if quantized.quantizes_inputs:
-        assert (packed(samples) - expected).norm() <= 0.02 * expected.norm()
+@pytest.mark.parametrize(("method", "scheme"), ON_THE_GRID)
+def test_error_is_no_worse_than_rtn(method: str, scheme: str) -> None:
+    """The error of the output, |X (W' - W)^T|; of the weight, mean |W' - W|, for a method that needs no inputs."""
+    W, X = weights(), inputs()
+    rounded = round_to_nearest(W, SCHEMES[scheme].weight).dequantize()
+    quantized = run(method, W, scheme).dequantize()
+    if quantizer(method).needs:
+        assert (X @ (quantized - W).T).norm() <= (X @ (rounded - W).T).norm() * 1.001
     else:
-        torch.testing.assert_close(packed(samples), expected)
+        assert (quantized - W).abs().mean() <= (rounded - W).abs().mean() * 1.001
+
+
+@pytest.mark.parametrize(("method", "scheme"), SERVED)
+def test_packed_equals_dequantized_execution(method: str, scheme: str) -> None:
+    quantized, X = run(method, weights(), scheme), inputs() / 40  # some channels above the threshold, some below
+    packed = QuantLinear(quantized, None, torch.float32).pack()
+    expected = X @ quantized.dequantize().T
+    if quantized.quantizes_inputs:
+        assert (packed(X) - expected).norm() <= 0.02 * expected.norm()
+    else:
+        torch.testing.assert_close(packed(X), expected)
     assert sum(buffer.nbytes for buffer in packed.buffers()) * 8 == quantized.stored_bits
 
 
-def test_hooks_default_to_nothing_and_a_missing_statistic_is_an_error() -> None:
-    from harness.core import MinMax
+def test_hooks_default_to_nothing_and_an_uncollected_statistic_says_so() -> None:
+    from harness.core.stats import MinMax
 
     assert not any(overrides(Method, hook) for hook in ("prepare", "rotate", "transform", "quantize"))
     with pytest.raises(KeyError, match="MinMax was not collected; add it to the method's `needs`"):

@@ -1,4 +1,4 @@
-"""Text and tokens: joins, windows, sampling, hashes, overlap, and what cannot be used."""
+"""Texts and tokens: joins, windows, sampling, hashes, overlap, and texts that are refused."""
 
 from __future__ import annotations
 
@@ -26,25 +26,25 @@ def config(tmp_path: Path, content: str | bytes = "", name: str = "a.txt", **key
     return DataConfig(**{**defaults, **keys})  # type: ignore[arg-type]
 
 
-def test_wikitext_rows_are_joined_as_the_hub_keeps_them() -> None:
+def test_wikitext_rows_are_joined_as_the_hub_stores_them() -> None:
     raw = " \n = Title = \n \n A row \u2028 with an odd break . \n"
     assert corpora.wikitext_join(raw) == "\n\n = Title = \n\n\n\n\n A row \u2028 with an odd break . \n"
 
 
-def test_pydocs_parts_hold_every_paragraph_once() -> None:
+def test_pydocs_parts_contain_each_paragraph_once() -> None:
     from pydoc_data.topics import topics
 
     def paragraphs(raw: str) -> list[str]:
         return [" ".join(paragraph.split()) for paragraph in raw.split("\n\n") if paragraph.split()]
 
     first, second = corpora.pydocs("calibration"), corpora.pydocs("evaluation")
-    kept = paragraphs(first) + paragraphs(second)
-    assert set(kept) == set(paragraphs("\n\n".join(topics.values())))
-    assert len(kept) == len(set(kept))
+    parts = paragraphs(first) + paragraphs(second)
+    assert set(parts) == set(paragraphs("\n\n".join(topics.values())))
+    assert len(parts) == len(set(parts))
     assert 0.8 < len(first) / len(second) < 1.25
 
 
-def test_windows_do_not_overlap_and_the_tail_is_dropped(tmp_path: Path) -> None:
+def test_windows_do_not_overlap_and_an_incomplete_one_is_dropped(tmp_path: Path) -> None:
     stream = windows.evaluation(config(tmp_path, "abcdefghijklmnopqrst"), encode)
     assert ["".join(map(chr, row)) for row in stream.windows.tolist()] == ["abcdefgh", "ijklmnop"]
     assert stream.info["num_windows"] == 2
@@ -74,11 +74,11 @@ def test_text_shorter_than_a_window_is_refused(tmp_path: Path) -> None:
 
 
 def test_unusable_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="holds no text"):
+    with pytest.raises(ValueError, match="contains no text"):
         windows.evaluation(config(tmp_path, " \n "), encode)
     with pytest.raises(ValueError, match="cannot be read .*expected UTF-8 text"):
         windows.evaluation(config(tmp_path, b"\xff\xfe\x00"), encode)
-    with pytest.raises(ValueError, match="data.path=.*none.txt is no file"):
+    with pytest.raises(ValueError, match="data.path=.*none.txt is not a file"):
         windows.evaluation(config(tmp_path, path=str(tmp_path / "none.txt")), encode)
     with pytest.raises(ValueError, match='JSON lines with a "text" key'):
         windows.evaluation(config(tmp_path, "{}\n", source="c4"), encode)
@@ -89,7 +89,7 @@ def test_missing_calibration_text_names_the_key(tmp_path: Path) -> None:
         windows.calibration(config(tmp_path, "abc"), encode, seed=0)
 
 
-def test_first_sampling_is_consecutive(tmp_path: Path) -> None:
+def test_first_sampling_takes_consecutive_sequences(tmp_path: Path) -> None:
     cfg = config(tmp_path, "abcdefghijkl", calibration_path=str(tmp_path / "a.txt"), num_samples=2)
     cfg = DataConfig(**{**vars(cfg), "calibration_seq_len": 5})
     assert windows.calibration(cfg, encode, 0).windows.tolist() == [list(b"abcde"), list(b"fghij")]
@@ -97,44 +97,44 @@ def test_first_sampling_is_consecutive(tmp_path: Path) -> None:
         windows.calibration(DataConfig(**{**vars(cfg), "num_samples": 3}), encode, 0)
 
 
-def test_random_sampling_draws_as_gptq_does(tmp_path: Path) -> None:
+def test_random_sampling_draws_like_gptq(tmp_path: Path) -> None:
     documents = ["short", "a document that is long enough", "another one that is long enough too"]
     lines = "\n".join(json.dumps({"text": document}) for document in documents)
     path = tmp_path / "c4.json.gz"
     path.write_bytes(gzip.compress(lines.encode()))
     keys = {"source": "c4", "calibration_path": str(path), "sampling": "random", "num_samples": 4}
     cfg = config(tmp_path, "x", **keys, calibration_seq_len=10)
-    draw, expected = random.Random(7), []
+    generator, expected = random.Random(7), []
     for _ in range(4):
-        while len(document := documents[draw.randint(0, 2)]) <= 10:
+        while len(document := documents[generator.randint(0, 2)]) <= 10:
             pass
-        start = draw.randint(0, len(document) - 10 - 1)
+        start = generator.randint(0, len(document) - 10 - 1)
         expected.append(list(document.encode()[start : start + 10]))
     assert windows.calibration(cfg, encode, 7).windows.tolist() == expected
     assert windows.calibration(cfg, encode, 8).windows.tolist() != expected
 
 
-def test_c4_evaluation_joins_the_first_documents_by_blanks(tmp_path: Path) -> None:
+def test_c4_evaluation_joins_the_first_1100_documents_by_spaces(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"text": f"d{i}"}) for i in range(1200))
     stream = windows.evaluation(config(tmp_path, lines, source="c4"), encode)
     joined = " ".join(f"d{i}" for i in range(1100))
     assert stream.info["text_sha256"] == hashlib.sha256(joined.encode()).hexdigest()
 
 
-def test_calibration_may_come_from_another_corpus(tmp_path: Path) -> None:
+def test_calibration_can_use_another_corpus(tmp_path: Path) -> None:
     lines = "\n".join(json.dumps({"text": f"document {i}"}) for i in range(3))
     (tmp_path / "c4.json").write_text(lines)
     keys = {"source": "wikitext2", "calibration_source": "c4", "calibration_path": str(tmp_path / "c4.json")}
     cfg = config(tmp_path, "one row\n", **keys)
     assert corpora.documents(cfg, "calibration") == ["document 0", "document 1", "document 2"]
     assert corpora.documents(cfg, "evaluation") == ["one row\n"]
-    apart = DataConfig(source="wikitext2", calibration_source="c4")
-    assert corpora.identity(apart, "calibration") == corpora.describe(apart, "calibration") == "c4:calibration"
-    assert corpora.identity(apart, "evaluation") == "wikitext2:evaluation"
-    assert corpora.identity(apart, "calibration") != corpora.identity(DataConfig(source="wikitext2"), "calibration")
+    mixed = DataConfig(source="wikitext2", calibration_source="c4")
+    assert corpora.identity(mixed, "calibration") == corpora.describe(mixed, "calibration") == "c4:calibration"
+    assert corpora.identity(mixed, "evaluation") == "wikitext2:evaluation"
+    assert corpora.identity(mixed, "calibration") != corpora.identity(DataConfig(source="wikitext2"), "calibration")
 
 
-def test_overlap_is_found_wherever_it_lies() -> None:
+def test_overlap_is_found_at_any_position() -> None:
     generator = torch.Generator().manual_seed(0)
     evaluation = torch.randint(0, 5000, (4, 500), generator=generator)
     calibration = torch.randint(0, 5000, (3, 300), generator=generator)
@@ -145,33 +145,35 @@ def test_overlap_is_found_wherever_it_lies() -> None:
     assert windows.overlap(calibration, evaluation) > 0
 
 
-def test_overlap_is_refused_unless_asked_for(tmp_path: Path) -> None:
+def test_overlap_is_refused_unless_allowed(tmp_path: Path) -> None:
     content = "".join(chr(97 + (i * i * 7 + i // 3) % 26) for i in range(600))
     keys = {"calibration_path": str(tmp_path / "a.txt"), "num_samples": 2, "calibration_seq_len": 100}
     cfg = config(tmp_path, content, **keys)
     stream, calibration = windows.evaluation(cfg, encode), windows.calibration(cfg, encode, 0)
-    with pytest.raises(ValueError, match="shares .* runs of tokens with evaluation text a.txt; name another text"):
+    with pytest.raises(ValueError, match="shares .* runs of tokens with evaluation text a.txt; choose another text"):
         windows.check_overlap(cfg, calibration, stream)
     allowed = DataConfig(**{**vars(cfg), "allow_overlap": True})
-    assert "perplexity is flattered" in str(windows.check_overlap(allowed, calibration, stream))
+    assert "perplexity is too low" in str(windows.check_overlap(allowed, calibration, stream))
     other = config(tmp_path, content[::-1].upper(), "b.txt")
     assert windows.check_overlap(cfg, calibration, windows.evaluation(other, encode)) is None
 
 
-def test_pydocs_parts_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(windows, "_OVERLAP_TOKENS", 200)  # bytes here, about 64 tokens of a word tokenizer
+def test_pydocs_parts_do_not_overlap(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        windows, "_OVERLAP_TOKENS", 200
+    )  # tokens are bytes here; about 64 tokens of a subword tokenizer
     cfg = DataConfig(source="pydocs", calibration_seq_len=2048, num_samples=80)
     assert windows.check_overlap(cfg, windows.calibration(cfg, encode, 0), windows.evaluation(cfg, encode)) is None
 
 
-def test_identity_follows_the_content(tmp_path: Path) -> None:
+def test_identity_depends_on_the_content_alone(tmp_path: Path) -> None:
     before = corpora.identity(config(tmp_path, "abc"), "evaluation")
     assert corpora.identity(config(tmp_path, "abc", "b.txt"), "evaluation") == before
     assert corpora.identity(config(tmp_path, "abd"), "evaluation") != before
 
 
 @pytest.mark.parametrize("source", ["wikitext2", "c4"])
-def test_an_unreachable_hub_is_one_line_with_the_remedy(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_gives_one_line_with_the_remedy(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("harness.utils.hub.reachable", lambda: False)
     with pytest.raises(
         ValueError, match=r"data.path=None.*the hub cannot be reached.*data.path=FILE, or use data=pydocs"

@@ -1,4 +1,7 @@
-"""Text in, token windows out: corpora and local files for evaluation and calibration. Called by `runs`."""
+"""Token windows for evaluation and calibration, made from corpora or local text files.
+
+`runs` calls it: the windows of a run, the check for overlap, and the identity of the texts for the run id.
+"""
 
 from harness.data.corpora import identity as identity
 from harness.data.windows import Tokens as Tokens

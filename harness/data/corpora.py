@@ -1,4 +1,4 @@
-"""Where text comes from: the documents of each source, from its package, a hub or a local file."""
+"""Sources of text: the documents of each corpus, read from a Python package, a hub or a local file."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ C4_EVALUATION_DOCUMENTS = 1100
 
 
 def documents(cfg: DataConfig, part: Part) -> list[str]:
-    """The documents of one part; most sources are a single one, joined as their protocol says.
+    """The documents of one part; most sources are one document, joined as their protocol says.
 
-    Raises: ValueError if a file is missing, is no text or is empty, or a hub cannot be reached.
+    Raises: ValueError if a file is missing, empty or not text, or a hub cannot be reached.
     """
     key, path = _path(cfg, part)
     source = source_of(cfg, part)
@@ -42,16 +42,16 @@ def documents(cfg: DataConfig, part: Part) -> list[str]:
         files = {"train": C4_SHARDS[part]}
         texts = _hub_rows(key, "allenai/c4", split="train", data_files=files)
     else:
-        raise ValueError(f"{key}=None; data={source} has no {part} text of its own, expected {key}=FILE")
+        raise ValueError(f"{key}=None; data={source} has no {part} text, expected {key}=FILE")
     if not any(text.strip() for text in texts):
-        raise ValueError(f"{key}={path} holds no text; expected a file with more than white space")
+        raise ValueError(f"{key}={path} contains no text; expected a file with more than white space")
     if source == "c4" and part == "evaluation":
         return [" ".join(texts[:C4_EVALUATION_DOCUMENTS])]
     return texts
 
 
 def identity(cfg: DataConfig, part: Part) -> str:
-    """What fixes the text of one part, without loading it from a hub: a content hash, or the hub's name."""
+    """Identifies the text of one part without loading it from a hub: a hash of its content, or its name on the hub."""
     key, path = _path(cfg, part)
     if path is not None:
         return sha256(_read_bytes(key, Path(path)))
@@ -60,45 +60,46 @@ def identity(cfg: DataConfig, part: Part) -> str:
 
 
 def describe(cfg: DataConfig, part: Part) -> str:
-    """The source of one part in a word: the file's name without its folders, or the part of a known corpus."""
+    """Short name of the source of one part: the file's name without its folders, or corpus and part."""
     path = _path(cfg, part)[1]
     return Path(path).name if path else f"{source_of(cfg, part)}:{part}"
 
 
 def source_of(cfg: DataConfig, part: Part) -> str:
-    """The corpus of one part: calibration may name one of its own."""
+    """The corpus of one part; `calibration_source` can set another one for calibration."""
     return (cfg.calibration_source if part == "calibration" else None) or cfg.source
 
 
 def pydocs(part: Part) -> str:
-    """The topics of the language reference in alphabetical order, cut at the topic that passes the middle.
+    """The topics of Python's language reference in alphabetical order: the first or the second half of the text.
 
-    Topics repeat one another at length; each paragraph is kept once, or the two parts would overlap.
+    The cut is after the topic that reaches the middle. Topics repeat long passages of other topics; each paragraph is
+    kept only once, otherwise the two parts would overlap.
     """
     from pydoc_data.topics import topics
 
-    seen_paragraphs: set[str] = set()
-    texts = [_new_paragraphs(topics[name], seen_paragraphs) for name in sorted(topics)]
-    half, seen, cut = sum(map(len, texts)) / 2, 0, 0
-    while seen < half:
-        seen += len(texts[cut])
+    earlier: set[str] = set()
+    texts = [_new_paragraphs(topics[name], earlier) for name in sorted(topics)]
+    half, length, cut = sum(map(len, texts)) / 2, 0, 0
+    while length < half:
+        length += len(texts[cut])
         cut += 1
     return "\n\n".join(texts[:cut] if part == "calibration" else texts[cut:])
 
 
-def _new_paragraphs(topic: str, seen: set[str]) -> str:
-    """The paragraphs of `topic` that are not in `seen` but for white space, which then holds them too."""
-    kept = []
+def _new_paragraphs(topic: str, earlier: set[str]) -> str:
+    """The paragraphs of `topic` that are not in `earlier`, ignoring white space; adds them to `earlier`."""
+    paragraphs = []
     for paragraph in topic.split("\n\n"):
         key = " ".join(paragraph.split())
-        if key not in seen:
-            seen.add(key)
-            kept.append(paragraph)
-    return "\n\n".join(kept)
+        if key not in earlier:
+            earlier.add(key)
+            paragraphs.append(paragraph)
+    return "\n\n".join(paragraphs)
 
 
 def wikitext_join(raw: str) -> str:
-    """The GPTQ protocol's text of a raw WikiText file: its rows, as the hub keeps them, joined by two newlines."""
+    """The text of a raw WikiText file in the GPTQ protocol: the hub's rows joined by two newlines."""
     rows = raw.split("\n")
     if rows[-1] == "":
         rows.pop()
@@ -106,6 +107,7 @@ def wikitext_join(raw: str) -> str:
 
 
 def _path(cfg: DataConfig, part: Part) -> tuple[str, str | None]:
+    """The config key of the local file of one part, and its value."""
     if part == "calibration":
         return "data.calibration_path", cfg.calibration_path
     return "data.path", cfg.path
@@ -113,7 +115,7 @@ def _path(cfg: DataConfig, part: Part) -> tuple[str, str | None]:
 
 def _read_bytes(key: str, path: Path) -> bytes:
     if not path.is_file():
-        raise ValueError(f"{key}={path} is no file; expected a text file, seen from {Path.cwd()}")
+        raise ValueError(f"{key}={path} is not a file; expected a text file, relative to {Path.cwd()}")
     return path.read_bytes()
 
 
@@ -132,8 +134,8 @@ def _file_documents(source: str, key: str, path: Path) -> list[str]:
         KeyError,
         TypeError,
     ) as error:
-        wanted = 'JSON lines with a "text" key' if source == "c4" else "UTF-8 text"
-        raise ValueError(f"{key}={path} cannot be read ({error}); expected {wanted}") from error
+        expected = 'JSON lines with a "text" key' if source == "c4" else "UTF-8 text"
+        raise ValueError(f"{key}={path} cannot be read ({error}); expected {expected}") from error
     return [wikitext_join(text) if source == "wikitext2" else text]
 
 

@@ -1,4 +1,4 @@
-"""Token batches for calibration and the evaluation stream, hashed, and proved not to overlap."""
+"""Token windows for calibration and evaluation, with their hashes and a check that they do not overlap."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ from harness.data import corpora
 from harness.data.corpora import Encode
 from harness.utils.digests import sha256
 
-_OVERLAP_TOKENS = 64  # shorter agreements are quotations and headings, not shared text
+_OVERLAP_TOKENS = 64  # shorter matches are quotations and headings, not shared text
 _HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 _DRAWS_PER_SAMPLE = 1000
 
 
 @dataclass(frozen=True)
 class Tokens:
-    """Windows of token ids (num_windows, seq_len) int64, and what the record says of them."""
+    """Windows of token ids (num_windows, seq_len) int64, and the fields that describe them in the record."""
 
     windows: Tensor
     info: dict[str, Any]
 
 
 def evaluation(cfg: DataConfig, encode: Encode) -> Tokens:
-    """Windows of the evaluation text in order, side by side or `stride` apart; the tail that fills none is dropped.
+    """Windows of the evaluation text in order, adjacent or `stride` apart; an incomplete last window is dropped.
 
     Protocol: GPTQ (Frantar et al. 2022; IST-DASLab/gptq datautils.py): one tokenizer call over the joined text.
     Raises: ValueError if the text is shorter than one window.
@@ -54,7 +54,7 @@ def evaluation(cfg: DataConfig, encode: Encode) -> Tokens:
 def calibration(cfg: DataConfig, encode: Encode, seed: int) -> Tokens:
     """`num_samples` sequences of `calibration_seq_len` tokens, sampled as `cfg.sampling` says.
 
-    Raises: ValueError if the text is too short for them.
+    Raises: ValueError if the text is too short.
     """
     documents = corpora.documents(cfg, "calibration")
     windows = _first(documents, cfg, encode) if cfg.sampling == "first" else _random(documents, cfg, encode, seed)
@@ -64,30 +64,31 @@ def calibration(cfg: DataConfig, encode: Encode, seed: int) -> Tokens:
 
 
 def overlap(calibration_windows: Tensor, evaluation_windows: Tensor) -> int:
-    """How many positions of the calibration windows start a run of tokens that evaluation holds too.
+    """Number of positions in the calibration windows that start a run of tokens also present in the evaluation text.
 
-    A run is 64 tokens, or the whole calibration window if that is shorter.
+    A run is 64 tokens, or a whole calibration window if that is shorter.
     """
     length = min(_OVERLAP_TOKENS, calibration_windows.shape[1], evaluation_windows.numel())
-    known = _rolling_hashes(evaluation_windows.reshape(1, -1), length)
-    return int(np.isin(_rolling_hashes(calibration_windows, length), known).sum())
+    evaluation_hashes = _rolling_hashes(evaluation_windows.reshape(1, -1), length)
+    return int(np.isin(_rolling_hashes(calibration_windows, length), evaluation_hashes).sum())
 
 
 def check_overlap(cfg: DataConfig, calibration_tokens: Tokens, evaluation_tokens: Tokens) -> str | None:
-    """None if the texts are apart; else a warning if overlap was asked for.
+    """None if the texts do not overlap; a warning if they do and the configuration allows it.
 
     Raises: ValueError if they overlap and `data.allow_overlap` is false.
     """
     shared = overlap(calibration_tokens.windows, evaluation_tokens.windows)
     if not shared:
         return None
-    found = f"calibration text {calibration_tokens.info['source']} shares {shared} runs of tokens with evaluation text"
+    sources = calibration_tokens.info["source"], evaluation_tokens.info["source"]
+    overlapping = f"calibration text {sources[0]} shares {shared} runs of tokens with evaluation text {sources[1]}"
     if not cfg.allow_overlap:
         raise ValueError(
-            f"data.calibration_path: {found} {evaluation_tokens.info['source']}; name another text, "
-            "or set data.allow_overlap=true to have it recorded as a warning"
+            f"data.calibration_path: {overlapping}; choose another text, or set data.allow_overlap=true to record "
+            "the overlap as a warning"
         )
-    return f"data.allow_overlap=true: {found} {evaluation_tokens.info['source']}, so perplexity is flattered"
+    return f"data.allow_overlap=true: {overlapping}, so perplexity is too low"
 
 
 def _window_info(windows: Tensor) -> dict[str, Any]:
@@ -99,12 +100,13 @@ def _window_info(windows: Tensor) -> dict[str, Any]:
 
 
 def _first(documents: Sequence[str], cfg: DataConfig, encode: Encode) -> Tensor:
-    wanted = cfg.num_samples * cfg.calibration_seq_len
+    """Consecutive sequences from the start of the text."""
+    needed = cfg.num_samples * cfg.calibration_seq_len
     ids: list[int] = []
     for document in documents:
         ids += encode(document)
-        if len(ids) >= wanted:
-            return torch.tensor(ids[:wanted], dtype=torch.int64).view(cfg.num_samples, -1)
+        if len(ids) >= needed:
+            return torch.tensor(ids[:needed], dtype=torch.int64).view(cfg.num_samples, -1)
     raise ValueError(
         f"data.calibration_path={corpora.describe(cfg, 'calibration')} has {len(ids)} tokens; expected "
         f"data.num_samples={cfg.num_samples} x data.calibration_seq_len={cfg.calibration_seq_len}; lower one of them"
@@ -112,14 +114,14 @@ def _first(documents: Sequence[str], cfg: DataConfig, encode: Encode) -> Tensor:
 
 
 def _random(documents: Sequence[str], cfg: DataConfig, encode: Encode, seed: int) -> Tensor:
-    """GPTQ's draw: a random document with more than `calibration_seq_len` tokens, a random offset in it."""
-    draw, length = random.Random(seed), cfg.calibration_seq_len
-    whole = encode(documents[0]) if len(documents) == 1 else None
+    """GPTQ's sampling: for each sequence, a random document of more than `calibration_seq_len` tokens and an offset."""
+    generator, length = random.Random(seed), cfg.calibration_seq_len
+    only = encode(documents[0]) if len(documents) == 1 else None
     rows: list[list[int]] = []
     for _ in range(_DRAWS_PER_SAMPLE * cfg.num_samples):
-        ids = whole if whole is not None else encode(documents[draw.randint(0, len(documents) - 1)])
+        ids = only if only is not None else encode(documents[generator.randint(0, len(documents) - 1)])
         if len(ids) > length:
-            start = draw.randint(0, len(ids) - length - 1)
+            start = generator.randint(0, len(ids) - length - 1)
             rows.append(ids[start : start + length])
         if len(rows) == cfg.num_samples:
             return torch.tensor(rows, dtype=torch.int64)

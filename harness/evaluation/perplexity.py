@@ -91,9 +91,7 @@ class Scorer:
         output_class = type(output)
         tail = Tail(self.model, [body], lambda states: output_class(last_hidden_state=states))
         split = tail(output[0][0])
-        differs = (
-            split.shape != whole.shape or relative_error(split, whole) > _SAME_SPLIT
-        )  # NaN passes; `perplexity` reports it
+        differs = split.shape != whole.shape or relative_error(split, whole) > _SAME_SPLIT  # NaN is reported later
         return None if differs else tail
 
 
@@ -119,8 +117,7 @@ def perplexity(  # noqa: PLR0913 - the options of one pass
     (float64 for a float64 model), the mean is over windows. Protocol strided (transformers' guide to perplexity; HQQ's
     authors): windows overlap, and tokens that an earlier window scored are only context; here the first window leaves
     as many unscored, so that all windows weigh the same. Logits are computed in slices, so memory is bounded for any
-    vocabulary. The result does not depend on `batch_size`. `keep` gets the last hidden states (T, D) of each window in
-    order.
+    vocabulary. The result does not depend on `batch_size`. `keep` gets the last hidden states (T, D) of each window.
     Raises: ValueError if the model's logits are not finite.
     """
     device = next(model.parameters()).device

@@ -290,7 +290,7 @@ def test_a_run_that_other_code_moves_says_which_metric(
     again, skipped = execute_run(raw)
     assert not skipped
     assert again.metrics["nll"] == pytest.approx(first.metrics["nll"] - 0.5)
-    (warning,) = [text for text in again.warnings if "other code" in text]
+    (warning,) = [text for text in again.warnings if "code has changed" in text]
     assert f"nll {first.metrics['nll']:.6g} -> {again.metrics['nll']:.6g}" in warning
     assert "perplexity" not in warning
 

@@ -1,6 +1,6 @@
-"""One run, from its configuration to its record: its identity, its stages, and the process that it runs in.
+"""One run, from its configuration to its record: its identity, its stages and its process.
 
-`cli` calls it for each run of a sweep. Only this package writes results into a record.
+`cli` calls this package for each run of a sweep. Only this package adds results to a record.
 """
 
 from harness.runs.execute import execute_run as execute_run

@@ -1,4 +1,4 @@
-"""What a configuration cannot be, as far as the shape of the model tells before its weights are loaded."""
+"""Checks of a configuration that need only the shape of the model, before its weights are loaded."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ from harness.nn import kvcache
 
 
 def check(cfg: RunConfig, source: Source) -> list[str]:
-    """Check lengths, method, scheme and cache against the model; returns warnings for the record.
+    """Check lengths, method, scheme and KV cache against the shape of the model.
 
-    Raises: ValueError, in one line, for what does not fit.
+    Returns: warnings for the record.
+    Raises: ValueError, in one line, for a setting that does not fit the model.
     """
     _check_lengths(cfg, source.shape)
     quantization.check(Decoder(source.skeleton()), cfg)
@@ -26,9 +27,9 @@ def check(cfg: RunConfig, source: Source) -> list[str]:
 
 
 def device_of(name: str) -> torch.device:
-    """The device that the key `device` means.
+    """The device of a run: `name` is the value of `device`; auto is the GPU if there is one, else the CPU.
 
-    Raises: ValueError, in one line, if it is unknown or not available.
+    Raises: ValueError, in one line, if the device is unknown or not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -44,15 +45,15 @@ def device_of(name: str) -> torch.device:
 
 
 def _check_lengths(cfg: RunConfig, shape: Any) -> None:
-    longest = getattr(shape.get_text_config(), "max_position_embeddings", None)
+    positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
     lengths = {"data.seq_len": cfg.data.seq_len}
     if cfg.calibrates:
         lengths["data.calibration_seq_len"] = cfg.data.calibration_seq_len
     if cfg.measure.latency:
-        timed = cfg.measure.prompt_len + cfg.measure.warmup + cfg.measure.decode_tokens
-        lengths["measure.prompt_len + warmup + decode_tokens"] = timed
+        timed_len = cfg.measure.prompt_len + cfg.measure.warmup + cfg.measure.decode_tokens
+        lengths["measure.prompt_len + warmup + decode_tokens"] = timed_len
     for key, length in lengths.items():
-        if longest is not None and length > longest:
+        if positions is not None and length > positions:
             raise ValueError(
-                f"{key}={length} exceeds the {longest} positions of model={cfg.model.name}; use {longest} or less"
+                f"{key}={length} exceeds the {positions} positions of model={cfg.model.name}; use {positions} or less"
             )

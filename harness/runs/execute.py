@@ -1,4 +1,4 @@
-"""Carries out a run unless its record is there already, and writes the record, also of a run that failed."""
+"""Executes a run, unless it has finished before, and writes its record, also if the run fails."""
 
 from __future__ import annotations
 
@@ -25,75 +25,84 @@ Json = dict[str, Any]
 
 
 def execute_run(raw: Json, track: Track = silent, show_traceback: bool = False) -> tuple[Record, bool]:
-    """Run what `raw`, the resolved configuration, says, unless a record of it by the same code is there already.
+    """Run the resolved configuration `raw`, unless there is a record of the same run by the same code.
 
-    A run of other code is repeated (`stale=keep` keeps it). If the repetition gives the same bits, the earlier record
-    keeps its timings and takes the new code; otherwise the new record replaces it and says which metric moved.
+    A run whose code has changed is repeated (`stale=keep` keeps it). If the repetition gives the same bits, the earlier
+    record keeps its timings and gets the new code; otherwise the new record replaces it and says which metric moved.
 
-    Returns: the record, failed ones included, and whether it was there already.
+    Returns: the record, also of a failed run, and whether the run had finished before.
     """
-    result = Record(run_id=identity.early_id(raw), config=raw)
+    record = Record(run_id=identity.early_id(raw), config=raw)
     try:
         folder = records.usable(raw.get("results_dir"))
     except ValueError as error:
-        result.status, result.error = "failed", one_line(error)
-        return result, False
-    before: Record | None = None
+        return replace(record, status="failed", error=one_line(error)), False
     try:
-        cfg = build_run(raw)
-        source = models.open(cfg.model, cfg.seed)
-        result.run_id, result.options = identity.run_id(cfg, source), changed_options(cfg)
-        result.code = identity.code(cfg, device_of(cfg.device).type)
-        before = records.finished(folder, result.run_id)
-        if before is not None and _is_enough(before, result, cfg):
-            return before, True
-        result.environment = records.environment()
-        torch.manual_seed(cfg.seed)
-        run(cfg, source, result, track)
-        if before is not None and not cfg.force and before.code != result.code:
-            result = _compared(before, result)
+        finished = _run(record, folder, track)
     except Exception as error:  # a sweep continues: every error is the result of its run
-        result = replace(result, status="failed", error=one_line(error))
+        finished = replace(record, status="failed", error=one_line(error)), False
         if show_traceback:
             traceback.print_exc()
     finally:
         gc.collect()
-    _keep(result, folder)
-    return result, False
+    if not finished[1]:
+        _store(finished[0], folder)
+    return finished
 
 
-def _is_enough(before: Record, now: Record, cfg: RunConfig) -> bool:
-    """Whether a finished record makes the run unnecessary."""
-    return not (cfg.force or cfg.save) and (before.code == now.code or cfg.stale == "keep")
+def _run(record: Record, folder: Path, track: Track) -> tuple[Record, bool]:
+    """Run the configuration of `record`, adding to it, unless there is a finished record that makes this unnecessary.
+
+    Returns: the record to store, and whether the run had finished before.
+    """
+    cfg = build_run(record.config)
+    source = models.open(cfg.model, cfg.seed)
+    record.run_id, record.options = identity.run_id(cfg, source), changed_options(cfg)
+    record.code = identity.code(cfg, device_of(cfg.device).type)
+    earlier = records.finished(folder, record.run_id)
+    if earlier is not None and _is_enough(earlier, record, cfg):
+        return earlier, True
+    record.environment = records.environment()
+    torch.manual_seed(cfg.seed)
+    run(cfg, source, record, track)
+    if earlier is not None and not cfg.force and earlier.code != record.code:
+        return _compared(earlier, record), False
+    return record, False
 
 
-def _compared(before: Record, now: Record) -> Record:
-    """The record to keep of a run that was repeated by other code."""
-    changes = moved(before, now)
+def _is_enough(earlier: Record, now: Record, cfg: RunConfig) -> bool:
+    """Whether the earlier record makes the run unnecessary."""
+    return not (cfg.force or cfg.save) and (earlier.code == now.code or cfg.stale == "keep")
+
+
+def _compared(earlier: Record, now: Record) -> Record:
+    """The record to store after a run was repeated because its code had changed."""
+    changes = moved(earlier, now)
     if not changes:
-        return stamped(before, now)
-    now.warnings.append(f"run again by other code, which moved {', '.join(changes)}")
+        return stamped(earlier, now)
+    now.warnings.append(f"repeated because its code has changed; this changed {', '.join(changes)}")
     return now
 
 
 def failed_run(raw: Json, error: str) -> Record:
-    """Write the record of a run whose process could not do it."""
-    result = Record(identity.early_id(raw), "failed", error, config=raw, environment=records.environment())
-    with suppress(ValueError):  # without a folder, the line on the screen is all there is
-        _keep(result, records.usable(raw.get("results_dir")))
-    return result
+    """Write the record of a run that failed without one, because its process died or its limits are invalid."""
+    record = Record(identity.early_id(raw), "failed", error, config=raw, environment=records.environment())
+    with suppress(ValueError):  # without a folder, the error is only printed
+        _store(record, records.usable(raw.get("results_dir")))
+    return record
 
 
-def _keep(result: Record, folder: Path) -> None:
-    """Write a record, elsewhere if its folder has no room; an early failure of the same run is removed."""
+def _store(record: Record, folder: Path) -> None:
+    """Write a record. If this fails, write it into a temporary folder, and turn `record` into a failed one.
+
+    The record of an early failure of the same run is removed once the run has succeeded.
+    """
     try:
-        records.write(result, folder)
-        if result.status == "ok":
-            records.path_of(folder, identity.early_id(result.config)).unlink(missing_ok=True)
-    except (OSError, ValueError) as error:  # a full disk; a figure that JSON cannot hold
-        place = records.rescue(result)
-        saved = f"it is kept as {place}, move it there" if place else "it is lost"
-        result.status = "failed"
-        result.error = (
-            f"results_dir={folder}: the record cannot be written ({error}); {saved}, free space or name another folder"
-        )
+        records.write(record, folder)
+        if record.status == "ok":
+            records.path_of(folder, identity.early_id(record.config)).unlink(missing_ok=True)
+    except (OSError, ValueError) as error:  # a full disk, or a number that JSON does not have
+        file = records.rescue(record)
+        rescued = f"it was written to {file} instead; free space and move it, or" if file else "it is lost; free space or"
+        record.status = "failed"
+        record.error = f"results_dir={folder}: the record cannot be written ({error}); {rescued} name another folder"

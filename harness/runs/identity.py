@@ -1,7 +1,7 @@
-"""Which run a record holds, in two parts: `run_id` says what was run, `code` says which code ran it.
+"""The identity of a run, in two parts: `run_id` identifies what was run, `code` the code that ran it.
 
-A finished run is skipped when both agree. A changed configuration, other weights or another text give another run id.
-A changed module gives another `code` to the runs that reach it, and to no other.
+A finished run is skipped if both are the same. Another configuration, other weights or another text give another run
+id. A change of a module changes the `code` of the runs that reach it, and of no other run.
 """
 
 from __future__ import annotations
@@ -45,26 +45,26 @@ def run_id(cfg: RunConfig, source: Source) -> str:
 
 
 def early_id(raw: Mapping[str, Any]) -> str:
-    """Stands for the run id of a run that fails before everything that decides it is known."""
+    """A hash of the raw configuration: the run id of a run that fails before its weights and texts are known."""
     fields = {item.name: item for item in (*dataclasses.fields(RunConfig), *dataclasses.fields(JobConfig))}
     never = {name for name, item in fields.items() if decides(item) is Decides.NEVER}
     return _hash({key: value for key, value in raw.items() if key not in never})
 
 
 def code(cfg: RunConfig, device: str) -> str:
-    """A digest of the code that `cfg` reaches on a device of type `device`: stages, method, formats and kernels."""
+    """A digest of the code that a run of `cfg` reaches on `device` (cpu, cuda): stages, method, formats, kernels."""
     return _sources(cfg).digest(roots(cfg, device), unused(cfg))
 
 
 def roots(cfg: RunConfig, device: str) -> list[str]:
-    """The modules where the code of `cfg` begins: the stages, the kernels of the device, and the method."""
+    """The modules from which the code of a run is followed: the stages, the kernels of the device, and the method."""
     return [run.__name__, f"harness.kernels.{device}", *_method_modules(cfg)]
 
 
 def unused(cfg: RunConfig) -> set[str]:
-    """The modules of stages that a run of `cfg` does not enter; all others that `run` imports count."""
-    entered = {analysis: cfg.analyses, mixed: cfg.mixes, native: cfg.save is not None}
-    return {module.__name__ for module, enters in entered.items() if not enters}
+    """The modules of optional stages that a run of `cfg` does not enter; their code is left out of the digest."""
+    optional = {analysis: cfg.analyses, mixed: cfg.mixes, native: cfg.save is not None}
+    return {module.__name__ for module, is_entered in optional.items() if not is_entered}
 
 
 def _method_modules(cfg: RunConfig) -> Iterator[str]:
@@ -80,14 +80,15 @@ def _all_sources(places: tuple[Path, ...], packages: frozenset[str]) -> Sources:
 
 
 def _sources(cfg: RunConfig) -> Sources:
-    """The modules of the project, of the packages of its methods, and of plug-ins on Python's path."""
+    """The modules of this project, of the packages of the run's methods, and of plug-ins on Python's path."""
     classes = [cls for step in cfg.steps.values() for cls in (type(step), *step.needs)]
     packages = {cls.__module__.partition(".")[0] for cls in (RunConfig, *classes)}
-    path = [Path(place or ".").resolve() for place in sys.path]
-    return _all_sources((_PROJECT, *(place for place in path if place.is_dir())), frozenset(packages))
+    folders = [Path(entry or ".").resolve() for entry in sys.path]
+    return _all_sources((_PROJECT, *(folder for folder in folders if folder.is_dir())), frozenset(packages))
 
 
 def _conditions(cfg: RunConfig) -> dict[Decides, bool]:
+    """Whether a run of `cfg` is one in which fields of each kind decide the result."""
     return {
         Decides.ALWAYS: True,
         Decides.NEVER: False,
@@ -98,22 +99,23 @@ def _conditions(cfg: RunConfig) -> dict[Decides, bool]:
     }
 
 
-def _deciding(config: Any, holds: Mapping[Decides, bool]) -> Json:
-    """The fields of a configuration that decide a result, as plain values; a method's class counts too."""
+def _deciding(config: Any, conditions: Mapping[Decides, bool]) -> Json:
+    """The fields of a configuration that decide the result, as plain values; for a method also its class."""
     fields = {
-        item.name: _plain(getattr(config, item.name), holds)
+        item.name: _plain(getattr(config, item.name), conditions)
         for item in dataclasses.fields(config)
-        if holds[decides(item)]
+        if conditions[decides(item)]
     }
     return fields | ({"class": _class_name(config)} if isinstance(config, Method) else {})
 
 
-def _plain(value: Any, holds: Mapping[Decides, bool]) -> Any:
+def _plain(value: Any, conditions: Mapping[Decides, bool]) -> Any:
+    """A value of a field as JSON has it."""
     if dataclasses.is_dataclass(value):
-        return _deciding(value, holds)
-    if isinstance(value, Mapping):  # steps, in their order
-        return [[key, _plain(item, holds)] for key, item in value.items()]
-    return [_plain(item, holds) for item in value] if isinstance(value, tuple | list) else value
+        return _deciding(value, conditions)
+    if isinstance(value, Mapping):  # a list of pairs, because the order of steps decides
+        return [[key, _plain(item, conditions)] for key, item in value.items()]
+    return [_plain(item, conditions) for item in value] if isinstance(value, tuple | list) else value
 
 
 def _class_name(step: Method) -> str:

@@ -1,4 +1,4 @@
-"""Two records of the same run, by different code: what moved, and the record that is kept where nothing did."""
+"""Two records of the same run by different code: which results differ, and the record to keep if none does."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from harness.records.metrics import repeats
 
 
 def moved(before: Record, now: Record) -> list[str]:
-    """What differs between the results of two runs: metrics, with both values, and analyses. Timings do not count."""
+    """The results that differ between two records, for a message: metrics with both values, and analyses.
+
+    Metrics that differ in every run, such as times, are not compared.
+    """
     names = [name for name in {**before.metrics, **now.metrics} if repeats(name)]
     changes = [
         f"{name} {_figure(before.metrics.get(name))} -> {_figure(now.metrics.get(name))}"
@@ -23,7 +26,7 @@ def moved(before: Record, now: Record) -> list[str]:
 
 
 def stamped(before: Record, now: Record) -> Record:
-    """The earlier record, its timings too, confirmed by the code of the newer one."""
+    """The earlier record with its timings, confirmed by the code and the commit of the newer record."""
     return replace(before, code=now.code, confirmed=now.environment.commit)
 
 

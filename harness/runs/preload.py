@@ -1,7 +1,7 @@
-"""Imported once by the server that isolated runs are forked from: what every run would import anew.
+"""The modules that every run needs; the server process from which isolated runs are forked imports them once.
 
-A decoder without weights is built, so that what transformers imports on the way is there too. Nothing is computed: a
-process that has started the threads of its arithmetic cannot be forked.
+A decoder without weights is built, because transformers imports further modules for it. Nothing is computed: a process
+cannot be forked safely after torch has started its threads.
 """
 
 import gc
@@ -15,4 +15,4 @@ from harness.models import skeleton
 
 skeleton(AutoConfig.for_model("llama", hidden_size=32, num_hidden_layers=1))
 gc.collect()
-gc.freeze()  # what is here by now lives as long as the process: no run has to look through it, or copy its pages
+gc.freeze()  # these objects live as long as the process: no run has to scan them, or to copy their memory pages

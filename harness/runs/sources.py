@@ -1,9 +1,9 @@
-"""A digest of source code: every module that some modules import, directly or through others.
+"""A digest of source code: of some modules and of all modules that they import, directly or indirectly.
 
-A module counts as its syntax tree without docstrings, comments, imports, annotations and `__all__`: only a change of
-what it computes changes the digest, and a file may move. A name that a package re-exports leads to the module that
-defines it, so that an import from a package does not reach the whole package. C++ sources in the folder of a reached
-module count too, without their comments.
+The digest of a module is that of its syntax tree without docstrings, comments, imports, annotations and `__all__`.
+Therefore it changes only with the computation, and stays the same if the file is moved. An import of a name that a
+package re-exports is followed to the module that defines the name, so that it does not reach the whole package. C++
+sources in the folders of these modules are included, without their comments.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdli
 
 @dataclass(frozen=True)
 class Module:
-    """A Python file as `digest` sees it; `name` is dotted, without the `__init__` of a package."""
+    """A Python file; `name` is its dotted name, without `__init__` for a package."""
 
     name: str
     file: Path
@@ -39,7 +39,7 @@ class Module:
 
     @cached_property
     def imports(self) -> list[tuple[str, str | None, str]]:
-        """What it imports, at any depth: module, the name taken from it or None, and the name it is bound to."""
+        """All imports, also in functions: the module, the name imported from it or None, and the name that is bound."""
         return [bound for statement in _statements(self.tree) for bound in self._bound(statement)]
 
     def _bound(self, statement: ast.AST) -> Iterator[tuple[str, str | None, str]]:
@@ -51,7 +51,7 @@ class Module:
                 yield self._absolute(statement), alias.name, alias.asname or alias.name
 
     def _absolute(self, statement: ast.ImportFrom) -> str:
-        """The module of a `from` import, a relative one too."""
+        """The dotted name of the module of a `from` import, which may be relative."""
         if not statement.level:
             return statement.module or ""
         package = self.name.split(".") if self.is_package else self.name.split(".")[:-1]
@@ -60,17 +60,17 @@ class Module:
 
     @cached_property
     def digest(self) -> str:
-        """Hash of its own code; empty where nothing but docstrings and imports is there."""
+        """Hash of the code of this module alone; empty if there are only docstrings and imports."""
         code = _written(self.tree)
         return hashlib.sha256(code.encode()).hexdigest() if code else ""
 
 
 @dataclass
 class Sources:
-    """The modules below some folders, found as Python finds them. Modules of other libraries are not followed.
+    """The modules in some folders and their sub-folders, found as Python finds them.
 
-    places    folders in the order of Python's path
-    packages  top-level packages that are followed in folders of installed libraries; elsewhere all are
+    places    the folders, in the order of Python's path
+    packages  top-level packages to follow in folders of installed libraries; other libraries are not followed
     """
 
     places: tuple[Path, ...]
@@ -79,13 +79,13 @@ class Sources:
     _digests: dict[object, str] = field(default_factory=dict)
 
     def module(self, name: str) -> Module | None:
-        """The module called `name`; None if it is below none of the places, or a library's."""
+        """The module `name`; None if it is in none of the folders, or belongs to a library."""
         if name not in self._modules:
             self._modules[name] = self._find(name)
         return self._modules[name]
 
     def closure(self, roots: Iterable[str], without: Collection[str] = ()) -> dict[str, Module]:
-        """The modules that `roots` reach by imports, `roots` included, by name; those of `without` are left out."""
+        """The modules `roots` and all that they import, directly or indirectly, by name. `without` is left out."""
         waiting, reached = list(roots), dict[str, Module]()
         while waiting:
             name = waiting.pop()
@@ -93,11 +93,11 @@ class Sources:
             if module is None or name in reached or name in without:
                 continue
             reached[name] = module
-            waiting += [target for source, part, _ in module.imports for target in self._defining(source, part)]
+            waiting += [target for source, imported, _ in module.imports for target in self._defining(source, imported)]
         return reached
 
     def digest(self, roots: Iterable[str], without: Collection[str] = ()) -> str:
-        """A short hash of the code of all modules that `roots` reach."""
+        """A hash, 16 hexadecimal digits, of the code of all modules of `closure`; it does not depend on their names."""
         key = frozenset(roots), frozenset(without)
         if key not in self._digests:
             self._digests[key] = self._digest(*key)
@@ -105,24 +105,23 @@ class Sources:
 
     def _digest(self, roots: Iterable[str], without: Collection[str]) -> str:
         modules = self.closure(roots, without).values()
-        found = {module.digest for module in modules if module.digest}
-        found |= {
-            _native_digest(file) for folder in {module.file.parent for module in modules} for file in _native(folder)
-        }
-        return hashlib.sha256("\n".join(sorted(found)).encode()).hexdigest()[:16]
+        digests = {module.digest for module in modules if module.digest}
+        folders = {module.file.parent for module in modules}
+        digests |= {_native_digest(file) for folder in folders for file in _native(folder)}
+        return hashlib.sha256("\n".join(sorted(digests)).encode()).hexdigest()[:16]
 
-    def _defining(self, source: str, part: str | None) -> Iterator[str]:
-        """The modules that an import reaches: a package's re-export leads to where the name is defined."""
+    def _defining(self, source: str, imported: str | None) -> Iterator[str]:
+        """The module that an import reaches: a name that a package re-exports leads to the module that defines it."""
         package = self.module(source)
         if package is None:
             return
-        submodule = f"{source}.{part}"
-        if part is not None and self.module(submodule) is not None:
+        submodule = f"{source}.{imported}"
+        if imported is not None and self.module(submodule) is not None:
             yield submodule
             return
-        if part is not None and package.is_package:
+        if imported is not None and package.is_package:
             for inner, name, bound in package.imports:
-                if bound == part and (inner, name) != (source, part):
+                if bound == imported and (inner, name) != (source, imported):
                     yield from self._defining(inner, name)
                     return
         yield source
@@ -141,18 +140,18 @@ class Sources:
 
 @lru_cache(maxsize=4096)
 def _module(name: str, file: Path, _time: int) -> Module:
-    """One instance for each file as it is now, so that it is parsed once."""
+    """The same instance for the same content of a file, so that it is parsed once."""
     return Module(name, file)
 
 
 @lru_cache(maxsize=256)
 def _has_libraries(folder: Path) -> bool:
-    """Whether a folder on Python's path has installed libraries: the standard library, or packages from pip."""
+    """Whether a folder on Python's path has installed libraries: the standard library, or packages installed by pip."""
     return any(folder.is_relative_to(place) for place in _INSTALLED) or any(folder.glob("*.dist-info"))
 
 
 def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those of blocks that only a type checker reads."""
+    """All nodes of a syntax tree, without blocks that only a type checker reads."""
     for node in ast.iter_child_nodes(tree):
         if not _for_types(node):
             yield node
@@ -160,11 +159,12 @@ def _statements(tree: ast.AST) -> Iterator[ast.AST]:
 
 
 def _for_types(node: ast.AST) -> bool:
+    """Whether a statement is `if TYPE_CHECKING:`."""
     return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def _written(node: object) -> str:
-    """A syntax tree as text that depends on nothing but the code: no positions, no empty fields."""
+    """A syntax tree as text that depends only on the code: without positions and empty fields."""
     if isinstance(node, list):
         return "".join(f"{_written(item)}," for item in node if not _is_silent(item))
     if not isinstance(node, ast.AST):
@@ -180,7 +180,7 @@ def _written(node: object) -> str:
 
 
 def _is_silent(node: object) -> bool:
-    """Whether a statement computes nothing: an import, a docstring, `__all__`, or what only a type checker reads."""
+    """Whether a statement computes nothing: an import, docstring, `__all__` or block for type checkers only."""
     if isinstance(node, ast.Expr):
         return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
     if isinstance(node, ast.Assign):
@@ -189,10 +189,11 @@ def _is_silent(node: object) -> bool:
 
 
 def _native(folder: Path) -> list[Path]:
+    """The C++ and CUDA sources in a folder."""
     return [file for file in sorted(folder.iterdir()) if file.suffix in _NATIVE]
 
 
 def _native_digest(file: Path) -> str:
-    """Hash of a C++ source without comments and with its white space folded."""
+    """Hash of a C++ source without comments, with each run of white space as one space."""
     code = " ".join(_CPP_COMMENT.sub(lambda match: match.group(1) or " ", file.read_text()).split())
     return hashlib.sha256(code.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Discovery on many families: blocks, linears, who reads the same input, and a quantized run of each."""
+"""Discovery on many families: blocks, linears, linears that read the same input, and a quantized run of each."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.families import FAMILIES, build
 from tests.reference import naive_perplexity
 from tests.support.decoders import linears, quantize
 
-# Names of the linears of block 0 by the input that they read, in execution order.
+# Names of the linears of block 0, grouped by the input that they read, in execution order.
 _QKV, _GATED = ["q_proj", "k_proj", "v_proj"], [["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 GROUPS: dict[str, list[list[str]]] = {
     **{name: [_QKV, *_GATED] for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
@@ -38,12 +38,12 @@ def test_groups_of_the_first_block(family: str) -> None:
     prefix = f"{Decoder(model).prefix}.0."
     modules = {name: module for name, module in linears(model).items() if name.startswith(prefix)}
     groups = input_groups(modules, lambda: model(input_ids=TOKENS))
-    found = [[name.rpartition(".")[2] for name in group] for group in groups]
+    names = [[name.rpartition(".")[2] for name in group] for group in groups]
     if family == "falcon":  # parallel branches: either may run first
-        found, expected = [sorted(group) for group in found], [sorted(group) for group in GROUPS[family]]
-        assert sorted(found) == sorted(expected)
+        names, expected = [sorted(group) for group in names], [sorted(group) for group in GROUPS[family]]
+        assert sorted(names) == sorted(expected)
     else:
-        assert sorted(found) == sorted(GROUPS[family])
+        assert sorted(names) == sorted(GROUPS[family])
     assert all(isinstance(module, nn.Module) for module in linears(model).values())
 
 
@@ -57,7 +57,9 @@ def test_rtn_runs_and_eight_bits_stay_close(family: str, tiny: Callable[..., dic
         after = model(input_ids=TOKENS).logits
     assert 0 < (after - before).norm() / before.norm() < 0.05
     assert {layer["name"] for layer in result.layers} == set(linears(build(family)))
-    assert result.warnings == [f"{name} is no linear and stays float" for name in Decoder(build(family)).uncovered()]
+    assert result.warnings == [
+        f"{name} belongs to no linear and stays float" for name in Decoder(build(family)).uncovered()
+    ]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -66,7 +68,7 @@ def test_perplexity_of_every_family_equals_whole_logits(family: str) -> None:
     assert perplexity(model, TOKENS).perplexity == pytest.approx(naive_perplexity(model, TOKENS), rel=1e-5)
 
 
-def test_fused_experts_are_named_as_left_float() -> None:
+def test_fused_experts_are_listed_as_uncovered() -> None:
     names = Decoder(build("mixtral")).uncovered()
     assert any("experts" in name for name in names)
     assert not Decoder(build("llama")).uncovered()

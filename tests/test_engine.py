@@ -1,4 +1,4 @@
-"""The engine: what it shows to a method, in which order, and which methods it refuses."""
+"""The engine: the inputs that a method receives, their order, and the methods that are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ TOKENS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(
 
 
 class Rows(Stat):
-    """Every input, kept: what a streamed statistic must have seen."""
+    """Stores all inputs of a linear; a streamed statistic must receive exactly these."""
 
     def __init__(self, in_features: int) -> None:
         super().__init__(in_features)
@@ -36,24 +36,24 @@ class Rows(Stat):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Nosy(Method):
-    """Keeps what it is shown."""
+class Recorder(Method):
+    """Records the groups and the inputs that it receives."""
 
     needs: ClassVar = (Rows,)
     groups: list[tuple[str, ...]]
-    seen: list[Tensor]
+    inputs: list[Tensor]
 
     def transform(self, group: InputGroup, stats: Stats) -> None:
         self.groups.append(tuple(name.rpartition(".")[2] for name in group.linears))
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        self.seen.append(stats[Rows].rows)
+        self.inputs.append(stats[Rows].rows)
         return round_to_nearest(weight, scheme.weight)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SwapChannels(Method):
-    """Permutes the hidden channels of each mlp: another float model that computes the same."""
+    """Permutes the hidden channels of each mlp: the weights change, the function does not."""
 
     def prepare(self, model: nn.Module) -> None:
         for name, module in linears(model).items():
@@ -66,7 +66,7 @@ class SwapChannels(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Doubles(Method):
-    """A wrong rewrite, in `prepare` or in `transform`."""
+    """Changes the function of the model, in `prepare` or in `transform`."""
 
     hook: str
 
@@ -84,81 +84,83 @@ def config(tiny: Tiny, *overrides: str, **steps: Method) -> RunConfig:
 
 
 def inputs_of(model: nn.Module, name: str) -> Tensor:
-    """The inputs (T, K) that a linear sees on TOKENS, by a hook of the test's own."""
-    caught: list[Tensor] = []
-    handle = model.get_submodule(name).register_forward_hook(lambda _m, args, _out: caught.append(args[0]))
+    """The inputs (T, K) of a linear on TOKENS, recorded by a separate hook."""
+    inputs: list[Tensor] = []
+    handle = model.get_submodule(name).register_forward_hook(lambda _m, args, _out: inputs.append(args[0]))
     with torch.no_grad():
         for sequence in TOKENS:
             model(input_ids=sequence[None])
     handle.remove()
-    return torch.cat([x.reshape(-1, x.shape[-1]) for x in caught])
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
 
 
-def test_groups_come_in_order_and_every_linear_gets_its_own_inputs(tiny: Tiny) -> None:
-    model, nosy = build("llama"), Nosy(groups=[], seen=[])
+def test_groups_come_in_order_and_every_linear_gets_its_inputs(tiny: Tiny) -> None:
+    model, recorder = build("llama"), Recorder(groups=[], inputs=[])
     names = list(linears(model))
     expected = [inputs_of(model, name) for name in names]
-    quantize(model, config(tiny, "scheme=channel", "engine.propagate=float", nosy=nosy), TOKENS)
+    quantize(model, config(tiny, "scheme=channel", "engine.propagate=float", recorder=recorder), TOKENS)
     block = [("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",)]
-    assert nosy.groups == block * 2
-    assert len(nosy.seen) == len(names)
-    for seen, wanted in zip(nosy.seen, expected, strict=True):
-        torch.testing.assert_close(seen, wanted)
-    assert nosy.seen[0].shape == (TOKENS.numel(), 32)
+    assert recorder.groups == block * 2
+    assert len(recorder.inputs) == len(names)
+    for inputs, expected_inputs in zip(recorder.inputs, expected, strict=True):
+        torch.testing.assert_close(inputs, expected_inputs)
+    assert recorder.inputs[0].shape == (TOKENS.numel(), 32)
 
 
-def test_a_rewrite_composes_with_rtn_as_by_hand(tiny: Tiny) -> None:
+def test_a_rewrite_and_rtn_equal_both_steps_by_hand(tiny: Tiny) -> None:
     composed, by_hand = build("llama"), build("llama")
     cfg = config(tiny, "scheme=channel", swap=SwapChannels(), rtn=RTN())
     quantize(composed, cfg, TOKENS)
     SwapChannels().prepare(by_hand)
     assert cfg.scheme is not None
     for name, module in linears(by_hand).items():
-        found = composed.get_submodule(name)
-        assert isinstance(found, QuantLinear)
-        assert found.packed is not None
-        wanted = round_to_nearest(weight_of(module), cfg.scheme.weight).dequantize()
-        assert torch.equal(found.packed.dequantize(), wanted)
+        linear = composed.get_submodule(name)
+        assert isinstance(linear, QuantLinear)
+        assert linear.packed is not None
+        expected = round_to_nearest(weight_of(module), cfg.scheme.weight).dequantize()
+        assert torch.equal(linear.packed.dequantize(), expected)
 
 
 @pytest.mark.parametrize("hook", ["prepare", "transform"])
 def test_a_step_that_changes_the_function_is_refused(tiny: Tiny, hook: str) -> None:
     cfg = config(tiny, "scheme=channel", doubles=Doubles(hook=hook), rtn=RTN())
-    with pytest.raises(ValueError, match="method.doubles changed the float model's function: .* moved by"):
+    with pytest.raises(
+        ValueError, match="method.doubles changed the float model's function: the relative error of the .* is"
+    ):
         quantize(build("llama"), cfg, TOKENS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rude(Method):
-    """Breaks the contract of `quantize` in one of many ways."""
+class BreaksContract(Method):
+    """Breaks the contract of `quantize` in one of several ways."""
 
-    how: str
+    defect: str
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> Any:
-        if self.how == "nothing":
+        if self.defect == "nothing":
             return None
-        if self.how == "shape":
+        if self.defect == "shape":
             return round_to_nearest(weight[:, :8], scheme.weight)
-        found = round_to_nearest(weight, scheme.weight)
-        if self.how == "in place":
+        qtensor = round_to_nearest(weight, scheme.weight)
+        if self.defect == "in place":
             weight.mul_(1.0)
-        if self.how == "nan":
-            found.scale[0, 0] = torch.nan
-        return found
+        if self.defect == "nan":
+            qtensor.scale[0, 0] = torch.nan
+        return qtensor
 
 
 @pytest.mark.parametrize(
-    ("how", "message"),
+    ("defect", "message"),
     [
         ("nothing", r"quantize returned NoneType of shape \(\); expected a QTensor of shape \(32, 32\)"),
         ("shape", r"quantize returned IntQTensor of shape \(32, 8\); expected a QTensor of shape \(32, 32\)"),
-        ("in place", "quantize changed the weight that it was given"),
+        ("in place", "quantize changed its weight argument in place"),
         ("nan", "the quantized weight decodes to NaN or infinite values"),
     ],
 )
-def test_quantize_is_held_to_the_contract(tiny: Tiny, how: str, message: str) -> None:
+def test_quantize_must_keep_the_contract(tiny: Tiny, defect: str, message: str) -> None:
     with pytest.raises(ValueError, match=rf"^model.layers.0.self_attn.q_proj: {message}"):
-        quantize(build("llama"), config(tiny, "scheme=channel", rude=Rude(how=how)), TOKENS)
+        quantize(build("llama"), config(tiny, "scheme=channel", broken=BreaksContract(defect=defect)), TOKENS)
 
 
 def test_static_activation_ranges_are_those_of_the_float_inputs(tiny: Tiny) -> None:
@@ -185,11 +187,11 @@ def test_minmax_streams() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Watches(Method):
-    """Keeps what it is shown and rounds to two bits, so that whoever comes later sees a difference."""
+class QuantizingRecorder(Method):
+    """Records its inputs and rounds; at two bits the inputs of later linears change clearly."""
 
     needs: ClassVar = (Rows,)
-    seen: list[Tensor]
+    inputs: list[Tensor]
     one_by_one: bool = False
 
     @property
@@ -197,7 +199,7 @@ class Watches(Method):
         return self.one_by_one
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        self.seen.append(stats[Rows].rows)
+        self.inputs.append(stats[Rows].rows)
         return round_to_nearest(weight, scheme.weight)
 
 
@@ -209,40 +211,40 @@ def round_by_hand(model: nn.Module, cfg: RunConfig, names: list[str]) -> None:
 
 
 @pytest.mark.parametrize("one_by_one", [False, True])
-def test_inputs_are_those_that_the_quantized_prefix_gives(tiny: Tiny, one_by_one: bool) -> None:
-    watches, by_hand = Watches(seen=[], one_by_one=one_by_one), build("llama")
-    cfg = config(tiny, "scheme=channel", "bits=2", watches=watches)
+def test_inputs_are_the_outputs_of_the_quantized_prefix(tiny: Tiny, one_by_one: bool) -> None:
+    recorder, by_hand = QuantizingRecorder(inputs=[], one_by_one=one_by_one), build("llama")
+    cfg = config(tiny, "scheme=channel", "bits=2", recorder=recorder)
     quantize(build("llama"), cfg, TOKENS)
     names = list(linears(by_hand))
     groups = [names[0:3], names[3:4], names[4:6], names[6:7], names[7:10], names[10:11], names[11:13], names[13:14]]
     expected: list[Tensor] = []
-    for before, group in enumerate(groups):
+    for index, group in enumerate(groups):
         expected += [inputs_of(by_hand, group[0])] * len(group)
         if one_by_one:
             round_by_hand(by_hand, cfg, group)
-        elif before == 3:  # the first block is done
+        elif index == 3:  # the last group of the first block
             round_by_hand(by_hand, cfg, names[:7])
     float_model = build("llama")
-    assert len(watches.seen) == len(names) == 14
-    for name, seen, wanted in zip(names, watches.seen, expected, strict=True):
-        torch.testing.assert_close(seen, wanted, rtol=1e-4, atol=1e-5)
+    assert len(recorder.inputs) == len(names) == 14
+    for name, inputs, expected_inputs in zip(names, recorder.inputs, expected, strict=True):
+        torch.testing.assert_close(inputs, expected_inputs, rtol=1e-4, atol=1e-5)
         quantized_before = one_by_one and "q_proj" not in name and "k_proj" not in name and "v_proj" not in name
         changes = name.startswith("model.layers.1") or quantized_before
-        assert torch.allclose(seen, inputs_of(float_model, name), rtol=1e-4, atol=1e-5) != changes, name
+        assert torch.allclose(inputs, inputs_of(float_model, name), rtol=1e-4, atol=1e-5) != changes, name
 
 
-def test_float_inputs_do_not_see_what_was_quantized(tiny: Tiny) -> None:
-    watches, model = Watches(seen=[], one_by_one=True), build("llama")
+def test_float_inputs_do_not_depend_on_quantized_blocks(tiny: Tiny) -> None:
+    recorder, model = QuantizingRecorder(inputs=[], one_by_one=True), build("llama")
     expected = [inputs_of(model, name) for name in linears(model)]
-    cfg = config(tiny, "scheme=channel", "bits=2", "engine.propagate=float", watches=watches)
+    cfg = config(tiny, "scheme=channel", "bits=2", "engine.propagate=float", recorder=recorder)
     quantize(model, cfg, TOKENS)
-    for seen, wanted in zip(watches.seen, expected, strict=True):
-        torch.testing.assert_close(seen, wanted)
+    for inputs, expected_inputs in zip(recorder.inputs, expected, strict=True):
+        torch.testing.assert_close(inputs, expected_inputs)
 
 
 @pytest.mark.parametrize("method", ["smoothquant_gptq", "awq_gptq"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_a_composite_is_its_steps_by_hand(tiny: Tiny, family: str, method: str) -> None:
+def test_a_composite_equals_its_steps_by_hand(tiny: Tiny, family: str, method: str) -> None:
     composed, by_hand = uneven(build(family)), uneven(build(family))
     cfg = build_run(tiny(f"method={method}", "scheme=channel"))
     quantize(composed, cfg, TOKENS)
@@ -250,8 +252,8 @@ def test_a_composite_is_its_steps_by_hand(tiny: Tiny, family: str, method: str) 
     with torch.no_grad():
         for index in range(2):
             block = Block(by_hand, index, cfg.scheme)
-            seen = [block.stats(group, step.needs) for group in block.groups]
-            for group, stats in zip(block.groups, seen, strict=True):
+            block_stats = [block.stats(group, step.needs) for group in block.groups]
+            for group, stats in zip(block.groups, block_stats, strict=True):
                 if step.searches:
                     block.search(group, stats)
                 step.transform(group, stats)
@@ -265,38 +267,38 @@ def test_a_composite_is_its_steps_by_hand(tiny: Tiny, family: str, method: str) 
     assert not all(torch.equal(value, codes_of(alone)[name]) for name, value in codes.items()), first
 
 
-def test_a_step_that_rewrites_quantizes_by_statistics_of_rescaled_inputs(tiny: Tiny) -> None:
-    found, by_hand = uneven(build("llama")), uneven(build("llama"))
+def test_a_step_that_rewrites_and_quantizes_uses_statistics_of_rescaled_inputs(tiny: Tiny) -> None:
+    model, by_hand = uneven(build("llama")), uneven(build("llama"))
     cfg = build_run(tiny("method=awq", "scheme=channel", "bits=3", "engine.propagate=float"))
-    quantize(found, cfg, TOKENS)
+    quantize(model, cfg, TOKENS)
     (step,) = cfg.steps.values()
     assert cfg.scheme is not None
     with torch.no_grad():
         for index in range(2):
             block = Block(by_hand, index, cfg.scheme)
-            seen = [block.stats(group, step.needs) for group in block.groups]
-            for group, stats in zip(block.groups, seen, strict=True):
+            block_stats = [block.stats(group, step.needs) for group in block.groups]
+            for group, stats in zip(block.groups, block_stats, strict=True):
                 block.search(group, stats)
                 step.transform(group, stats)
             for group in block.groups:
                 for name, weight in group.weights.items():
-                    wanted = step.quantize(weight, cfg.scheme, block.stats(group, step.needs)).dequantize()
-                    assert relative(found.get_submodule(name).packed.dequantize(), wanted) < 1e-3, name
+                    expected = step.quantize(weight, cfg.scheme, block.stats(group, step.needs)).dequantize()
+                    assert relative(model.get_submodule(name).packed.dequantize(), expected) < 1e-3, name
 
 
 def test_a_step_that_only_rewrites_sees_the_float_model(tiny: Tiny) -> None:
-    nosy, model = Nosy(groups=[], seen=[]), build("llama")
+    recorder, model = Recorder(groups=[], inputs=[]), build("llama")
     plain = build("llama")
-    quantize(model, config(tiny, "scheme=channel", "bits=2", nosy=nosy, rtn=RTN()), TOKENS)
+    quantize(model, config(tiny, "scheme=channel", "bits=2", recorder=recorder, rtn=RTN()), TOKENS)
     quantize(plain, config(tiny, "scheme=channel", "bits=2", rtn=RTN()), TOKENS)
-    assert nosy.seen == [], "the last step chooses the codes"
-    assert len(nosy.groups) == 8
+    assert recorder.inputs == [], "the last step chooses the codes"
+    assert len(recorder.groups) == 8
     assert all(torch.equal(value, codes_of(plain)[name]) for name, value in codes_of(model).items())
 
 
 @dataclass(frozen=True, kw_only=True)
 class Warns(Method):
-    """Has something to say of every group and every weight."""
+    """Warns about every group and every weight."""
 
     needs: ClassVar = (Rows,)
 
@@ -308,9 +310,9 @@ class Warns(Method):
         return round_to_nearest(weight, scheme.weight)
 
 
-def test_what_a_method_warns_of_is_kept_with_its_linear(tiny: Tiny) -> None:
+def test_warnings_of_a_method_are_kept_with_the_name_of_the_linear(tiny: Tiny) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # none gets out
+        warnings.simplefilter("error")  # a warning that escapes fails the test
         result = quantize(build("llama"), config(tiny, "scheme=channel", warns=Warns()), TOKENS)
     assert len(result.warnings) == 8 + 14
     down = "model.layers.1.mlp.down_proj"
@@ -321,7 +323,7 @@ def test_what_a_method_warns_of_is_kept_with_its_linear(tiny: Tiny) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class WarnsOnce(Method):
-    """Has something to say of the model as a whole, before and after its stream is known."""
+    """Warns about the whole model, in `prepare` and in `rotate`."""
 
     def prepare(self, model: nn.Module) -> None:
         warnings.warn("prepared", stacklevel=2)
@@ -330,7 +332,7 @@ class WarnsOnce(Method):
         warnings.warn(f"is {residual.width} wide", stacklevel=2)
 
 
-def test_what_a_method_warns_of_the_model_is_kept(tiny: Tiny) -> None:
+def test_warnings_of_a_method_about_the_model_are_kept(tiny: Tiny) -> None:
     cfg = config(tiny, "scheme=channel", once=WarnsOnce())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -348,7 +350,7 @@ def test_a_skipped_member_stays_float_and_is_rescaled_with_its_group(tiny: Tiny)
     scale = plain.get_parameter(norm) / model.get_parameter(norm)
     assert (scale / scale.mean() - 1).abs().max() > 0.1
     down = (plain.get_parameter(f"{name}.weight") * scale) / model.get_parameter(f"{name}.weight")
-    assert (down / down[:, :1] - 1).abs().max() < 1e-4, "but for its rows, which absorb the scale of down_proj"
+    assert (down / down[:, :1] - 1).abs().max() < 1e-4, "equal except for its rows, which absorb the scale of down_proj"
     assert relative(logits(model), logits(plain)) < 0.05
     rows = {row["name"]: row for row in result.layers}
     assert rows[name] == {"name": name, "shape": [64, 32], "stored_bits": 32 * 64 * 32, "bits_per_weight": 32.0}
@@ -356,7 +358,7 @@ def test_a_skipped_member_stays_float_and_is_rescaled_with_its_group(tiny: Tiny)
     assert len(rows) == 14
 
 
-def test_a_group_that_is_skipped_whole_is_left_alone(tiny: Tiny) -> None:
+def test_a_group_whose_linears_are_all_skipped_stays_unchanged(tiny: Tiny) -> None:
     model, plain = uneven(build("llama")), uneven(build("llama"))
     cfg = build_run(tiny("method=smoothquant", "scheme=channel", "bits=8", "skip=[*gate_proj,*up_proj,*down_proj]"))
     quantize(model, cfg, TOKENS)
@@ -365,7 +367,7 @@ def test_a_group_that_is_skipped_whole_is_left_alone(tiny: Tiny) -> None:
             assert torch.equal(model.get_parameter(name), value), name
 
 
-def test_linears_that_are_rescaled_twice_name_both_steps_producers(tiny: Tiny) -> None:
+def test_linears_that_are_rescaled_twice_name_the_producers_of_both_steps(tiny: Tiny) -> None:
     cfg = build_run(tiny("method=smoothquant_gptq", "scheme=channel"))
     twice = {"one": cfg.steps["smoothquant"], "two": cfg.steps["smoothquant"], "gptq": cfg.steps["gptq"]}
     result = quantize(build("llama"), replace(cfg, steps=twice), TOKENS)
@@ -373,19 +375,19 @@ def test_linears_that_are_rescaled_twice_name_both_steps_producers(tiny: Tiny) -
 
 
 def test_progress_names_the_block_and_the_error_so_far(tiny: Tiny) -> None:
-    shown: list[tuple[str, int | None]] = []
+    progress: list[tuple[str, int | None]] = []
 
     def track(items: Iterable[Any], label: Any, total: int | None = None) -> Iterator[Any]:
-        say = label if callable(label) else lambda: label
-        shown.append((say(), total))
+        text = label if callable(label) else lambda: label
+        progress.append((text(), total))
         for item in items:
             yield item
-            shown.append((say(), total))
+            progress.append((text(), total))
 
     result = quantize(build("llama"), build_run(tiny("method=smoothquant_gptq", "scheme=channel")), TOKENS, track)  # type: ignore[arg-type]
     errors = [row["output_error"] for row in result.layers]
     first, second = (sum(errors[i : i + 7]) / 7 for i in (0, 7))
-    assert shown == [
+    assert progress == [
         ("smoothquant block 1/2", 2),
         ("smoothquant block 2/2", 2),
         ("smoothquant block 2/2", 2),
@@ -395,8 +397,8 @@ def test_progress_names_the_block_and_the_error_so_far(tiny: Tiny) -> None:
     ]
 
 
-def test_what_data_is_needed_for(tiny: Tiny) -> None:
-    for overrides, needed in [
+def test_which_configurations_need_calibration_data(tiny: Tiny) -> None:
+    for overrides, calibrates in [
         (["method=rtn"], False),
         (["method=none"], False),
         (["method=rtn", "scheme=w8a8_static"], True),
@@ -404,10 +406,10 @@ def test_what_data_is_needed_for(tiny: Tiny) -> None:
         (["method=gptq"], True),
         (["method=smoothquant", "scheme=w8a8_token"], True),
     ]:
-        assert build_run(tiny(*overrides)).calibrates == needed, overrides
+        assert build_run(tiny(*overrides)).calibrates == calibrates, overrides
 
 
-def test_errors_are_those_of_weights_and_of_outputs_on_calibration_data(tiny: Tiny) -> None:
+def test_recorded_errors_are_those_of_weights_and_of_outputs_on_calibration_data(tiny: Tiny) -> None:
     model, plain = build("llama"), build("llama")
     result = quantize(model, build_run(tiny("method=gptq", "scheme=channel", "engine.propagate=float")), TOKENS)
     for row in result.layers:

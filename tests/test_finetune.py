@@ -1,4 +1,4 @@
-"""Fine-tuning of a block: what it trains, towards what, and what it leaves alone."""
+"""Fine-tuning of a block: the values that it trains, its targets, and everything that it must not change."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ QUIP = ("method=quip_sharp", "bits=2", "method.quip_sharp.passes=0")
 
 
 class Scaled(QTensor):
-    """A weight that is right but for its rows' scale."""
+    """A weight whose rows are correct up to their scale."""
 
     scale: Tensor
 
@@ -57,8 +57,8 @@ class Block(nn.Module):
         return self.second(self.norm(self.first(states)))
 
 
-def task(off: float = 1.3, count: int = 16) -> tuple[Block, list[Tensor], list[Tensor]]:
-    """A block whose scales and gains are off, its inputs, and what it should give."""
+def task(largest: float = 1.3, count: int = 16) -> tuple[Block, list[Tensor], list[Tensor]]:
+    """A block with wrong scales and gains, its inputs, and the outputs that it should compute."""
     block = Block()
     inputs = [torch.randn(1, 12, 16) for _ in range(count)]
     with torch.no_grad():
@@ -67,7 +67,7 @@ def task(off: float = 1.3, count: int = 16) -> tuple[Block, list[Tensor], list[T
         for name in ("first", "second"):
             linear = block.get_submodule(name)
             assert isinstance(linear, nn.Linear)
-            weight = Scaled(linear.weight.detach(), torch.rand(linear.out_features) * (off - 1) + 1)
+            weight = Scaled(linear.weight.detach(), torch.rand(linear.out_features) * (largest - 1) + 1)
             bias = None if linear.bias is None else linear.bias.detach()
             replace(block, name, QuantLinear(weight, bias, torch.float32))
     return block, inputs, targets
@@ -77,42 +77,42 @@ def error(block: Block, inputs: list[Tensor], targets: list[Tensor]) -> float:
     """Mean over tokens of the squared error, relative to the larger of output and target."""
     with torch.no_grad():
         pairs = [(block(x)[0].double(), y[0].double()) for x, y in zip(inputs, targets, strict=True)]
-    far = [float((y - t).square().sum() / max(y.square().sum(), t.square().sum())) for a, b in pairs
+    errors = [float((y - t).square().sum() / max(y.square().sum(), t.square().sum())) for a, b in pairs
            for y, t in zip(a, b, strict=True)]  # fmt: skip
-    return sum(far) / len(far)
+    return sum(errors) / len(errors)
 
 
-def test_it_finds_the_scales_and_gains_that_were_off() -> None:
+def test_training_corrects_wrong_scales_and_gains() -> None:
     block, inputs, targets = task()
     before = error(block, inputs[7::8], targets[7::8])
-    found = tuning.finetune(block, block, inputs, targets, Finetune(epochs=60, lr=0.02))
-    assert found is not None
-    assert found.before == pytest.approx(before, rel=1e-4)
-    assert found.after < 0.02 * found.before
-    held_out = error(block, inputs[7::8], targets[7::8])  # from what was stored, in float16
+    tuned = tuning.finetune(block, block, inputs, targets, Finetune(epochs=60, lr=0.02))
+    assert tuned is not None
+    assert tuned.before == pytest.approx(before, rel=1e-4)
+    assert tuned.after < 0.02 * tuned.before
+    held_out = error(block, inputs[7::8], targets[7::8])  # of the stored scales, in float16
     assert held_out < 1e-4 * before
 
 
-def test_what_was_lent_is_given_back() -> None:
+def test_gradients_and_forwards_are_restored() -> None:
     block, inputs, targets = task()
-    asked = [parameter.requires_grad_(False) for parameter in block.parameters()]
+    parameters = [parameter.requires_grad_(False) for parameter in block.parameters()]
     tuning.finetune(block, block, inputs, targets, Finetune(epochs=2, lr=0.02))
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in asked)
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in parameters)
     assert not any("forward" in vars(module) for module in block.modules())
     assert not any(buffer.requires_grad for buffer in block.buffers())
 
 
-def test_a_step_that_makes_it_worse_is_not_kept() -> None:
+def test_training_that_increases_the_error_is_discarded() -> None:
     block, inputs, targets = task()
     before = [tensor.clone() for tensor in (*block.parameters(), *block.buffers())]
-    found = tuning.finetune(block, block, inputs, targets, Finetune(epochs=2, lr=50.0))
-    assert found is not None
-    assert found.after == found.before
+    tuned = tuning.finetune(block, block, inputs, targets, Finetune(epochs=2, lr=50.0))
+    assert tuned is not None
+    assert tuned.after == tuned.before
     after = [*block.parameters(), *block.buffers()]
     assert all(torch.equal(left, right) for left, right in zip(before, after, strict=True))
 
 
-def test_codes_without_floats_leave_nothing_to_train(tiny: Tiny) -> None:
+def test_a_block_without_tuners_has_nothing_to_train(tiny: Tiny) -> None:
     model = build("llama")
     quantize(model, build_run(tiny("method=rtn", "scheme=channel")), TOKENS)
     block = model.get_submodule("model.layers.0")
@@ -127,7 +127,7 @@ def test_options_out_of_range_are_refused(options: dict[str, Any]) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Halved(Method):
-    """Weights at half their size, which training may double again."""
+    """Quantizes weights to half their size; training can double the scale again."""
 
     needs: ClassVar = (AbsMean,)
 
@@ -139,44 +139,44 @@ class Halved(Method):
         return Scaled(weight.clone(), torch.full((len(weight),), 0.5))
 
 
-def test_a_block_is_trained_from_quantized_inputs_to_the_float_models_outputs(
+def test_a_block_is_trained_with_quantized_inputs_and_float_targets(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[tuple[list[Tensor], list[Tensor]]] = []
+    calls: list[tuple[list[Tensor], list[Tensor]]] = []
 
-    def note(block: nn.Module, run: Any, inputs: Any, targets: Any, how: Finetune) -> None:
-        seen.append(([x.clone() for x in inputs], [x.clone() for x in targets]))
+    def record(block: nn.Module, run: Any, inputs: Any, targets: Any, options: Finetune) -> None:
+        calls.append(([x.clone() for x in inputs], [x.clone() for x in targets]))
 
-    monkeypatch.setattr(passes, "finetune", note)
+    monkeypatch.setattr(passes, "finetune", record)
     model, plain = build("llama"), build("llama")
     cfg = replace_fields(build_run(tiny("method=rtn", "scheme=channel")), steps={"halved": Halved()})
     quantize(model, cfg, TOKENS)
-    assert len(seen) == 2
-    for index, (inputs, targets) in enumerate(seen):
+    assert len(calls) == 2
+    for index, (inputs, targets) in enumerate(calls):
         assert relative(torch.cat(inputs), states(model, index)[0]) < 1e-5
         assert relative(torch.cat(targets), states(plain, index)[1]) < 1e-5
     assert relative(states(model, 1)[0], states(plain, 1)[0]) > 0.01
 
 
 def states(model: nn.Module, index: int) -> tuple[Tensor, Tensor]:
-    """What enters and leaves a block (B, T, D), as a hook of the test's own sees it."""
-    caught: list[tuple[Tensor, Tensor]] = []
+    """Inputs and outputs of a block, (B, T, D) each, recorded by a separate hook."""
+    calls: list[tuple[Tensor, Tensor]] = []
     block = model.get_submodule(f"model.layers.{index}")
-    handle = block.register_forward_hook(lambda _m, args, out: caught.append((args[0], first_of(out))))
+    handle = block.register_forward_hook(lambda _m, args, out: calls.append((args[0], first_of(out))))
     logits(model)
     handle.remove()
-    return caught[0]
+    return calls[0]
 
 
 @pytest.mark.parametrize("family", ["llama", "opt", "gpt2"])
-def test_two_bits_come_nearer_to_the_float_model_and_rows_say_so(tiny: Tiny, family: str) -> None:
+def test_training_brings_two_bits_closer_to_the_float_model_as_the_rows_report(tiny: Tiny, family: str) -> None:
     tokens = torch.randint(3, 128, (16, 24), generator=torch.Generator().manual_seed(5))
     exact = logits(uneven(build(family)), tokens)
-    off = {}
+    errors = {}
     for epochs in (0, 8):
         model = uneven(build(family))
         result = quantize(model, build_run(tiny(*QUIP, f"method.quip_sharp.epochs={epochs}")), tokens)
-        off[epochs] = relative(logits(model, tokens), exact)
+        errors[epochs] = relative(logits(model, tokens), exact)
         if epochs:
             assert all(row["block_error"] <= row["block_error_untuned"] for row in result.layers)
             assert any(row["block_error"] < 0.9 * row["block_error_untuned"] for row in result.layers)
@@ -184,4 +184,4 @@ def test_two_bits_come_nearer_to_the_float_model_and_rows_say_so(tiny: Tiny, fam
                 packed = model.get_submodule(row["name"]).packed
                 assert isinstance(packed, QTensor)
                 assert row["stored_bits"] == packed.stored_bits
-    assert off[8] < off[0]
+    assert errors[8] < errors[0]

@@ -354,7 +354,7 @@ def test_a_method_that_exceeds_the_budget_gets_a_warning(
         (["mixed.widths=[2,2]"], r"mixed.widths=\[2, 2\] cannot be chosen from; expected different widths of 2 to 8"),
         (["mixed.widths=[1]"], r"mixed.widths=\[1\] cannot be chosen from"),
         (["mixed.sensitivity=null"], "mixed.sensitivity=None with budget=4: nothing says which linears need more bits;"),
-        (["mixed.sensitivity=nowhere"], "nowhere is no record"),
+        (["mixed.sensitivity=nowhere"], "nowhere is not a record"),
         (["method=nf4", "scheme=native"], "mixed.budget=4 with scheme=native: method=nf4 has its own format"),
         (["save=folder"], "save=folder with mixed.budget=4: the file has one width for all linears; expected"),
     ],

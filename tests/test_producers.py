@@ -1,4 +1,4 @@
-"""Producers on every family: who absorbs a scale, that it keeps the function, and that a wrong one is refused."""
+"""Producers on every family: which module absorbs a scale, that the function stays, and refusal of wrong producers."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ _LLAMA: list[Expected] = [
     ("post_attention_layernorm", "norm", _ALL),
     _UP,
 ]
-_FUSED_HEADS = heads([16, 40, 64, 88])  # each head has its query, key and value side by side
+_FUSED_HEADS = heads([16, 40, 64, 88])  # rows: query, key and value of head 0, then of head 1, ...
 
 PRODUCERS: dict[str, list[Expected]] = {
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3"], _LLAMA),
@@ -88,7 +88,7 @@ PRODUCERS: dict[str, list[Expected]] = {
 }
 
 
-def shown(producer: Producer | None, prefix: str) -> Expected:
+def summary(producer: Producer | None, prefix: str) -> Expected:
     return None if producer is None else (producer.name.removeprefix(prefix), producer.kind, producer.rows.tolist())
 
 
@@ -101,23 +101,23 @@ def factors(count: int, seed: int = 0) -> Tensor:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_producer_of_every_group(family: str, uneven_too: bool, index: int) -> None:
     block = Block(uneven(build(family)) if uneven_too else build(family), index)
-    assert [shown(group.producer, block.prefix) for group in block.groups] == PRODUCERS[family]
+    assert [summary(group.producer, block.prefix) for group in block.groups] == PRODUCERS[family]
 
 
-def test_norms_before_attention_are_proved_where_the_same_family_has_them_after() -> None:
+def test_norms_before_attention_are_proved_in_a_family_with_norms_after_it() -> None:
     block = Block(uneven(build("opt", do_layer_norm_before=True, word_embed_proj_dim=32)))
-    first, value, second, hidden = [shown(group.producer, block.prefix) for group in block.groups]
+    first, value, second, hidden = [summary(group.producer, block.prefix) for group in block.groups]
     assert first == ("self_attn_layer_norm", "norm", _ALL)
     assert second == ("final_layer_norm", "norm", _ALL)
     assert [value, hidden] == [PRODUCERS["opt"][1], PRODUCERS["opt"][3]]
 
 
-def test_a_row_that_no_probe_token_reaches_is_followed_too() -> None:
+def test_a_row_without_effect_on_the_probe_tokens_is_a_producer_too() -> None:
     model = uneven(build("opt"))
-    model.get_parameter("model.decoder.layers.0.fc1.bias")[5:9] = -1e3  # behind a ReLU: silent at every token
+    model.get_parameter("model.decoder.layers.0.fc1.bias")[5:9] = -1e3  # zero behind the ReLU at every token
     block = Block(model)
     assert not block.inputs(block.group("fc2"))[:, 5:9].any()
-    assert shown(block.group("fc2").producer, block.prefix) == PRODUCERS["opt"][3]
+    assert summary(block.group("fc2").producer, block.prefix) == PRODUCERS["opt"][3]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -131,22 +131,22 @@ def test_rescaling_by_random_factors_keeps_the_logits(family: str) -> None:
     assert relative(logits(model), before) < 1e-4
 
 
-def test_a_rescaled_weight_and_producer_are_the_formulas() -> None:
+def test_a_rescaled_weight_and_its_producer_equal_the_formulas() -> None:
     block = Block(uneven(build("gpt2")).double())
     group, scale = block.group("attn.c_attn"), factors(32).double()
     norm = block.model.get_submodule(block.prefix + "ln_1")
     (weight,) = group.weights.values()
-    old = {"weight": weight.clone(), "gain": norm.weight.data.clone(), "bias": norm.bias.data.clone()}
+    before = {"weight": weight.clone(), "gain": norm.weight.data.clone(), "bias": norm.bias.data.clone()}
     group.rescale(scale)
-    assert relative(weight, old["weight"] * scale) < 1e-12
-    assert relative(norm.weight, old["gain"] / scale) < 1e-12
-    assert relative(norm.bias, old["bias"] / scale) < 1e-12
+    assert relative(weight, before["weight"] * scale) < 1e-12
+    assert relative(norm.weight, before["gain"] / scale) < 1e-12
+    assert relative(norm.bias, before["bias"] / scale) < 1e-12
     assert group.scale is not None
     group.rescale(scale)
     assert relative(group.scale, scale**2) < 1e-12
 
 
-def test_an_offset_norm_stores_its_gain_less_one() -> None:
+def test_an_offset_norm_stores_its_gain_minus_one() -> None:
     block = Block(uneven(build("gemma")).double())
     group, scale = block.groups[0], factors(32).double()
     norm = block.model.get_submodule(block.prefix + "input_layernorm")
@@ -156,16 +156,16 @@ def test_an_offset_norm_stores_its_gain_less_one() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "reader", "maker", "rows"),
+    ("family", "reader", "producer", "rows"),
     [
         ("qwen2", "self_attn.o_proj", "self_attn.v_proj", slice(0, 16)),
         ("gpt2", "attn.c_proj", "attn.c_attn", slice(64, 96)),
         ("opt", "fc2", "fc1", slice(0, 64)),
     ],
 )
-def test_biases_are_scaled_and_rows_that_nobody_follows_stay(family: str, reader: str, maker: str, rows: slice) -> None:
+def test_biases_are_scaled_and_unused_rows_stay(family: str, reader: str, producer: str, rows: slice) -> None:
     block = Block(uneven(build(family)).double())
-    module, group = block.model.get_submodule(block.prefix + maker), block.group(reader)
+    module, group = block.model.get_submodule(block.prefix + producer), block.group(reader)
     assert group.producer is not None
     bias, weight = module.bias.data.clone(), weight_of(module).data.clone()
     group.rescale(factors(group.in_features).double())
@@ -189,7 +189,7 @@ def test_query_heads_of_one_value_head_share_the_largest_scale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "found", "reader"),
+    ("family", "candidate", "reader"),
     [
         ("llama", Found("mlp.gate_proj", "linear", torch.arange(64)), "mlp.down_proj"),
         ("llama", Found("mlp.up_proj", "linear", torch.arange(64).roll(1)), "mlp.down_proj"),
@@ -206,29 +206,29 @@ def test_query_heads_of_one_value_head_share_the_largest_scale() -> None:
         ("opt", Found("final_layer_norm", "norm", torch.arange(32)), "fc1"),
     ],
 )
-def test_a_wrong_producer_is_refused(family: str, found: Found, reader: str) -> None:
+def test_a_wrong_producer_is_refused(family: str, candidate: Found, reader: str) -> None:
     block = Block(uneven(build(family)))
     scratch = _Scratch(block.stream.blocks[0], block.stream)
-    assert not scratch.proves(found, (reader,))
+    assert not scratch.proves(candidate, (reader,))
 
 
 @pytest.mark.parametrize("kind", ["norm", "offset_norm"])
-def test_the_kind_of_a_norm_is_told_apart(kind: Any) -> None:
-    wrong = {"norm": "gemma", "offset_norm": "llama"}[kind]
-    block = Block(uneven(build(wrong)))
+def test_the_wrong_kind_of_a_norm_is_refused(kind: Any) -> None:
+    family = {"norm": "gemma", "offset_norm": "llama"}[kind]  # whose norms are of the other kind
+    block = Block(uneven(build(family)))
     scratch = _Scratch(block.stream.blocks[0], block.stream)
     members = tuple(name.removeprefix(block.prefix) for name in block.groups[0].linears)
     assert not scratch.proves(Found("input_layernorm", kind, torch.arange(32)), members)
 
 
-def test_discovery_leaves_the_model_as_it_was() -> None:
+def test_discovery_does_not_change_the_model() -> None:
     model = uneven(build("bloom"))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     Block(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-def test_a_block_of_another_structure_is_measured_anew() -> None:
+def test_a_block_of_another_structure_is_measured_again() -> None:
     model = uneven(build("llama"))
     first, second = Block(model, 0), Block(model, 1)
     layer = model.get_submodule("model.layers.1.mlp")
@@ -237,7 +237,7 @@ def test_a_block_of_another_structure_is_measured_anew() -> None:
     discovery.producers(first.stream, first.groups, first.prefix)
 
     class Swapped(nn.Module):
-        """A block whose up_proj stands behind the activation."""
+        """An mlp that applies the activation to the output of up_proj."""
 
         def __init__(self, mlp: nn.Module) -> None:
             super().__init__()
@@ -248,11 +248,11 @@ def test_a_block_of_another_structure_is_measured_anew() -> None:
 
     model.get_submodule("model.layers.1").mlp = Swapped(layer)
     discovery.producers(second.stream, second.groups, second.prefix)
-    assert shown(first.groups[3].producer, first.prefix) == _UP
-    assert shown(second.groups[3].producer, second.prefix) == ("mlp.gate_proj", "linear", list(range(64)))
+    assert summary(first.groups[3].producer, first.prefix) == _UP
+    assert summary(second.groups[3].producer, second.prefix) == ("mlp.gate_proj", "linear", list(range(64)))
 
 
-def test_a_group_without_a_producer_says_so() -> None:
+def test_rescaling_a_group_without_a_producer_is_refused() -> None:
     group = Block(build("gpt2")).group("mlp.c_proj")
     with pytest.raises(ValueError, match="the input of transformer.h.0.mlp.c_proj has no producer that could absorb"):
         group.rescale(torch.ones(128))
@@ -273,8 +273,8 @@ METHODS = ["smoothquant", "awq", "gptq", "awq_gptq", "smoothquant_gptq"]
 @functools.cache
 def configured(method: str) -> RunConfig:
     scheme = ["scheme=w8a8_token"] if method == "smoothquant" else ["scheme=channel", "bits=4"]
-    fewer = ["method.awq.ratios=3"] if method.startswith("awq") else []
-    return build_run(resolve(*TINY, f"method={method}", *scheme, *fewer))
+    ratios = ["method.awq.ratios=3"] if method.startswith("awq") else []  # a shorter search
+    return build_run(resolve(*TINY, f"method={method}", *scheme, *ratios))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -289,8 +289,8 @@ def test_every_method_runs_on_every_family(family: str, method: str) -> None:
     assert sorted(row["name"] for row in result.layers) == sorted(linears(build(family)))
     assert all(isinstance(model.get_submodule(row["name"]), QuantLinear) for row in result.layers)
     assert all(0 < row["weight_error"] < 0.3 and 0 < row["output_error"] < 0.5 for row in result.layers)
-    left = [f"{name} is no linear and stays float" for name in Decoder(build(family)).uncovered()]
-    assert result.warnings == left + unscaled_notes(family, method)
+    uncovered = [f"{name} belongs to no linear and stays float" for name in Decoder(build(family)).uncovered()]
+    assert result.warnings == uncovered + unscaled_notes(family, method)
 
 
 def unscaled_notes(family: str, method: str) -> list[str]:
@@ -304,6 +304,6 @@ def unscaled_notes(family: str, method: str) -> list[str]:
     ]
     label = method.removesuffix("_gptq")
     return [
-        f"method.{label}: nothing was proved to absorb a scale for {name} in blocks 0-1; their inputs stay as they are"
+        f"method.{label}: no producer was proved for {name} in blocks 0-1; their inputs are not rescaled"
         for name in names
     ]

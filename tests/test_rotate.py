@@ -126,8 +126,8 @@ def test_writers_and_readers_of_the_residual_stream() -> None:
 @pytest.mark.parametrize(
     ("family", "options", "message"),
     [
-        ("gemma2", {}, "the norm model.layers.0.post_attention_layernorm is read by add in model.layers.0, where lin"),
-        ("opt", {}, "the norm model.decoder.layers.0.self_attn_layer_norm is read by add in model.decoder.layers.0,"),
+        ("gemma2", {}, "the norm model.layers.0.post_attention_layernorm is read by add in model.layers.0; only lin"),
+        ("opt", {}, "the norm model.decoder.layers.0.self_attn_layer_norm is read by add in model.decoder.layers.0;"),
         (
             "mixtral",
             {},
@@ -182,11 +182,11 @@ class Toy(nn.Module):
 @pytest.mark.parametrize(
     ("how", "message"),
     [
-        ("mixed", "some of its norms take the mean out of the residual stream and some do not"),
-        ("shared", "modules at its residual stream share weights"),
+        ("mixed", "some norms of its residual stream subtract the mean and some do not"),
+        ("shared", "modules that read or write its residual stream share weights"),
         ("idle", "layers.1.write did not run on the probe tokens"),
-        ("relu", "its residual stream is read by relu in the model itself, which does not turn with it"),
-        ("constant", "its residual stream is read by add of what no linear makes in the model itself"),
+        ("relu", "its residual stream is read by relu in the model itself, which a rotation would change"),
+        ("constant", "its residual stream is read by add of a tensor from no linear or embedding in the model itself"),
     ],
 )
 def test_a_stream_that_cannot_be_turned_is_refused(how: str, message: str) -> None:
@@ -411,7 +411,7 @@ def test_a_module_that_is_not_a_norm_is_refused() -> None:
             return F.softmax(values, -1) * self.weight
 
     assert measured("scale", Scale()) is None
-    with pytest.raises(ValueError, match="Toy cannot be rotated: layers.0.norm is no RMSNorm and no LayerNorm"):
+    with pytest.raises(ValueError, match="Toy cannot be rotated: layers.0.norm is neither RMSNorm nor LayerNorm"):
         residual_of(Toy(Scale))
 
 
@@ -425,13 +425,16 @@ class Skewed(Method):
 
 def test_a_matrix_that_is_not_orthogonal_is_refused(tiny: Tiny) -> None:
     cfg = replace(build_run(tiny("scheme=channel")), steps={"skewed": Skewed()})
-    with pytest.raises(ValueError, match="method.skewed changed the float model's function: logits moved by .* 0.0001"):
+    with pytest.raises(
+        ValueError,
+        match="method.skewed changed the float model's function: the relative error of the logits is .* 0.0001",
+    ):
         quantize(build("llama"), cfg, TOKENS)
 
 
 def test_a_rotated_model_is_not_saved(tiny: Tiny) -> None:
     with pytest.raises(
-        ValueError, match="^save=here cannot keep what method.rotate does to modules beside the linears"
+        ValueError, match="^save=here cannot keep the changes that method.rotate makes to modules other than linears"
     ):
         build_run(tiny("method=rotate_gptq", "save=here"))
 

@@ -1,4 +1,4 @@
-"""Kept statistics: bounded, whole or not there, and never of anything else than what a run would have computed."""
+"""Cached statistics: bounded in size, complete or absent, and always equal to those that the run would compute."""
 
 from __future__ import annotations
 
@@ -36,32 +36,32 @@ def size_on_disk(folder: Path) -> int:
 
 
 def aged(cache: DiskCache, key: str, seconds: int) -> None:
-    """Make an entry look as if it was used long ago."""
+    """Set the last use of an entry back by `seconds`."""
     path = cache.folder / f"{key}.safetensors"
     os.utime(path, (path.stat().st_atime - seconds, path.stat().st_mtime - seconds))
 
 
-def test_an_entry_comes_back_as_it_was(tmp_path: Path) -> None:
+def test_an_entry_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path / "new", 10_000)
-    kept = {
+    tensors = {
         "0.total": torch.randn(3, 5).double().T,  # not contiguous
         "0.tokens": torch.tensor(7),
         "1.inputs": torch.randn(2, 4).bfloat16(),
     }
     assert not cache.has("key")
     assert cache.load("key") is None
-    cache.save("key", kept)
-    found = cache.load("key")
+    cache.save("key", tensors)
+    loaded = cache.load("key")
     assert cache.has("key")
-    assert found is not None
-    assert found.keys() == kept.keys()
-    for name, value in kept.items():
-        assert found[name].dtype == value.dtype
-        assert torch.equal(found[name], value)
+    assert loaded is not None
+    assert loaded.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert loaded[name].dtype == value.dtype
+        assert torch.equal(loaded[name], value)
 
 
 @pytest.mark.parametrize("cls", [MinMax, AbsMean, Hessian, Sample])
-def test_a_statistic_is_restored_and_goes_on(cls: type[Stat]) -> None:
+def test_a_restored_statistic_continues(cls: type[Stat]) -> None:
     whole, first, second = cls(6), cls(6), cls(6)
     parts = torch.randn(2, 40, 6)
     for part in parts:
@@ -75,11 +75,11 @@ def test_a_statistic_is_restored_and_goes_on(cls: type[Stat]) -> None:
 
 
 def test_the_least_recently_used_goes_first_and_the_bound_holds(tmp_path: Path) -> None:
-    one = DiskCache(tmp_path, 10_000)
-    one.save("probe", entry(0))
-    each = size_on_disk(tmp_path)
+    unbounded = DiskCache(tmp_path, 10_000)
+    unbounded.save("probe", entry(0))
+    entry_size = size_on_disk(tmp_path)
     (tmp_path / "probe.safetensors").unlink()
-    cache = DiskCache(tmp_path, 3 * each)
+    cache = DiskCache(tmp_path, 3 * entry_size)
     for i, key in enumerate("abc"):
         cache.save(key, entry(i))
         aged(cache, key, 1000 - 100 * i)
@@ -88,11 +88,11 @@ def test_the_least_recently_used_goes_first_and_the_bound_holds(tmp_path: Path) 
     assert [key for key in "abcd" if cache.has(key)] == ["a", "c", "d"]
     for i in range(5):
         cache.save(f"more{i}", entry(i))
-        assert size_on_disk(tmp_path) <= 3 * each
+        assert size_on_disk(tmp_path) <= 3 * entry_size
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_an_entry_larger_than_the_bound_is_not_kept_and_costs_no_other(tmp_path: Path) -> None:
+def test_an_entry_larger_than_the_bound_is_not_stored_and_evicts_no_other(tmp_path: Path) -> None:
     cache = DiskCache(tmp_path, 2 * ENTRY)
     cache.save("small", entry(1))
     cache.save("large", {"x": torch.zeros(201)})
@@ -100,12 +100,12 @@ def test_an_entry_larger_than_the_bound_is_not_kept_and_costs_no_other(tmp_path:
     assert not cache.has("large")
 
 
-def test_a_bound_of_zero_keeps_and_finds_nothing(tmp_path: Path) -> None:
+def test_a_bound_of_zero_stores_and_loads_nothing(tmp_path: Path) -> None:
     DiskCache(tmp_path, 10_000).save("key", entry(1))
-    nothing = DiskCache(tmp_path, 0)
-    nothing.save("other", entry(1))
-    nothing.save("without any tensor", {})
-    assert not nothing.has("key")
+    disabled = DiskCache(tmp_path, 0)
+    disabled.save("other", entry(1))
+    disabled.save("without any tensor", {})
+    assert not disabled.has("key")
     assert [path.name for path in tmp_path.glob("*.safetensors")] == ["key.safetensors"]
 
 
@@ -135,8 +135,8 @@ from tests.support.decoders import quantize
 cache = DiskCache(Path(sys.argv[1]), 2_000_000)
 for _ in range(30):
     cache.save("key", {"x": torch.full((50_000,), float(sys.argv[2]))})
-    found = cache.load("key")
-    assert found is not None and len(found["x"].unique()) == 1
+    entry = cache.load("key")
+    assert entry is not None and len(entry["x"].unique()) == 1
 """
 
 
@@ -147,13 +147,13 @@ def test_two_processes_may_write_the_same_entry_at_once(tmp_path: Path) -> None:
     for writer in writers:
         _, errors = writer.communicate(timeout=120)
         assert writer.returncode == 0, errors.decode()
-    found = DiskCache(tmp_path, 2_000_000).load("key")
-    assert found is not None
-    assert float(found["x"][0]) in (1.0, 2.0)
+    tensors = DiskCache(tmp_path, 2_000_000).load("key")
+    assert tensors is not None
+    assert float(tensors["x"][0]) in (1.0, 2.0)
     assert not list(tmp_path.glob("*.part"))
 
 
-def test_digests_tell_shape_type_content_and_structure_apart() -> None:
+def test_digests_depend_on_shape_dtype_content_and_structure() -> None:
     zeros = torch.zeros(2, 3)
     others = [torch.zeros(3, 2), torch.zeros(2, 3).half(), torch.zeros(2, 3).int(), torch.ones(2, 3)]
     assert len({tensor_digest(tensor) for tensor in (zeros, *others)}) == 5
@@ -168,7 +168,7 @@ def test_digests_tell_shape_type_content_and_structure_apart() -> None:
     assert module_digest(same[0]) != module_digest(same[1])
 
 
-def test_a_statistic_is_known_by_its_source_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_identity_of_a_statistic_is_its_source_and_the_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len({stat_identity(cls) for cls in (MinMax, AbsMean, Hessian, Sample)}) == 4
     before = stat_identity(MinMax)
     stat_identity.cache_clear()
@@ -202,22 +202,22 @@ def quantized(cfg: RunConfig, cache: DiskCache, change: Callable[[nn.Module], An
 
 
 def blocks_run(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The position of every block that is run on calibration sequences; probes have one sequence."""
+    """Records the position of every block that runs on calibration sequences; probes have one sequence."""
     positions: list[int] = []
     run = Stream._run
 
-    def counted(self: Stream, position: int, *rest: Any) -> Tensor:
+    def counted(self: Stream, position: int, *arguments: Any) -> Tensor:
         if len(self._states) == len(TOKENS):
             positions.append(position)
-        return run(self, position, *rest)
+        return run(self, position, *arguments)
 
     monkeypatch.setattr(Stream, "_run", counted)
     return positions
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_a_warm_cache_gives_the_same_codes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    cfg, cache, positions = configured(*METHODS[name]), DiskCache(tmp_path, 2**30), blocks_run(monkeypatch)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_warm_cache_gives_the_same_codes(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg, cache, positions = configured(*METHODS[method]), DiskCache(tmp_path, 2**30), blocks_run(monkeypatch)
     plain = quantized(cfg, DiskCache(tmp_path, 0))
     uncached = len(positions)
     cold = quantized(cfg, cache)
@@ -225,22 +225,23 @@ def test_a_warm_cache_gives_the_same_codes(name: str, tmp_path: Path, monkeypatc
     entries = sorted(path.name for path in tmp_path.iterdir())
     warm = quantized(cfg, cache)
     assert sorted(path.name for path in tmp_path.iterdir()) == entries
-    for found in (cold, warm):
-        for (key, value), (other, wanted) in zip(found.state_dict().items(), plain.state_dict().items(), strict=True):
-            assert key == other
-            assert torch.equal(value, wanted), key
-    if name != "awq":  # whose search needs activations
-        assert len(positions) == 2 * uncached, "no block is run on calibration sequences"
+    expected = plain.state_dict()
+    for model in (cold, warm):
+        assert list(model.state_dict()) == list(expected)
+        for name, value in model.state_dict().items():
+            assert torch.equal(value, expected[name]), name
+    if method != "awq":  # its search needs activations
+        assert len(positions) == 2 * uncached, "no block runs on calibration sequences"
 
 
-def test_half_of_a_cache_is_used_too(tmp_path: Path) -> None:
+def test_a_cache_with_half_of_its_entries_is_used_too(tmp_path: Path) -> None:
     for overrides in METHODS["gptq quantized"], METHODS["gptq float"]:
         cfg, cache = configured(*overrides), DiskCache(tmp_path / overrides[-1], 2**30)
         plain = codes_of(quantized(cfg, cache))
         for path in sorted(cache.folder.glob("*.safetensors"))[::2]:
             path.unlink()
-        found = codes_of(quantized(cfg, cache))
-        assert all(torch.equal(value, plain[name]) for name, value in found.items())
+        codes = codes_of(quantized(cfg, cache))
+        assert all(torch.equal(value, plain[name]) for name, value in codes.items())
 
 
 def changed(name: str) -> Callable[[nn.Module], Any]:
@@ -250,7 +251,7 @@ def changed(name: str) -> Callable[[nn.Module], Any]:
 @pytest.mark.parametrize(
     ("weight", "fresh"),
     [
-        ("model.layers.1.mlp.up_proj.weight", 2),  # of the second block: Hessian and Sample
+        ("model.layers.1.mlp.up_proj.weight", 2),  # Hessian and Sample of the second block
         ("model.layers.1.input_layernorm.weight", 2),
         ("model.layers.0.mlp.up_proj.weight", 4),
         ("model.embed_tokens.weight", 4),
@@ -258,25 +259,27 @@ def changed(name: str) -> Callable[[nn.Module], Any]:
         ("model.norm.weight", 0),
     ],
 )
-def test_another_weight_is_another_entry_from_its_block_on(weight: str, fresh: int, tmp_path: Path) -> None:
+def test_a_changed_weight_needs_new_entries_from_its_block_on(weight: str, fresh: int, tmp_path: Path) -> None:
     cfg, cache = configured(*METHODS["gptq float"]), DiskCache(tmp_path, 2**30)
     quantized(cfg, cache)
     assert len(list(tmp_path.glob("*.safetensors"))) == 4
-    found = quantized(cfg, cache, changed(weight))
+    model = quantized(cfg, cache, changed(weight))
     assert len(list(tmp_path.glob("*.safetensors"))) == 4 + fresh
     plain = codes_of(quantized(cfg, DiskCache(tmp_path, 0), changed(weight)))
-    assert all(torch.equal(value, plain[name]) for name, value in codes_of(found).items())
+    assert all(torch.equal(value, plain[name]) for name, value in codes_of(model).items())
 
 
 @pytest.mark.parametrize(
     ("overrides", "fresh"),
     [
-        (["bits=3", "engine.propagate=float"], 0),  # float statistics are shared by all that quantize
-        (["bits=3"], 14),  # what the first block's first group sees is all that is float: 16 less 2
+        (["bits=3", "engine.propagate=float"], 0),  # runs with float propagation share their statistics
+        (["bits=3"], 14),  # 16 less 2: only the first group of block 0 has the same inputs
         (["skip=[*.down_proj]", "engine.propagate=float"], 4),
     ],
 )
-def test_what_decides_the_inputs_decides_the_entries(overrides: list[str], fresh: int, tmp_path: Path) -> None:
+def test_configurations_that_change_the_inputs_need_new_entries(
+    overrides: list[str], fresh: int, tmp_path: Path
+) -> None:
     cache = DiskCache(tmp_path, 2**30)
     propagate = [each for each in overrides if "propagate" in each]
     quantized(configured("method=gptq", *propagate), cache)
@@ -285,7 +288,7 @@ def test_what_decides_the_inputs_decides_the_entries(overrides: list[str], fresh
     assert len(list(tmp_path.glob("*.safetensors"))) == before + fresh
 
 
-def test_other_tokens_are_other_entries(tmp_path: Path) -> None:
+def test_other_tokens_need_other_entries(tmp_path: Path) -> None:
     cfg, cache = configured(*METHODS["gptq float"]), DiskCache(tmp_path, 2**30)
     for tokens in (TOKENS, TOKENS.flip(0), TOKENS[:2], TOKENS[:, :8]):
         before = len(list(tmp_path.glob("*.safetensors")))

@@ -9,6 +9,7 @@ from harness.calibration.proofs import SAME_FUNCTION as SAME_FUNCTION
 from harness.calibration.proofs import SAME_LOGITS as SAME_LOGITS
 from harness.calibration.proofs import SAME_NLL as SAME_NLL
 from harness.calibration.proofs import SAME_TURNED as SAME_TURNED
+from harness.calibration.proofs import Limits as Limits
 from harness.calibration.proofs import relative_error as relative_error
 from harness.calibration.proofs import within as within
 from harness.calibration.replay import Stream as Stream

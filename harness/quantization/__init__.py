@@ -1,4 +1,4 @@
-"""A method applied to a model, block by block. `runs` calls `check`, then `quantize`; methods see only core."""
+"""Applies a method to a model, block by block. `runs` calls `check`, then `quantize`; methods import only core."""
 
 from harness.quantization.engine import check as check
 from harness.quantization.engine import quantize as quantize

@@ -1,7 +1,7 @@
-"""How values flow through a model: every torch function of one forward is followed, by the identity of tensors.
+"""Data flow through a model: observes every torch function of one forward and identifies tensors by object identity.
 
-Followed are sums of what embeddings and linears give: through additions, dropout, views and factors, into norms and
-linears. All else that is done with such a sum, or with a norm's output, is noted as a use.
+Sums of the outputs of embeddings and linears are followed through additions, dropout, views and factors, into norms
+and linears. Any other operation on such a sum, or on the output of a norm, is recorded as a use.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ _KEEP = frozenset({"dropout", "view", "reshape", "getitem", "contiguous", "clone
 
 @dataclass(frozen=True)
 class Sum:
-    """A sum of outputs of embeddings and linears, by their names."""
+    """A sum of outputs of embeddings and linears; `makers` are their names."""
 
     makers: frozenset[str]
 
 
 @dataclass(frozen=True)
 class Normed:
-    """A norm's output, of a sum."""
+    """The output of a norm for the sum `of`."""
 
     norm: str
     of: Sum
@@ -41,7 +41,11 @@ class Normed:
 
 @dataclass(frozen=True)
 class Use:
-    """What a function in module `where` did with a value, which a turned one would not survive."""
+    """Another operation on a value: rotating the value would change the result.
+
+    what   name of the torch function, or kind of operation
+    where  name of the module that ran it; empty for the model itself
+    """
 
     value: Sum | Normed
     what: str
@@ -49,11 +53,14 @@ class Use:
 
 
 class Flow(TorchFunctionMode):
-    """Follows values through one forward. Norms, linears and embeddings are single steps.
+    """Follows values through one forward. A norm, a linear or an embedding is a single step.
 
-    inputs  of each norm, the sums that it read
-    normed  of each linear, the norms whose output it read; bare: the sums that it read without a norm
-    lone    embeddings with a norm of their own, whose output is what is added to the stream
+    inputs  norm -> the sums that it read
+    normed  linear -> the norms whose output it read
+    bare    linear -> the sums that it read without a norm
+    lone    embedding -> the norm of this embedding alone, whose output is added to the stream
+    uses    all other operations on followed values
+    ran     the norms, linears and embeddings that ran
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -68,12 +75,13 @@ class Flow(TorchFunctionMode):
         self.lone: dict[str, str] = {}
         self.uses: list[Use] = []
         self.ran: set[str] = set()
-        self._known: dict[int, tuple[Tensor, Sum | Normed]] = {}  # holds the tensor, so that its id stays its own
-        self._inside: list[str] = []
-        self._steps = 0
+        self._values: dict[int, tuple[Tensor, Sum | Normed]] = {}  # holds the tensor, so that no other gets its id
+        self._running: list[str] = []  # names of the modules whose forward is running, outermost first
+        self._open_steps = 0
 
     @contextmanager
     def watching(self) -> Iterator[None]:
+        """Observe the forward that runs inside."""
         single = self.linears.keys() | self.tables.keys() | self.norms.keys()
         handles = []
         for name, module in self.model.named_modules():
@@ -81,33 +89,33 @@ class Flow(TorchFunctionMode):
             handles.append(module.register_forward_hook(self._leave(name, name in single), with_kwargs=True))
         with hooked(handles), self:
             yield
-        self._known.clear()
+        self._values.clear()
 
     def _enter(self, name: str, single: bool) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, _options: Any) -> None:
-            self._inside.append(name)
-            self._steps += single
+            self._running.append(name)
+            self._open_steps += single
 
         return hook
 
     def _leave(self, name: str, single: bool) -> Callable[..., None]:
         def hook(_module: nn.Module, args: Any, options: Any, output: Any) -> None:
-            self._inside.pop()
-            self._steps -= single
-            if single and not self._steps:
+            self._running.pop()
+            self._open_steps -= single
+            if single and not self._open_steps:
                 self._step(name, next(tensors_of((args, options)), None), output)
 
         return hook
 
-    def _step(self, name: str, given: Tensor | None, output: Tensor) -> None:
-        """Note what a norm, a linear or an embedding read and made."""
+    def _step(self, name: str, inputs: Tensor | None, output: Tensor) -> None:
+        """Record the input and the output of a norm, a linear or an embedding."""
         self.ran.add(name)
-        value = self._value(given)
+        value = self._value(inputs)
         if name in self.norms:
-            read = self._as_sum(value, "a norm") if isinstance(value, Normed) else value
-            if read is not None:
-                self.inputs.setdefault(name, set()).add(read)
-                self._note(output, Normed(name, read))
+            summed = self._as_sum(value, "a norm") if isinstance(value, Normed) else value
+            if summed is not None:
+                self.inputs.setdefault(name, set()).add(summed)
+                self._note(output, Normed(name, summed))
             return
         if name in self.linears and isinstance(value, Normed):
             self.normed.setdefault(name, set()).add(value.norm)
@@ -116,50 +124,52 @@ class Flow(TorchFunctionMode):
         self._note(output, Sum(frozenset({name})))
 
     def __torch_function__(self, func: Any, _types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        found = func(*args, **(kwargs or {}))
-        if not self._steps:
+        result = func(*args, **(kwargs or {}))
+        if not self._open_steps:
             name = getattr(func, "__name__", str(func)).strip("_")
-            self._function(name, list(tensors_of((args, kwargs or {}))), list(tensors_of(found)))
-        return found
+            self._function(name, list(tensors_of((args, kwargs or {}))), list(tensors_of(result)))
+        return result
 
-    def _function(self, name: str, given: list[Tensor], made: list[Tensor]) -> None:
-        values = [value for value in map(self._value, given) if value is not None]
-        if not values or not made or name.startswith("new_") or name.endswith("_like"):
+    def _function(self, name: str, inputs: list[Tensor], outputs: list[Tensor]) -> None:
+        """Record the outputs of a torch function outside all steps, or its inputs as used."""
+        values = [value for value in map(self._value, inputs) if value is not None]
+        if not values or not outputs or name.startswith("new_") or name.endswith("_like"):
             return
-        kept = len(made) == 1 and made[0].shape[-1:] == given[0].shape[-1:] and self._value(given[0]) is not None
-        if name in _ADD and len(given) == 2:
-            self._note(made[0], self._added(given))
-        elif kept and (name in _KEEP or (name in _SCALE and all(other.dim() == 0 for other in given[1:]))):
-            self._note(made[0], values[0])
+        same_width = len(outputs) == 1 and outputs[0].shape[-1:] == inputs[0].shape[-1:]
+        from_first = same_width and self._value(inputs[0]) is not None
+        if name in _ADD and len(inputs) == 2:
+            self._note(outputs[0], self._added(inputs))
+        elif from_first and (name in _KEEP or (name in _SCALE and all(factor.dim() == 0 for factor in inputs[1:]))):
+            self._note(outputs[0], values[0])
         else:
-            self.uses += [Use(value, name, self._inside[-1]) for value in values]
+            self.uses += [Use(value, name, self._running[-1]) for value in values]
 
-    def _added(self, given: list[Tensor]) -> Sum:
-        values = [self._value(tensor) for tensor in given]
+    def _added(self, inputs: list[Tensor]) -> Sum:
+        values = [self._value(tensor) for tensor in inputs]
         sums = [self._as_sum(value, "add") if isinstance(value, Normed) else value for value in values]
         if None in values:
-            known = next(value for value in sums if value is not None)
-            self.uses.append(Use(known, "add of what no linear makes", self._inside[-1]))
+            followed = next(value for value in sums if value is not None)
+            self.uses.append(Use(followed, "add of a tensor from no linear or embedding", self._running[-1]))
         return Sum(frozenset().union(*(value.makers for value in sums if value is not None)))
 
     def _as_sum(self, value: Normed, reader: str) -> Sum:
-        """A norm's output that is no linear's alone: an embedding with a norm of its own, or an obstacle."""
+        """The sum under a norm whose output `reader` reads; a use, unless it is the norm of a single embedding."""
         makers = value.of.makers
         if len(makers) == 1 and makers <= self.tables.keys():
             self.lone[next(iter(makers))] = value.norm
         else:
-            self.uses.append(Use(value, reader, self._inside[-1]))
+            self.uses.append(Use(value, reader, self._running[-1]))
         return value.of
 
     def _value(self, tensor: Tensor | None) -> Sum | Normed | None:
-        known = self._known.get(id(tensor))
-        return None if known is None else known[1]
+        entry = self._values.get(id(tensor))
+        return None if entry is None else entry[1]
 
     def _note(self, tensor: Tensor, value: Sum | Normed) -> None:
-        self._known[id(tensor)] = (tensor, value)
+        self._values[id(tensor)] = (tensor, value)
 
 
 def _has_gain(module: nn.Module) -> bool:
-    """A module with a gain a channel; what it really does is measured."""
+    """Whether a module has one gain per channel; its function is measured elsewhere."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 1

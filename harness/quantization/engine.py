@@ -1,8 +1,8 @@
-"""Apply a method's steps to a model, each in one pass over its blocks.
+"""Applies the steps of a method to a model, each in one pass over the blocks.
 
-A composite is its steps, run one after another. A step that only rewrites sees the float model, whose function it
-keeps. The one that quantizes sees the inputs that quantized blocks before hand on (`engine.propagate=quantized`,
-as GPTQ's authors) or those of the float model (`float`, as AWQ's).
+The steps of a composite run one after another. A step that only rewrites works on the float model and keeps its
+function. The step that quantizes observes the inputs that the quantized blocks before produce
+(`engine.propagate=quantized`, as GPTQ's authors do), or those of the float model (`float`, as AWQ's authors do).
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ _NO_CACHE = DiskCache(Path(), 0)
 
 
 def check(decoder: Decoder, cfg: RunConfig) -> None:
-    """Check scheme and method against each other and against the shapes of a model, which may be without weights.
+    """Check scheme and method against each other and against the shapes of a model; the model needs no weights.
 
-    Raises: ValueError naming the linear that does not fit, or a `skip` pattern that matches nothing.
+    Raises: ValueError that names the linear that does not fit, or the `skip` pattern that matches no linear.
     """
     linears = decoder.linears()
     if not linears:
@@ -61,14 +61,14 @@ def quantize(
     cache: DiskCache = _NO_CACHE,
     widths: Mapping[str, int] | None = None,
 ) -> Result:
-    """Run the steps of `cfg` on `model`, in place; no steps leave it as it is.
+    """Apply the steps of `cfg` to the decoder's model, in place; without steps it stays unchanged.
 
-    `tokens` (B, T) int64 are the calibration sequences, or, where nothing needs them, any text of the model's:
-    rewrites are proved on it. `widths` are the bits of linears, by their names in the float model, that have others
-    than the scheme's.
+    `tokens` (B, T) int64 are the calibration sequences; a run that needs no calibration may pass any tokens of the
+    model, because rewrites are proved on them. `widths` are the bits of linears that differ from the scheme's, by
+    name in the float model.
     Raises: ValueError if a step changes the function of the float model, or cannot quantize a weight.
     """
-    result = Result(warnings=[f"{name} is no linear and stays float" for name in decoder.uncovered()])
+    result = Result(warnings=[f"{name} belongs to no linear and stays float" for name in decoder.uncovered()])
     linears = decoder.linears()
     names, skipped = split_skipped(list(linears), cfg.skip) if cfg.steps else ([], list(linears))
     rescaled: dict[str, str] = {}
@@ -80,15 +80,15 @@ def quantize(
         if overrides(step, "rotate"):
             renamed = _rotate(decoder, label, step, tokens, result.warnings)
             linears = decoder.linears()
-            names, skipped = ([renamed.get(name, name) for name in some] for some in (names, skipped))
-            rescaled = {renamed.get(name, name): by for name, by in rescaled.items()}
+            names, skipped = ([renamed.get(name, name) for name in listed] for listed in (names, skipped))
+            rescaled = {renamed.get(name, name): producers for name, producers in rescaled.items()}
             schemes = {renamed.get(name, name): scheme for name, scheme in schemes.items()}
             result.renamed = {old: renamed.get(name, name) for old, name in result.renamed.items()}
-        part = Pass(decoder, cfg, label, names, result, rescaled, schemes)
-        if overrides(step, "transform") or (part.quantizes and (step.needs or cfg.static or cfg.ranks)):
-            part.by_blocks(tokens, track, cache)
-        elif part.quantizes:
-            part.at_once(track)
+        step_pass = Pass(decoder, cfg, label, names, result, rescaled, schemes)
+        if overrides(step, "transform") or (step_pass.quantizes and (step.needs or cfg.static or cfg.ranks)):
+            step_pass.by_blocks(tokens, track, cache)
+        elif step_pass.quantizes:
+            step_pass.at_once(track)
     for row in result.layers:
         row |= {"rescaled_by": rescaled[row["name"]]} if row["name"] in rescaled else {}
     result.layers += [float_row(name, weight_of(linears[name])) for name in skipped]
@@ -100,11 +100,14 @@ def _prepare(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: 
     before = logits(model, probe)
     with recorded(f"method.{label}", notes):
         step.prepare(model)
-    same_function(label, before, logits(model, probe), "logits")
+    same_function(label, before, logits(model, probe), "the logits")
 
 
 def _rotate(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: list[str]) -> dict[str, str]:
-    """Let a step turn the residual stream; returns the linears that it gave another name, old name to new."""
+    """Let a step rotate the residual stream.
+
+    Returns: the linears that were renamed, old name -> new name.
+    """
     model, probe = decoder.model, tokens[:1, :PROBE_TOKENS]
     before = logits(model, probe)
     try:
@@ -114,5 +117,5 @@ def _rotate(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: l
     with recorded(f"method.{label}", notes):
         step.rotate(residual)
     untied(model)
-    same_function(label, before, logits(model, probe), "logits", SAME_TURNED)
+    same_function(label, before, logits(model, probe), "the logits", SAME_TURNED)
     return residual.renamed

@@ -1,9 +1,9 @@
-"""Train the floats of one quantized block so that it gives what the float model's block gives.
+"""Trains the floats of one quantized block to reproduce the outputs of the same block of the float model.
 
-Codes stay; what moves are the values that the QTensors' tuners name (codebooks, scales, sign vectors) and the block's
-norms. The block sees the inputs that quantized blocks before it hand on, and its target is the float
-model's output of float inputs, so that it makes up for their errors as well. Some sequences are held out: the epoch
-with the lowest error on them is kept, the state before training included.
+Codes stay fixed. Training changes the values of the QTensors' tuners (codebooks, scales, sign vectors) and the
+block's norms. The block reads the outputs of the quantized blocks before it; its targets are the float block's
+outputs for float inputs, so that it also corrects the errors of the blocks before. Some sequences are held out: of
+the states after each epoch and before training, the one with the lowest error on them is kept.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from harness.core import Finetune, QTensor
 from harness.core.formats import Tuner
 from harness.nn import QuantLinear, standing_in
 
-_HELD_OUT = 8  # one sequence of so many
-_TINY = 1e-12  # of a token's square
+_HELD_OUT = 8  # one sequence in 8 is held out
+_TINY = 1e-12  # smallest squared norm of a token
 
 
 @dataclass(frozen=True)
 class Tuned:
-    """Mean relative squared error of a token on held-out sequences, before training and of what was kept."""
+    """Mean relative squared error per token on the held-out sequences, before training and of the state kept."""
 
     before: float
     after: float
 
 
 class _Tuning:
-    """A quantized linear whose weight follows its tuner's values."""
+    """A quantized linear that computes with the values under training instead of its stored weight."""
 
     def __init__(self, linear: QuantLinear, tuner: Tuner) -> None:
         self.linear, self.tuner = linear, tuner
@@ -41,15 +41,15 @@ class _Tuning:
         self.weight = torch.empty(0)
 
     def decode(self) -> None:
-        """Follow the values as they are now; once a step, for all of its sequences."""
+        """Decode the weight from the present values; once a step, for all sequences of the step."""
         if self.tuner.linear is None:
             self.weight = self.tuner.weight(self.values).to(self.linear.dtype)
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.tuner.linear is None:
             return F.linear(inputs, self.weight, self.linear.bias)
-        found = self.tuner.linear(self.values, inputs.float()).to(inputs.dtype)
-        return found if self.linear.bias is None else found + self.linear.bias
+        outputs = self.tuner.linear(self.values, inputs.float()).to(inputs.dtype)
+        return outputs if self.linear.bias is None else outputs + self.linear.bias
 
 
 def finetune(
@@ -57,33 +57,34 @@ def finetune(
     run: Callable[[Tensor], Tensor],
     inputs: Sequence[Tensor],
     targets: Sequence[Tensor],
-    how: Finetune,
+    options: Finetune,
 ) -> Tuned | None:
-    """Train `block` in place, where `run` gives its output for states (1, T, D); None where nothing can be trained.
+    """Train `block` in place; `run` returns its output states for input states (1, T, D).
 
-    `inputs` and `targets` are the states of each sequence before and after it. Sequences come in an order of their own,
-    the same in every run.
+    `inputs` are the block's input states of each sequence, `targets` the output states that it should compute. The
+    order of the sequences is random, and the same in every run.
+    Returns: the error before and after training; None if the block has no tuner, so nothing to train.
     """
     tunings = list(_tunings(block))
     if not tunings:
         return None
-    held = [i for i in range(len(inputs)) if len(inputs) > 1 and i % _HELD_OUT == _HELD_OUT - 1]
-    seen = [i for i in range(len(inputs)) if i not in held]
+    held_out = [i for i in range(len(inputs)) if len(inputs) > 1 and i % _HELD_OUT == _HELD_OUT - 1]
+    trained = [i for i in range(len(inputs)) if i not in held_out]
     with _training(block, tunings) as floats:
         task = _Task(run, inputs, targets, tunings, floats)
         best = task.state()
-        before = lowest = task.error(held or seen)
-        steps = _Steps(task, how, -(-len(seen) // how.batch) * how.epochs)
+        before = lowest = task.error(held_out or trained)
+        steps = _Steps(task, options, -(-len(trained) // options.batch) * options.epochs)
         generator = torch.Generator().manual_seed(0)
-        for _ in range(how.epochs):
-            order = torch.randperm(len(seen), generator=generator).tolist()
-            for start in range(0, len(order), how.batch):
-                steps.take([seen[i] for i in order[start : start + how.batch]])
-            error = task.error(held or seen)
+        for _ in range(options.epochs):
+            order = torch.randperm(len(trained), generator=generator).tolist()
+            for start in range(0, len(order), options.batch):
+                steps.take([trained[i] for i in order[start : start + options.batch]])
+            error = task.error(held_out or trained)
             if error < lowest:
                 lowest, best = error, task.state()
         task.restore(best)
-    if lowest == before:  # sign vectors that stayed as they were need no more bits
+    if lowest == before:  # storing sign vectors that did not change would only take more bits
         return Tuned(before, before)
     for tuning in tunings:
         tuning.tuner.accept({name: value.detach() for name, value in tuning.values.items()})
@@ -93,7 +94,7 @@ def finetune(
 
 @dataclass
 class _Task:
-    """What is trained, and how far it is from its target."""
+    """The tensors that are trained, and their loss."""
 
     run: Callable[[Tensor], Tensor]
     inputs: Sequence[Tensor]
@@ -110,14 +111,14 @@ class _Task:
 
     @torch.no_grad()
     def restore(self, state: Sequence[Tensor]) -> None:
-        for tensor, kept in zip(self.tensors, state, strict=True):
-            tensor.copy_(kept)
+        for tensor, saved in zip(self.tensors, state, strict=True):
+            tensor.copy_(saved)
 
     def loss(self, indices: Sequence[int]) -> Tensor:
-        """Mean over the tokens of some sequences of their relative squared error."""
+        """Mean relative squared error per token of the sequences `indices`."""
         for tuning in self.tunings:
             tuning.decode()
-        return torch.stack([_far(self.run(self.inputs[i]), self.targets[i]) for i in indices]).mean()
+        return torch.stack([_token_error(self.run(self.inputs[i]), self.targets[i]) for i in indices]).mean()
 
     @torch.no_grad()
     def error(self, indices: Sequence[int]) -> float:
@@ -125,11 +126,11 @@ class _Task:
 
 
 class _Steps:
-    """Adam, whose steps shrink to nothing along half a cosine."""
+    """Adam with a learning rate that falls to zero along half a cosine, over `count` steps."""
 
-    def __init__(self, task: _Task, how: Finetune, count: int) -> None:
+    def __init__(self, task: _Task, options: Finetune, count: int) -> None:
         self.task = task
-        groups = [{"params": [tensor], "lr": how.lr * _size(tensor)} for tensor in task.tensors]
+        groups = [{"params": [tensor], "lr": options.lr * _rms(tensor)} for tensor in task.tensors]
         self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, count)
 
@@ -141,18 +142,19 @@ class _Steps:
         self.schedule.step()
 
 
-def _far(found: Tensor, target: Tensor) -> Tensor:
-    """Mean over tokens of |found - target|^2 / |larger of the two|^2, states (1, T, D) in float32.
+def _token_error(output: Tensor, target: Tensor) -> Tensor:
+    """Mean over tokens of |output - target|^2 / max(|output|^2, |target|^2), states (1, T, D), in float32.
 
-    What reads the stream divides each token by its size. Without that, training would be for the few tokens of massive
-    activations alone, or for those that quantization made or unmade.
+    Relative, because the norms that read the stream divide each token by its size. An absolute error would train only
+    for the few tokens with massive activations, or for those whose massive activations quantization adds or removes.
     """
-    exact, given = target.float(), found.float()
-    size = torch.maximum(exact.square().sum(-1), given.detach().square().sum(-1)).clamp(min=_TINY)
-    return ((given - exact).square().sum(-1) / size).mean()
+    exact, actual = target.float(), output.float()
+    size = torch.maximum(exact.square().sum(-1), actual.detach().square().sum(-1)).clamp(min=_TINY)
+    return ((actual - exact).square().sum(-1) / size).mean()
 
 
-def _size(tensor: Tensor) -> float:
+def _rms(tensor: Tensor) -> float:
+    """Root mean square of a tensor; 1 for zeros."""
     return float(tensor.detach().float().square().mean().sqrt()) or 1.0
 
 
@@ -166,17 +168,20 @@ def _tunings(block: nn.Module) -> Iterator[_Tuning]:
 
 @contextmanager
 def _training(block: nn.Module, tunings: Sequence[_Tuning]) -> Iterator[list[nn.Parameter]]:
-    """The block with its linears following their tuners, and gradients for its vectors alone."""
-    asked = {parameter: parameter.requires_grad for parameter in block.parameters()}
-    floats = [parameter for parameter in asked if parameter.dim() == 1]
+    """Let the block's linears compute with their tuners' values; of its parameters, only vectors get gradients.
+
+    Yields: these vectors. At the end everything is as before.
+    """
+    requires_grad = {parameter: parameter.requires_grad for parameter in block.parameters()}
+    floats = [parameter for parameter in requires_grad if parameter.dim() == 1]
     try:
-        for parameter in asked:
+        for parameter in requires_grad:
             parameter.requires_grad_(parameter.dim() == 1)
         with _standing_in(tunings):
             yield floats
     finally:
-        for parameter, wanted in asked.items():
-            parameter.requires_grad_(wanted)
+        for parameter, previous in requires_grad.items():
+            parameter.requires_grad_(previous)
             parameter.grad = None
 
 

@@ -1,4 +1,4 @@
-"""One quantized linear: what a method chose, held to the contract, measured, and put in the float one's place."""
+"""Quantizes one linear: checks the method's result against the contract, measures it and replaces the float linear."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from harness.nn import QuantLinear, replace
 def install(
     model: nn.Module, name: str, step: Method, scheme: Scheme, stats: Stats, notes: list[str]
 ) -> tuple[QuantLinear, dict[str, Any]]:
-    """Quantize the linear `name` and put it in place, decoded; returns it and its row of the record.
+    """Quantize the linear `name` and replace it in the model, decoded.
 
-    `notes` takes the method's warnings.
+    `notes` collects the warnings of the method.
+    Returns: the quantized linear, and its row of the record.
     Raises: ValueError that names the linear, if the method breaks the contract or cannot quantize it.
     """
     module = model.get_submodule(name)
@@ -36,18 +37,18 @@ def install(
         row = row_of(name, weight, qtensor)
         if Hessian in stats:
             row |= {"hessian_error": hessian_error(weight, qtensor, stats[Hessian].value)}
-        rounding = None if qtensor.quantizes_inputs else _rounding(scheme, stats)
+        input_quantizer = None if qtensor.quantizes_inputs else _input_quantizer(scheme, stats)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
-    linear = QuantLinear(qtensor, bias, weight.dtype, rounding).to(weight.device)
-    off = _output_error(linear, weight, bias, stats)
+    linear = QuantLinear(qtensor, bias, weight.dtype, input_quantizer).to(weight.device)
+    output_error = _output_error(linear, weight, bias, stats)
     replace(model, name, linear)
-    return linear, row | ({} if off is None else {"output_error": off})
+    return linear, row | ({} if output_error is None else {"output_error": output_error})
 
 
 @contextmanager
 def recorded(about: str, notes: list[str]) -> Iterator[None]:
-    """Warnings raised inside go to `notes`, each with what it is about."""
+    """Add the warnings that are raised inside to `notes`, each prefixed with the subject `about`."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         yield
@@ -55,13 +56,13 @@ def recorded(about: str, notes: list[str]) -> Iterator[None]:
 
 
 def float_row(name: str, weight: Tensor) -> dict[str, Any]:
-    """The row of a linear that stays float."""
+    """The record's row of a linear that stays float."""
     bits = 8 * weight.element_size()
     shape = list(weight.shape)
     return {"name": name, "shape": shape, "stored_bits": bits * weight.numel(), "bits_per_weight": float(bits)}
 
 
-def _rounding(scheme: Scheme, stats: Stats) -> InputQuantizer | None:
+def _input_quantizer(scheme: Scheme, stats: Stats) -> InputQuantizer | None:
     fmt = scheme.activation
     if fmt is None:
         return None
@@ -69,25 +70,28 @@ def _rounding(scheme: Scheme, stats: Stats) -> InputQuantizer | None:
 
 
 def _checked(quantize: Callable[..., Any], weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-    """What a method's `quantize` gives, held to the contract."""
+    """The result of a method's `quantize`, checked against the contract."""
     version = weight._version  # torch counts in-place changes
-    found = quantize(weight, scheme, stats)
-    if not isinstance(found, QTensor) or found.shape != tuple(weight.shape):
-        what = f"{type(found).__name__} of shape {tuple(getattr(found, 'shape', ()))}"
-        raise ValueError(f"quantize returned {what}; expected a QTensor of shape {tuple(weight.shape)}")
-    if found.stored_bits == 0:
-        raise ValueError("quantize returned a QTensor without buffers; expected all that it stores to be one")
+    qtensor = quantize(weight, scheme, stats)
+    if not isinstance(qtensor, QTensor) or qtensor.shape != tuple(weight.shape):
+        returned = f"{type(qtensor).__name__} of shape {tuple(getattr(qtensor, 'shape', ()))}"
+        raise ValueError(f"quantize returned {returned}; expected a QTensor of shape {tuple(weight.shape)}")
+    if qtensor.stored_bits == 0:
+        raise ValueError("quantize returned a QTensor without buffers; expected every stored tensor to be a buffer")
     if weight._version != version:
-        raise ValueError("quantize changed the weight that it was given; expected it to work on a copy")
-    return found
+        raise ValueError("quantize changed its weight argument in place; expected it to work on a copy")
+    return qtensor
 
 
 def row_of(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
-    """What the record says of a quantized linear; weight_error is |W' - W| / |W| in the Frobenius norm."""
+    """The record's row of a quantized linear; weight_error is |W' - W| / |W| in the Frobenius norm.
+
+    Raises: ValueError if the decoded weight W' is not finite.
+    """
     exact = weight.to(compute_dtype(weight))
     decoded = qtensor.dequantize(exact.dtype)
     if not torch.isfinite(decoded).all():
-        raise ValueError("the quantized weight decodes to NaN or infinite values; expected finite ones")
+        raise ValueError("the quantized weight decodes to NaN or infinite values; expected finite values")
     return {
         "name": name,
         "shape": list(qtensor.shape),
@@ -100,8 +104,8 @@ def row_of(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
 def hessian_error(weight: Tensor, qtensor: QTensor, hessian: Tensor) -> float:
     """sqrt(tr(D H D^T) / tr(W H W^T)) of the error D = W' - W (N, K): the output error over all tokens in `hessian`.
 
-    It is the quantity that Frantar et al. 2022 minimise (arXiv 2210.17323, equation 1), relative to the outputs. Where
-    no token was seen, the weight error stands for it.
+    Frantar et al. 2022 minimise this error (arXiv 2210.17323, equation 1); here it is relative to the outputs. If no
+    token was observed, the weight error is returned instead.
     """
     exact = weight.to(hessian.dtype)
     delta = qtensor.dequantize(exact.dtype) - exact
@@ -114,10 +118,10 @@ def _weighted(matrix: Tensor, hessian: Tensor) -> float:
 
 
 def _output_error(linear: QuantLinear, weight: Tensor, bias: Tensor | None, stats: Stats) -> float | None:
-    """|Y' - Y| / |Y - b| of the outputs on sampled calibration inputs; None where no input was seen."""
+    """|Y' - Y| / |Y - b| of the outputs on sampled calibration inputs; None if no inputs were sampled."""
     inputs = stats[Sample].inputs if Sample in stats else None
     if inputs is None or not len(inputs):
         return None
     inputs = inputs.to(weight)
-    found = linear(inputs) - (0 if bias is None else bias)
-    return relative_error(found, F.linear(inputs, weight))
+    outputs = linear(inputs) - (0 if bias is None else bias)
+    return relative_error(outputs, F.linear(inputs, weight))

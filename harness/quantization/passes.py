@@ -1,15 +1,16 @@
-"""One step of a method on its way over the blocks of a model: observe, transform, quantize, replay."""
+"""One pass of a method's step over the blocks of a model: observe, transform, quantize, replay."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from harness.calibration import (
     PROBE_TOKENS,
     SAME_FUNCTION,
+    Limits,
     Observer,
     Stream,
     groups_of,
@@ -18,7 +19,6 @@ from harness.calibration import (
     verify,
     within,
 )
-from harness.calibration.proofs import Limits
 from harness.config import RunConfig
 from harness.core import Hessian, InputGroup, Method, MinMax, QTensor, Sample, Scheme, Stat, Stats, overrides
 from harness.models import Decoder
@@ -31,13 +31,33 @@ from harness.quantization.scale_search import Trial
 from harness.utils.disk_cache import DiskCache
 from harness.utils.progress import Track
 
+Quantized = tuple[QuantLinear, Row]
+
+
+@dataclass
+class _Streams:
+    """The activations of one pass, all at the same block.
+
+    observer  the calibration sequences, with the statistics of their inputs
+    probe     a few tokens through the float model; rewrites are proved on them
+    teacher   the calibration sequences through the float model, if the step trains its blocks
+    """
+
+    observer: Observer
+    probe: Stream
+    teacher: Stream | None
+
 
 @dataclass
 class Pass:
-    """One step's way over the blocks of a model.
+    """One pass of the step `label` over the blocks of a model.
 
-    `rescaled` takes, for each linear whose input was rescaled, the producers that absorbed it. `schemes` are the
-    formats of linears that have one of their own.
+    names      the linears to quantize
+    result     collects the rows, warnings and weights
+    rescaled   linear -> names of the producers that absorbed a scale of its input; the pass adds to it
+    schemes    schemes of linears that differ from the configuration's
+    discovery  the producers of all blocks so far
+    unscaled   members of a group without producer -> indices of the blocks
     """
 
     decoder: Decoder
@@ -47,6 +67,8 @@ class Pass:
     result: Result
     rescaled: dict[str, str]
     schemes: dict[str, Scheme]
+    discovery: Discovery = field(default_factory=Discovery)
+    unscaled: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def step(self) -> Method:
@@ -62,12 +84,17 @@ class Pass:
 
     @property
     def follows(self) -> bool:
-        """Whether blocks hand on what they give once quantized, because statistics decide what later ones become."""
-        decided = self.quantizes and overrides(self.step, "quantize") and bool(self.step.needs)
-        return decided and self.cfg.engine.propagate == "quantized"
+        """Whether each block reads the outputs of quantized blocks: if statistics decide the codes."""
+        by_statistics = self.quantizes and overrides(self.step, "quantize") and bool(self.step.needs)
+        return by_statistics and self.cfg.engine.propagate == "quantized"
+
+    @property
+    def sequential(self) -> bool:
+        """Whether each group is observed after the groups before it were quantized."""
+        return self.follows and self.step.sequential
 
     def at_once(self, track: Track) -> None:
-        """Quantize linear after linear, where no data is needed."""
+        """Quantize all linears one by one, without data."""
         for name in track(self.names, self.label, len(self.names)):
             linear, row = self._install(name, Stats())
             self._finish([(linear, row)])
@@ -75,91 +102,98 @@ class Pass:
     def by_blocks(self, tokens: Tensor, track: Track, cache: DiskCache) -> None:
         """Observe, transform, quantize and replay each block."""
         verify(self.decoder, tokens[:1, :PROBE_TOKENS])
-        stream, probe = Stream(self.decoder, tokens), Stream(self.decoder, tokens[:1, :PROBE_TOKENS])
-        observer = Observer(
-            stream,
-            cache,
-            self.names,
-            self._needs(),
-            keep=not self.follows,
-            always=self.transforms and self.step.searches,
-        )
-        teacher = Stream(self.decoder, tokens) if self.step.finetune and self.quantizes else None
-        discovery, unscaled = Discovery(), dict[str, list[int]]()
-        total, shown = len(stream.blocks), [f"{self.label} block 1/{len(stream.blocks)}"]
-        for index in track(range(total), lambda: shown[0], total):
-            prefix = f"{self.decoder.name(index)}."
-            groups = groups_of(self.decoder, self.names, probe, self.cfg.scheme, self.schemes)
-            expected = probe.run(probe.states[0])
-            if self.follows and self.step.sequential:
-                stream.shortcuts = shortcuts(stream.blocks[index], lambda: probe.run(probe.states[0]))
-            if self.transforms:
-                discovery.producers(probe, groups, prefix)
-                for group in groups:
-                    if group.producer is None:
-                        unscaled.setdefault(group.name.replace(prefix, ""), []).append(index)
-            targets = teacher.outputs({}, keep=True) if teacher else []
-            done = self._block(observer, groups, probe, expected)
-            if teacher:
-                self._finetune(stream, targets, groups, done)
-                teacher.advance(targets)
-            observer.advance()
-            probe.advance([expected])
-            self._finish(done)
-            shown[0] = f"{self.label} block {min(index + 2, total)}/{total}{_mean_error(done)}"
+        streams = self._streams(tokens, cache)
+        total = len(streams.probe.blocks)
+        progress = [f"{self.label} block 1/{total}"]  # one text, which `track` reads again after each block
+        for index in track(range(total), lambda: progress[0], total):
+            quantized = self._block(streams)
+            progress[0] = f"{self.label} block {min(index + 2, total)}/{total}{_mean_error(quantized)}"
         self.result.warnings += [
-            f"method.{self.label}: nothing was proved to absorb a scale for {members} in blocks {_ranges(blocks)}; "
-            "their inputs stay as they are"
-            for members, blocks in unscaled.items()
+            f"method.{self.label}: no producer was proved for {members} in blocks {_ranges(blocks)}; "
+            "their inputs are not rescaled"
+            for members, blocks in self.unscaled.items()
         ]
 
-    def _block(
-        self, observer: Observer, groups: list[InputGroup], probe: Stream, expected: Tensor
-    ) -> list[tuple[QuantLinear, Row]]:
-        """One block's groups, transformed and quantized."""
-        sequential = self.follows and self.step.sequential
-        stats = observer.observe(groups) if self.transforms or not sequential else []
+    def _streams(self, tokens: Tensor, cache: DiskCache) -> _Streams:
+        stream, probe = Stream(self.decoder, tokens), Stream(self.decoder, tokens[:1, :PROBE_TOKENS])
+        searches = self.transforms and self.step.searches
+        observer = Observer(stream, cache, self.names, self._needs(), keep=not self.follows, always=searches)
+        teacher = Stream(self.decoder, tokens) if self.step.finetune and self.quantizes else None
+        return _Streams(observer, probe, teacher)
+
+    def _block(self, streams: _Streams) -> list[Quantized]:
+        """Transform, quantize and train the block at the streams' position, and advance them past it."""
+        stream, probe, teacher = streams.observer.stream, streams.probe, streams.teacher
+        groups = groups_of(self.decoder, self.names, probe, self.cfg.scheme, self.schemes)
+        expected = probe.run(probe.states[0])
+        if self.sequential:
+            stream.shortcuts = shortcuts(stream.blocks[stream.position], lambda: probe.run(probe.states[0]))
         if self.transforms:
-            for group, seen in zip(groups, stats, strict=True):
-                self._transform(group, seen, observer.stream)
-            moved = probe.run(probe.states[0])
-            same_function(self.label, expected, moved, f"the output of block {probe.position}")
-        done = []
+            self._find_producers(probe, groups)
+        targets = teacher.outputs({}, keep=True) if teacher else []
+        quantized = self._rewrite(streams.observer, groups, probe, expected)
+        if teacher:
+            self._finetune(stream, targets, groups, quantized)
+            teacher.advance(targets)
+        streams.observer.advance()
+        probe.advance([expected])
+        self._finish(quantized)
+        return quantized
+
+    def _find_producers(self, probe: Stream, groups: list[InputGroup]) -> None:
+        """Set the producers of one block's groups, and note the groups without one."""
+        prefix = f"{self.decoder.name(probe.position)}."
+        self.discovery.producers(probe, groups, prefix)
+        for group in groups:
+            if group.producer is None:
+                self.unscaled.setdefault(group.name.replace(prefix, ""), []).append(probe.position)
+
+    def _rewrite(
+        self, observer: Observer, groups: list[InputGroup], probe: Stream, expected: Tensor
+    ) -> list[Quantized]:
+        """Observe, transform and quantize the groups of one block; `expected` is its float output on the probe."""
+        stats = observer.observe(groups) if self.transforms or not self.sequential else []
+        if self.transforms:
+            for group, group_stats in zip(groups, stats, strict=True):
+                self._transform(group, group_stats, observer.stream)
+            transformed = probe.run(probe.states[0])
+            same_function(self.label, expected, transformed, f"the output of block {probe.position}")
+        quantized = []
         for i, group in enumerate(groups if self.quantizes else ()):
-            seen = observer.observe([group])[0] if sequential else stats[i]
-            done += [self._install(name, seen) for name in group.linears]
-        return done
+            group_stats = observer.observe([group])[0] if self.sequential else stats[i]
+            quantized += [self._install(name, group_stats) for name in group.linears]
+        return quantized
 
     def _transform(self, group: InputGroup, stats: Stats, stream: Stream) -> None:
         if self.step.searches:
             group.trial = Trial(stream, self.decoder.model, group, stats, self.cfg.engine.search_tokens)
         with recorded(group.name, self.result.warnings):
             self.step.transform(group, stats)
-        group.trial = None  # it holds activations
+        group.trial = None  # frees the activations that it holds
         if group.scale is not None and group.producer is not None:
             stats.rescale(group.scale)
             for name in group.linears:
-                known = self.rescaled.get(name)
-                self.rescaled[name] = f"{known}, {group.producer.name}" if known else group.producer.name
+                producers = self.rescaled.get(name)
+                self.rescaled[name] = f"{producers}, {group.producer.name}" if producers else group.producer.name
 
     def _finetune(
-        self, stream: Stream, targets: list[Tensor], groups: list[InputGroup], done: list[tuple[QuantLinear, Row]]
+        self, stream: Stream, targets: list[Tensor], groups: list[InputGroup], quantized: list[Quantized]
     ) -> None:
-        """Train the block that has just been quantized, and bring its rows up to date."""
+        """Train the block that has just been quantized, and update its rows."""
         assert self.step.finetune is not None
         block = stream.blocks[stream.position]
-        stream.shortcuts = ()  # they answer for the block as it was
-        found = finetune(block, stream.run_to_train, stream.states, targets, self.step.finetune)
-        if found is None:
+        stream.shortcuts = ()  # their inputs are those of the block before training
+        tuned = finetune(block, stream.run_to_train, stream.states, targets, self.step.finetune)
+        if tuned is None:
             return
         weights = {name: weight for group in groups for name, weight in group.weights.items()}
-        for linear, row in done:
+        for linear, row in quantized:
             assert isinstance(linear.packed, QTensor)
             row |= row_of(row["name"], weights[row["name"]], linear.packed)
-            row.pop("hessian_error", None)  # of the weight before
-            row |= {"block_error": found.after, "block_error_untuned": found.before}
+            row.pop("hessian_error", None)  # that of the weight before training
+            row |= {"block_error": tuned.after, "block_error_untuned": tuned.before}
 
-    def _install(self, name: str, stats: Stats) -> tuple[QuantLinear, Row]:
+    def _install(self, name: str, stats: Stats) -> Quantized:
         scheme = self.schemes.get(name, self.cfg.scheme)
         assert scheme is not None
         if self.cfg.analyses:
@@ -167,9 +201,9 @@ class Pass:
         linear, row = install(self.decoder.model, name, self.step, scheme, stats, self.result.warnings)
         return linear, row | ({"bits": scheme.weight.bits} if name in self.schemes else {})
 
-    def _finish(self, done: Iterable[tuple[QuantLinear, Row]]) -> None:
-        """Keep what the execution asks for, now that the block has been replayed."""
-        for linear, row in done:
+    def _finish(self, quantized: Iterable[Quantized]) -> None:
+        """Convert linears to the configured execution, after their block was replayed; add their rows to the result."""
+        for linear, row in quantized:
             if self.cfg.save is not None and isinstance(linear.packed, QTensor):
                 self.result.weights[row["name"]] = linear.packed
             if self.cfg.execution == "packed":
@@ -186,22 +220,25 @@ class Pass:
 
 
 def same_function(label: str, before: Tensor, after: Tensor, what: str, limits: Limits = SAME_FUNCTION) -> None:
-    """Raises: ValueError if a rewrite by the step `label` moved a tensor by more than rounding."""
-    moved, limit = relative_error(after, before), limits[before.dtype]
-    if not within(moved, limit):
+    """Check that a rewrite by the step `label` changed the tensor `what` by no more than rounding.
+
+    Raises: ValueError with the measured error if it did.
+    """
+    error, limit = relative_error(after, before), limits[before.dtype]
+    if not within(error, limit):
         raise ValueError(
-            f"method.{label} changed the float model's function: {what} moved by {moved:.2g} relative; "
-            f"expected at most {limit:g}, a rewrite must keep it"
+            f"method.{label} changed the float model's function: the relative error of {what} is {error:.2g}; "
+            f"expected at most {limit:g}, because a rewrite must keep the function"
         )
 
 
-def _mean_error(done: list[tuple[QuantLinear, Row]]) -> str:
-    errors = [row["output_error"] for _, row in done if "output_error" in row]
+def _mean_error(quantized: list[Quantized]) -> str:
+    errors = [row["output_error"] for _, row in quantized if "output_error" in row]
     return f", error {sum(errors) / len(errors):.3f}" if errors else ""
 
 
 def _ranges(numbers: list[int]) -> str:
-    """Numbers in few words: 0-3, 5."""
+    """Ascending numbers as text: "0-3" if they are consecutive, else "0,2,3"."""
     text = ",".join(map(str, numbers))
     if numbers == list(range(numbers[0], numbers[-1] + 1)) and len(numbers) > 1:
         text = f"{numbers[0]}-{numbers[-1]}"

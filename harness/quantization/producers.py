@@ -1,11 +1,11 @@
-"""Who makes a group's input and could absorb a per-channel scale: found by measuring, proved by measuring.
+"""Producers of group inputs, which can absorb a per-channel scale: discovered and proved by measurement.
 
-Nothing here knows a family of models. A candidate is a norm whose output is the very tensor that the group
-reads, or a linear that ran before it. What a linear gives is replaced by noise, so that every row is seen at work
-(of a ReLU's many are dead on any probe), and its rows are scaled by random factors: where each channel of the
-group's input then moves by one row's factor, at every token, that row is the channel's producer. So a scale
-passes through attention's mixing of tokens (value to output projection, with grouped queries too), through a
-product (up to down projection), and through ReLU; not through SiLU, and not from a row that enters scores.
+No family of models is named here. A candidate is a norm whose output is the very tensor that the group reads, or a
+linear that ran before the group. For a linear, its output is replaced by noise, so that every row has an effect
+(behind a ReLU, many rows are dead on any probe), and its rows are scaled by random factors. If a channel of the
+group's input then changes by the factor of one row, at every token, this row is the channel's producer. So a scale
+passes through the mixing of tokens in attention (value to output projection, with grouped queries too), through a
+product (up to down projection) and through ReLU, but not through SiLU, and not from a row that enters attention scores.
 """
 
 from __future__ import annotations
@@ -23,17 +23,21 @@ from harness.core.groups import Kind
 from harness.models import weight_of
 from harness.nn import hooked
 
-_SAME = 1e-4  # relative, for a channel that moved by a factor
-_KEPT = 1e-3  # how much of what a scale moves may be left once its producer absorbs it
-_SEEN = {torch.float64: 1e-7, torch.float32: 1e-3}  # and how much that has to be, beside the output, to prove a thing
-_FACTORS = (1.25, 2.0)  # random factors: far from 1, so that a channel that did not move is told apart
+_SAME = 1e-4  # relative tolerance for a channel that changed by a factor
+_MOST_LEFT = 1e-3  # largest share of a scale's effect on the output that may remain when its producer absorbs it
+_LEAST_EFFECT = {torch.float64: 1e-7, torch.float32: 1e-3}  # smallest effect, relative to the output, for a proof
+_FACTORS = (1.25, 2.0)  # range of random factors: far from 1, to distinguish changed channels from unchanged ones
 _NORMS: tuple[Kind, ...] = ("norm", "offset_norm")
-_SMALLEST_CHUNK = 8  # rows of a fused linear that are tried together
+_SMALLEST_CHUNK = 8  # fewest rows of a fused linear that are scaled together
 
 
 @dataclass(frozen=True)
 class Found:
-    """A producer as the block's structure gives it: names within the block, and who follows what."""
+    """A producer in the structure of a block.
+
+    name  of its module, inside the block
+    rows  (K,) int64: the producer channel behind each input channel of the group
+    """
 
     name: str
     kind: Kind
@@ -41,33 +45,33 @@ class Found:
 
 
 class Discovery:
-    """Finds producers in one block and proves them anew in every other of the same structure."""
+    """Discovers producers in one block and proves them again in every other block of the same structure."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, ...], Found | None] = {}
+        self._producers: dict[tuple[str, ...], Found | None] = {}  # by the linears of the group
 
     @torch.no_grad()
     def producers(self, probe: Stream, groups: list[InputGroup], prefix: str) -> None:
-        """Set `producer` of each group of the block at the probe's position, whose modules start with `prefix`.
+        """Set `producer` of each group of the block at the probe's position; `prefix` starts its modules' names.
 
-        Works on a copy of the block in float64 (float32 where it has no such kernel), so that low precision neither
-        hides nor feigns a producer.
+        Works on a copy of the block in float64 (float32 if a kernel lacks float64), because low precision may hide a
+        producer or suggest a wrong one.
         """
         block = probe.blocks[probe.position]
         scratch = _Scratch(block, probe)
         earlier: list[str] = []
         for group in groups:
             members = tuple(name.removeprefix(prefix) for name in (*group.linears, *group.others))
-            known = self._known.get(members)
-            if members not in self._known or (known is not None and not scratch.proves(known, members)):
-                known = scratch.find(members, earlier)
-            self._known[members] = known
-            group.producer = _bind(block, known, prefix) if known else None
+            producer = self._producers.get(members)
+            if members not in self._producers or (producer is not None and not scratch.proves(producer, members)):
+                producer = scratch.find(members, earlier)
+            self._producers[members] = producer
+            group.producer = _bind(block, producer, prefix) if producer else None
             earlier += members
 
 
 class _Scratch:
-    """A copy of a block to measure on: random factors in, block output and group inputs out."""
+    """A copy of a block for measurements: scales its modules by random factors, reads its output and group inputs."""
 
     def __init__(self, block: nn.Module, probe: Stream) -> None:
         self.probe = probe
@@ -77,7 +81,7 @@ class _Scratch:
             self.run()
         except RuntimeError:  # a kernel without float64, such as those of fused experts
             self.states, self.block = self.states.float(), self.block.float()
-        self.seen = _SEEN[self.states.dtype]
+        self.least_effect = _LEAST_EFFECT[self.states.dtype]
         self.norms = [name for name, module in self.block.named_modules() if _is_norm(module)]
         self.expected = self.run()
         self.generator = torch.Generator().manual_seed(0)
@@ -86,32 +90,32 @@ class _Scratch:
         return self.probe.run(self.states, self.block)
 
     def find(self, members: tuple[str, ...], earlier: list[str]) -> Found | None:
-        """The first candidate that is proved: norms, then linears, the latest first."""
+        """The first candidate that is proved: norms first, then the `earlier` linears from last to first."""
         for name in (norm for norm in self.norms if self.feeds(norm, members)):
             rows = torch.arange(len(self.module(name).weight))  # type: ignore[arg-type]
             for kind in _NORMS:
                 if self.proves(Found(name, kind, rows), members):
                     return Found(name, kind, rows)
         for name in reversed(earlier):
-            mapped = self.followed_rows(name, members[0])
-            if mapped is not None and self.proves(Found(name, "linear", mapped), members):
-                return Found(name, "linear", mapped)
+            followed = self.followed_rows(name, members[0])
+            if followed is not None and self.proves(Found(name, "linear", followed), members):
+                return Found(name, "linear", followed)
         return None
 
     def feeds(self, norm: str, members: tuple[str, ...]) -> bool:
         """Whether the norm's output is the tensor that the group reads."""
-        made: list[Tensor] = []
-        read: list[Tensor] = []
+        normed: list[Tensor] = []
+        inputs: list[Tensor] = []
         handles = [
-            self.module(norm).register_forward_hook(lambda _m, _a, output: made.append(output)),
-            self.module(members[0]).register_forward_pre_hook(lambda _m, args: read.append(args[0])),
+            self.module(norm).register_forward_hook(lambda _m, _a, output: normed.append(output)),
+            self.module(members[0]).register_forward_pre_hook(lambda _m, args: inputs.append(args[0])),
         ]
         with hooked(handles):
             self.run()
-        return any(output is inputs for output in made for inputs in read)
+        return any(output is tensor for output in normed for tensor in inputs)
 
     def followed_rows(self, name: str, reader: str) -> Tensor | None:
-        """For each channel of `reader`'s input the row of linear `name` that it follows; None if any follows none."""
+        """The row of linear `name` that each input channel of `reader` follows, (K,); None if any follows no row."""
         count = len(weight_of(self.module(name)))
         before = self.input_of(reader, name, torch.ones(count))
         if before is None:
@@ -127,7 +131,7 @@ class _Scratch:
         return None
 
     def _follow(self, name: str, reader: str, before: Tensor, part: slice, rows: Tensor) -> None:
-        """Scale some rows of a linear by factors of their own and note in `rows` which channels moved by which."""
+        """Scale the rows `part` of a linear by distinct factors; write the row that each channel follows to `rows`."""
         factors = self.factors(part.stop - part.start)
         scale = torch.ones(len(weight_of(self.module(name))), dtype=factors.dtype, device=factors.device)
         scale[part] = factors
@@ -136,57 +140,57 @@ class _Scratch:
             return
         ratio = (before * after).sum(0) / before.square().sum(0)
         if not (after - before * ratio).norm() <= _SAME * after.norm():
-            return  # these rows move more than a scale
+            return  # these rows change the input by more than a factor per channel
         nearest = _nearest(factors, ratio)
-        moved = ((ratio / factors[nearest] - 1).abs() < _SAME) & ((ratio - 1).abs() > _SAME)
-        rows[moved.cpu()] = part.start + nearest[moved].cpu()
+        follows = ((ratio / factors[nearest] - 1).abs() < _SAME) & ((ratio - 1).abs() > _SAME)
+        rows[follows.cpu()] = part.start + nearest[follows].cpu()
 
-    def proves(self, found: Found, members: tuple[str, ...]) -> bool:
-        """Whether random factors through producer and group leave the block's output, and alone move it."""
-        if any(name not in dict(self.block.named_modules()) for name in (found.name, *members)):
+    def proves(self, candidate: Found, members: tuple[str, ...]) -> bool:
+        """Whether random factors change the block's output if only the group is scaled, but not with its producer."""
+        if any(name not in dict(self.block.named_modules()) for name in (candidate.name, *members)):
             return False
-        producer = _bind(self.block, found, "")
-        if len(found.rows) != weight_of(self.module(members[0])).shape[1]:
+        producer = _bind(self.block, candidate, "")
+        if len(candidate.rows) != weight_of(self.module(members[0])).shape[1]:
             return False
         weights = [weight_of(self.module(name)) for name in members]
-        kept = [tensor.clone() for tensor in (producer.weight, *weights)]
+        originals = [tensor.clone() for tensor in (producer.weight, *weights)]
         bias = None if producer.bias is None else producer.bias.clone()
-        scale = producer.tie(self.factors(len(found.rows)).to(producer.weight.dtype))
+        scale = producer.tie(self.factors(len(candidate.rows)).to(producer.weight.dtype))
         try:
             for weight in weights:
                 weight.mul_(scale)
-            alone = self.run()
+            group_scaled = self.run()
             producer.divide(scale)
-            both = self.run()
+            absorbed = self.run()
         finally:
-            for tensor, original in zip((producer.weight, *weights), kept, strict=True):
+            for tensor, original in zip((producer.weight, *weights), originals, strict=True):
                 tensor.copy_(original)
             if producer.bias is not None and bias is not None:
                 producer.bias.copy_(bias)
-        moved, left = (alone - self.expected).norm(), (both - self.expected).norm()
-        return bool(moved > self.seen * self.expected.norm() and left <= _KEPT * moved)
+        effect, left = (group_scaled - self.expected).norm(), (absorbed - self.expected).norm()
+        return bool(effect > self.least_effect * self.expected.norm() and left <= _MOST_LEFT * effect)
 
     def input_of(self, reader: str, name: str, scale: Tensor) -> Tensor | None:
-        """The input (T, K) of linear `reader` when linear `name` gives the same noise each time, times `scale` (N,).
+        """The input (T, K) of linear `reader` if linear `name` outputs fixed noise times `scale` (N,).
 
-        None if the reader did not run, or more than once.
+        Returns: None if the reader did not run, or ran more than once.
         """
-        seen: list[Tensor] = []
+        inputs: list[Tensor] = []
 
-        def noise(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
-            made = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
-            return made.to(output.device) * scale.to(output)
+        def scaled_noise(_module: nn.Module, _args: Any, output: Tensor) -> Tensor:
+            noise = torch.randn(output.shape, dtype=output.dtype, generator=torch.Generator().manual_seed(1))
+            return noise.to(output.device) * scale.to(output)
 
         handles = [
-            self.module(name).register_forward_hook(noise),
-            self.module(reader).register_forward_pre_hook(lambda _m, args: seen.append(args[0])),
+            self.module(name).register_forward_hook(scaled_noise),
+            self.module(reader).register_forward_pre_hook(lambda _m, args: inputs.append(args[0])),
         ]
         with hooked(handles):
             self.run()
-        return seen[0].reshape(-1, seen[0].shape[-1]) if len(seen) == 1 else None
+        return inputs[0].reshape(-1, inputs[0].shape[-1]) if len(inputs) == 1 else None
 
     def factors(self, count: int) -> Tensor:
-        """Distinct factors, evenly spread in their logarithm, in random order."""
+        """Distinct factors (count,) with evenly spaced logarithms, in random order."""
         low, high = _FACTORS
         exponents = torch.randperm(count, generator=self.generator).double() / count
         return (low * (high / low) ** exponents).to(self.states.device)
@@ -195,18 +199,18 @@ class _Scratch:
         return self.block.get_submodule(name)
 
 
-def _bind(block: nn.Module, found: Found, prefix: str) -> Producer:
-    """The producer in this very block."""
-    module = block.get_submodule(found.name)
+def _bind(block: nn.Module, candidate: Found, prefix: str) -> Producer:
+    """The candidate as a producer with the weights of `block`."""
+    module = block.get_submodule(candidate.name)
     bias = getattr(module, "bias", None)
-    weight = weight_of(module) if found.kind == "linear" else module.weight
+    weight = weight_of(module) if candidate.kind == "linear" else module.weight
     assert isinstance(weight, Tensor)
-    rows = found.rows.to(weight.device)
-    return Producer(prefix + found.name, found.kind, weight, bias if isinstance(bias, Tensor) else None, rows)
+    rows = candidate.rows.to(weight.device)
+    return Producer(prefix + candidate.name, candidate.kind, weight, bias if isinstance(bias, Tensor) else None, rows)
 
 
 def _nearest(factors: Tensor, ratio: Tensor) -> Tensor:
-    """Index of the factor (N,) next to each ratio (K,)."""
+    """Index of the factor, of `factors` (N,), that is nearest to each ratio (K,)."""
     ordered, index = factors.sort()
     above = torch.searchsorted(ordered, ratio.contiguous()).clamp(1, max(len(ordered) - 1, 1))
     above = above.clamp(max=len(ordered) - 1)
@@ -216,10 +220,11 @@ def _nearest(factors: Tensor, ratio: Tensor) -> Tensor:
 
 
 def _is_norm(module: nn.Module) -> bool:
-    """A module with a gain a channel; what it really does is measured."""
+    """Whether a module has one gain per channel; its function is measured elsewhere."""
     weight = getattr(module, "weight", None)
     return isinstance(weight, Tensor) and weight.dim() == 1
 
 
 def _power_of_two(number: int) -> int:
+    """The largest power of two that is at most `number`, and at least 1."""
     return 1 << max(number, 1).bit_length() - 1

@@ -1,7 +1,7 @@
-"""The residual stream, discovered: what norms read for linears, and who makes it.
+"""Discovers the residual stream: the sum that norms read for linears, and the modules that write it.
 
-Nothing here knows a family of models. Whatever else is done with the stream, or with the output of such a norm, stands
-in the way of turning it, and is named. What a norm computes is measured.
+No family of models is named here. Any other use of the stream, or of the output of such a norm, prevents a rotation,
+and the error names it. The function of each norm is measured.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from harness.core.residual import Norm, Port, Table
 from harness.models import Decoder, weight_of
 from harness.quantization.dataflow import Flow, Normed, Sum
 
-_EXACT = 1e-5  # relative, for a norm beside its formula; many compute in float32 whatever they are given
+_EXACT = 1e-5  # relative error of a norm to its formula; many norms compute in float32 for any input dtype
 
 
 @torch.no_grad()
 def discover(decoder: Decoder, tokens: Tensor) -> Residual:
-    """The residual stream of a model as seen on `tokens` (1, T).
+    """The residual stream of a model, from one forward on `tokens` (1, T).
 
-    Raises: ValueError that names what stands in the way of turning it.
+    Raises: ValueError that names the reason why it cannot be rotated.
     """
     flow = Flow(decoder.model)
     with flow.watching():
@@ -35,7 +35,7 @@ def discover(decoder: Decoder, tokens: Tensor) -> Residual:
 
 
 def untied(model: nn.Module) -> None:
-    """Have a model's config say what is true: that its head and its embedding no longer share a weight."""
+    """Update a model's config if its head and its embedding no longer share a weight."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
     if head is not None and head.weight is not embedding.weight:
         model.config.tie_word_embeddings = False  # type: ignore[union-attr]
@@ -43,20 +43,20 @@ def untied(model: nn.Module) -> None:
 
 @dataclass
 class _Builder:
-    """Makes a Residual of a flow, or names what stands in the way."""
+    """Builds a Residual from an observed flow, or raises an error that names the obstacle."""
 
     model: nn.Module
     flow: Flow
-    inside: set[str]  # names of the linears of the blocks
-    stream: frozenset[str] = field(default_factory=frozenset)
+    inside: set[str]  # names of the linears in the blocks
+    stream: frozenset[str] = field(default_factory=frozenset)  # names of the modules that write the stream
 
     def build(self) -> Residual:
         flow = self.flow
-        own = set(flow.lone.values())
-        read = {norm for norms in flow.normed.values() for norm in norms} - own
-        self.stream = self._stream(read)
+        embedding_norms = set(flow.lone.values())
+        reader_norms = {norm for norms in flow.normed.values() for norm in norms} - embedding_norms
+        self.stream = self._stream(reader_norms)
         self._check_uses()
-        names = [name for name in flow.inputs if name in read and self._flows(*flow.inputs[name])]
+        names = [name for name in flow.inputs if name in reader_norms and self._flows(*flow.inputs[name])]
         norms = [self._norm(name) for name in names]
         width = len(norms[0].gain)
         tables = [
@@ -69,7 +69,7 @@ class _Builder:
         }
         for norm in norms:
             norm.readers = [ports[name] for name, sources in flow.normed.items() if norm.name in sources]
-        found = Residual(
+        residual = Residual(
             self.model,
             width,
             tables,
@@ -77,19 +77,19 @@ class _Builder:
             norms,
             [ports[name] for name, sums in flow.bare.items() if self._flows(*sums)],
         )
-        self._check(found)
-        return found
+        self._check(residual)
+        return residual
 
-    def _stream(self, read: set[str]) -> frozenset[str]:
-        """Makers of all that norms read for linears, and of whatever is summed with them."""
-        sums = {value for norm in read for value in self.flow.inputs[norm]}
+    def _stream(self, reader_norms: set[str]) -> frozenset[str]:
+        """Makers of every sum that norms read for linears, and of all sums that share a maker with them."""
+        sums = {value for norm in reader_norms for value in self.flow.inputs[norm]}
         if not sums:
             raise _refused(self.model, "no linear reads the output of a norm of its residual stream")
         others = set(chain.from_iterable(self.flow.inputs.values())) | set().union(*self.flow.bare.values())
-        found: frozenset[str] = frozenset().union(*(value.makers for value in sums))
-        while more := [value for value in others if value.makers & found and not value.makers <= found]:
-            found = found.union(*(value.makers for value in more))
-        return found
+        makers: frozenset[str] = frozenset().union(*(value.makers for value in sums))
+        while overlapping := [value for value in others if value.makers & makers and not value.makers <= makers]:
+            makers = makers.union(*(value.makers for value in overlapping))
+        return makers
 
     def _flows(self, *values: Sum) -> bool:
         return any(value.makers & self.stream for value in values)
@@ -97,47 +97,52 @@ class _Builder:
     def _check_uses(self) -> None:
         idle = [name for name in sorted(self.inside) if name not in self.flow.ran]
         if idle:
-            raise _refused(self.model, f"{idle[0]} did not run on the probe tokens, so nothing is known of it")
+            raise _refused(self.model, f"{idle[0]} did not run on the probe tokens, so its role is unknown")
         for use in self.flow.uses:
             where = use.where or "the model itself"
             if isinstance(use.value, Normed) and self._flows(use.value.of):
-                what = f"the norm {use.value.norm} is read by {use.what} in {where}, where linears alone may be"
-                raise _refused(self.model, what)
+                why = f"the norm {use.value.norm} is read by {use.what} in {where}; only linears may read it"
+                raise _refused(self.model, why)
             if isinstance(use.value, Sum) and self._flows(use.value):
-                what = f"its residual stream is read by {use.what} in {where}, which does not turn with it"
-                raise _refused(self.model, what)
+                why = f"its residual stream is read by {use.what} in {where}, which a rotation would change"
+                raise _refused(self.model, why)
 
-    def _check(self, found: Residual) -> None:
-        """Hold what was found to what the arithmetic of a Residual needs."""
-        both = next((name for name, norms in self.flow.normed.items() if norms & set(self.flow.lone.values())), None)
-        if both is not None:
-            raise _refused(self.model, f"{both} reads a norm's output that is added to the residual stream too")
-        widths = [norm.gain.shape[0] for norm in found.norms] + [table.weight.shape[1] for table in found.tables]
-        widths += [port.weight.shape[0] for port in found.writers] + [port.weight.shape[1] for port in found.readers]
-        if set(widths) != {found.width}:
+    def _check(self, residual: Residual) -> None:
+        """Check that the arithmetic of a Residual holds for its norms, readers and writers."""
+        norms, readers, writers = residual.norms, residual.readers, residual.writers
+        embedding_norms = set(self.flow.lone.values())
+        shared = next((name for name, read in self.flow.normed.items() if read & embedding_norms), None)
+        if shared is not None:
+            raise _refused(self.model, f"{shared} reads a norm's output that is also added to the residual stream")
+        widths = [norm.gain.shape[0] for norm in norms] + [table.weight.shape[1] for table in residual.tables]
+        widths += [port.weight.shape[0] for port in writers] + [port.weight.shape[1] for port in readers]
+        if set(widths) != {residual.width}:
             raise _refused(self.model, f"its residual stream has several widths, {sorted(set(widths))}")
-        names = [port.name for port in found.readers]
+        names = [port.name for port in readers]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise _refused(self.model, f"{twice} reads the residual stream behind several norms")
-        if any(norm.centred for norm in found.norms) and (found.bare or not all(norm.centred for norm in found.norms)):
-            raise _refused(self.model, "some of its norms take the mean out of the residual stream and some do not")
-        tables = [id(table.weight) for table in found.tables]
-        held = {port.name: id(port.module.weight) for port in (*found.writers, *found.readers)}
-        untied = [weight for weight in held.values() if weight not in tables]
+            raise _refused(self.model, f"{twice} reads the residual stream through several norms")
+        if any(norm.centred for norm in norms) and (residual.bare or not all(norm.centred for norm in norms)):
+            raise _refused(self.model, "some norms of its residual stream subtract the mean and some do not")
+        tables = [id(table.weight) for table in residual.tables]
+        weights = {port.name: id(port.module.weight) for port in (*writers, *readers)}
+        untied = [weight for weight in weights.values() if weight not in tables]
         if len(set(untied)) < len(untied) or len(set(tables)) < len(tables):
-            raise _refused(self.model, "modules at its residual stream share weights")
+            raise _refused(self.model, "modules that read or write its residual stream share weights")
 
     def _norm(self, name: str) -> Norm:
-        found = measured(name, self.flow.norms[name])
-        if found is None:
-            raise _refused(self.model, f"{name} is no RMSNorm and no LayerNorm, as measured")
-        return found
+        norm = measured(name, self.flow.norms[name])
+        if norm is None:
+            raise _refused(self.model, f"{name} is neither RMSNorm nor LayerNorm, as measured")
+        return norm
 
 
 @torch.no_grad()
 def measured(name: str, module: nn.Module) -> Norm | None:
-    """What a norm computes, told by random inputs and weights to a copy of it; None where it is no known norm."""
+    """The function of a norm, measured on a copy with random inputs and weights; None if it is no RMSNorm or LayerNorm.
+
+    Known norms have the form of `Norm`: with or without mean subtraction, and with the weight as gain or as gain - 1.
+    """
     generator = torch.Generator().manual_seed(0)
     copied = copy.deepcopy(module).cpu().double()
     for parameter in copied.parameters():
@@ -155,20 +160,20 @@ def measured(name: str, module: nn.Module) -> Norm | None:
 
 
 def _eps(norm: Norm, values: Tensor) -> float:
-    """The eps under which a norm shrinks small `values` as it does."""
-    without = 0.0 if norm.bias is None else norm.bias
+    """The eps of a norm, from its outputs for `values` (T, D) whose mean square is small compared with it."""
+    bias = 0.0 if norm.bias is None else norm.bias
     centred = values - values.mean(-1, keepdim=True) if norm.centred else values
-    plain, found = centred * norm.gain, norm.module(values) - without
-    root = (plain * found).sum(-1) / plain.square().sum(-1)
-    return max(float((root**-2 - centred.square().mean(-1)).mean()), 0.0)
+    scaled, outputs = centred * norm.gain, norm.module(values) - bias
+    inverse_root = (scaled * outputs).sum(-1) / scaled.square().sum(-1)
+    return max(float((inverse_root**-2 - centred.square().mean(-1)).mean()), 0.0)
 
 
-def _same(found: Tensor, wanted: Tensor) -> bool:
-    return bool((found - wanted).norm() <= _EXACT * wanted.norm())
+def _same(outputs: Tensor, expected: Tensor) -> bool:
+    return bool((outputs - expected).norm() <= _EXACT * expected.norm())
 
 
 def _refused(model: nn.Module, why: str) -> ValueError:
-    """The error that says why the stream of a model cannot be turned."""
+    """The error that says why the residual stream of a model cannot be rotated."""
     return ValueError(
-        f"{type(model).__name__} cannot be rotated: {why}; use a method that rotates nothing, as gptq or smoothquant"
+        f"{type(model).__name__} cannot be rotated: {why}; use a method without rotation, such as gptq or smoothquant"
     )

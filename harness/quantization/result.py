@@ -1,4 +1,4 @@
-"""What a quantization leaves for the record, and for what runs after it."""
+"""The result of quantizing a model, for the record and for later stages."""
 
 from __future__ import annotations
 
@@ -14,11 +14,14 @@ Row = dict[str, Any]
 
 @dataclass
 class Result:
-    """What the record keeps of a quantization: a row for each linear of the blocks, warnings, names of kernels.
+    """The result of quantizing a model.
 
-    `weights` are the QTensors by their linear's name, where the run is to save them. `floats` are the float linears
-    that the quantized ones took the place of, as rewrites left them, where the run is to be analysed; `renamed` says
-    what the rewrites call each linear, old name to new.
+    layers    the record's row of each linear in the blocks
+    warnings  for the record
+    kernels   names of the kernels that run the packed weights
+    weights   QTensors by name of the linear, if the run saves them
+    floats    the replaced float linears after all rewrites, by name, if the run is analysed
+    renamed   name in the float model -> name after all rewrites, of each linear that was to be quantized
     """
 
     layers: list[Row] = field(default_factory=list)
@@ -30,6 +33,6 @@ class Result:
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits over weights, of all linears in decoder blocks, those left float included."""
+        """Stored bits divided by weights, over all linears in decoder blocks, including those that stay float."""
         bits = sum(layer["stored_bits"] for layer in self.layers)
         return float(bits / sum(layer["shape"][0] * layer["shape"][1] for layer in self.layers))

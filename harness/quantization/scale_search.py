@@ -1,4 +1,4 @@
-"""What a rescaling would cost: the output error of a group's module with scaled, quantized weights and inputs."""
+"""Error of a trial rescaling: the output error of a group's module with scaled, quantized weights and inputs."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 class Trial:
-    """Mean squared error of the output of the smallest module that holds a group's linears, for a given scale.
+    """Mean squared output error, for a scale, of the smallest module that contains all linears of a group.
 
-    It sees whole sequences, as many as fit `tokens`, evenly spread over those of the stream; their inputs are
-    captured at the first call. A group of one linear whose inputs stay float has all in its Hessian.
+    It runs on whole sequences, as many as fit into `tokens`, evenly spread over those of the stream; their inputs are
+    captured at the first call. For a group of one linear with float inputs the Hessian is enough.
     """
 
     def __init__(self, stream: Stream, model: nn.Module, group: InputGroup, stats: Stats, tokens: int) -> None:
@@ -33,9 +33,9 @@ class Trial:
 
     @torch.no_grad()
     def __call__(self, scale: Tensor) -> float:
-        """The error at `scale` (K,), all positive.
+        """The error at a positive `scale` (K,).
 
-        Raises: ValueError if it is not finite.
+        Raises: ValueError if the error is not finite.
         """
         error = self._by_running(scale) if self.hessian is None else self._by_hessian(scale, self.hessian)
         if not torch.isfinite(torch.tensor(error)):
@@ -50,7 +50,7 @@ class Trial:
         }
 
     def _by_hessian(self, scale: Tensor, hessian: Tensor) -> float:
-        """tr(D H D^T) / 2N with D the weight error as the unscaled input sees it: H is 2 X^T X / T."""
+        """tr(D H D^T) / 2N with D the weight error with respect to the unscaled input X, and H = 2 X^T X / T."""
         ((name, rounded),) = self._rounded(scale).items()
         delta = (rounded / scale - self.group.weights[name]).to(hessian.dtype)
         return float(((delta @ hessian) * delta).sum()) / (2 * len(delta))
@@ -66,20 +66,20 @@ class Trial:
         return total / count
 
     def _captured(self) -> list[Call]:
-        """The module's calls on the chosen sequences, with the float outputs beside them."""
+        """Arguments of the module's call on each chosen sequence; its float outputs go to `_expected`."""
         if self._calls is None:
             states = self.stream.states
-            wanted = max(1, min(len(states), self.tokens // states[0].shape[1]))
-            chosen = [states[i * len(states) // wanted] for i in range(wanted)]
+            count = max(1, min(len(states), self.tokens // states[0].shape[1]))
+            chosen = [states[i * len(states) // count] for i in range(count)]
             self._calls = [self.stream.call_of(self.module, each) for each in chosen]
             self._expected = [first_of(self.module(*args, **options)) for args, options in self._calls]
         return self._calls
 
     @contextmanager
     def _replaced(self, rounded: dict[str, Tensor], scale: Tensor) -> Iterator[None]:
-        """The module with quantized weights and inputs, undone at the end."""
+        """The module with quantized weights and inputs inside; restored at the end."""
         weights = self.group.weights
-        kept = {name: weights[name].clone() for name in rounded}
+        originals = {name: weights[name].clone() for name in rounded}
         hook = self._scaled(scale)
         try:
             for name, weight in rounded.items():
@@ -87,11 +87,11 @@ class Trial:
             with hooked(module.register_forward_pre_hook(hook) for module in self.group.linears.values()):
                 yield
         finally:
-            for name, weight in kept.items():
+            for name, weight in originals.items():
                 weights[name].copy_(weight)
 
     def _scaled(self, scale: Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        """A hook that hands a linear its input as the rescaled producer would give it, rounded as the scheme says."""
+        """A hook that divides a linear's input by `scale`, as its producer would, and rounds it to the scheme."""
         assert self.group.scheme is not None
         fmt = self.group.scheme.activation
 
@@ -115,7 +115,7 @@ def _hessian(group: InputGroup, stats: Stats) -> Tensor | None:
 
 
 def _smallest_module(model: nn.Module, names: list[str]) -> nn.Module:
-    """The deepest module that holds all of `names` and can be called."""
+    """The deepest module that contains all of `names` and can be called."""
     parts = [name.split(".") for name in names]
     shared: list[str] = []
     for level in zip(*parts, strict=False):

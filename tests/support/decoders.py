@@ -1,4 +1,4 @@
-"""Calibration and quantization of a whole model, whose decoder is discovered anew each time."""
+"""Calibration and quantization of a whole model; each call discovers the model's decoder again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from harness.models import Decoder
 
 
 def linears(model: nn.Module) -> dict[str, nn.Module]:
-    """The linears of the decoder blocks as they are now."""
+    """The present linears of the decoder blocks, by name."""
     return Decoder(model).linears()
 
 

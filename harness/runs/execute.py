@@ -103,6 +103,6 @@ def _store(record: Record, folder: Path) -> None:
             records.path_of(folder, identity.early_id(record.config)).unlink(missing_ok=True)
     except (OSError, ValueError) as error:  # a full disk, or a number that JSON does not have
         file = records.rescue(record)
-        rescued = f"it was written to {file} instead; free space and move it, or" if file else "it is lost; free space or"
+        rescued = f"it was written to {file} instead, free space and move it" if file else "it is lost, free space"
         record.status = "failed"
-        record.error = f"results_dir={folder}: the record cannot be written ({error}); {rescued} name another folder"
+        record.error = f"results_dir={folder}: the record cannot be written ({error}); {rescued} or name another folder"

@@ -1,7 +1,8 @@
-"""A run in a process of its own, so that whatever ends it, out of memory included, is a row with its reason.
+"""Executes a run in a separate process, so that its end, whatever the cause, becomes a failed row with the reason.
 
-The process is forked from a server that has imported what every run needs and done nothing else: no threads, no
-memory of other runs, no second start of the libraries. Where the sweep that waits for it is killed, it ends too.
+The process is forked from a server that has only imported the modules that every run needs. So it starts without
+threads, without memory of other runs, and without importing the libraries again. If the process that waits for it is
+killed, it ends too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -30,13 +32,13 @@ Json = dict[str, Any]
 T = TypeVar("T")
 
 _PRELOADED = ["harness.runs.preload"]
-_LOOK_S = 0.05  # how often limits are looked at
+_INTERVAL_S = 0.05  # between two checks of the limits
 _GIB = 2**30
-_FIRST_TO_GO = "900"  # of 1000: where memory runs out, the system ends the run and not the sweep
+_OOM_SCORE = "900"  # of 1000: if memory runs out, the system kills the run and not the sweep
 
 
 class Place(NamedTuple):
-    """Where a run is: the server that its process comes from may have been started elsewhere."""
+    """The working folder and environment of a run; those of the server from which it is forked may differ."""
 
     folder: str
     environment: dict[str, str]
@@ -45,64 +47,80 @@ class Place(NamedTuple):
 def execute_isolated(
     raw: Json, limits: LimitsConfig, track: Track = silent, show_traceback: bool = False
 ) -> tuple[Record, bool]:
-    """As `execute_run`, in a new process that ends once it exceeds `limits`.
+    """Like `execute_run`, in a new process, which is ended if it exceeds `limits`.
 
-    Returns: the record, and whether it was there already. A process that dies leaves a failed record that says how.
+    Returns: the record, and whether the run had finished before. If the process dies, the record is a failed one that
+    says how.
     """
-    known = (None, *multiprocessing.get_all_start_methods())
-    if multiprocessing.get_start_method(allow_none=True) not in known:  # joblib's, which a new process would not know
+    process, events, lifeline = _start(raw, show_traceback)
+    watch = _Watch(process.pid or 0, limits, track)
+    try:
+        finished = watch.follow(events)
+    finally:
+        process.kill()  # also after an error in this process, so that nothing of the run remains
+        process.join()
+        lifeline.close()
+        events.close()
+    if finished is not None:
+        return finished
+    return failed_run(raw, watch.reason or _cause_of_death(process.exitcode, watch)), False
+
+
+def _start(raw: Json, show_traceback: bool) -> tuple[BaseProcess, Connection, Connection]:
+    """Start the process of a run.
+
+    Returns: the process; the connection from which its events are read; and a connection that this process keeps open:
+    when it closes, the new process ends.
+    """
+    methods = (None, *multiprocessing.get_all_start_methods())
+    if multiprocessing.get_start_method(allow_none=True) not in methods:  # joblib's, which a new process does not know
         multiprocessing.set_start_method("forkserver", force=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    events, its_events = context.Pipe(duplex=False)
-    its_life, life = context.Pipe(duplex=False)
-    place = Place(os.getcwd(), dict(os.environ))  # noqa: PTH109 - a string goes to the other process
-    process = context.Process(target=_work, args=(its_events, its_life, place, raw, show_traceback))
+    events, sender = context.Pipe(duplex=False)
+    receiver, lifeline = context.Pipe(duplex=False)
+    place = Place(os.getcwd(), dict(os.environ))  # noqa: PTH109 - a string is sent to the other process
+    process = context.Process(target=_work, args=(sender, receiver, place, raw, show_traceback))
     process.start()
-    its_events.close()
-    its_life.close()
-    watch = _Watch(process.pid or 0, limits, track)
-    try:
-        done = watch.follow(events)
-    finally:
-        process.kill()  # nothing is left of it, whatever happened here
-        process.join()
-        life.close()
-        events.close()
-    if done is not None:
-        return done
-    return failed_run(raw, watch.reason or _died(process.exitcode, watch)), False
+    sender.close()
+    receiver.close()
+    return process, events, lifeline
 
 
 @dataclass
 class _Watch:
-    """Follows a process: its progress, its memory and its time.
+    """Follows the process of a run: its progress, its memory and its time.
 
-    reason  why it was ended, if it was ended here
-    doing   what it said last
+    reason    the limit for which the process was ended; empty if it was not ended
+    activity  the latest label of its progress
+    resident  its resident memory in bytes, when last checked
+    started   time of the start, on the monotonic clock
     """
 
     pid: int
     limits: LimitsConfig
     track: Track
     reason: str = ""
-    doing: str = "start"
+    activity: str = "start"
     resident: int = 0
     started: float = field(default_factory=time.monotonic)
 
     def follow(self, events: Connection) -> tuple[Record, bool] | None:
-        """What the process says in the end; None if it died or was ended."""
+        """Show the progress of the process until it ends or exceeds a limit.
+
+        Returns: what `execute_run` returned in the process; None if the process died or exceeded a limit.
+        """
         bars: list[Generator[int, None, None]] = []
         try:
             while not self.reason:
-                if not events.poll(_LOOK_S):
-                    self._look()
+                if not events.poll(_INTERVAL_S):
+                    self._check_limits()
                     continue
-                kind, *said = events.recv()
+                kind, *arguments = events.recv()
                 if kind == "done":
-                    return said[0], said[1]
-                self._show(bars, kind, *said)
-                self._look()
+                    return arguments[0], arguments[1]
+                self._show(bars, kind, *arguments)
+                self._check_limits()
         except (EOFError, ConnectionError):
             pass
         finally:
@@ -113,63 +131,65 @@ class _Watch:
     def _show(
         self, bars: list[Generator[int, None, None]], kind: str, label: str = "", total: int | None = None
     ) -> None:
-        self.doing = label or self.doing
+        """Show one event: "begin" opens a progress bar, "step" advances the innermost, "end" closes it."""
+        self.activity = label or self.activity
         if kind == "begin":
-            bars.append(self.track(count(), lambda: self.doing, total))
+            bars.append(self.track(count(), lambda: self.activity, total))
         if kind == "end":
             bars.pop().close()
         else:
             next(bars[-1])
 
-    def _look(self) -> None:
-        with suppress(psutil.Error):  # it may be gone
-            self.resident = psutil.Process(self.pid).memory_info().rss or self.resident  # 0 of one that has just died
-        seconds, most = time.monotonic() - self.started, self.limits
-        if most.memory_gib is not None and self.resident > most.memory_gib * _GIB:
+    def _check_limits(self) -> None:
+        with suppress(psutil.Error):  # the process may have ended
+            self.resident = psutil.Process(self.pid).memory_info().rss or self.resident  # 0 if it has just died
+        seconds, limits = time.monotonic() - self.started, self.limits
+        if limits.memory_gib is not None and self.resident > limits.memory_gib * _GIB:
             self.reason = (
-                f"limits.memory_gib={most.memory_gib:g} is exceeded: {self.resident / _GIB:.2f} GiB were resident "
-                f"during {self.doing}; raise the limit, or use a smaller model, batch or calibration"
+                f"limits.memory_gib={limits.memory_gib:g} is exceeded: {self.resident / _GIB:.2f} GiB were resident "
+                f"during {self.activity}; raise the limit, or use a smaller model, batch or calibration"
             )
-        elif most.time_s is not None and seconds > most.time_s:
+        elif limits.time_s is not None and seconds > limits.time_s:
             self.reason = (
-                f"limits.time_s={most.time_s:g} is exceeded: the run was in {self.doing} after {seconds:.0f} s; "
+                f"limits.time_s={limits.time_s:g} is exceeded: the run was in {self.activity} after {seconds:.0f} s; "
                 "raise the limit, or score fewer windows"
             )
 
 
-def _died(code: int | None, watch: _Watch) -> str:
-    where = f"during {watch.doing}, with {watch.resident / _GIB:.2f} GiB resident"
+def _cause_of_death(code: int | None, watch: _Watch) -> str:
+    """The error of a run whose process ended without a record, with exit code `code`."""
+    where = f"during {watch.activity}, with {watch.resident / _GIB:.2f} GiB resident"
     if code == -signal.SIGKILL:
         return (
-            f"the run was killed (SIGKILL) {where}: as the system does when memory runs out; free memory, or use less"
+            f"the run was killed (SIGKILL) {where}: the system does this when memory runs out; free memory, or use less"
         )
     if code is not None and code < 0:
         return f"the run's process crashed ({signal.Signals(-code).name}) {where}; isolate=false shows more"
     return f"the run's process ended by itself with exit code {code} {where}; isolate=false shows more"
 
 
-def _work(events: Connection, life: Connection, place: Place, raw: Json, show_traceback: bool) -> None:
-    """The new process: carry out the run and tell of it."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the sweep is interrupted, and ends this process
-    threading.Thread(target=_end_with, args=(life,), daemon=True).start()
+def _work(events: Connection, lifeline: Connection, place: Place, raw: Json, show_traceback: bool) -> None:
+    """The main function of the new process: execute the run, and send its progress and its record."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C interrupts the sweep, which then ends this process
+    threading.Thread(target=_exit_after, args=(lifeline,), daemon=True).start()
     os.chdir(place.folder)
     os.environ.clear()
     os.environ.update(place.environment)
-    with suppress(OSError):  # Linux alone
-        Path("/proc/self/oom_score_adj").write_text(_FIRST_TO_GO)
-    record, skipped = execute_run(raw, _Teller(events), show_traceback)
+    with suppress(OSError):  # only Linux has it
+        Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
+    record, skipped = execute_run(raw, _Reporter(events), show_traceback)
     events.send(("done", record, skipped))
 
 
-def _end_with(life: Connection) -> None:
-    """Wait until the other end is gone, with the process that held it."""
+def _exit_after(lifeline: Connection) -> None:
+    """Wait until the other end of `lifeline` closes, which happens when its process ends; then end this process."""
     with suppress(EOFError, OSError):
-        life.recv()
+        lifeline.recv()
     os._exit(1)
 
 
-class _Teller:
-    """A Track that tells another process what it would show."""
+class _Reporter:
+    """A Track that sends its events to another process, which shows them."""
 
     def __init__(self, events: Connection) -> None:
         self.events = events

@@ -1,4 +1,4 @@
-"""The stages of a run, in order; what each returns is added to the record."""
+"""The stages of a run, in order; their results are added to the record."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from harness.utils.progress import Track, silent
 
 
 def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -> None:
-    """Carry out one run, adding to `record` stage by stage, so that a failure keeps what was reached.
+    """Execute one run. Each stage adds its results to `record`, so that a failed run has those of finished stages.
 
-    Raises: ValueError for whatever the configuration, the text or the weights do not allow.
+    Raises: ValueError, in one line, if the configuration, the text or the weights do not allow the run.
     """
     if cfg.save is not None:
         native.check(Path(cfg.save))
-    with stage(record, "load", track):  # the first time, this converts the embedded model
+    with stage(record, "load", track):  # the first run converts the embedded model here
         record.warnings += check(cfg, source)
     device = device_of(cfg.device)
     dtype, baseline = source.dtype(cfg.model.dtype), source.dtype(cfg.model.baseline_dtype)
@@ -52,7 +52,10 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
 
 @contextmanager
 def stage(record: Record, name: str, track: Track = silent) -> Iterator[None]:
-    """Time a stage. `track` is for stages that count no steps of their own: it shows that they are running."""
+    """Add the seconds of a stage to the record.
+
+    `track` is passed for stages that do not show their own progress: it shows that they are running.
+    """
     progress = track([name], name, 1)
     start = time.perf_counter()
     try:
@@ -64,7 +67,7 @@ def stage(record: Record, name: str, track: Track = silent) -> Iterator[None]:
 
 
 def _tokens(cfg: RunConfig, source: Source, record: Record) -> tuple[Tensor, Tensor | None]:
-    """Windows of the evaluation text and, where something reads it, calibration data proved apart from it."""
+    """The evaluation windows, and the calibration sequences if the run reads any, checked not to overlap with them."""
     stream = data.evaluation(cfg.data, source.encode)
     record.data = Texts(protocol=cfg.data.protocol_id, evaluation=Text(**stream.info))
     if not cfg.calibrates:
@@ -77,7 +80,7 @@ def _tokens(cfg: RunConfig, source: Source, record: Record) -> tuple[Tensor, Ten
 
 
 def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, record: Record, track: Track) -> None:
-    """Choose widths, quantize, save and analyse, as far as the configuration says."""
+    """Choose the width of each linear, quantize, save and analyse; optional parts only if the configuration says so."""
     device = next(decoder.model.parameters()).device
     uncertain = reset_peak_memory(device)
     cache = DiskCache(cache_dir() / "statistics", int(cfg.engine.cache_gib * 2**30))
@@ -104,9 +107,9 @@ def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, 
 
 
 def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quantization.Result) -> None:
-    """Add what the quantized model is, before anything is measured on it.
+    """Add the properties of the quantized model that are known without a measurement: layers, sizes, kernels.
 
-    An analysis observes more than the method needs, so then no time of the method is recorded.
+    `quantize_s` is absent in a run with an analysis, because an analysis observes more than the method needs.
     """
     record.layers = result.layers
     record.warnings += result.warnings
@@ -123,7 +126,7 @@ def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quanti
 
 
 def _assess(cfg: RunConfig, source: Source, model: nn.Module, windows: Tensor, record: Record, track: Track) -> None:
-    """Score, compare and time the model, as far as the configuration says and the execution allows."""
+    """Score the model, compare it with the float model, and time it; optional parts only if the run has them."""
     assert record.data.evaluation is not None
     tokens_sha256, device = str(record.data.evaluation.tokens_sha256), next(model.parameters()).device
     simulated = record.execution.mode == "simulated"

@@ -1,3 +1,3 @@
-"""ptqbench: benchmark and evaluation harness for post-training quantization of language models."""
+"""ptqbench: a benchmark and evaluation harness for post-training quantization of language models."""
 
 __version__ = "0.1.0"

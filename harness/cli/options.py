@@ -1,4 +1,4 @@
-"""KEY=VALUE arguments, as the smaller commands take them: those that need no configuration."""
+"""The KEY=VALUE arguments of the commands that need no configuration of a run."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 
 
 def options_of(arguments: Sequence[str], defaults: dict[str, str]) -> dict[str, str]:
-    """The options that were given, without those that were not.
+    """The options on the command line, without defaults.
 
-    Raises: ValueError for a key that is not among `defaults`.
+    Raises: ValueError for an argument that is not KEY=VALUE with a key of `defaults`.
     """
-    given: dict[str, str] = {}
+    options: dict[str, str] = {}
     for argument in arguments:
         key, _, value = argument.partition("=")
         if key not in defaults or not value:
             raise ValueError(f"{argument} is unknown; expected KEY=VALUE with a key of {', '.join(defaults)}")
-        given[key] = value
-    return given
+        options[key] = value
+    return options

@@ -19,13 +19,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from harness import records
 from harness.cli.hydra_errors import one_line
 from harness.cli.main import conf_folder
 from harness.config import build_limits
-from harness.records import Record, sweep
-from harness.records.folder import load_records
-from harness.records.metrics import headline
+from harness.records import Record, headline, load_records, path_of, read, sweep
 from harness.reports import label, show, to_frame
 from harness.runs import execute_isolated, execute_run, failed_run, stale_ids
 from harness.utils.progress import Label, text
@@ -34,18 +31,21 @@ T = TypeVar("T")
 
 CONF = conf_folder()
 _console = Console(stderr=True)
-_TRACEBACK = "PTQBENCH_TRACEBACK"  # whether the user asked Hydra for tracebacks, for every process of a sweep
+_TRACEBACK = "PTQBENCH_TRACEBACK"  # environment variable that tells every process of a sweep to print tracebacks
 
 
 def main() -> int:
-    """Start the runs of the command line and print their table; 0 if all of them finished without an error."""
+    """Start the runs of the command line and print their table.
+
+    Returns: the exit code: 0 if all runs finished without an error, 130 after an interruption, otherwise 1.
+    """
     show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
     os.environ[_TRACEBACK] = "1" if show_traceback else ""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
     _ended.clear()
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-    except Exception as error:  # runs catch their own: this is a command line that Hydra cannot read
+    except Exception as error:  # runs catch their errors, so Hydra could not read the command line
         if show_traceback:
             raise
         _fail(one_line(error))
@@ -56,11 +56,14 @@ def main() -> int:
     return 1 if "failed" in _ended else 0
 
 
-_ended: list[str] = []  # how the runs of this command ended, for its exit code: Hydra hands nothing back
+_ended: list[str] = []  # status of each run, for the exit code: Hydra does not return results of runs
 
 
 def job(cfg: DictConfig) -> list[float] | None:
-    """One run, as Hydra's launchers call it, in this process or in another; returns its objectives."""
+    """One run: Hydra's launchers call this function, in this process or in another.
+
+    Returns: the metrics in `objectives`; None if there are none, or one was not measured.
+    """
     context = HydraConfig.get()
     sweeping = context.mode == RunMode.MULTIRUN
     start = time.perf_counter()
@@ -86,7 +89,10 @@ def job(cfg: DictConfig) -> list[float] | None:
 
 
 def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[Record, bool]:
-    """Run in this process or in one of its own, as `isolate` says."""
+    """Execute the run in this process or in a separate one, as `isolate` says.
+
+    Returns: its record, and whether the run had finished before.
+    """
     show_traceback = bool(os.environ.get(_TRACEBACK))
     try:
         limits = build_limits(raw, sweeping)
@@ -98,20 +104,20 @@ def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[Record, bool]:
 
 
 def _objectives(record: Record) -> list[float] | None:
-    """The metrics that a sweeper optimizes; None, a failed trial, if one of them was not measured."""
+    """The metrics that a sweeper optimizes; None, which is a failed trial, if one of them was not measured."""
     names = record.config.get("objectives") or []
     measured = record.status == "ok" and all(name in record.metrics for name in names)
     return [record.metrics[name] for name in names] if measured and names else None
 
 
 class SweepEnd(Callback):
-    """Hydra's callback in the process that started a sweep: a summary of its runs and times at the end, and a table."""
+    """Hydra's callback in the process that started a sweep: at the end it prints a table and a summary."""
 
     def __init__(self) -> None:
         self.start = time.perf_counter()
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Summarize the entries that all processes of the sweep have written."""
+        """Summarize the entries that the processes of all runs have written."""
         folder = Path(config.hydra.sweep.dir)
         entries = sweep.entries(folder)
         _ended.extend(entry.status for entry in entries)
@@ -120,7 +126,7 @@ class SweepEnd(Callback):
             _show_table(_records(Path(config.results_dir), entries))
         _console.print(
             f"{summary['runs']} runs, {summary['failed']} failed, {summary['skipped']} skipped in "
-            f"{summary['wall_s']:.0f} s; {summary['own_share']:.1%} of the time is the harness's own; "
+            f"{summary['wall_s']:.0f} s; the harness's own share of the time is {summary['own_share']:.1%}; "
             f"{sweep.write_summary(folder, summary)}",
             highlight=False,
             soft_wrap=True,
@@ -128,18 +134,18 @@ class SweepEnd(Callback):
 
 
 def _records(folder: Path, entries: Sequence[sweep.Entry]) -> list[Record]:
-    """The records of a sweep's runs; one that could not be written is named and left out."""
+    """The records of the runs of a sweep; a record that cannot be read is reported and left out."""
     readable = []
     for run_id in dict.fromkeys(entry.run_id for entry in entries if entry.run_id):
         try:
-            readable.append(records.read(records.path_of(folder, run_id)))
+            readable.append(read(path_of(folder, run_id)))
         except ValueError as error:
             _fail(str(error))
     return readable
 
 
 def _track(items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]:
-    """A progress bar with the time left on a terminal, nothing elsewhere."""
+    """A Track that shows a progress bar with the remaining time on a terminal, and nothing elsewhere."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as progress:
         task = progress.add_task(text(label), total=total)
@@ -149,6 +155,7 @@ def _track(items: Iterable[T], label: Label, total: int | None = None) -> Genera
 
 
 def _report(record: Record, skipped: bool) -> None:
+    """Print the result of a run in one line, and its warnings."""
     name = escape(label(record))
     if skipped:
         _console.print(
@@ -166,11 +173,11 @@ def _report(record: Record, skipped: bool) -> None:
         _console.print(f"[green]done[/]  {name}: {figure}{seconds:.1f} s", highlight=False, soft_wrap=True)
 
 
-def _show_table(shown: Sequence[Record]) -> None:
-    """The table of these runs, with ratios to float baselines that may be from an earlier command."""
-    folder = Path(str(shown[0].config["results_dir"]))
+def _show_table(records: Sequence[Record]) -> None:
+    """Print the table of these runs; its float baselines may be results of earlier commands."""
+    folder = Path(str(records[0].config["results_dir"]))
     others = load_records(folder) if folder.is_dir() else ()
-    show(to_frame(shown, others, stale_ids(shown)))
+    show(to_frame(records, others, stale_ids(records)))
 
 
 def _fail(message: str) -> None:

@@ -1,4 +1,4 @@
-"""A quantized model on disk takes the bytes that bits_per_weight says, and runs as the one that wrote it."""
+"""A saved quantized model takes the bytes of bits_per_weight, and when loaded gives the perplexity of its run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from harness import models
+from harness import data, models
 from harness.calibration import logits
 from harness.config import build_run
 from harness.evaluation import perplexity
 from harness.models.exchange import native
-from harness.runs import execute_run, run
+from harness.records import Record
+from harness.runs import execute_run
 from tests.conftest import resolve
 
 CPU = torch.device("cpu")
@@ -21,13 +22,13 @@ TOKENS = torch.arange(40).view(1, -1)
 LONG = ("data.seq_len=64", "data.max_windows=1", "data.num_samples=2", "data.calibration_seq_len=32", "measure=off")
 
 
-def saved(tmp_path: Path, *overrides: str) -> tuple[run.record.Record, Path]:
-    place = tmp_path / "saved"
+def saved(tmp_path: Path, *overrides: str) -> tuple[Record, Path]:
+    """Run and save a model; returns the record and the folder of the model."""
+    folder = tmp_path / "saved"
     raw = resolve(
-        "model=tiny", *LONG, f"results_dir={tmp_path}", f"save={place}", "scheme.weight.group_size=16", *overrides
+        "model=tiny", *LONG, f"results_dir={tmp_path}", f"save={folder}", "scheme.weight.group_size=16", *overrides
     )
-    found = execute_run(raw)[0]
-    return found, place
+    return execute_run(raw)[0], folder
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -41,54 +42,55 @@ def saved(tmp_path: Path, *overrides: str) -> tuple[run.record.Record, Path]:
         ("method=gptq", "scheme=group64"),
     ],
 )
-def test_what_is_loaded_runs_as_what_was_saved(tmp_path: Path, options: tuple[str, ...], dtype: str) -> None:
-    found, place = saved(tmp_path, *options, f"model.dtype={dtype}")
-    assert found.status == "ok", found.error
-    cfg = build_run(found.config)
-    loaded = native.load(models.open(cfg.model, 1).load(getattr(torch, dtype), CPU), place)  # other random weights
-    again = perplexity.perplexity(loaded, run.data.evaluation(cfg.data, models.open(cfg.model, 0).encode).windows, 1)
-    assert again.nll == pytest.approx(found.metrics["nll"], rel=1e-6)
+def test_a_loaded_model_gives_the_nll_of_its_run(tmp_path: Path, options: tuple[str, ...], dtype: str) -> None:
+    record, folder = saved(tmp_path, *options, f"model.dtype={dtype}")
+    assert record.status == "ok", record.error
+    cfg = build_run(record.config)
+    loaded = native.load(models.open(cfg.model, 1).load(getattr(torch, dtype), CPU), folder)  # other random weights
+    windows = data.evaluation(cfg.data, models.open(cfg.model, 0).encode).windows
+    result = perplexity.perplexity(loaded, windows, 1)
+    assert result.nll == pytest.approx(record.metrics["nll"], rel=1e-6)
 
 
 @pytest.mark.parametrize("scheme", ["group64", "group64_sym"])
-def test_the_file_takes_the_bytes_that_bits_per_weight_says(tmp_path: Path, scheme: str) -> None:
-    found, place = saved(tmp_path, f"scheme={scheme}", "bits=4")
+def test_the_file_takes_the_bytes_of_bits_per_weight(tmp_path: Path, scheme: str) -> None:
+    record, folder = saved(tmp_path, f"scheme={scheme}", "bits=4")
     parts = {"qweight", "scale", "zero_point"}
-    with safe_open(place / "model.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
+    with safe_open(folder / "model.safetensors", "pt") as file:  # type: ignore[no-untyped-call]
         sizes = {name: file.get_tensor(name).nbytes for name in file.keys()}  # noqa: SIM118
     stored = sum(size for name, size in sizes.items() if name.rpartition(".")[2] in parts)
-    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in found.layers)
-    assert 8 * stored == found.metrics["bits_per_weight"] * weights
-    assert sum(sizes.values()) == found.metrics["model_size_mib"] * 2**20
+    weights = sum(layer["shape"][0] * layer["shape"][1] for layer in record.layers)
+    assert 8 * stored == record.metrics["bits_per_weight"] * weights
+    assert sum(sizes.values()) == record.metrics["model_size_mib"] * 2**20
 
 
 def test_a_finished_run_runs_again_to_save_and_nothing_is_overwritten(tmp_path: Path) -> None:
-    first, place = saved(tmp_path, "scheme=group64")
-    before = (place / "model.safetensors").read_bytes()
+    first, folder = saved(tmp_path, "scheme=group64")
+    before = (folder / "model.safetensors").read_bytes()
     second, _ = saved(tmp_path, "scheme=group64")
     assert second.status == "failed"
-    assert "holds a model already; name another folder" in str(second.error)
-    assert (place / "model.safetensors").read_bytes() == before
+    assert "already contains a model; choose another folder" in str(second.error)
+    assert (folder / "model.safetensors").read_bytes() == before
     again, skipped = execute_run(first.config | {"save": str(tmp_path / "other")})
     assert not skipped
     assert again.run_id == first.run_id
     assert (tmp_path / "other/model.safetensors").read_bytes() == before
 
 
-def test_a_kind_that_has_no_place_in_the_file_is_refused(tmp_path: Path) -> None:
-    found, place = saved(tmp_path, "method=gptq", "scheme=group64", "method.gptq.static_groups=false")
-    assert found.status == "failed"
-    assert "is a PermutedQTensor; expected integer codes with scale and zero point" in str(found.error)
-    assert not place.exists()
+def test_weights_that_the_file_cannot_store_are_refused(tmp_path: Path) -> None:
+    record, folder = saved(tmp_path, "method=gptq", "scheme=group64", "method.gptq.static_groups=false")
+    assert record.status == "failed"
+    assert "is a PermutedQTensor; expected integer codes with scale and zero point" in str(record.error)
+    assert not folder.exists()
 
 
-def test_a_folder_that_is_none_and_a_model_that_does_not_fit_are_refused(tmp_path: Path) -> None:
+def test_an_empty_folder_and_a_model_that_does_not_fit_are_refused(tmp_path: Path) -> None:
     model = models.open(build_run(resolve("model=tiny")).model, 0).load(torch.float32, CPU)
-    with pytest.raises(ValueError, match="is no quantized model"):
+    with pytest.raises(ValueError, match="is not a quantized model"):
         native.load(model, tmp_path)
-    _, place = saved(tmp_path, "scheme=group64")
+    _, folder = saved(tmp_path, "scheme=group64")
     cfg = build_run(resolve("model=tiny", "model.architecture.num_hidden_layers=1")).model
     other = models.open(cfg, 0).load(torch.float32, CPU)
     with pytest.raises(ValueError, match="does not fit the model: model.layers.1"):
-        native.load(other, place)
+        native.load(other, folder)
     assert torch.isfinite(logits(model, TOKENS)).all()

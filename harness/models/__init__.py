@@ -1,6 +1,7 @@
-"""Models in, checkpoints in and out: where weights come from, and the decoder blocks and linears that a model has.
+"""Sources of models, checkpoints of quantized models, and the decoder blocks and linears of a loaded model.
 
-`runs` opens a model once, as a Source, and passes it on; `Decoder` is its blocks once it is loaded.
+`runs` opens a model once, as a Source, and passes it on. After loading, `calibration`, `quantization` and `evaluation`
+work on its Decoder.
 """
 
 from harness.models.architecture import input_groups as input_groups

@@ -1,4 +1,4 @@
-"""Linears and what they read: the weight of a linear, patterns of names, and which linears share an input."""
+"""The linears of a model: their weights, selection by patterns of names, and groups of linears that share an input."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def linears_of(module: nn.Module) -> dict[str, nn.Module]:
-    """The linears inside a module, a block for example, by name within it, in module order."""
-    return {name: inner for name, inner in module.named_modules() if is_linear(inner)}
+    """The linears inside a module such as a block, in module order, by their names relative to that module."""
+    return {name: submodule for name, submodule in module.named_modules() if is_linear(submodule)}
 
 
 def weight_of(module: nn.Module) -> Tensor:
@@ -30,9 +30,9 @@ def weight_of(module: nn.Module) -> Tensor:
 
 
 def split_skipped(names: list[str], patterns: tuple[str, ...]) -> tuple[list[str], list[str]]:
-    """Names that no pattern matches, and names that one does (shell patterns, case matters).
+    """The names that match no pattern, and the names that match one (shell patterns, case-sensitive).
 
-    Raises: ValueError if a pattern matches nothing, or every name is matched.
+    Raises: ValueError if a pattern matches nothing, or every name matches one.
     """
     skipped = matching(names, patterns, "skip")
     quantized = [name for name in names if name not in skipped]
@@ -42,7 +42,7 @@ def split_skipped(names: list[str], patterns: tuple[str, ...]) -> tuple[list[str
 
 
 def matching(names: list[str], patterns: tuple[str, ...], key: str) -> list[str]:
-    """Names that a pattern matches (shell patterns, case matters); `key` is where the patterns are configured.
+    """The names that match a pattern (shell patterns, case-sensitive); `key` is the config key of the patterns.
 
     Raises: ValueError if a pattern matches nothing.
     """
@@ -53,20 +53,20 @@ def matching(names: list[str], patterns: tuple[str, ...], key: str) -> list[str]
 
 
 def input_groups(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
-    """Names of modules that read the very same tensor, grouped in execution order, as observed while `run` runs them.
+    """Names of modules, grouped by the tensor object that they read, in the order in which `run` executes them.
 
-    A linear that did not run (an expert that no token chose) is a group of its own, at the end.
+    Each linear that did not run (an expert that received no token) is a separate group at the end.
     """
     calls: list[tuple[str, Tensor]] = []
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         return lambda _module, args: calls.append((name, args[0]))
 
-    with hooked(module.register_forward_pre_hook(note(name)) for name, module in modules.items()):
+    with hooked(module.register_forward_pre_hook(recorder(name)) for name, module in modules.items()):
         run()
     groups: dict[int, list[str]] = {}
-    for name, inputs in calls:  # `calls` keeps every input alive, so that no two share an id
+    for name, inputs in calls:  # `calls` keeps every input alive, so no two inputs have the same id
         members = groups.setdefault(id(inputs), [])
         members += [name] if name not in members else []
-    ran = {name for members in groups.values() for name in members}
-    return [*groups.values(), *([name] for name in modules if name not in ran)]
+    executed = {name for members in groups.values() for name in members}
+    return [*groups.values(), *([name] for name in modules if name not in executed)]

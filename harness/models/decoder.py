@@ -1,4 +1,4 @@
-"""The decoder of a model: its blocks and the linears inside them, discovered."""
+"""The decoder of a model: its blocks and the linears inside them, found from the module tree."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from harness.models.architecture import is_linear
 class Decoder:
     """The decoder blocks of `model`, found once.
 
-    prefix  name of the module list that holds them
-    blocks  the blocks in order; modules inside them may be exchanged later, and `linears` shows the current ones
+    prefix  name of the module list that contains them
+    blocks  the blocks in order; modules inside them can be replaced later, and `linears` returns the current ones
 
     Raises: ValueError if the model has no list of equal blocks.
     """
@@ -22,17 +22,17 @@ class Decoder:
         self.blocks: list[nn.Module] = list(model.get_submodule(self.prefix).children())
 
     def name(self, index: int) -> str:
-        """Full name of the block `index`."""
+        """Full name of block number `index`."""
         return f"{self.prefix}.{index}"
 
     def linears(self, index: int | None = None) -> dict[str, nn.Module]:
-        """The linears of one block, or of all, by full name in module order; embedding, head and norms are outside."""
+        """The linears of one block, or of all blocks, by full name in module order; without embedding and head."""
         start = f"{self.prefix if index is None else self.name(index)}."
         modules = self.model.named_modules()
         return {name: module for name, module in modules if name.startswith(start) and is_linear(module)}
 
     def uncovered(self) -> list[str]:
-        """Matrices inside the blocks that belong to no linear, such as fused experts, so that no method sees them."""
+        """Names of matrices in the blocks that belong to no linear, such as fused experts: no method quantizes them."""
         covered = {id(parameter) for module in self.linears().values() for parameter in module.parameters()}
         return [
             name
@@ -42,7 +42,7 @@ class Decoder:
 
 
 def _prefix(model: nn.Module) -> str:
-    """Name of the list of decoder blocks: the module list with the most parameters whose items have one class."""
+    """Name of the list of decoder blocks: of the module lists whose items have one class, that with most parameters."""
     sizes = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name, module in model.named_modules()

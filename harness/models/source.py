@@ -1,4 +1,4 @@
-"""A model before its weights are loaded: its shape, what fixes its weights, its tokenizer, and how to load it."""
+"""A model before its weights are loaded: its config, the fingerprint of its weights, its tokenizer, and its loading."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ from harness.models import gguf
 from harness.utils.digests import file_sha256
 from harness.utils.hub import reach
 
-_BYTES = 256  # the tokens of the byte tokenizer
+_BYTES = 256  # vocabulary of the byte tokenizer
 _MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
 
 
 def open(cfg: ModelConfig, seed: int) -> Source:
-    """The model that a configuration names; `seed` draws the random weights of an architecture.
+    """The model of a configuration; `seed` seeds the random weights if the source is an architecture.
 
-    Nothing is read yet: each property raises ValueError, in one line, if what it needs cannot be found or read.
+    Nothing is read yet. Each property raises a one-line ValueError if files that it needs are missing or unreadable.
     """
     return Source(cfg, seed)
 
 
 @dataclass(frozen=True)
 class Source:
-    """A model that was opened once; its properties are computed when first needed, and kept."""
+    """A model that is not loaded yet; its properties are computed at first use and cached."""
 
     cfg: ModelConfig
     seed: int
@@ -49,9 +49,9 @@ class Source:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """What fixes the weights: the package, the hub's id and revision, or a hash of a local folder's files.
+        """Identifies the weights: the package, the id and revision on the hub, or a hash of a local folder's files.
 
-        Random weights follow the seed.
+        For random weights, it is a hash of the architecture and the seed.
         """
         if self.cfg.source == "architecture":
             canonical = json.dumps([self.cfg.architecture, self.seed], sort_keys=True)
@@ -64,7 +64,7 @@ class Source:
 
     @functools.cached_property
     def encode(self) -> Callable[[str], list[int]]:
-        """Text to token ids, in one call with the tokenizer's default special tokens; bytes for random weights."""
+        """A function from text to token ids, with the tokenizer's default special tokens; bytes for random weights."""
         if self.cfg.source == "architecture":
             return lambda text: list(text.encode())
         from transformers import AutoTokenizer
@@ -79,35 +79,34 @@ class Source:
 
     @property
     def name(self) -> str:
-        """What to call the model: a local folder goes by its own name, whatever the axis says."""
+        """Name of the model in the record: for a local folder the folder's name, otherwise the name in the config."""
         return self._folder.resolve().name if self.cfg.source == "path" else self.cfg.name
 
     def dtype(self, key: Dtype) -> torch.dtype:
-        """The torch dtype that a config key means; auto is the checkpoint's own, float32 if it names none."""
+        """The torch dtype of a config value; auto is the checkpoint's dtype, or float32 if the checkpoint has none."""
         if key != "auto":
             named: torch.dtype = getattr(torch, key)
             return named
-        own = getattr(self.shape, "dtype", None)
-        return own if isinstance(own, torch.dtype) else torch.float32
+        default = getattr(self.shape, "dtype", None)
+        return default if isinstance(default, torch.dtype) else torch.float32
 
     def skeleton(self) -> nn.Module:
-        """The model without weights (on the meta device), to check a configuration against its layers."""
+        """The model without weights (on the meta device), to check a configuration against its modules."""
         return skeleton(self.shape)
 
     def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
-        """The model in eval mode, in memory of its own (not mapped from a file), on `device`.
+        """The model in eval mode on `device`, with its weights in memory (not mapped from a file).
 
         Raises: ValueError if it cannot be loaded, or if a weight is NaN or infinite.
         """
         random = self.cfg.source == "architecture"
         model = self._random(dtype, device) if random else self._pretrained(dtype)
         for name, parameter in model.named_parameters():
-            if not all(
-                map(torch.isfinite, parameter.aminmax())
-            ):  # quicker than a test of each value; NaN comes through
+            extremes = parameter.aminmax()  # faster than a test of each value, and NaN propagates
+            if not all(map(torch.isfinite, extremes)):
                 bad = int((~torch.isfinite(parameter)).sum())
                 raise ValueError(
-                    f"model={self.cfg.name}: {name} holds {bad} NaN or infinite values in {dtype}; "
+                    f"model={self.cfg.name}: {name} has {bad} NaN or infinite values in {dtype}; "
                     "expected finite weights, check the checkpoint or use model.dtype=float32"
                 )
             parameter.data = parameter.data.to(device, copy=not random)
@@ -115,20 +114,20 @@ class Source:
         return model.to(device).eval()
 
     def provenance(self, model: nn.Module) -> dict[str, Any]:
-        """What the record says about the weights of the loaded `model`: the fields of its section `model`."""
-        about: dict[str, Any] = {"name": self.name, "source": self.cfg.source, "fingerprint": self.fingerprint}
+        """Provenance of the weights of the loaded `model`: the fields of the section `model` of the record."""
+        fields: dict[str, Any] = {"name": self.name, "source": self.cfg.source, "fingerprint": self.fingerprint}
         if self.cfg.source == "package":
             converted = gguf.manifest(self._folder)
             types = ", ".join(f"{count} x {name}" for name, count in converted["tensor_types"].items())
-            about["note"] = (
+            fields["note"] = (
                 f"float weights dequantized from {converted['gguf']} ({types}): the float baseline was 4-bit before"
             )
-            about["gguf_sha256"] = converted["gguf_sha256"]
+            fields["gguf_sha256"] = converted["gguf_sha256"]
         elif self.cfg.source == "id":
-            about["commit"] = getattr(model.config, "_commit_hash", None)
+            fields["commit"] = getattr(model.config, "_commit_hash", None)
         elif self.cfg.source == "architecture":
-            about["note"] = "random weights: no quality figure means anything"
-        return about
+            fields["note"] = "random weights: quality metrics have no meaning"
+        return fields
 
     def _random(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
         from transformers import AutoModelForCausalLM
@@ -136,10 +135,11 @@ class Source:
         _quiet()
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
             torch.manual_seed(self.seed)
-            # Rows that are compared by perplexity share weights whatever their float type; large ones save the memory.
-            shape = copy.deepcopy(self.shape)  # a model owns its config, and a rotation changes it
-            drawn = AutoModelForCausalLM.from_config(shape, dtype=None if self.cfg.scored else dtype)
-            model: nn.Module = drawn.to(dtype)
+            # A scored model is drawn in the default dtype and then cast, so that all dtypes have the same weights;
+            # a model that is only timed is drawn in `dtype`, to save memory.
+            shape = copy.deepcopy(self.shape)  # the model keeps its config, and a rotation changes it
+            initial = AutoModelForCausalLM.from_config(shape, dtype=None if self.cfg.scored else dtype)
+            model: nn.Module = initial.to(dtype)
         return model
 
     def _pretrained(self, dtype: torch.dtype) -> nn.Module:
@@ -166,19 +166,20 @@ class Source:
 
     @functools.cached_property
     def _folder(self) -> Path:
-        """The folder in transformers' format: a local one, or the conversion of a package's GGUF file."""
+        """The folder in transformers' format: a local folder, or the conversion of a package's GGUF file."""
         if self.cfg.source == "package":
             return gguf.folder(str(self.cfg.package))
-        place = Path(str(self.cfg.path)).expanduser()
-        if not (place / "config.json").is_file():
+        folder = Path(str(self.cfg.path)).expanduser()
+        if not (folder / "config.json").is_file():
             raise ValueError(
-                f"model.path={self.cfg.path} has no config.json, seen from {Path.cwd()}; expected a transformers folder"
+                f"model.path={self.cfg.path} has no config.json; expected a transformers folder, "
+                f"relative to {Path.cwd()}"
             )
-        return place
+        return folder
 
 
 def skeleton(shape: Any) -> nn.Module:
-    """A model of a transformers config without weights, on the meta device."""
+    """The model of a transformers config without weights, on the meta device."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -193,9 +194,9 @@ def _shape_of(architecture: dict[str, Any]) -> Any:
     _quiet()
     try:
         shape = AutoConfig.for_model(**architecture)
-    except Exception as error:  # transformers' own validators raise classes of their own
+    except Exception as error:  # transformers' validators raise their own exception classes
         reason = " ".join(str(error).split())
-        raise ValueError(f"model.architecture={architecture} is no transformers config: {reason}") from error
+        raise ValueError(f"model.architecture={architecture} is not a valid transformers config: {reason}") from error
     if shape.get_text_config().vocab_size < _BYTES:
         raise ValueError(f"model.architecture.vocab_size={shape.vocab_size} is too small; expected {_BYTES} or more")
     return shape
@@ -203,7 +204,7 @@ def _shape_of(architecture: dict[str, Any]) -> Any:
 
 @functools.cache
 def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """One hash of the names and contents of files, which are read again once size or time change."""
+    """One hash of the names and contents of files; cached, and read again when a size or time changes."""
     digest = hashlib.sha256()
     for file, _size, _time in files:
         digest.update(f"{file.name}:{file_sha256(file)};".encode())
@@ -211,7 +212,7 @@ def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
 
 
 def _quiet() -> None:
-    """Keep transformers' own bars and advice off the terminal; this project shows its own progress."""
+    """Turn off progress bars and warnings of transformers; this project shows its own progress."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

@@ -1,1 +1,1 @@
-"""Checkpoint formats, one module for each: what `save=` writes, and what is read back."""
+"""Checkpoint formats, one module for each, which writes and reads quantized models. `runs` calls them for `save=`."""

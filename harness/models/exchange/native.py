@@ -1,9 +1,9 @@
-"""A quantized model on disk: the stored bits of each linear and every other parameter, in one safetensors file.
+"""A quantized model on disk: the stored bits of each linear and all other parameters in one safetensors file.
 
-    FOLDER/model.safetensors   `<linear>.qweight`, `.scale`, `.zero_point`, `.bias`; other parameters by their names
-    FOLDER/quantized.json      version, scheme, the linears with their shapes, the model's source
+    FOLDER/model.safetensors   `<linear>.qweight`, `.scale`, `.zero_point`, `.bias`; other parameters under their names
+    FOLDER/quantized.json      version, scheme, shapes of the linears, source of the weights
 
-Loading needs the float model's own configuration alone: its linears are replaced by those of the file.
+Loading needs a float model of the same configuration, with any weights: its linears are replaced by those of the file.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from harness.nn import QuantLinear, replace
 from harness.utils.files import replacing
 
 VERSION = 1
-_WEIGHTS, _ABOUT = "model.safetensors", "quantized.json"
+_WEIGHTS, _METADATA = "model.safetensors", "quantized.json"
 
 
 def check(folder: Path) -> None:
-    """Raises: ValueError if a folder holds a model already, which is never overwritten."""
+    """Raises: ValueError if the folder already contains a model, which is never overwritten."""
     if (folder / _WEIGHTS).exists():
-        raise ValueError(f"save={folder} holds a model already; name another folder, or delete it")
+        raise ValueError(f"save={folder} already contains a model; choose another folder, or delete it")
 
 
 def save(model: nn.Module, weights: dict[str, QTensor], scheme: Scheme, source: dict[str, Any], folder: Path) -> None:
-    """Write a quantized model; `weights` are the QTensors of its linears by name, `source` says whence it came.
+    """Write a quantized model; `weights` are the QTensors of its linears by name, `source` is the weights' provenance.
 
-    Raises: ValueError if a weight is of a kind that has no place in the file, or the folder cannot be written.
+    Raises: ValueError if the file format cannot store a kind of weight, or the folder cannot be written.
     """
     for name, weight in weights.items():
         if not isinstance(weight, IntQTensor):
@@ -43,10 +43,10 @@ def save(model: nn.Module, weights: dict[str, QTensor], scheme: Scheme, source: 
                 f"save={folder}: {name} is a {type(weight).__name__}; expected integer codes with scale and "
                 "zero point, choose another method or save=null"
             )
-    tensors = _unshared(model) | {
+    tensors = _other_tensors(model) | {
         f"{name}.{part}": buffer for name, weight in weights.items() for part, buffer in weight.named_buffers()
     }
-    about = {
+    metadata = {
         "version": VERSION,
         "scheme": dataclasses.asdict(scheme),
         "source": source,
@@ -56,71 +56,81 @@ def save(model: nn.Module, weights: dict[str, QTensor], scheme: Scheme, source: 
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(folder / _WEIGHTS) as part:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
-            (folder / _ABOUT).write_text(json.dumps(about, indent=2) + "\n")
+            (folder / _METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
     except OSError as error:
-        raise ValueError(f"save={folder} cannot be written ({error}); free space or name another folder") from error
+        raise ValueError(
+            f"save={folder} cannot be written ({error}); free disk space or choose another folder"
+        ) from error
 
 
 def load(model: nn.Module, folder: Path) -> nn.Module:
-    """Put the quantized linears and all other parameters of a folder into `model`, packed; returns it.
+    """Load the quantized linears, packed, and all other parameters of a folder into `model`; returns `model`.
 
-    `model` is the float one of the same configuration, in the dtype that it is to run in.
-    Raises: ValueError if the folder is none of `save`'s, or does not fit the model.
+    `model` is a float model of the same configuration; its dtype is the dtype of the loaded model.
+    Raises: ValueError if `save` did not write the folder, or it does not fit the model.
     """
     try:
-        about = json.loads((folder / _ABOUT).read_text())
+        metadata = json.loads((folder / _METADATA).read_text())
         tensors = load_file(folder / _WEIGHTS)
     except (OSError, ValueError) as error:
-        raise ValueError(f"{folder} is no quantized model ({error}); expected what save=FOLDER wrote") from error
-    if about["version"] != VERSION:
-        raise ValueError(f"{folder} has version {about['version']}; expected {VERSION}")
-    scheme = build(Scheme, about["scheme"], "scheme")
+        raise ValueError(
+            f"{folder} is not a quantized model ({error}); expected a folder that save=FOLDER wrote"
+        ) from error
+    if metadata["version"] != VERSION:
+        raise ValueError(f"{folder} has version {metadata['version']}; expected {VERSION}")
+    scheme = build(Scheme, metadata["scheme"], "scheme")
     modules = dict(model.named_modules())
-    _fits(folder, [name for name in about["linears"] if name not in modules])
-    for name in about["linears"]:
-        own = {key: tensors.pop(f"{name}.{key}") for key in _parts(name, tensors)}
-        replace(model, name, _linear(name, own, tuple(about["linears"][name]), scheme, model))
-    missing, unknown = model.load_state_dict(tensors, strict=False)
-    _fits(folder, [*unknown, *_absent(model, set(missing))])
+    _check_names(folder, [name for name in metadata["linears"] if name not in modules])
+    for name, (rows, columns) in metadata["linears"].items():
+        buffers = {part: tensors.pop(f"{name}.{part}") for part in _parts(name, tensors)}
+        weight = IntQTensor.stored(buffers, (rows, columns), scheme.weight)
+        replace(model, name, _linear(model.get_submodule(name), weight, buffers, scheme))
+    missing, unexpected = model.load_state_dict(tensors, strict=False)
+    _check_names(folder, [*unexpected, *_absent(model, set(missing))])
     return model
 
 
-def _linear(name: str, own: dict[str, Tensor], shape: tuple[int, ...], scheme: Scheme, model: nn.Module) -> QuantLinear:
-    weight = IntQTensor.stored(own, (shape[0], shape[1]), scheme.weight)
-    float_weight = model.get_submodule(name).weight
-    rounding = None
+def _linear(float_linear: nn.Module, weight: QTensor, buffers: dict[str, Tensor], scheme: Scheme) -> QuantLinear:
+    """The packed linear that replaces `float_linear`, with its dtype and device."""
+    input_quantizer = None
     if scheme.activation is not None:
-        rounding = InputQuantizer(scheme.activation)
+        input_quantizer = InputQuantizer(scheme.activation)
         for part in ("scale", "zero_point"):
-            if f"input_quantizer.{part}" in own:
-                rounding.register_buffer(part, own[f"input_quantizer.{part}"])
+            if f"input_quantizer.{part}" in buffers:
+                input_quantizer.register_buffer(part, buffers[f"input_quantizer.{part}"])
+    float_weight = float_linear.weight
     assert isinstance(float_weight, Tensor)
-    return QuantLinear(weight, own.get("bias"), float_weight.dtype, rounding).to(float_weight.device).pack()
+    linear = QuantLinear(weight, buffers.get("bias"), float_weight.dtype, input_quantizer)
+    return linear.to(float_weight.device).pack()
 
 
 def _parts(name: str, tensors: dict[str, Tensor]) -> list[str]:
+    """The last parts of the names of all tensors of the linear `name`: qweight, scale, bias, ..."""
     return [key.removeprefix(f"{name}.") for key in tensors if key.startswith(f"{name}.")]
 
 
-def _unshared(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters, each once, and of quantized linears what stands beside the weight."""
-    found: dict[str, Tensor] = dict(model.named_parameters())  # a tied weight comes once
+def _other_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """A model's parameters, and the biases and static input scales and zero points of its quantized linears."""
+    tensors: dict[str, Tensor] = dict(model.named_parameters())  # tied parameters only once
     for name, module in model.named_modules():
         if isinstance(module, QuantLinear):
-            found |= {f"{name}.bias": module.bias} if module.bias is not None else {}
+            tensors |= {f"{name}.bias": module.bias} if module.bias is not None else {}
             static = module.input_quantizer.named_buffers() if module.input_quantizer is not None else ()
-            found |= {f"{name}.input_quantizer.{part}": buffer for part, buffer in static}
-    return found
+            tensors |= {f"{name}.input_quantizer.{part}": buffer for part, buffer in static}
+    return tensors
 
 
 def _absent(model: nn.Module, missing: set[str]) -> list[str]:
-    """Parameters that the file lacks, and that share their memory with none that it has."""
+    """Names of parameters that the file lacks, without those tied to a parameter in the file."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     present = {id(parameter) for name, parameter in parameters.items() if name not in missing}
     return [name for name, parameter in parameters.items() if name in missing and id(parameter) not in present]
 
 
-def _fits(folder: Path, alone: list[str]) -> None:
-    """Raises: ValueError if there are names that either the file or the model has `alone`."""
-    if alone:
-        raise ValueError(f"{folder} does not fit the model: {alone[0]} is in one of them alone")
+def _check_names(folder: Path, unmatched: list[str]) -> None:
+    """Raises: ValueError if a name is in the file or in the model, but not in both."""
+    if unmatched:
+        raise ValueError(
+            f"{folder} does not fit the model: {unmatched[0]} is in only one of them; use the configuration of the run "
+            "that saved it"
+        )

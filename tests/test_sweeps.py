@@ -1,4 +1,4 @@
-"""Sweeps that survive: runs in processes of their own, whatever ends them; launchers and sweepers run for real."""
+"""Sweeps that continue: isolated runs that die in several ways; launchers and sweepers in real processes."""
 
 from __future__ import annotations
 
@@ -18,22 +18,21 @@ import psutil
 import pytest
 
 from harness.config import LimitsConfig, build_limits
-from harness.records import store, sweep
-from harness.reports.sweep_table import sweeps_sheet
+from harness.records import Record, store, sweep
+from harness.reports import sweeps_sheet
 from harness.runs import execute_isolated, execute_run
 from tests.conftest import ROOT, TINY, harness, resolve
 
 Tiny = Callable[..., dict[str, Any]]
 SMALL = [*TINY, "measure=off", "scheme=channel"]
 
-# Methods that end their process, each in its own way; `wait` tells who it is before it does.
+# Methods that end their process in different ways; each writes the id of its process into a file first.
 BAD = """
 import os, signal, time
 from dataclasses import dataclass
 from pathlib import Path
 import torch
-from harness.core.qtensor import round_to_nearest
-from harness.core.method import Method
+from harness.core import Method, round_to_nearest
 
 @dataclass(frozen=True, kw_only=True)
 class Bad(Method):
@@ -50,9 +49,9 @@ class Bad(Method):
         if self.way == "wait":
             time.sleep(120)
         if self.way == "hog":
-            held = []
+            tensors = []
             while True:
-                held.append(torch.ones(2**24))
+                tensors.append(torch.ones(2**24))
                 time.sleep(0.01)
         return round_to_nearest(weight, scheme.weight)
 """
@@ -60,7 +59,7 @@ class Bad(Method):
 
 @pytest.fixture
 def bad(tmp_path: Path) -> Path:
-    """A folder with methods that die, as a user's own."""
+    """A user's folder with methods that end their process."""
     (tmp_path / "bad.py").write_text(BAD)
     (tmp_path / "conf/method").mkdir(parents=True)
     for way in ("kill", "crash", "leave", "wait", "hog"):
@@ -74,20 +73,20 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 def summary_of(folder: Path) -> dict[str, Any]:
     (path,) = (folder / "sweeps").glob("*.json")
-    found: dict[str, Any] = json.loads(path.read_text())
-    return found
+    summary: dict[str, Any] = json.loads(path.read_text())
+    return summary
 
 
-def test_whatever_ends_a_run_is_a_row_with_its_reason_and_the_sweep_goes_on(bad: Path) -> None:
+def test_a_run_that_dies_is_a_row_with_its_reason_and_the_sweep_continues(bad: Path) -> None:
     limits = ["limits.memory_gib=1.5", "limits.time_s=40"]
-    done = harness(
+    sweep_run = harness(
         *("--config-dir", "conf", "-m", *SMALL, *limits, "results_dir=runs"),
         "method=none,kill,crash,leave,hog,wait,rtn",
         cwd=bad,
     )
-    assert done.returncode == 1
-    found = {next(iter(each["config"]["method"] or {"none": 0})): each for each in records(bad / "runs")}
-    assert {name: each["status"] for name, each in found.items()} == {
+    assert sweep_run.returncode == 1
+    by_method = {next(iter(record["config"]["method"] or {"none": 0})): record for record in records(bad / "runs")}
+    assert {name: record["status"] for name, record in by_method.items()} == {
         **dict.fromkeys(("kill", "crash", "leave", "hog", "wait"), "failed"),
         **dict.fromkeys(("none", "rtn"), "ok"),
     }
@@ -99,28 +98,28 @@ def test_whatever_ends_a_run_is_a_row_with_its_reason_and_the_sweep_goes_on(bad:
         "wait": "limits.time_s=40 is exceeded: the run was in wait after 40 s; raise the limit",
     }
     for name, reason in reasons.items():
-        assert found[name]["error"].startswith(reason), found[name]["error"]
-        assert f"error: tiny {name} channel bits=4: {reason}" in done.stderr
-        assert found[name]["environment"]["cores"] == os.cpu_count()
-    assert done.stdout.count("| failed") == 5
-    about = summary_of(bad / "runs")
-    assert (about["runs"], about["ok"], about["failed"], about["skipped"]) == (7, 2, 5, 0)
-    assert sum(about["stages"].values()) == pytest.approx(about["wall_s"], rel=0.01)
-    work = sum(about["stages"].get(name, 0) for name in sweep.WORK)
-    assert about["own_share"] == pytest.approx(1 - work / about["wall_s"], rel=0.01)
+        assert by_method[name]["error"].startswith(reason), by_method[name]["error"]
+        assert f"error: tiny {name} channel bits=4: {reason}" in sweep_run.stderr
+        assert by_method[name]["environment"]["cores"] == os.cpu_count()
+    assert sweep_run.stdout.count("| failed") == 5
+    summary = summary_of(bad / "runs")
+    assert (summary["runs"], summary["ok"], summary["failed"], summary["skipped"]) == (7, 2, 5, 0)
+    assert sum(summary["stages"].values()) == pytest.approx(summary["wall_s"], rel=0.01)
+    work_s = sum(summary["stages"].get(name, 0) for name in sweep.WORK)
+    assert summary["own_share"] == pytest.approx(1 - work_s / summary["wall_s"], rel=0.01)
 
 
-def test_a_killed_sweep_takes_its_run_with_it_and_is_resumed(bad: Path) -> None:
+def test_the_run_of_a_killed_sweep_ends_too_and_the_sweep_can_be_continued(bad: Path) -> None:
     command = [sys.executable, "-m", "harness", "--config-dir", "conf", "-m", *SMALL, "results_dir=runs"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen([*command, "method=rtn,wait"], cwd=bad, env=env, stdout=-3, stderr=-3)
-    told = bad / "wait.pid"
-    until(lambda: told.exists() and told.read_text() != "")
-    child = psutil.Process(int(told.read_text()))
+    pid_file = bad / "wait.pid"
+    until(lambda: pid_file.exists() and pid_file.read_text() != "")
+    child = psutil.Process(int(pid_file.read_text()))
     process.send_signal(signal.SIGKILL)
     process.wait(timeout=60)
     child.wait(timeout=60)
-    assert [each["status"] for each in records(bad / "runs")] == ["ok"]
+    assert [record["status"] for record in records(bad / "runs")] == ["ok"]
     again = harness("-m", *SMALL, "results_dir=runs", "method=rtn,hqq", cwd=bad)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("skip  tiny") == 1
@@ -128,40 +127,41 @@ def test_a_killed_sweep_takes_its_run_with_it_and_is_resumed(bad: Path) -> None:
 
 
 def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    limit = time.monotonic() + seconds
+    """Wait for `condition`; fail after `seconds`."""
+    end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < limit, "waited too long"
+        assert time.monotonic() < end, "waited too long"
         time.sleep(0.05)
 
 
-def test_a_run_of_its_own_process_gives_the_same_record(tiny: Tiny, tmp_path: Path) -> None:
-    here, _ = execute_run(tiny("method=gptq", "bits=3"))
-    shown: list[str] = []
+def test_an_isolated_run_gives_the_same_record(tiny: Tiny, tmp_path: Path) -> None:
+    direct, _ = execute_run(tiny("method=gptq", "bits=3"))
+    labels: list[str] = []
 
     def track(items: Any, label: Any, total: int | None = None) -> Iterator[Any]:
         for item in items:
             yield item
-            shown.append(label() if callable(label) else label)
+            labels.append(label() if callable(label) else label)
 
     raw = tiny("method=gptq", "bits=3", f"results_dir={tmp_path}/other")
-    there, skipped = execute_isolated(raw, LimitsConfig(), track)
-    assert (there.status, there.error, skipped) == ("ok", None, False)
-    assert there.run_id == here.run_id
-    assert there.window_nll == here.window_nll
-    assert there.layers == here.layers
-    assert store.read(tmp_path / f"other/{there.run_id}.json") == there
-    assert "perplexity" in shown
-    assert any("gptq block 2/2, error" in label for label in shown)
-    assert execute_isolated(raw, LimitsConfig()) == (there, True)
+    isolated, skipped = execute_isolated(raw, LimitsConfig(), track)
+    assert (isolated.status, isolated.error, skipped) == ("ok", None, False)
+    assert isolated.run_id == direct.run_id
+    assert isolated.window_nll == direct.window_nll
+    assert isolated.layers == direct.layers
+    assert store.read(tmp_path / f"other/{isolated.run_id}.json") == isolated
+    assert "perplexity" in labels
+    assert any("gptq block 2/2, error" in label for label in labels)
+    assert execute_isolated(raw, LimitsConfig()) == (isolated, True)
 
 
-def test_isolation_is_for_sweeps_and_limits_unless_said_otherwise() -> None:
-    def of(sweeping: bool, *overrides: str) -> LimitsConfig | None:
+def test_runs_of_sweeps_and_runs_with_limits_are_isolated_by_default() -> None:
+    def limits(sweeping: bool, *overrides: str) -> LimitsConfig | None:
         return build_limits(resolve(*overrides), sweeping)
 
-    assert of(True) == of(False, "isolate=true") == LimitsConfig()
-    assert of(False) is of(True, "isolate=false") is None
-    assert of(False, "limits.time_s=3") == LimitsConfig(time_s=3.0)
+    assert limits(True) == limits(False, "isolate=true") == LimitsConfig()
+    assert limits(False) is limits(True, "isolate=false") is None
+    assert limits(False, "limits.time_s=3") == LimitsConfig(time_s=3.0)
     for overrides, message in [
         (["isolate=maybe"], "isolate='maybe' has type str; expected bool"),
         (["isolate=false", "limits.time_s=3"], "isolate=False cannot enforce limits.memory_gib or limits.time_s"),
@@ -169,24 +169,24 @@ def test_isolation_is_for_sweeps_and_limits_unless_said_otherwise() -> None:
         (["objectives=nll"], "objectives='nll' is not a list; expected \\[value, ...\\]"),
     ]:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
-            of(True, *overrides)
+            limits(True, *overrides)
 
 
-# A disk without room.
+# A full disk.
 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MiB; skipped where one may not be mounted."""
-    place = tmp_path / "disk"
-    place.mkdir()
+    """A file system of 3 MiB; the test is skipped if mounting one is not allowed."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
     libc = ctypes.CDLL(None, use_errno=True)
-    if libc.mount(b"tmpfs", str(place).encode(), b"tmpfs", 0, b"size=3m"):
-        pytest.skip(f"no file system may be mounted here ({os.strerror(ctypes.get_errno())})")
+    if libc.mount(b"tmpfs", str(folder).encode(), b"tmpfs", 0, b"size=3m"):
+        pytest.skip(f"mounting a file system is not allowed here ({os.strerror(ctypes.get_errno())})")
     try:
-        yield place
+        yield folder
     finally:
-        libc.umount2(str(place).encode(), 2)
+        libc.umount2(str(folder).encode(), 2)
 
 
 def test_a_full_disk_is_reported_and_loses_nothing(small_disk: Path, tiny: Tiny) -> None:
@@ -201,40 +201,37 @@ def test_a_full_disk_is_reported_and_loses_nothing(small_disk: Path, tiny: Tiny)
     assert execute_run(tiny("bits=3", f"results_dir={small_disk}"))[0].status == "ok"
 
 
-def test_a_record_that_finds_no_room_at_the_end_is_kept_elsewhere(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    write, refused = store.write, []
+def test_a_record_that_does_not_fit_on_the_disk_is_written_elsewhere(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_record: Record, _folder: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    def full(found: store.Record, folder: Path) -> Path:
-        if not refused:
-            refused.append(folder)
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return write(found, folder)
-
-    monkeypatch.setattr(store, "write", full)
-    found, _ = execute_run(tiny())
-    assert found.status == "failed"
-    place = Path(str(found.error).partition("it is kept as ")[2].partition(",")[0])
-    kept = store.read(place)
-    assert (kept.status, kept.run_id) == ("ok", found.run_id)
-    assert kept.metrics["perplexity"] > 0
+    monkeypatch.setattr("harness.records.write", full)
+    record, _ = execute_run(tiny())
+    assert record.status == "failed"
+    file = Path(str(record.error).partition("it was written to ")[2].partition(" instead")[0])
+    rescued = store.read(file)
+    assert (rescued.status, rescued.run_id) == ("ok", record.run_id)
+    assert rescued.metrics["perplexity"] > 0
 
 
-# Launchers and sweepers, in a process as a user's.
+# Launchers and sweepers, in a separate process, as a user runs them.
 
 
 def test_entries_and_their_summary(tmp_path: Path) -> None:
     for number, work, skipped in ((1, 6.0, False), (0, 2.0, False), (2, 9.0, True)):
-        found = store.Record(f"run{number}", stages={"load": 1.0, "evaluate": work})
-        sweep.note(tmp_path / "s", sweep.entry_of(number, found, skipped, 0.5 if skipped else work + 1.5))
+        record = Record(f"run{number}", stages={"load": 1.0, "evaluate": work})
+        sweep.note(tmp_path / "s", sweep.entry_of(number, record, skipped, 0.5 if skipped else work + 1.5))
     entries = sweep.entries(tmp_path / "s")
     assert [entry.run_id for entry in entries] == ["run0", "run1", "run2"]
-    about = sweep.summary(entries, wall_s=13.0)
-    assert about["stages"] == {"load": 2.0, "evaluate": 8.0, "other": pytest.approx(3.0)}
-    assert about["own_s"] == pytest.approx(5.0)
-    assert about["own_share"] == pytest.approx(5 / 13)
-    side_by_side = sweep.summary(entries, wall_s=7.5)
-    assert side_by_side["own_share"] == pytest.approx(3.5 / 11.5), "of what all of them took together"
-    path = sweep.write_summary(tmp_path / "s", about)
+    summary = sweep.summary(entries, wall_s=13.0)
+    assert summary["stages"] == {"load": 2.0, "evaluate": 8.0, "other": pytest.approx(3.0)}
+    assert summary["own_s"] == pytest.approx(5.0)
+    assert summary["own_share"] == pytest.approx(5 / 13)
+    in_parallel = sweep.summary(entries, wall_s=7.5)
+    assert in_parallel["own_share"] == pytest.approx(3.5 / 11.5), "a share of the times of all runs together"
+    path = sweep.write_summary(tmp_path / "s", summary)
     assert path == tmp_path / "s.json"
     assert json.loads(path.read_text())["runs"] == 3
     (tmp_path / "sweeps").mkdir()
@@ -254,17 +251,17 @@ def test_every_record_of_a_launcher_arrives_once(launcher: str, tmp_path: Path) 
     )
     assert done.returncode == 1, done.stderr
     assert "scheme.weight.bits=9 is out of range" in done.stdout
-    found = records(tmp_path)
-    assert sorted(each["status"] for each in found) == ["failed", "ok", "ok"]
+    written = records(tmp_path)
+    assert sorted(record["status"] for record in written) == ["failed", "ok", "ok"]
     (folder,) = (path for path in (tmp_path / "sweeps").iterdir() if path.is_dir())
     entries = sweep.entries(folder)
     assert [entry.number for entry in entries] == [0, 1, 2]
-    assert {entry.run_id for entry in entries} == {each["run_id"] for each in found}
+    assert {entry.run_id for entry in entries} == {record["run_id"] for record in written}
     assert summary_of(tmp_path)["runs"] == 3
     assert done.stdout.count("| rtn ") == 3
 
 
-def test_slurm_is_configured_as_its_launcher_expects() -> None:
+def test_the_configuration_of_slurm_fits_its_launcher() -> None:
     cfg = resolve_hydra("hydra/launcher=slurm", "hydra.launcher.partition=gpu")
     assert cfg["launcher"]["_target_"].endswith("SlurmLauncher")
     assert cfg["launcher"]["partition"] == "gpu"
@@ -272,6 +269,7 @@ def test_slurm_is_configured_as_its_launcher_expects() -> None:
 
 
 def resolve_hydra(*overrides: str) -> dict[str, Any]:
+    """The resolved configuration of Hydra's launcher."""
     from hydra import compose, initialize_config_dir
     from omegaconf import OmegaConf
 
@@ -279,25 +277,24 @@ def resolve_hydra(*overrides: str) -> dict[str, Any]:
         cfg = compose("config", list(overrides), return_hydra_config=True)
         cfg.hydra.job.num = 0
         cfg.hydra.runtime.output_dir = "."
-        found = {"launcher": OmegaConf.to_container(cfg.hydra.launcher, resolve=True)}
-    return found
+        return {"launcher": OmegaConf.to_container(cfg.hydra.launcher, resolve=True)}
 
 
-def test_optuna_searches_the_front_of_two_figures(tmp_path: Path) -> None:
+def test_optuna_finds_the_pareto_front_of_two_metrics(tmp_path: Path) -> None:
     done = harness(
         *("experiment=pareto", *SMALL[:-1], f"results_dir={tmp_path}", "hydra.sweeper.n_trials=6"),
         "hydra.sweeper.params={method:rtn,scheme:'choice(channel,group32)',bits:'choice(2,4,9)'}",
     )
-    ok = [each for each in records(tmp_path) if each["status"] == "ok"]
+    ok = [record for record in records(tmp_path) if record["status"] == "ok"]
     assert ok, done.stderr
-    points = {(each["metrics"]["nll"], each["metrics"]["bits_per_weight"]) for each in ok}
+    points = {(record["metrics"]["nll"], record["metrics"]["bits_per_weight"]) for record in ok}
     best = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
     (path,) = (tmp_path / "sweeps").glob("*/optimization_results.yaml")
     from omegaconf import OmegaConf
 
     front = OmegaConf.to_container(OmegaConf.load(path))
     assert isinstance(front, dict)
-    assert {tuple(each["values"]) for each in front["solutions"]} == best
+    assert {tuple(solution["values"]) for solution in front["solutions"]} == best
     assert summary_of(tmp_path)["runs"] == 6
 
 

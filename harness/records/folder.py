@@ -14,7 +14,7 @@ from typing import Literal
 
 import yaml
 
-from harness.config.build import build
+from harness.config import build
 from harness.records.record import Record
 from harness.records.store import read
 from harness.utils.errors import choices

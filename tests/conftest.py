@@ -26,7 +26,7 @@ from harness import models
 from harness.cli import main
 from harness.config import build_run
 from harness.runs.identity import run_id
-from tests import interpreter
+from tests.support import interpreter
 
 ROOT = Path(__file__).parent.parent
 TINY = ("model=tiny", "data.seq_len=64", "data.max_windows=2", "data.num_samples=4", "data.calibration_seq_len=32")

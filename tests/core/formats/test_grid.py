@@ -1,0 +1,196 @@
+"""The grid against hand-computed cases and a naive float64 version of its formulas, and its properties."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from harness.core import ActivationFormat, IntQTensor, WeightFormat, round_to_nearest
+from harness.core.formats import grid
+from tests.support.reference import naive_rtn
+
+KINDS: list[dict[str, Any]] = [
+    {"symmetric": False, "zero_point": "integer"},
+    {"symmetric": False, "zero_point": "float"},
+    {"symmetric": True, "grid": "full"},
+    {"symmetric": True, "grid": "narrow"},
+]
+SHARES: list[dict[str, Any]] = [
+    {"granularity": "tensor"},
+    {"granularity": "channel"},
+    {"granularity": "group", "group_size": 8},
+    {"granularity": "group", "group_size": -1},
+]
+formats = st.builds(
+    lambda bits, kind, share, dtype: WeightFormat(bits=bits, **kind, **share, scale_dtype=dtype),
+    st.integers(2, 8),
+    st.sampled_from(KINDS),
+    st.sampled_from(SHARES),
+    st.sampled_from(["float16", "float32", "bfloat16"]),
+)
+
+
+def uneven(rows: int, columns: int, seed: int = 0) -> Tensor:
+    """Weights with a different range in every group and a different offset in every row, to reveal a wrong index."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator)
+    spread = torch.rand(rows, columns // 8, generator=generator).mul(4).exp().repeat_interleave(8, 1)
+    return (weight + torch.randn(rows, 1, generator=generator)) * spread * 0.02
+
+
+def test_asymmetric_by_hand() -> None:
+    fmt = WeightFormat(bits=2, scale_dtype="float32")
+    quantized = round_to_nearest(torch.tensor([[-1.0, 0.0, 0.4, 2.0]]), fmt)
+    assert quantized.scale.item() == 1.0  # (2 - -1) / 3
+    assert quantized.zero_points().item() == 1.0
+    assert quantized.codes.tolist() == [[0, 1, 1, 3]]
+    assert quantized.dequantize().tolist() == [[-1.0, 0.0, 0.0, 2.0]]
+
+
+def test_asymmetric_range_is_widened_to_hold_zero() -> None:
+    quantized = round_to_nearest(torch.tensor([[2.0, 3.0]]), WeightFormat(bits=2, scale_dtype="float32"))
+    assert quantized.scale.item() == 1.0
+    assert quantized.zero_points().item() == 0.0
+    assert quantized.codes.tolist() == [[2, 3]]
+
+
+def test_float_zero_point_spends_no_code_on_zero() -> None:
+    fmt = WeightFormat(bits=2, zero_point="float", scale_dtype="float32")
+    quantized = round_to_nearest(torch.tensor([[2.0, 2.25, 3.5]]), fmt)
+    assert quantized.scale.item() == 0.5
+    assert quantized.zero_points().item() == -4.0
+    assert quantized.codes.tolist() == [[0, 0, 3]]  # 0.5 rounds to even
+
+
+def test_the_two_symmetric_grids_differ() -> None:
+    weight = torch.tensor([[-3.0, 3.0, 1.0]])
+    full = round_to_nearest(weight, WeightFormat(bits=3, symmetric=True, grid="full", scale_dtype="float32"))
+    narrow = round_to_nearest(weight, WeightFormat(bits=3, symmetric=True, grid="narrow", scale_dtype="float32"))
+    assert full.scale.item() == pytest.approx(6 / 7)
+    assert full.codes.tolist() == [[0, 7, 5]]  # 3 / (6/7) = 3.5 rounds to even 4, and is clipped to 3
+    assert narrow.scale.item() == 1.0
+    assert narrow.codes.tolist() == [[1, 7, 5]]
+    assert full.zero_point is None
+    assert narrow.zero_point is None
+
+
+@pytest.mark.parametrize(("bits", "kind", "share"), list(itertools.product((2, 3, 4, 8), KINDS, SHARES)))
+def test_equals_naive_float64(bits: int, kind: dict[str, Any], share: dict[str, Any]) -> None:
+    fmt = WeightFormat(bits=bits, **kind, **share, scale_dtype="float32")
+    weight = uneven(6, 32).double()
+    quantized = round_to_nearest(weight, fmt)
+    codes, decoded = naive_rtn(weight, fmt)
+    assert quantized.codes.tolist() == codes
+    assert (quantized.dequantize(torch.float64) - decoded).norm() / decoded.norm() < 1e-6
+
+
+@given(fmt=formats, seed=st.integers(0, 2**16), exponent=st.integers(-30, 12))
+def test_error_is_at_most_one_scale(fmt: WeightFormat, seed: int, exponent: int) -> None:
+    weight = uneven(5, 16, seed) * 2.0**exponent
+    quantized = round_to_nearest(weight, fmt)
+    scale = quantized.scale.float()
+    error = grid.to_groups((quantized.dequantize() - weight).abs(), fmt)
+    slack = 1.0 if fmt.scale_dtype != "bfloat16" else 1.5  # a scale error of 2^-9 over 2^8 - 1 steps adds half a step
+    if fmt.zero_point == "float" and not fmt.symmetric and fmt.scale_dtype != "float32":
+        slack += float((quantized.zero_points().abs().max() + fmt.max_code) * 2**-8)
+    assert (error <= slack * scale[..., None] * 1.001).all()
+
+
+@given(fmt=formats, seed=st.integers(0, 2**16))
+def test_scaling_the_weight_scales_scale_and_leaves_codes(fmt: WeightFormat, seed: int) -> None:
+    weight = uneven(4, 16, seed) + 0.5  # keeps scales above the subnormal range of float16
+    plain, larger = round_to_nearest(weight, fmt), round_to_nearest(weight * 4, fmt)
+    assert torch.equal(plain.codes, larger.codes)
+    assert torch.equal(plain.scale.float() * 4, larger.scale.float())
+
+
+@given(fmt=formats, seed=st.integers(0, 2**16))
+def test_permuting_rows_permutes_everything(fmt: WeightFormat, seed: int) -> None:
+    weight = uneven(6, 16, seed)
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
+    plain, permuted = round_to_nearest(weight, fmt), round_to_nearest(weight[order], fmt)
+    assert torch.equal(plain.dequantize()[order], permuted.dequantize())
+
+
+@given(fmt=formats, seed=st.integers(0, 2**16))
+def test_decoded_values_are_fixed_points(fmt: WeightFormat, seed: int) -> None:
+    quantized = round_to_nearest(uneven(4, 16, seed), fmt)
+    scale, zero_point = quantized.scale.float()[..., None], quantized.zero_points()[..., None]
+    codes = grid.encode(grid.to_groups(quantized.dequantize(), fmt), scale, zero_point, fmt)
+    assert torch.equal(codes.view(quantized.shape), quantized.codes)
+
+
+def test_snap_is_decode_of_encode() -> None:
+    fmt = ActivationFormat(bits=4)
+    values = torch.randn(7, 9)
+    scale, zero_point = grid.range_params(values.amin(-1, keepdim=True), values.amax(-1, keepdim=True), fmt)
+    decoded = grid.decode(grid.encode(values, scale, zero_point, fmt), scale, zero_point)
+    assert torch.equal(grid.snap(values, scale, zero_point, fmt), decoded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("value", [0.0, 1e-7, -1e-7, 3.0, -5e-5, 1e-30])
+def test_constant_groups_stay_finite_and_close(kind: dict[str, Any], value: float) -> None:
+    fmt = WeightFormat(bits=4, **kind)
+    quantized = round_to_nearest(torch.full((2, 8), value), fmt)
+    assert torch.isfinite(quantized.dequantize()).all()
+    assert (quantized.dequantize() - value).abs().max() <= quantized.scale.float().max()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_non_finite_weights_are_refused(bad: float) -> None:
+    weight = torch.ones(2, 8)
+    weight[1, 3] = bad
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        round_to_nearest(weight, WeightFormat(bits=4))
+
+
+def test_float_zero_point_beyond_float16_is_refused_with_the_remedy() -> None:
+    fmt = WeightFormat(bits=4, zero_point="float")
+    with pytest.raises(ValueError, match="cannot hold the zero point of a group far from 0; use .*float32"):
+        round_to_nearest(1 + 1e-6 * torch.randn(2, 8), fmt)
+
+
+def test_scale_beyond_float16_is_refused_with_the_remedy() -> None:
+    with pytest.raises(ValueError, match="scale_dtype=float32"):
+        round_to_nearest(torch.full((1, 8), 1e7), WeightFormat(bits=4))
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", SHARES)
+def test_stored_bits_equal_the_analytic_figure(bits: int, kind: dict[str, Any], share: dict[str, Any]) -> None:
+    fmt = WeightFormat(bits=bits, **kind, **share)
+    quantized = round_to_nearest(torch.randn(64, 128), fmt)
+    padding = 7 / (64 * 128) if fmt.granularity == "tensor" else 0  # a single zero point does not fill its last byte
+    assert quantized.bits_per_weight == pytest.approx(fmt.bits_per_weight((64, 128)), abs=padding + 1e-12)
+
+
+def test_bits_per_weight_of_the_glossary() -> None:
+    fmt = WeightFormat(bits=4, granularity="group", group_size=128)
+    assert fmt.bits_per_weight((256, 1024)) == 4 + 20 / 128
+
+
+def test_qtensor_refuses_parts_that_it_cannot_store() -> None:
+    fmt = WeightFormat(bits=4, granularity="group", group_size=8)
+    codes = torch.zeros(2, 16, dtype=torch.uint8)
+    ones = torch.ones(2, 2)
+    with pytest.raises(ValueError, match=r"scale has shape \(2, 1\); expected \(2, 2\)"):
+        IntQTensor(codes, ones[:, :1], ones, fmt)
+    with pytest.raises(ValueError, match="not exact in float16"):
+        IntQTensor(codes, ones * 1.0001, ones, fmt)
+    with pytest.raises(ValueError, match="code 16 does not fit bits=4"):
+        IntQTensor(codes + 16, ones, ones, fmt)
+    with pytest.raises(ValueError, match="expected integers of 0 or more"):
+        IntQTensor(codes, ones, ones * 3.7, fmt)
+    with pytest.raises(ValueError, match="codes have dtype torch.float32"):
+        IntQTensor(codes.float(), ones, ones, fmt)
+    with pytest.raises(ValueError, match="must be 8 everywhere"):
+        IntQTensor(codes, ones, ones, WeightFormat(bits=4, symmetric=True, granularity="group", group_size=8))

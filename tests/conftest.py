@@ -1,4 +1,4 @@
-"""Shared fixtures and functions: resolved configurations of the tiny model, and the command line as a user runs it."""
+"""Fixtures and functions that many tests use: configurations of the tiny model, and the command line."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def run_id_of(raw: dict[str, Any]) -> str:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., dict[str, Any]]:
-    """Builds configurations of fast runs on random weights, with results in the test's temporary folder."""
+    """Builds configurations of fast runs on random weights, with the temporary folder of the test for results."""
     return lambda *overrides: resolve(*TINY, "measure=off", f"results_dir={tmp_path}", *overrides)
 
 
@@ -85,7 +85,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str])
 
 
 def harness(*arguments: str, cwd: Path = ROOT, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run `python -m harness` as a user would, without network."""
+    """Run `python -m harness` in a new process, as a user does, but without network."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **environment}
     command = [sys.executable, "-m", "harness", *arguments]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=300)

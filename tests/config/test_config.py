@@ -1,4 +1,4 @@
-"""The typed configuration: every wrong key, type or value is one line that names it and the remedy."""
+"""The typed configuration: each wrong key, type or value gives one line that names it and says what to do."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Fields(Method):
 
 
 class Loose(RTN):
-    """Forgot its own @dataclass."""
+    """A method without its own @dataclass."""
 
 
 @pytest.mark.parametrize("folder", ["model", "scheme", "kv", "data", "measure"])
@@ -40,7 +40,7 @@ def test_every_shipped_config_builds(folder: str, tmp_path: Path) -> None:
 
 def test_data_configs_have_the_same_keys() -> None:
     keys = [set(resolve(f"data={path.stem}")["data"]) for path in (ROOT / "conf/data").glob("*.yaml")]
-    assert all(each == keys[0] for each in keys)
+    assert all(names == keys[0] for names in keys)
     assert {"seq_len", "max_windows", "num_samples", "calibration_seq_len", "protocol"} <= keys[0]
 
 
@@ -101,10 +101,10 @@ def test_method_fields_are_the_keys_and_their_types() -> None:
 @dataclass(frozen=True, kw_only=True)
 class Rewrites(Method):
     def prepare(self, model: nn.Module) -> None:
-        """Keep everything as it is."""
+        """Change nothing."""
 
 
-def test_the_last_step_with_a_way_of_its_own_quantizes(tiny: Tiny) -> None:
+def test_the_last_step_that_overrides_quantize_chooses_the_codes(tiny: Tiny) -> None:
     rewrites, rtn = {"_target_": "tests.test_config.Rewrites"}, {"_target_": "methods.rtn.RTN"}
     awq, gptq = {"_target_": "methods.awq.AWQ"}, {"_target_": "methods.gptq.GPTQ"}
     for steps, quantizing in [
@@ -112,7 +112,7 @@ def test_the_last_step_with_a_way_of_its_own_quantizes(tiny: Tiny) -> None:
         ({"awq": awq, "gptq": gptq}, "gptq"),
         ({"first": rewrites, "awq": awq}, "awq"),
         ({"rtn": rtn}, "rtn"),
-        ({"first": rewrites}, "first"),  # which then rounds
+        ({"first": rewrites}, "first"),  # it rounds to nearest
     ]:
         cfg = replace(build_run(tiny()), steps=build_steps(steps))
         assert list(cfg.steps) == list(steps)
@@ -143,7 +143,7 @@ def test_a_step_with_nothing_to_do_is_refused(names: list[str], idle: str, choos
         build_steps({name: {"_target_": targets[name]} for name in names})
 
 
-def test_a_method_that_is_no_mapping_of_steps_is_refused() -> None:
+def test_a_method_that_is_not_a_mapping_of_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"method=\[1\] is not a mapping of steps"):
         build_steps([1])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="method.rtn=3 has no _target_"):
@@ -164,7 +164,7 @@ def test_rtn_takes_bits_and_scheme(tiny: Tiny) -> None:
     assert (weight.bits, weight.group_size, weight.symmetric, weight.granularity) == (3, 32, True, "group")
 
 
-def test_bits_that_a_scheme_fixes_are_not_ignored_in_silence(tiny: Tiny) -> None:
+def test_bits_that_have_no_effect_give_a_warning(tiny: Tiny) -> None:
     assert build_run(tiny("scheme=w8a8_token")).warnings == ()
     (warning,) = build_run(tiny("scheme=w8a8_token", "bits=3")).warnings
     assert warning == "bits=3 has no effect: scheme=w8a8_token sets scheme.weight.bits=8"

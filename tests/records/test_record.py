@@ -1,4 +1,4 @@
-"""Records are whole or absent: through kills, full disks, failures and two writers."""
+"""Records are complete or absent, also after kills, full disks, failures, and with two writers."""
 
 from __future__ import annotations
 
@@ -74,7 +74,9 @@ def test_nan_never_reaches_a_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_leaves_no_file_and_keeps_the_earlier_record(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     store.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
 
     def full(_descriptor: int) -> None:
@@ -87,7 +89,7 @@ def test_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path: Path, monke
     assert store.read(tmp_path / "a1.json").metrics == {"nll": 1.0}
 
 
-def test_a_failure_never_takes_the_place_of_a_result(tmp_path: Path) -> None:
+def test_a_failure_never_replaces_a_result(tmp_path: Path) -> None:
     store.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
     store.write(Record(run_id="a1", status="failed", error="x"), tmp_path)
     assert store.read(tmp_path / "a1.json").status == "ok"
@@ -112,7 +114,7 @@ def test_a_result_that_arrives_while_a_failure_is_written_wins(tmp_path: Path, m
     assert [file.name for file in tmp_path.iterdir()] == ["a1.json"]
 
 
-def test_a_damaged_file_counts_as_absent(tmp_path: Path) -> None:
+def test_a_damaged_file_is_treated_as_absent(tmp_path: Path) -> None:
     (tmp_path / "a1.json").write_text('{"run_id": "a1", "sta')
     assert store.finished(tmp_path, "a1") is None
     with pytest.raises(ValueError, match=r"a1.json is not a record .*; expected JSON of a run"):
@@ -121,7 +123,7 @@ def test_a_damaged_file_counts_as_absent(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["os.fsync", "pathlib.Path.replace"])
 def test_killed_while_writing(moment: str, tmp_path: Path) -> None:
-    """SIGKILL at the last moments before a record is in place: the old one stays whole, no half one appears."""
+    """SIGKILL immediately before a record is in place: the old one stays complete, and no partial one appears."""
     store.write(Record(run_id="a1", metrics={"nll": 1.0}), tmp_path)
     module, _, attribute = moment.rpartition(".")
     script = f"""
@@ -130,13 +132,14 @@ from harness.records import Record, write
 {module}.{attribute} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
 write(Record(run_id="a1", metrics={{"nll": 2.0}}), pathlib.Path({str(tmp_path)!r}))
 """
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)
-    assert done.returncode == -signal.SIGKILL
+    process = subprocess.run([sys.executable, "-c", script], cwd=ROOT, timeout=120)
+    assert process.returncode == -signal.SIGKILL
     assert [file.name for file in tmp_path.glob("*.json")] == ["a1.json"]
     assert store.read(tmp_path / "a1.json").metrics == {"nll": 1.0}
 
 
-def test_environment_says_what_two_machines_may_differ_in() -> None:
-    here = environment()
-    assert str(here.packages["torch"]).startswith("2.")
-    assert None not in (here.python, here.cpu, here.cores, here.threads, here.commit, here.platform)
+def test_environment_has_the_properties_in_which_two_machines_may_differ() -> None:
+    current = environment()
+    assert str(current.packages["torch"]).startswith("2.")
+    machine = (current.python, current.cpu, current.cores, current.threads, current.commit, current.platform)
+    assert None not in machine

@@ -1,4 +1,4 @@
-"""Two fresh processes give the same bits; on a GPU, the settings that this needs, and no trace of them afterwards."""
+"""Two new processes give the same bits; on a GPU, the settings for this are made, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from harness.runs import execute_run
 from harness.utils.determinism import repeatable
 from tests.conftest import ROOT, TINY, resolve
 
-# Each way of choosing codes: by rounding, by errors fed back, by searches, by k-means and training, at random.
+# All ways to choose codes: rounding, error feedback, searches, k-means, training, random rotations.
 METHODS = {
     "rtn": ("method=rtn",),
     "gptq": ("method=gptq", "bits=3"),
@@ -32,7 +32,7 @@ METHODS = {
 
 
 def results(folder: str, overrides: tuple[str, ...]) -> dict[str, Any]:
-    """A run that finds no statistics of another: what it scored, its layers, and a hash of all that is stored."""
+    """The results of a run without cached statistics: nll, layers, and a hash of everything that it stores."""
     stored = hashlib.sha256()
     install = linear.QuantLinear.__init__
 
@@ -45,35 +45,39 @@ def results(folder: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(linear.QuantLinear, "__init__", hashed)
         options = ("measure=off", "engine.cache_gib=0", f"results_dir={folder}")
-        found, _ = execute_run(resolve(*TINY, *options, *overrides))
-    assert found.status == "ok", found.error
-    threads = found.environment.threads
-    shown = {"run_id": found.run_id, "window_nll": found.window_nll, "layers": found.layers, "threads": threads}
-    return shown | {"stored": stored.hexdigest()}
+        record, _ = execute_run(resolve(*TINY, *options, *overrides))
+    assert record.status == "ok", record.error
+    return {
+        "run_id": record.run_id,
+        "window_nll": record.window_nll,
+        "layers": record.layers,
+        "threads": record.environment.threads,
+        "stored": stored.hexdigest(),
+    }
 
 
-def fresh(folder: Path) -> dict[str, dict[str, Any]]:
-    """The results of all methods, from a process of its own."""
+def in_new_process(folder: Path) -> dict[str, dict[str, Any]]:
+    """The results of all methods, from a new process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "random"}
     command = [sys.executable, "-m", "tests.test_determinism", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    loaded: dict[str, dict[str, Any]] = json.loads(done.stdout)
-    return loaded
+    process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
+    assert process.returncode == 0, process.stderr
+    by_method: dict[str, dict[str, Any]] = json.loads(process.stdout)
+    return by_method
 
 
 def test_two_processes_give_the_same_bits(tmp_path: Path) -> None:
-    first, second = (fresh(tmp_path / name) for name in ("first", "second"))
+    first, second = (in_new_process(tmp_path / name) for name in ("first", "second"))
     assert list(first) == list(METHODS)
     differing = [
         f"{method}.{key}" for method in METHODS for key in first[method] if first[method][key] != second[method][key]
     ]
     assert differing == []
-    assert all(len(found["layers"]) == 14 and len(found["window_nll"]) == 2 for found in first.values())
-    assert len({found["stored"] for found in first.values()}) == len(METHODS), "what is compared has to tell them apart"
+    assert all(len(result["layers"]) == 14 and len(result["window_nll"]) == 2 for result in first.values())
+    assert len({result["stored"] for result in first.values()}) == len(METHODS), "the hash must distinguish the methods"
 
 
-def test_a_gpu_is_held_to_repeatable_operators_and_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_for_a_gpu_are_made_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with repeatable(torch.device("cuda")):
         assert torch.are_deterministic_algorithms_enabled()
@@ -84,12 +88,12 @@ def test_a_gpu_is_held_to_repeatable_operators_and_let_go(monkeypatch: pytest.Mo
     assert torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
     with repeatable(torch.device("cuda")):
-        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "a person's own choice stays"
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":16:8", "the user's own setting stays"
     with repeatable(torch.device("cpu")):
         assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_a_failure_lets_go_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_are_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":16:8")
 
     def fail() -> None:

@@ -1,4 +1,4 @@
-"""Identity of runs: what changes a run id, what changes the digest of the code, and what becomes of finished runs."""
+"""Identity of runs: what changes the run id and the digest of the code, and which finished runs are repeated."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CLASSES = [
     for cls in vars(config).values()
     if isinstance(cls, type) and dataclasses.is_dataclass(cls) and cls.__module__.startswith("harness.config")
 ]
-# Other values than those of EVERYTHING; a change of any other kind is covered by its type.
+# Values that differ from those of the fixture `everything`, for fields whose type is not enough to find one.
 OTHER = {
     "model.package": "other==1",
     "model.id": "other/model",
@@ -75,15 +75,15 @@ def everything(monkeypatch: pytest.MonkeyPatch) -> RunConfig:
 
 def test_a_field_changes_the_run_id_if_it_decides_and_only_then(everything: RunConfig) -> None:
     base = identity.run_id(everything, WEIGHTS)
-    tried = 0
+    changes = 0
     for key, item, changed in _changes(everything):
         assert (identity.run_id(changed, WEIGHTS) != base) == (decides(item) is not Decides.NEVER), key
-        tried += 1
-    assert tried > 40
+        changes += 1
+    assert changes > 40
 
 
 def _changes(cfg: RunConfig) -> Iterator[tuple[str, dataclasses.Field[Any], RunConfig]]:
-    """For each field of a configuration class: its key, itself, and a configuration with another value for it."""
+    """For each field of a configuration class: its key, the field, and a configuration with another value for it."""
     for item in dataclasses.fields(cfg):
         value = getattr(cfg, item.name)
         if type(value) in CLASSES:
@@ -91,12 +91,12 @@ def _changes(cfg: RunConfig) -> Iterator[tuple[str, dataclasses.Field[Any], RunC
                 key = f"{item.name}.{inner.name}"
                 part = _replaced(value, inner.name, OTHER[key] if key in OTHER else _other(getattr(value, inner.name)))
                 yield key, inner, _replaced(cfg, item.name, part)
-        elif item.name not in ("steps", "scheme"):  # not configuration classes: below
+        elif item.name not in ("steps", "scheme"):  # not configuration classes; another test changes them
             yield item.name, item, _replaced(cfg, item.name, OTHER[item.name] if item.name in OTHER else _other(value))
 
 
 def _replaced(config: Any, name: str, value: Any) -> Any:
-    """A copy with another value for a field, whatever its class's checks say."""
+    """A copy with another value for a field, without the checks of its class."""
     copied = object.__new__(type(config))
     for item in dataclasses.fields(config):
         object.__setattr__(copied, item.name, getattr(config, item.name))
@@ -105,6 +105,7 @@ def _replaced(config: Any, name: str, value: Any) -> Any:
 
 
 def _other(value: Any) -> Any:
+    """Another value of the same type."""
     if isinstance(value, bool):
         return not value
     return f"{value}x" if isinstance(value, str) else (value or 0) + 1
@@ -119,15 +120,14 @@ def test_method_and_scheme_change_the_run_id(override: str) -> None:
     assert identity.run_id(base, WEIGHTS) != identity.run_id(changed, WEIGHTS)
 
 
-def test_run_id_of_a_strided_run_follows_which_targets_are_scored(tiny: Tiny) -> None:
-    """The property that says so is code that the run reaches."""
+def test_the_code_of_a_run_includes_the_property_that_says_which_targets_are_scored(tiny: Tiny) -> None:
     cfg = build_run(tiny("data.protocol=strided", "data.stride=8"))
     files = [module.file for module in _closure(Sources((ROOT,)), cfg).values()]
     assert any("def unscored" in file.read_text() for file in files)
 
 
 class _Opened:
-    """Stands for a model that was opened."""
+    """Replaces an opened model."""
 
     fingerprint = "weights"
 
@@ -144,7 +144,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the sources that a test may change; it puts back what it changed."""
+    """A copy of the source code; a test that changes it must restore it."""
     folder = tmp_path_factory.mktemp("tree")
     for package in ("harness", "methods"):
         shutil.copytree(ROOT / package, folder / package, ignore=shutil.ignore_patterns("__pycache__"))
@@ -156,7 +156,7 @@ def test_code_changes_with_every_module_that_it_reaches(case: str, tree: Path) -
     cfg = build_run(resolve(*TINY, *CASES[case]))
     base = _code(tree, cfg)
     closure = _closure(Sources((tree,)), cfg)
-    modules = {name: module for name, module in closure.items() if module.digest}  # the others only import
+    modules = {name: module for name, module in closure.items() if module.digest}  # without modules that only import
     assert len(modules) > 30
     for name, module in modules.items():
         with _edited(module.file, _mutated(module.file)):
@@ -164,7 +164,7 @@ def test_code_changes_with_every_module_that_it_reaches(case: str, tree: Path) -
     assert _code(tree, cfg) == base
 
 
-def test_code_stays_with_what_computes_nothing(tree: Path) -> None:
+def test_code_ignores_changes_that_compute_nothing(tree: Path) -> None:
     cfg = build_run(resolve(*TINY, *CASES["gptq"]))
     base = _code(tree, cfg)
     for name, module in _closure(Sources((tree,)), cfg).items():
@@ -172,7 +172,7 @@ def test_code_stays_with_what_computes_nothing(tree: Path) -> None:
             assert _code(tree, cfg) == base, name
 
 
-def test_code_stays_with_modules_that_it_does_not_reach(tree: Path) -> None:
+def test_code_ignores_modules_that_it_does_not_reach(tree: Path) -> None:
     cfg = build_run(resolve(*TINY, *CASES["gptq"]))
     base, reached = _code(tree, cfg), {module.file for module in _closure(Sources((tree,)), cfg).values()}
     others = [file for file in sorted(tree.rglob("*.py")) if file not in reached]
@@ -201,7 +201,7 @@ def test_a_moved_module_keeps_the_code(tree: Path) -> None:
             file.write_text(text)
 
 
-def test_cpp_sources_count_without_their_comments(tmp_path: Path) -> None:
+def test_code_includes_cpp_sources_without_their_comments(tmp_path: Path) -> None:
     (tmp_path / "root.py").write_text("import kernel\n")
     (tmp_path / "kernel.py").write_text("built = 1\n")
     native = tmp_path / "dot.cpp"
@@ -219,7 +219,7 @@ def test_cpp_sources_count_without_their_comments(tmp_path: Path) -> None:
     assert len(set(digests)) == 4
 
 
-def test_a_name_of_a_package_leads_to_its_module(tmp_path: Path) -> None:
+def test_a_name_imported_from_a_package_is_followed_to_its_module(tmp_path: Path) -> None:
     (tmp_path / "package").mkdir()
     (tmp_path / "package/__init__.py").write_text("from package.one import first\nfrom .two import second as other\n")
     (tmp_path / "package/one.py").write_text("first = 1\n")
@@ -240,7 +240,7 @@ def test_kernels_of_another_device_are_not_reached() -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_every_module_that_runs_is_reached(case: str, tiny: Tiny, tmp_path: Path) -> None:
-    """Watched while it runs, a run executes no module of the project that its code does not cover."""
+    """A profiler sees no module of the project execute that is not part of the code of the run."""
     raw = tiny(*CASES[case], "measure=quick", "measure.prompt_len=8", "measure.repeats=1", "measure.decode_tokens=2")
     cfg = build_run(raw)
     files = {str(module.file) for module in _closure(Sources((ROOT,)), cfg).values()}
@@ -253,13 +253,13 @@ def test_every_module_that_runs_is_reached(case: str, tiny: Tiny, tmp_path: Path
     threading.setprofile(note)
     sys.setprofile(note)
     try:
-        identity.run.run(cfg, models.open(cfg.model, cfg.seed), Record("watched", config=raw))
+        identity.run.run(cfg, models.open(cfg.model, cfg.seed), Record("profiled", config=raw))
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
-    ours = {file for file in executed if file.startswith((f"{ROOT}/harness/", f"{ROOT}/methods/"))}
-    assert len(ours) > 15
-    assert ours <= files
+    executed = {file for file in executed if file.startswith((f"{ROOT}/harness/", f"{ROOT}/methods/"))}
+    assert len(executed) > 15
+    assert executed <= files
 
 
 def test_a_finished_run_of_other_code_is_repeated_and_confirmed(
@@ -279,7 +279,7 @@ def test_a_finished_run_of_other_code_is_repeated_and_confirmed(
     assert execute_run(raw)[1], "confirmed once"
 
 
-def test_a_run_that_other_code_moves_says_which_metric(
+def test_a_run_whose_result_other_code_changes_says_which_metric(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     raw = tiny("bits=3")
@@ -304,7 +304,7 @@ def _code(tree: Path, cfg: RunConfig) -> str:
 
 
 class _edited:  # noqa: N801 - reads as a verb
-    """A file with another text, put back at the end."""
+    """A file with another text; at the end it is restored."""
 
     def __init__(self, file: Path, text: str) -> None:
         self.file, self.text = file, text
@@ -335,7 +335,7 @@ def _mutated(file: Path) -> str:
 
 
 def _silent_parts(parent: ast.AST) -> Iterator[ast.AST]:
-    """Nodes that compute nothing: docstrings, annotations, and parts of strings that cannot be exchanged alone."""
+    """Nodes that must not be changed: docstrings, annotations, and parts of f-strings."""
     if isinstance(parent, ast.Expr) and isinstance(parent.value, ast.Constant):
         yield parent.value
     for part in (getattr(parent, "annotation", None), getattr(parent, "returns", None)):

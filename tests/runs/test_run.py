@@ -1,4 +1,4 @@
-"""Whole runs on random weights: records, skipping, failures, sweeps, and what a person sees on the command line."""
+"""Complete runs on random weights: records, skipped runs, failures, sweeps, and the output of the command line."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ SWEEP = [*TINY, "measure=off"]
 
 
 def test_record_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
-    found, skipped = execute_run(tiny("bits=3", "measure=quick", "measure.prompt_len=8", "measure.repeats=2"))
-    assert (found.status, found.error, skipped) == ("ok", None, False)
-    assert store.read(tmp_path / f"{found.run_id}.json") == found
-    assert found.config["scheme"]["weight"]["bits"] == 3
-    assert found.execution.mode == "packed"
-    assert found.execution.kernel == "reference"
-    assert found.data.protocol == "gptq-64"
-    assert len(found.data.evaluation.tokens_sha256) == 64
-    assert len(found.window_nll) == found.data.evaluation.num_windows == 2
-    assert set(found.stages) == {"data", "load", "quantize", "evaluate", "divergence", "measure"}
-    assert found.metrics["bits_per_weight"] == 3 + 19 / 64
-    assert {"perplexity", "nll", "model_size_mib", "peak_memory_mib", "quantize_s"} <= set(found.metrics)
+    record, skipped = execute_run(tiny("bits=3", "measure=quick", "measure.prompt_len=8", "measure.repeats=2"))
+    assert (record.status, record.error, skipped) == ("ok", None, False)
+    assert store.read(tmp_path / f"{record.run_id}.json") == record
+    assert record.config["scheme"]["weight"]["bits"] == 3
+    assert record.execution.mode == "packed"
+    assert record.execution.kernel == "reference"
+    assert record.data.protocol == "gptq-64"
+    assert len(record.data.evaluation.tokens_sha256) == 64
+    assert len(record.window_nll) == record.data.evaluation.num_windows == 2
+    assert set(record.stages) == {"data", "load", "quantize", "evaluate", "divergence", "measure"}
+    assert record.metrics["bits_per_weight"] == 3 + 19 / 64
+    assert {"perplexity", "nll", "model_size_mib", "peak_memory_mib", "quantize_s"} <= set(record.metrics)
     for kind in ("prefill", "decode"):
-        low, mid, high = (found.metrics[f"{kind}_ms_p{p}"] for p in (10, 50, 90))
+        low, mid, high = (record.metrics[f"{kind}_ms_p{p}"] for p in (10, 50, 90))
         assert 0 < low <= mid <= high
-        assert found.metrics[f"{kind}_speedup"] > 0
-    assert len(found.layers) == 14
-    assert all(0 < layer["weight_error"] < 0.5 for layer in found.layers)
+        assert record.metrics[f"{kind}_speedup"] > 0
+    assert len(record.layers) == 14
+    assert all(0 < layer["weight_error"] < 0.5 for layer in record.layers)
 
 
 def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:
@@ -83,20 +83,20 @@ def test_packed_and_simulated_runs_agree(tiny: Tiny, options: tuple[str, ...], k
     assert packed.metrics["bits_per_weight"] == simulated.metrics["bits_per_weight"]
 
 
-def test_a_model_that_is_not_scored_is_measured_alone(tiny: Tiny) -> None:
-    found = execute_run(tiny("model.scored=false", "measure=quick", "measure.prompt_len=8"))[0]
-    assert found.status == "ok", found.error
-    assert "perplexity" not in found.metrics
-    assert found.window_nll == []
-    assert found.metrics["decode_ms_p50"] > 0
-    assert found.metrics["peak_memory_mib"] > found.metrics["resident_mib"]
-    assert any("has random weights: no perplexity is computed" in warning for warning in found.warnings)
+def test_a_model_that_is_not_scored_is_only_measured(tiny: Tiny) -> None:
+    record = execute_run(tiny("model.scored=false", "measure=quick", "measure.prompt_len=8"))[0]
+    assert record.status == "ok", record.error
+    assert "perplexity" not in record.metrics
+    assert record.window_nll == []
+    assert record.metrics["decode_ms_p50"] > 0
+    assert record.metrics["peak_memory_mib"] > record.metrics["resident_mib"]
+    assert any("has random weights: no perplexity is computed" in warning for warning in record.warnings)
     refused = execute_run(tiny("model.scored=false"))[0]
     assert "measure.latency=False leaves nothing to do" in str(refused.error)
 
 
 @pytest.mark.parametrize("name", ["llama3_2_1b", "llama3_8b", "llama3_70b", "mistral_7b", "qwen3_8b"])
-def test_real_shapes_with_random_weights_have_their_parameters(name: str) -> None:
+def test_real_shapes_with_random_weights_have_the_right_number_of_parameters(name: str) -> None:
     billions = {"llama3_2_1b": 1.24, "llama3_8b": 8.03, "llama3_70b": 70.6, "mistral_7b": 7.24, "qwen3_8b": 8.19}
     cfg = build_run(resolve(f"model={name}_random")).model
     skeleton = models.skeleton(models.open(cfg, 0).shape)
@@ -106,14 +106,14 @@ def test_real_shapes_with_random_weights_have_their_parameters(name: str) -> Non
 
 @pytest.mark.parametrize(("dtype", "bits"), [("float64", 64), ("float32", 32), ("float16", 16), ("bfloat16", 16)])
 def test_float_types_are_rows(tiny: Tiny, dtype: str, bits: int) -> None:
-    found = execute_run(tiny("method=none", f"model.dtype={dtype}"))[0]
-    assert found.status == "ok", found.error
-    assert found.execution.mode == "float"
-    assert found.execution.dtype == dtype
-    assert found.metrics["bits_per_weight"] == bits
-    assert "quantize_s" not in found.metrics
-    whole = sum(p.numel() for p in models.skeleton(models.open(build_run(tiny()).model, 0).shape).parameters())
-    assert found.metrics["model_size_mib"] == whole * bits / 8 / 2**20
+    record = execute_run(tiny("method=none", f"model.dtype={dtype}"))[0]
+    assert record.status == "ok", record.error
+    assert record.execution.mode == "float"
+    assert record.execution.dtype == dtype
+    assert record.metrics["bits_per_weight"] == bits
+    assert "quantize_s" not in record.metrics
+    parameters = sum(p.numel() for p in models.skeleton(models.open(build_run(tiny()).model, 0).shape).parameters())
+    assert record.metrics["model_size_mib"] == parameters * bits / 8 / 2**20
 
 
 def test_runs_repeat_to_the_bit(tiny: Tiny) -> None:
@@ -123,12 +123,12 @@ def test_runs_repeat_to_the_bit(tiny: Tiny) -> None:
 
 
 def test_finished_runs_are_skipped_unless_forced(tiny: Tiny) -> None:
-    first, again, forced = (execute_run(tiny(*more)) for more in ((), (), ("force=true",)))
+    first, again, forced = (execute_run(tiny(*overrides)) for overrides in ((), (), ("force=true",)))
     assert [skipped for _, skipped in (first, again, forced)] == [False, True, False]
     assert again[0] == first[0]
 
 
-def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny: Tiny, tmp_path: Path) -> None:
+def test_only_a_setting_that_decides_the_result_changes_the_run_id(tiny: Tiny, tmp_path: Path) -> None:
     def id_of(*overrides: str) -> str:
         raw = tiny(*overrides)
         return run_id_of(raw)
@@ -136,11 +136,10 @@ def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny:
     base = id_of()
     text = tmp_path / "copy.txt"
     text.write_text("some text")
-    for same in ("force=true", "results_dir=elsewhere", "data.num_samples=9", "data.calibration_source=c4"):
-        assert id_of(same) == base, same
-    for other in ("bits=3", "seed=1", "scheme=channel", "skip=['*.down_proj']", "model.dtype=bfloat16", "method=none"):
-        assert id_of(other) != base, other
-    for other in (
+    for ignored in ("force=true", "results_dir=elsewhere", "data.num_samples=9", "data.calibration_source=c4"):
+        assert id_of(ignored) == base, ignored
+    for deciding in (
+        *("bits=3", "seed=1", "scheme=channel", "skip=['*.down_proj']", "model.dtype=bfloat16", "method=none"),
         "kv=kv4_token",
         "data.seq_len=32",
         "data.max_windows=1",
@@ -148,38 +147,37 @@ def test_run_id_changes_with_what_decides_the_result_and_with_nothing_else(tiny:
         "execution=simulated",
         f"data.path={text}",
     ):
-        assert id_of(other) != base, other
+        assert id_of(deciding) != base, deciding
     assert id_of("method=none", "bits=3", "scheme=channel") == id_of("method=none", "execution=simulated")
-    for other in ("data.num_samples=9", "data.calibration_source=c4"):
-        assert id_of("scheme=w8a8_static", other) != id_of("scheme=w8a8_static"), other
+    for deciding in ("data.num_samples=9", "data.calibration_source=c4"):
+        assert id_of("scheme=w8a8_static", deciding) != id_of("scheme=w8a8_static"), deciding
     before = id_of(f"data.path={text}")
     text.write_text("other text")
     assert id_of(f"data.path={text}") != before
 
 
 def test_skipped_linears_stay_float_and_count_as_float(tiny: Tiny) -> None:
-    found = execute_run(tiny("skip=['*.down_proj']", "bits=8", "scheme=channel"))[0]
-    floats = [layer for layer in found.layers if layer["bits_per_weight"] == 32]
+    record = execute_run(tiny("skip=['*.down_proj']", "bits=8", "scheme=channel"))[0]
+    floats = [layer for layer in record.layers if layer["bits_per_weight"] == 32]
     assert [layer["name"] for layer in floats] == [f"model.layers.{i}.mlp.down_proj" for i in range(2)]
-    assert 8.5 < found.metrics["bits_per_weight"] < 32
+    assert 8.5 < record.metrics["bits_per_weight"] < 32
 
 
-def test_calibration_is_read_only_where_something_needs_it(tiny: Tiny, tmp_path: Path) -> None:
+def test_calibration_text_is_read_only_if_the_run_needs_it(tiny: Tiny, tmp_path: Path) -> None:
     text = tmp_path / "e.txt"
     text.write_text("evaluation " * 50)
-    alone = ("data=text_file", f"data.path={text}")
-    assert execute_run(tiny(*alone))[0].status == "ok"
-    static = execute_run(tiny(*alone, "scheme=w8a8_static"))[0]
+    evaluation = ("data=text_file", f"data.path={text}")
+    assert execute_run(tiny(*evaluation))[0].status == "ok"
+    static = execute_run(tiny(*evaluation, "scheme=w8a8_static"))[0]
     assert static.status == "failed"
     assert "data.calibration_path=None; data=text_file has no calibration text" in str(static.error)
-    shared = execute_run(tiny(*alone, "scheme=w8a8_static", f"data.calibration_path={text}"))[0]
+    shared = execute_run(tiny(*evaluation, "scheme=w8a8_static", f"data.calibration_path={text}"))[0]
     assert "overlap" in str(shared.error)
-    asked = execute_run(tiny(*alone, "scheme=w8a8_static", f"data.calibration_path={text}", "data.allow_overlap=true"))[
-        0
-    ]
-    assert asked.status == "ok"
-    assert any("perplexity is too low" in warning for warning in asked.warnings)
-    assert asked.data.calibration.num_windows == 4
+    overlapping = ("scheme=w8a8_static", f"data.calibration_path={text}", "data.allow_overlap=true")
+    allowed = execute_run(tiny(*evaluation, *overlapping))[0]
+    assert allowed.status == "ok"
+    assert any("perplexity is too low" in warning for warning in allowed.warnings)
+    assert allowed.data.calibration.num_windows == 4
 
 
 @pytest.mark.parametrize(
@@ -203,49 +201,49 @@ def test_failures_are_records_and_come_before_the_model(
     tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], message: str
 ) -> None:
     monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("the model was loaded"))
-    found, _ = execute_run(tiny(*overrides))
-    assert found.status == "failed"
-    assert str(found.error).startswith(message)
-    assert "\n" not in str(found.error)
-    assert store.read(tmp_path / f"{found.run_id}.json") == found
+    record, _ = execute_run(tiny(*overrides))
+    assert record.status == "failed"
+    assert str(record.error).startswith(message)
+    assert "\n" not in str(record.error)
+    assert store.read(tmp_path / f"{record.run_id}.json") == record
 
 
-def test_a_bug_is_one_line_too_and_keeps_its_name(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_of_a_bug_is_one_line_with_its_class(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Source, "load", lambda *_: {}["gone"])
-    found, _ = execute_run(tiny())
-    assert found.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows the traceback"
+    record, _ = execute_run(tiny())
+    assert record.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows the traceback"
 
 
-def test_an_early_failure_is_forgotten_once_the_run_succeeds(tiny: Tiny, tmp_path: Path) -> None:
+def test_the_record_of_an_early_failure_is_removed_once_the_run_succeeds(tiny: Tiny, tmp_path: Path) -> None:
     text = tmp_path / "late.txt"
     raw = tiny(f"data.path={text}", f"results_dir={tmp_path}/runs")
     assert execute_run(raw)[0].status == "failed"
-    text.write_text("it is here now, and long enough for a window " * 20)
+    text.write_text("a text that is long enough for a window " * 20)
     assert execute_run(raw)[0].status == "ok"
     assert len(list((tmp_path / "runs").glob("*.json"))) == 1
 
 
 def test_a_results_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    found, _ = execute_run(tiny(f"results_dir={tmp_path}/file"))
-    assert found.status == "failed"
-    assert f"results_dir={tmp_path}/file cannot be written" in str(found.error)
-    for none in (None, ""):
-        found, _ = execute_run(tiny() | {"results_dir": none})
-        assert "is not a folder; expected a name such as results/runs" in str(found.error)
+    record, _ = execute_run(tiny(f"results_dir={tmp_path}/file"))
+    assert record.status == "failed"
+    assert f"results_dir={tmp_path}/file cannot be written" in str(record.error)
+    for missing in (None, ""):
+        record, _ = execute_run(tiny() | {"results_dir": missing})
+        assert "is not a folder; expected a name such as results/runs" in str(record.error)
 
 
 # On the command line.
 
 
-def test_sweep_goes_on_past_failures_and_skips_what_is_finished(tmp_path: Path, command: Command) -> None:
+def test_a_sweep_continues_after_failures_and_skips_finished_runs(tmp_path: Path, command: Command) -> None:
     done = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4,9", "scheme=channel")
     assert done.returncode == 1
     assert done.stderr.count("error: ") == 1
     assert "error: tiny rtn channel bits=9: scheme.weight.bits=9 is out of range; expected 2 to 8\n" in done.stderr
     assert "Traceback" not in done.stderr
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
-    assert sorted(found["status"] for found in records) == ["failed", "ok", "ok"]
+    assert sorted(record["status"] for record in records) == ["failed", "ok", "ok"]
     assert "| rtn " in done.stdout
     assert "failed" in done.stdout
     again = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4", "scheme=channel")
@@ -281,8 +279,11 @@ def test_traceback_on_request(tmp_path: Path, command: Command, monkeypatch: pyt
         command("method=rtm")
 
 
-def test_someone_elses_method_is_a_method_like_any_other(tmp_path: Path) -> None:
-    """The example of CONTRIBUTING.md, run as it is printed there, from a folder outside this repository."""
+def test_a_method_outside_the_repository_works_like_any_other(tmp_path: Path) -> None:
+    """The example of CONTRIBUTING.md, run as printed there, in a folder outside this repository.
+
+    A comment in its code changes nothing; other code gives the same run id, another `code`, and a new run.
+    """
     guide = (ROOT / "CONTRIBUTING.md").read_text()
     code = guide.split("```python\n", 1)[1].split("```", 1)[0]
     yaml = guide.split("```yaml\n", 1)[1].split("```", 1)[0]
@@ -294,19 +295,37 @@ def test_someone_elses_method_is_a_method_like_any_other(tmp_path: Path) -> None
     assert "error: method.clipped.shrnk=0.8 is an unknown key; did you mean shrink?" in done.stderr
     done = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7,1.0", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    found = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*.json")]
-    shrunk = {r["config"]["method"]["clipped"]["shrink"]: r for r in found if "clipped" in r["config"]["method"]}
-    assert shrunk[0.7]["metrics"]["bits_per_weight"] == shrunk[1.0]["metrics"]["bits_per_weight"] == 2 + 18 / 32
-    assert shrunk[0.7]["window_nll"] != shrunk[1.0]["window_nll"]
-    assert shrunk[0.7]["data"]["calibration"]["num_windows"] == 4
-    edited = code.replace("shrink: float = 0.9", "shrink: float = 0.9  # edited")
-    assert edited != code
-    (tmp_path / "my_methods.py").write_text(edited)
-    done = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7", cwd=tmp_path)
-    assert "skip  tiny" not in done.stderr, "an edited method has to run again"
+    by_shrink = _by_shrink(tmp_path / "runs")
+    first = by_shrink[0.7]
+    assert first["metrics"]["bits_per_weight"] == by_shrink[1.0]["metrics"]["bits_per_weight"] == 2 + 18 / 32
+    assert first["window_nll"] != by_shrink[1.0]["window_nll"]
+    assert first["data"]["calibration"]["num_windows"] == 4
+    for old, new, is_skipped in (
+        ("shrink: float = 0.9", "shrink: float = 0.9  # a comment", True),
+        ("* weight.abs().amax()", "* weight.abs().max() * 0.75", False),
+    ):
+        assert old in code
+        code = code.replace(old, new)
+        (tmp_path / "my_methods.py").write_text(code)
+        done = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7", cwd=tmp_path)
+        assert ("skip  tiny" in done.stderr) == is_skipped, new
+    again = _by_shrink(tmp_path / "runs")[0.7]
+    assert again["run_id"] == first["run_id"]
+    assert again["code"] != first["code"]
+    assert again["window_nll"] != first["window_nll"]
 
 
-def test_two_sweeps_into_one_folder_lose_nothing(tmp_path: Path) -> None:
+def _by_shrink(folder: Path) -> dict[float, dict[str, Any]]:
+    """The records of the example in a folder, by the value of its option `shrink`."""
+    records = [json.loads(path.read_text()) for path in folder.glob("*.json")]
+    return {
+        record["config"]["method"]["clipped"]["shrink"]: record
+        for record in records
+        if "clipped" in record["config"]["method"] and record["status"] == "ok"
+    }
+
+
+def test_two_simultaneous_sweeps_into_one_folder_lose_no_record(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness", "-m", *SWEEP, f"results_dir={tmp_path}"]
     axes = ["method=none,rtn", "bits=3,4", "scheme=channel,group32"]
     running = [subprocess.Popen([*command, *axes], cwd=ROOT, stdout=-3, stderr=-3) for _ in range(2)]
@@ -316,14 +335,14 @@ def test_two_sweeps_into_one_folder_lose_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.glob(".*")) == []
 
 
-def test_a_sweep_killed_anywhere_leaves_whole_records_and_is_resumed(tmp_path: Path) -> None:
+def test_a_killed_sweep_leaves_complete_records_and_can_be_continued(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "harness", "-m", *SWEEP, f"results_dir={tmp_path}", "bits=2,3,4,5,6,7,8"]
-    for extra in (0.0, 0.2):
+    for delay in (0.0, 0.2):
         process = subprocess.Popen(command, cwd=ROOT, stdout=-3, stderr=-3)
         before = len(list(tmp_path.glob("*.json")))
         while len(list(tmp_path.glob("*.json"))) == before and process.poll() is None:
             time.sleep(0.01)
-        time.sleep(extra)
+        time.sleep(delay)
         process.send_signal(signal.SIGKILL)
         process.wait(timeout=60)
         for path in tmp_path.glob("*.json"):
@@ -332,7 +351,7 @@ def test_a_sweep_killed_anywhere_leaves_whole_records_and_is_resumed(tmp_path: P
     assert len(list(tmp_path.glob("*.json"))) == 7
 
 
-def test_nothing_but_results_is_written(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_results_are_written(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     done = command(*SWEEP, "results_dir=out")
     assert done.returncode == 0, done.stderr
@@ -343,14 +362,14 @@ def test_the_experiment_lists_its_sweeps(tmp_path: Path, command: Command) -> No
     """`experiment=bench`, on random weights: the same rows that `make bench` gives."""
     done = command("experiment=bench", *SWEEP, f"results_dir={tmp_path}")
     assert done.returncode == 0, done.stderr
-    found = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     rows = {
         ("+".join(r["config"]["method"]), r["config"]["scheme"]["name"], r["config"]["scheme"]["weight"]["bits"])
-        for r in found
+        for r in records
         if r["config"]["method"]
     }
     low = {(method, "group64", bits) for method in ("rtn", "gptq", "awq") for bits in (4, 3)}
     eight = {(method, f"w8a8_{kind}", 8) for method in ("rtn", "smoothquant") for kind in ("token", "tensor", "static")}
     int8 = {("llm_int8", "llm_int8", 8), ("bnb_int8", "llm_int8", 8), ("bnb_nf4", "native", 4)}
     assert rows == low | eight | int8
-    assert {r["execution"]["dtype"] for r in found if not r["config"]["method"]} == {"float32", "bfloat16"}
+    assert {r["execution"]["dtype"] for r in records if not r["config"]["method"]} == {"float32", "bfloat16"}

@@ -9,7 +9,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from harness.records import Record, store, sweep
 from harness.reports import sweeps_sheet
 from harness.runs import execute_isolated, execute_run
 from tests.conftest import ROOT, TINY, harness, resolve
+from tests.support.waiting import until
 
 Tiny = Callable[..., dict[str, Any]]
 SMALL = [*TINY, "measure=off", "scheme=channel"]
@@ -124,14 +124,6 @@ def test_the_run_of_a_killed_sweep_ends_too_and_the_sweep_can_be_continued(bad: 
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("skip  tiny") == 1
     assert len(records(bad / "runs")) == 2
-
-
-def until(condition: Callable[[], bool], seconds: float = 120) -> None:
-    """Wait for `condition`; fail after `seconds`."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited too long"
-        time.sleep(0.05)
 
 
 def test_an_isolated_run_gives_the_same_record(tiny: Tiny, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from harness.records import Record, Text, read, write
 from harness.reports import comparison_sheet
 from harness.reports.intervals import difference
 from harness.reports.match import other_changes
-from tests.test_table import NLL, WOBBLE, make, scored
+from tests.reports.test_table import NLL, WOBBLE, make, scored
 
 TIMES = {"decode_ms_p10": 10.0, "decode_ms_p50": 11.0, "decode_ms_p90": 12.0}
 

@@ -14,7 +14,7 @@ import pandas as pd
 import pytest
 
 from harness.records import Analysis, Environment, Record, write
-from tests.test_table import make
+from tests.reports.test_table import make
 
 pytest.importorskip("altair")
 pytest.importorskip("vl_convert")

@@ -21,7 +21,7 @@ from selenium.webdriver.support.ui import Select, WebDriverWait
 from harness.records.folder import load_records, select, table_of
 from harness.reports.html import page
 from tests.conftest import ROOT
-from tests.test_report import HOSTILE, analysed
+from tests.reports.test_report import HOSTILE, analysed
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 CHROMEDRIVER = shutil.which("chromedriver")

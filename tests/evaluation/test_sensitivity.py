@@ -157,19 +157,19 @@ def test_logits_that_are_not_finite_are_refused_with_the_name_of_the_linear(tiny
         sensitivities(model, result.floats, TOKENS, "linear")
 
 
-def seen_by(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
-    """Inputs (T, K) of linears on TOKENS."""
-    seen: dict[str, list[Tensor]] = {name: [] for name in names}
+def inputs_of(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
+    """Inputs (T, K) of the linears `names` on TOKENS."""
+    inputs: dict[str, list[Tensor]] = {name: [] for name in names}
     handles = [
         model.get_submodule(name).register_forward_pre_hook(
-            lambda _m, args, name=name: seen[name].append(args[0].flatten(0, -2))
+            lambda _m, args, name=name: inputs[name].append(args[0].flatten(0, -2))
         )
         for name in names
     ]
     logits(model)
     for handle in handles:
         handle.remove()
-    return {name: torch.cat(parts) for name, parts in seen.items()}
+    return {name: torch.cat(parts) for name, parts in inputs.items()}
 
 
 @pytest.mark.parametrize("method", ["rtn", "hqq", "gptq", "awq"])
@@ -177,14 +177,14 @@ def test_hessian_error_is_the_output_error_over_all_tokens(tiny: Tiny, method: s
     model, result, _ = quantized(tiny, "llama", f"method={method}", "engine.propagate=float", "execution=packed")
     names = [row["name"] for row in result.layers]
     with swapped(model, result.floats):
-        inputs = seen_by(model, names)
+        inputs = inputs_of(model, names)
     for row in result.layers:
         weight, x = weight_of(result.floats[row["name"]]), inputs[row["name"]]
         decoded = model.get_submodule(row["name"]).packed.dequantize(torch.float64)  # type: ignore[union-attr,operator]
         assert row["hessian_error"] == pytest.approx(relative(x @ decoded.T, x @ weight.T), rel=1e-4)
 
 
-def test_methods_without_a_hessian_are_not_given_one_unasked(tiny: Tiny) -> None:
+def test_methods_without_a_hessian_collect_one_only_for_the_analysis(tiny: Tiny) -> None:
     result = quantize(build("llama"), build_run(tiny("scheme=channel")), TOKENS)
     assert not any("hessian_error" in row or "output_error" in row for row in result.layers)
     assert result.floats == {}
@@ -197,19 +197,19 @@ def test_outliers_before_and_after_rewrites(tiny: Tiny, method: str) -> None:
     model = uneven(build("llama"))
     cfg = build_run(tiny("scheme=channel", f"method={method}", "analysis.outliers=[*layers.1*]"))
     names = [name for name in linears(model) if "layers.1." in name]
-    before = seen_by(model, names)
-    asked = Analyser(Decoder(model), cfg, TOKENS, NO_CACHE)
+    before = inputs_of(model, names)
+    analyser = Analyser(Decoder(model), cfg, TOKENS, NO_CACHE)
     result = quantize(model, cfg, TOKENS)
     with swapped(model, result.floats):
-        after = seen_by(model, [result.renamed[name] for name in names])
-    found = asked.analyse(result).outliers
+        after = inputs_of(model, [result.renamed[name] for name in names])
+    outliers = analyser.analyse(result).outliers
     firsts = ["self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj"]
-    assert list(found) == [f"model.layers.1.{name}" for name in firsts], "one of each input"
-    for name, largest in found.items():
+    assert list(outliers) == [f"model.layers.1.{name}" for name in firsts], "one entry for each input"
+    for name, largest in outliers.items():
         assert largest["before"] == pytest.approx(before[name].abs().amax(0).tolist(), rel=1e-3)
         assert largest["after"] == pytest.approx(after[result.renamed[name]].abs().amax(0).tolist(), rel=1e-3)
         assert all(value == float(f"{value:.4g}") for value in largest["before"])
-    assert found["model.layers.1.mlp.down_proj"]["before"] != found["model.layers.1.mlp.down_proj"]["after"]
+    assert outliers["model.layers.1.mlp.down_proj"]["before"] != outliers["model.layers.1.mlp.down_proj"]["after"]
     assert result.floats == {}
 
 

@@ -73,7 +73,7 @@ def write(record: Record, folder: Path) -> Path:
 
 
 def rescue(record: Record) -> Path | None:
-    """Write a record into a temporary folder, because its own could not be written; None if this fails too."""
+    """Write a record into a temporary folder, if its folder cannot be written; None if this fails too."""
     try:
         return write(record, Path(tempfile.mkdtemp(prefix="ptqbench-")))
     except (OSError, ValueError):

@@ -15,7 +15,7 @@ from harness.utils.progress import Track, silent
 
 
 class Analyser:
-    """Observes a float model before it is quantized, and both models afterwards."""
+    """Observes the float model before quantization, and the quantized model afterwards."""
 
     def __init__(
         self, decoder: Decoder, cfg: RunConfig, tokens: Tensor, cache: DiskCache, track: Track = silent

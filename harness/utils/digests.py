@@ -1,4 +1,4 @@
-"""Hashes of bytes, files, tensors and modules, by which records and caches identify them."""
+"""Hashes of bytes, files, tensors and modules. Records and caches use them to identify contents."""
 
 from __future__ import annotations
 

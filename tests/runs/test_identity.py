@@ -268,9 +268,9 @@ def test_a_finished_run_of_other_code_is_repeated_and_confirmed(
     raw = tiny("bits=3", "measure=quick", "measure.prompt_len=8", "measure.repeats=2")
     first, _ = execute_run(raw)
     monkeypatch.setattr(identity, "code", lambda *_: "other")
-    kept, skipped = execute_run(raw | {"stale": "keep"})
+    unchanged, skipped = execute_run(raw | {"stale": "keep"})
     assert skipped
-    assert kept == first
+    assert unchanged == first
     again, skipped = execute_run(raw)
     assert not skipped
     assert again.code == "other" != first.code

@@ -237,15 +237,15 @@ def test_a_results_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> 
 
 
 def test_a_sweep_continues_after_failures_and_skips_finished_runs(tmp_path: Path, command: Command) -> None:
-    done = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4,9", "scheme=channel")
-    assert done.returncode == 1
-    assert done.stderr.count("error: ") == 1
-    assert "error: tiny rtn channel bits=9: scheme.weight.bits=9 is out of range; expected 2 to 8\n" in done.stderr
-    assert "Traceback" not in done.stderr
+    output = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4,9", "scheme=channel")
+    assert output.returncode == 1
+    assert output.stderr.count("error: ") == 1
+    assert "error: tiny rtn channel bits=9: scheme.weight.bits=9 is out of range; expected 2 to 8\n" in output.stderr
+    assert "Traceback" not in output.stderr
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert sorted(record["status"] for record in records) == ["failed", "ok", "ok"]
-    assert "| rtn " in done.stdout
-    assert "failed" in done.stdout
+    assert "| rtn " in output.stdout
+    assert "failed" in output.stdout
     again = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4", "scheme=channel")
     assert again.returncode == 0
     assert again.stderr.count("skip  tiny") == 2
@@ -264,17 +264,17 @@ def test_a_sweep_continues_after_failures_and_skips_finished_runs(tmp_path: Path
 def test_errors_of_the_command_line_are_one_line(
     arguments: list[str], message: str, tmp_path: Path, command: Command
 ) -> None:
-    done = command(*arguments, f"results_dir={tmp_path}")
-    assert done.returncode == 1
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert done.stderr.startswith(message)
+    output = command(*arguments, f"results_dir={tmp_path}")
+    assert output.returncode == 1
+    assert len(output.stderr.strip().splitlines()) == 1, output.stderr
+    assert output.stderr.startswith(message)
 
 
 def test_traceback_on_request(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
-    done = command(*SWEEP, f"results_dir={tmp_path}", "bits=9")
-    assert "Traceback" in done.stderr
-    assert "error: tiny rtn group64 bits=9: scheme.weight.bits=9 is out of range; expected 2 to 8" in done.stderr
+    output = command(*SWEEP, f"results_dir={tmp_path}", "bits=9")
+    assert "Traceback" in output.stderr
+    assert "error: tiny rtn group64 bits=9: scheme.weight.bits=9 is out of range; expected 2 to 8" in output.stderr
     with pytest.raises(MissingConfigException):
         command("method=rtm")
 
@@ -291,10 +291,10 @@ def test_a_method_outside_the_repository_works_like_any_other(tmp_path: Path) ->
     (tmp_path / "conf/method").mkdir(parents=True)
     (tmp_path / "conf/method/clipped.yaml").write_text(yaml)
     arguments = ["--config-dir", "conf", "-m", *SWEEP, "results_dir=runs", "bits=2", "scheme=group32"]
-    done = harness(*arguments, "method=clipped", "method.clipped.shrnk=0.8", cwd=tmp_path)
-    assert "error: method.clipped.shrnk=0.8 is an unknown key; did you mean shrink?" in done.stderr
-    done = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7,1.0", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
+    output = harness(*arguments, "method=clipped", "method.clipped.shrnk=0.8", cwd=tmp_path)
+    assert "error: method.clipped.shrnk=0.8 is an unknown key; did you mean shrink?" in output.stderr
+    output = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7,1.0", cwd=tmp_path)
+    assert output.returncode == 0, output.stderr
     by_shrink = _by_shrink(tmp_path / "runs")
     first = by_shrink[0.7]
     assert first["metrics"]["bits_per_weight"] == by_shrink[1.0]["metrics"]["bits_per_weight"] == 2 + 18 / 32
@@ -307,8 +307,8 @@ def test_a_method_outside_the_repository_works_like_any_other(tmp_path: Path) ->
         assert old in code
         code = code.replace(old, new)
         (tmp_path / "my_methods.py").write_text(code)
-        done = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7", cwd=tmp_path)
-        assert ("skip  tiny" in done.stderr) == is_skipped, new
+        output = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7", cwd=tmp_path)
+        assert ("skip  tiny" in output.stderr) == is_skipped, new
     again = _by_shrink(tmp_path / "runs")[0.7]
     assert again["run_id"] == first["run_id"]
     assert again["code"] != first["code"]
@@ -353,15 +353,15 @@ def test_a_killed_sweep_leaves_complete_records_and_can_be_continued(tmp_path: P
 
 def test_only_results_are_written(tmp_path: Path, command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    done = command(*SWEEP, "results_dir=out")
-    assert done.returncode == 0, done.stderr
+    output = command(*SWEEP, "results_dir=out")
+    assert output.returncode == 0, output.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_the_experiment_lists_its_sweeps(tmp_path: Path, command: Command) -> None:
     """`experiment=bench`, on random weights: the same rows that `make bench` gives."""
-    done = command("experiment=bench", *SWEEP, f"results_dir={tmp_path}")
-    assert done.returncode == 0, done.stderr
+    output = command("experiment=bench", *SWEEP, f"results_dir={tmp_path}")
+    assert output.returncode == 0, output.stderr
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     rows = {
         ("+".join(r["config"]["method"]), r["config"]["scheme"]["name"], r["config"]["scheme"]["weight"]["bits"])

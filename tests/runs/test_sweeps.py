@@ -237,12 +237,12 @@ def test_entries_and_their_summary(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("launcher", ["workers", "submitit_local", "ray_cluster"])
 def test_every_record_of_a_launcher_arrives_once(launcher: str, tmp_path: Path) -> None:
-    done = harness(
+    output = harness(
         *("-m", *SMALL, f"hydra/launcher={launcher}", f"results_dir={tmp_path}", "method=rtn", "bits=3,9,4"),
         RAY_AUTH_MODE="disabled",
     )
-    assert done.returncode == 1, done.stderr
-    assert "scheme.weight.bits=9 is out of range" in done.stdout
+    assert output.returncode == 1, output.stderr
+    assert "scheme.weight.bits=9 is out of range" in output.stdout
     written = records(tmp_path)
     assert sorted(record["status"] for record in written) == ["failed", "ok", "ok"]
     (folder,) = (path for path in (tmp_path / "sweeps").iterdir() if path.is_dir())
@@ -250,7 +250,7 @@ def test_every_record_of_a_launcher_arrives_once(launcher: str, tmp_path: Path) 
     assert [entry.number for entry in entries] == [0, 1, 2]
     assert {entry.run_id for entry in entries} == {record["run_id"] for record in written}
     assert summary_of(tmp_path)["runs"] == 3
-    assert done.stdout.count("| rtn ") == 3
+    assert output.stdout.count("| rtn ") == 3
 
 
 def test_the_configuration_of_slurm_fits_its_launcher() -> None:
@@ -273,12 +273,12 @@ def resolve_hydra(*overrides: str) -> dict[str, Any]:
 
 
 def test_optuna_finds_the_pareto_front_of_two_metrics(tmp_path: Path) -> None:
-    done = harness(
+    output = harness(
         *("experiment=pareto", *SMALL[:-1], f"results_dir={tmp_path}", "hydra.sweeper.n_trials=6"),
         "hydra.sweeper.params={method:rtn,scheme:'choice(channel,group32)',bits:'choice(2,4,9)'}",
     )
     ok = [record for record in records(tmp_path) if record["status"] == "ok"]
-    assert ok, done.stderr
+    assert ok, output.stderr
     points = {(record["metrics"]["nll"], record["metrics"]["bits_per_weight"]) for record in ok}
     best = {p for p in points if not any(q != p and q[0] <= p[0] and q[1] <= p[1] for q in points)}
     (path,) = (tmp_path / "sweeps").glob("*/optimization_results.yaml")
@@ -291,7 +291,7 @@ def test_optuna_finds_the_pareto_front_of_two_metrics(tmp_path: Path) -> None:
 
 
 def test_an_unknown_launcher_names_the_extra() -> None:
-    done = harness("-m", *SMALL, "hydra/launcher=kubernetes")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: hydra/launcher=kubernetes is unknown; ")
-    assert "pip install 'ptqbench[sweeps]'" in done.stderr
+    output = harness("-m", *SMALL, "hydra/launcher=kubernetes")
+    assert output.returncode == 1
+    assert output.stderr.startswith("error: hydra/launcher=kubernetes is unknown; ")
+    assert "pip install 'ptqbench[sweeps]'" in output.stderr

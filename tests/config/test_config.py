@@ -75,7 +75,7 @@ def test_data_configs_have_the_same_keys() -> None:
         ("model.package=null", r"^model.path=None and 0 of package, id, architecture are set"),
         ("scheme.weight.grid=narrow", r"^scheme.weight.grid=narrow has no use with symmetric=false"),
         ("seed=-1", r"^seed=-1 is out of range; expected 0 to 2\^63 - 1$"),
-        ("method.rtn._target_=tests.test_config.Loose", r"Loose is not a method; expected a class with @dataclass"),
+        ("method.rtn._target_=tests.config.test_config.Loose", r"Loose is not a method; expected a class with @dataclass"),
         ("seed=1.5", r"^seed=1.5 has type float; expected int$"),
         ("force=1", r"^force=1 has type int; expected bool$"),
     ],
@@ -105,7 +105,7 @@ class Rewrites(Method):
 
 
 def test_the_last_step_that_overrides_quantize_chooses_the_codes(tiny: Tiny) -> None:
-    rewrites, rtn = {"_target_": "tests.test_config.Rewrites"}, {"_target_": "methods.rtn.RTN"}
+    rewrites, rtn = {"_target_": "tests.config.test_config.Rewrites"}, {"_target_": "methods.rtn.RTN"}
     awq, gptq = {"_target_": "methods.awq.AWQ"}, {"_target_": "methods.gptq.GPTQ"}
     for steps, quantizing in [
         ({"first": rewrites, "gptq": gptq}, "gptq"),
@@ -136,7 +136,7 @@ def test_a_step_with_nothing_to_do_is_refused(names: list[str], idle: str, choos
         "awq": "methods.awq.AWQ",
         "gptq": "methods.gptq.GPTQ",
         "again": "methods.gptq.GPTQ",
-        "rewrites": "tests.test_config.Rewrites",
+        "rewrites": "tests.config.test_config.Rewrites",
     }
     message = rf"^method={re.escape('+'.join(names))}: step {idle} has nothing to do, because {chooser} chooses"
     with pytest.raises(ValueError, match=message):

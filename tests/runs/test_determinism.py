@@ -59,7 +59,7 @@ def results(folder: str, overrides: tuple[str, ...]) -> dict[str, Any]:
 def in_new_process(folder: Path) -> dict[str, dict[str, Any]]:
     """The results of all methods, from a new process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "random"}
-    command = [sys.executable, "-m", "tests.test_determinism", str(folder)]
+    command = [sys.executable, "-m", "tests.runs.test_determinism", str(folder)]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
     by_method: dict[str, dict[str, Any]] = json.loads(process.stdout)

@@ -131,8 +131,9 @@ WRITER = """
 import sys, torch
 from pathlib import Path
 from harness.utils.disk_cache import DiskCache
-from tests.support.decoders import quantize
 cache = DiskCache(Path(sys.argv[1]), 2_000_000)
+print("ready", flush=True)
+sys.stdin.read()
 for _ in range(30):
     cache.save("key", {"x": torch.full((50_000,), float(sys.argv[2]))})
     entry = cache.load("key")
@@ -143,7 +144,16 @@ for _ in range(30):
 def test_two_processes_may_write_the_same_entry_at_once(tmp_path: Path) -> None:
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    writers = [subprocess.Popen([*command, value], env=env, stderr=subprocess.PIPE) for value in ("1", "2")]
+    started, start = os.pipe()  # both writers start when the test closes `start`
+    writers = [
+        subprocess.Popen([*command, value], env=env, stdin=started, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        for value in ("1", "2")
+    ]
+    for writer in writers:
+        assert writer.stdout is not None
+        writer.stdout.readline()
+    os.close(start)
+    os.close(started)
     for writer in writers:
         _, errors = writer.communicate(timeout=120)
         assert writer.returncode == 0, errors.decode()

@@ -143,6 +143,16 @@ def test_a_large_weight_goes_to_onednn_and_gives_the_same(kind: str, monkeypatch
     torch.testing.assert_close(large(inputs, bias), small(inputs, bias), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "name"), [(torch.float32, None), (torch.bfloat16, "cpu_w8a16")])
+@pytest.mark.parametrize("kind", ["token", "llm_int8"])
+def test_a_processor_without_vnni_has_no_int8_product(
+    kind: str, dtype: torch.dtype, name: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
+    kernel = choose(weights(48, 64, INT8_ROWS), quantizer(kind), dtype, CPU)
+    assert (kernel.name if kernel else None) == name
+
+
 @vnni
 def test_zeros_stay_zeros() -> None:
     weight = weights(16, 32, INT8_ROWS)
@@ -218,7 +228,6 @@ def test_packed_keeps_what_the_kernel_reads_and_nothing_else() -> None:
     ],
 )
 def test_the_table_of_a_gpu(fmt: WeightFormat, inputs: str | None, name: str | None) -> None:
-    pytest.importorskip("triton")
     rounding = quantizer(inputs) if inputs else None
     kernel = choose(weights(64, 128, fmt), rounding, torch.float16, torch.device("cuda"))
     assert (kernel.name if kernel else None) == name

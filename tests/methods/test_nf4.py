@@ -88,7 +88,8 @@ def test_codes_are_the_nearest_of_all_levels_and_decode_as_level_times_scale(
 def test_codes_scales_and_values_are_those_of_bitsandbytes(
     method: type[Codebook], shape: tuple[int, int], double_quant: bool
 ) -> None:
-    functional = pytest.importorskip("bitsandbytes").functional
+    from bitsandbytes import functional
+
     weight = weights(*shape)
     qtensor = quantized(method(double_quant=double_quant), weight)
     packed, state = functional.quantize_4bit(

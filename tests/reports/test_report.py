@@ -13,17 +13,12 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from harness.records import Analysis, Environment, Record, write
-from tests.reports.test_table import make
-
-pytest.importorskip("altair")
-pytest.importorskip("vl_convert")
-pytest.importorskip("itables")
-
 from harness.cli.report import main
+from harness.records import Analysis, Environment, Record, write
 from harness.reports import to_frame
 from harness.reports.cells import STALE, STALE_NOTE
 from harness.reports.html import charts, details, layers, page, pareto, rows
+from tests.reports.test_table import make
 
 HOSTILE = "</script><script>document.title = 'owned'</script><b>&"
 METHODS = ("awq", "gptq", "rtn")

@@ -68,6 +68,21 @@ def test_a_folder_reproduces_to_the_bit(
     assert len(list((tmp_path / "reproduced").glob("*.json"))) == 2
 
 
+def test_a_record_of_other_code_is_confirmed_only_by_the_same_bits(
+    committed: Callable[..., Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same, moved = committed("bits=3"), committed("bits=4")
+    for record in (same, moved):
+        edit(tmp_path, record, lambda loaded: loaded.update(code="earlier"))
+    edit(tmp_path, moved, lambda loaded: loaded["metrics"].update(nll=loaded["metrics"]["nll"] + 1e-9))
+    _, out, _ = run_again(tmp_path, capsys)
+    assert "1 records gave the same bits with other code" in out
+    confirmed, unconfirmed = (store.read(store.path_of(tmp_path / "reference", run.run_id)) for run in (same, moved))
+    assert confirmed.code == same.code
+    assert confirmed.metrics == same.metrics
+    assert unconfirmed.code == "earlier"
+
+
 def test_selected_records_and_a_report_in_a_file(
     committed: Callable[..., Record], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

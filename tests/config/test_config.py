@@ -75,7 +75,7 @@ def test_data_configs_have_the_same_keys() -> None:
         ("model.package=null", r"^model.path=None and 0 of package, id, architecture are set"),
         ("scheme.weight.grid=narrow", r"^scheme.weight.grid=narrow has no use with symmetric=false"),
         ("seed=-1", r"^seed=-1 is out of range; expected 0 to 2\^63 - 1$"),
-        ("method.rtn._target_=tests.config.test_config.Loose", r"Loose is not a method; expected a class with @dataclass"),
+        ("method.rtn._target_=tests.config.test_config.Loose", r"Loose is not a method; expected a class with @data"),
         ("seed=1.5", r"^seed=1.5 has type float; expected int$"),
         ("force=1", r"^force=1 has type int; expected bool$"),
     ],

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import psutil
 
-LIMIT_S = 120  # far more than a busy machine needs
+LIMIT_S = 300  # far more than a busy machine needs
 _POLL_S = 0.02
 
 

@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
@@ -135,7 +135,7 @@ def test_a_run_that_exceeds_its_time_is_ended(tiny: Tiny, monkeypatch: pytest.Mo
     """The clock jumps once the run has reached its method, so that the test does not depend on the machine's speed."""
     labels: list[str] = []
 
-    def track(items: Any, label: Any, total: int | None = None) -> Iterator[Any]:
+    def track(items: Any, label: Any, total: int | None = None) -> Generator[Any, None, None]:
         for item in items:
             labels.append(text(label))
             yield item
@@ -156,7 +156,7 @@ def test_an_isolated_run_gives_the_same_record(tiny: Tiny, tmp_path: Path) -> No
     direct, _ = execute_run(tiny("method=gptq", "bits=3"))
     labels: list[str] = []
 
-    def track(items: Any, label: Any, total: int | None = None) -> Iterator[Any]:
+    def track(items: Any, label: Any, total: int | None = None) -> Generator[Any, None, None]:
         for item in items:
             yield item
             labels.append(text(label))

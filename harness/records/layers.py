@@ -30,7 +30,10 @@ def read_layers(path: Path) -> list[Row]:
 
 
 def summary(rows: Sequence[Row]) -> list[Row]:
-    """One row for each kind of linear, named with `*` for numbers: how many there are, mean bits and largest errors."""
+    """One row for each kind of linear, named with `*` for numbers: how many there are, mean bits and largest errors.
+
+    The keys are those of the single rows; an error is the largest of the kind.
+    """
     kinds: dict[str, list[Row]] = {}
     for row in rows:
         kinds.setdefault(".".join("*" if part.isdigit() else part for part in row["name"].split(".")), []).append(row)
@@ -42,5 +45,5 @@ def _figures(rows: Sequence[Row]) -> Row:
     figures: Row = {"bits_per_weight": sum(row["stored_bits"] for row in rows) / sum(weights)}
     for name in ("weight_error", "output_error"):
         errors = [row[name] for row in rows if name in row]
-        figures |= {f"{name}_max": max(errors)} if errors else {}
+        figures |= {name: max(errors)} if errors else {}
     return figures

@@ -42,7 +42,7 @@ def test_round_trip(tmp_path: Path) -> None:
 def test_json_has_a_row_for_each_kind_of_linear(tmp_path: Path) -> None:
     path = store.write(Record(run_id="a1", layers=LAYERS), tmp_path)
     (row,) = json.loads(path.read_text())["layers"]
-    assert row == {"name": "blocks.*.x", "linears": 2, "bits_per_weight": 3.0, "weight_error_max": 0.25}
+    assert row == {"name": "blocks.*.x", "linears": 2, "bits_per_weight": 3.0, "weight_error": 0.25}
 
 
 def test_a_record_without_linears_has_no_file_for_them(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ class Decides(Enum):
     CALIBRATED = "in runs that read calibration data"
     ANALYSED = "in runs that analyse the quantized model"
     MIXED = "in runs that choose a width for each linear"
+    CHANGED = "where it differs from the default, so that the run ids from before the field existed stay valid"
 
 
 Metadata = Mapping[str, Decides]
@@ -37,6 +38,7 @@ QUANTIZED = _metadata(Decides.QUANTIZED)
 CALIBRATED = _metadata(Decides.CALIBRATED)
 ANALYSED = _metadata(Decides.ANALYSED)
 MIXED = _metadata(Decides.MIXED)
+CHANGED = _metadata(Decides.CHANGED)
 
 
 def decides(field: dataclasses.Field[Any]) -> Decides:

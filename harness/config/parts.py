@@ -8,10 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from harness.config.options import ALWAYS, ANALYSED, CALIBRATED, MIXED, NEVER
+from harness.config.options import ALWAYS, ANALYSED, CALIBRATED, CHANGED, MIXED, NEVER
 from harness.core import above_zero, at_least
 
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
+_BOS_NAMES = {"protocol": "", "always": "-bos", "never": "-nobos"}  # in the protocol's name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,8 @@ class DataConfig:
     protocol             gptq: consecutive windows, all targets of each scored; strided: windows that begin `stride`
                          tokens apart, the last `stride` targets of each scored
     stride               tokens between the starts of two windows, less than `seq_len`; None with protocol gptq
+    bos                  protocol: as the protocol has it, the special tokens that the tokenizer adds to the whole text;
+                         always: every window is BOS and `seq_len` - 1 tokens of the text; never: no special tokens
     batch_size           windows in one forward pass; sums in another order can change the last bits of a result
     allow_overlap        whether text that both evaluation and calibration contain is a warning instead of an error
     """
@@ -87,6 +90,7 @@ class DataConfig:
     sampling: Literal["first", "random"] = field(default="first", metadata=CALIBRATED)
     protocol: Literal["gptq", "strided"] = field(default="gptq", metadata=ALWAYS)
     stride: int | None = field(default=None, metadata=ALWAYS)
+    bos: Literal["protocol", "always", "never"] = field(default="protocol", metadata=CHANGED)
     batch_size: int = field(default=1, metadata=ALWAYS)
     allow_overlap: bool = field(default=False, metadata=CALIBRATED)
 
@@ -102,13 +106,16 @@ class DataConfig:
                 f"stride={self.stride} is out of range with protocol=strided; expected 1 to {self.seq_len - 1}, "
                 "less than seq_len"
             )
+        if self.bos == "always":
+            at_least(self, 2, "calibration_seq_len")
         if self.source == "text_file" and self.path is None:
             raise ValueError("path=None; expected a text file to evaluate on, as data=text_file data.path=FILE")
 
     @property
     def protocol_id(self) -> str:
-        """The protocol's name in records: gptq-2048, or strided-1024-512."""
-        return f"{self.protocol}-{self.seq_len}" + ("" if self.stride is None else f"-{self.stride}")
+        """The protocol's name in records: gptq-2048, strided-1024-512; with bos=always gptq-2048-bos, never -nobos."""
+        stride = "" if self.stride is None else f"-{self.stride}"
+        return f"{self.protocol}-{self.seq_len}{stride}{_BOS_NAMES[self.bos]}"
 
     @property
     def unscored(self) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -21,46 +21,115 @@ _HASH_BASE = np.uint64(0x9E3779B97F4A7C15)
 _DRAWS_PER_SAMPLE = 1000
 
 
+class Tokenizer(Protocol):
+    """What windows need of a model's tokenizer; see `harness.models.Tokenizer`."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def adds_bos(self) -> bool: ...
+
+    def encode(self, text: str, special: bool = True) -> list[int]: ...
+
+
 @dataclass(frozen=True)
 class Tokens:
-    """Windows of token ids (num_windows, seq_len) int64, and the fields that describe them in the record."""
+    """Windows of token ids (num_windows, seq_len) int64, the fields that describe them in the record, and warnings.
+
+    lead  number of tokens at the start of each window that are not of the text: 1 if each window begins with BOS
+    """
 
     windows: Tensor
     info: dict[str, Any]
+    warnings: tuple[str, ...] = ()
+    lead: int = 0
+
+    @property
+    def text(self) -> Tensor:
+        """The windows without their BOS, (num_windows, seq_len - lead)."""
+        return self.windows[:, self.lead :]
 
 
-def evaluation(cfg: DataConfig, encode: Encode) -> Tokens:
+def evaluation(cfg: DataConfig, tokenizer: Tokenizer) -> Tokens:
     """Windows of the evaluation text in order, adjacent or `stride` apart; an incomplete last window is dropped.
 
-    Protocol: GPTQ (Frantar et al. 2022; IST-DASLab/gptq datautils.py): one tokenizer call over the joined text.
-    Raises: ValueError if the text is shorter than one window.
+    Protocol: GPTQ (Frantar et al. 2022; IST-DASLab/gptq datautils.py): one tokenizer call over the joined text. With
+    bos=always, each window is BOS and the next seq_len - 1 tokens of the text, so that each token is scored once.
+    Raises: ValueError if the text is shorter than one window, or bos=always and the tokenizer has no BOS.
     """
     (joined,) = corpora.documents(cfg, "evaluation")
-    ids = encode(joined)
-    total, stride = len(ids), cfg.stride or cfg.seq_len
-    count = (total - cfg.seq_len) // stride + 1
+    lead = _lead(cfg, tokenizer)
+    ids, length = tokenizer.encode(joined, cfg.bos == "protocol"), cfg.seq_len - len(lead)
+    total, stride = len(ids), cfg.stride or length
+    count = (total - length) // stride + 1
     if count < 1:
         raise ValueError(
             f"data.path={corpora.describe(cfg, 'evaluation')} has {total} tokens, fewer than one window of "
             f"data.seq_len={cfg.seq_len}; use a longer text, or a smaller data.seq_len"
         )
     used = count if cfg.max_windows is None else min(count, cfg.max_windows)
-    ids = ids[: (used - 1) * stride + cfg.seq_len]
-    windows = torch.tensor(ids, dtype=torch.int64).unfold(0, cfg.seq_len, stride).contiguous()
+    ids = ids[: (used - 1) * stride + length]
+    windows = _with_lead(lead, torch.tensor(ids, dtype=torch.int64).unfold(0, length, stride))
     info = {"source": corpora.describe(cfg, "evaluation"), "text_sha256": sha256(joined.encode())}
-    return Tokens(windows, {**info, "text_tokens": total, **_window_info(windows)})
+    info |= {"text_tokens": total, **_bos_info(cfg, tokenizer, "first window"), **_window_info(windows)}
+    lacking = cfg.bos != "always" and tokenizer.adds_bos and (used > 1 or cfg.bos == "never")
+    return Tokens(windows, info, (_no_bos(cfg, used),) if lacking else (), len(lead))
 
 
-def calibration(cfg: DataConfig, encode: Encode, seed: int) -> Tokens:
+def calibration(cfg: DataConfig, tokenizer: Tokenizer, seed: int) -> Tokens:
     """`num_samples` sequences of `calibration_seq_len` tokens, sampled as `cfg.sampling` says.
 
-    Raises: ValueError if the text is too short.
+    With bos=always, each is BOS and calibration_seq_len - 1 tokens of the text.
+    Raises: ValueError if the text is too short, or bos=always and the tokenizer has no BOS.
     """
     documents = corpora.documents(cfg, "calibration")
-    windows = _first(documents, cfg, encode) if cfg.sampling == "first" else _random(documents, cfg, encode, seed)
+    lead = _lead(cfg, tokenizer)
+    length = cfg.calibration_seq_len - len(lead)
+
+    def encode(text: str) -> list[int]:
+        return tokenizer.encode(text, cfg.bos == "protocol")
+
+    rows = (
+        _first(documents, cfg, encode, length)
+        if cfg.sampling == "first"
+        else _random(documents, cfg, encode, length, seed)
+    )
+    windows = _with_lead(lead, rows)
     digest = sha256("\n\n".join(documents).encode())
     info = {"source": corpora.describe(cfg, "calibration"), "text_sha256": digest, "sampling": cfg.sampling}
-    return Tokens(windows, {**info, **_window_info(windows)})
+    at_start = len(documents) == 1 and cfg.sampling == "first"
+    info |= _bos_info(cfg, tokenizer, "first window" if at_start else "each document")
+    return Tokens(windows, {**info, **_window_info(windows)}, lead=len(lead))
+
+
+def _lead(cfg: DataConfig, tokenizer: Tokenizer) -> list[int]:
+    """The tokens before the text in each window: BOS with bos=always, otherwise none."""
+    if cfg.bos != "always":
+        return []
+    if tokenizer.bos_id is None:
+        raise ValueError("data.bos=always: the tokenizer of this model has no BOS token; expected protocol or never")
+    return [tokenizer.bos_id]
+
+
+def _with_lead(lead: list[int], rows: Tensor) -> Tensor:
+    """Windows (W, L + T) of the rows (W, T), each with the L tokens `lead` before it."""
+    return torch.cat([torch.tensor(lead, dtype=torch.int64).expand(len(rows), -1), rows], 1)
+
+
+def _bos_info(cfg: DataConfig, tokenizer: Tokenizer, protocol: str) -> dict[str, Any]:
+    """The fields `bos` and `bos_id` of the record; `protocol` says where the tokenizer's BOS stands in the protocol."""
+    if cfg.bos == "never" or (cfg.bos == "protocol" and not tokenizer.adds_bos):
+        return {"bos": "none", "bos_id": None}
+    return {"bos": "every window" if cfg.bos == "always" else protocol, "bos_id": tokenizer.bos_id}
+
+
+def _no_bos(cfg: DataConfig, used: int) -> str:
+    """The warning that windows lack the BOS which the tokenizer adds."""
+    lacking = "windows have none" if cfg.bos == "never" else f"windows 2 to {used} have none"
+    return (
+        f"data.bos={cfg.bos}: the tokenizer adds BOS, {lacking}; models that need it score worse, use data.bos=always"
+    )
 
 
 def overlap(calibration_windows: Tensor, evaluation_windows: Tensor) -> int:
@@ -78,7 +147,7 @@ def check_overlap(cfg: DataConfig, calibration_tokens: Tokens, evaluation_tokens
 
     Raises: ValueError if they overlap and `data.allow_overlap` is false.
     """
-    shared = overlap(calibration_tokens.windows, evaluation_tokens.windows)
+    shared = overlap(calibration_tokens.text, evaluation_tokens.text)
     if not shared:
         return None
     sources = calibration_tokens.info["source"], evaluation_tokens.info["source"]
@@ -99,9 +168,9 @@ def _window_info(windows: Tensor) -> dict[str, Any]:
     }
 
 
-def _first(documents: Sequence[str], cfg: DataConfig, encode: Encode) -> Tensor:
-    """Consecutive sequences from the start of the text."""
-    needed = cfg.num_samples * cfg.calibration_seq_len
+def _first(documents: Sequence[str], cfg: DataConfig, encode: Encode, length: int) -> Tensor:
+    """Consecutive rows of `length` tokens from the start of the text."""
+    needed = cfg.num_samples * length
     ids: list[int] = []
     for document in documents:
         ids += encode(document)
@@ -113,9 +182,9 @@ def _first(documents: Sequence[str], cfg: DataConfig, encode: Encode) -> Tensor:
     )
 
 
-def _random(documents: Sequence[str], cfg: DataConfig, encode: Encode, seed: int) -> Tensor:
-    """GPTQ's sampling: for each sequence, a random document of more than `calibration_seq_len` tokens and an offset."""
-    generator, length = random.Random(seed), cfg.calibration_seq_len
+def _random(documents: Sequence[str], cfg: DataConfig, encode: Encode, length: int, seed: int) -> Tensor:
+    """GPTQ's sampling: for each row, a random document of more than `length` tokens and an offset."""
+    generator = random.Random(seed)
     only = encode(documents[0]) if len(documents) == 1 else None
     rows: list[list[int]] = []
     for _ in range(_DRAWS_PER_SAMPLE * cfg.num_samples):
@@ -127,7 +196,7 @@ def _random(documents: Sequence[str], cfg: DataConfig, encode: Encode, seed: int
             return torch.tensor(rows, dtype=torch.int64)
     raise ValueError(
         f"data.calibration_path={corpora.describe(cfg, 'calibration')} has too few documents of more than "
-        f"data.calibration_seq_len={length} tokens; lower it"
+        f"data.calibration_seq_len={cfg.calibration_seq_len} tokens; lower it"
     )
 
 

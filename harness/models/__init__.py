@@ -13,3 +13,4 @@ from harness.models.decoder import Decoder as Decoder
 from harness.models.source import Source as Source
 from harness.models.source import open as open
 from harness.models.source import skeleton as skeleton
+from harness.models.tokenizer import Tokenizer as Tokenizer

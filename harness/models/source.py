@@ -6,7 +6,6 @@ import copy
 import functools
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from torch import nn
 
 from harness.config import Dtype, ModelConfig
 from harness.models import gguf
+from harness.models.tokenizer import Tokenizer, byte_tokenizer, pretrained_tokenizer
 from harness.utils.digests import file_sha256
 from harness.utils.hub import reach
 
@@ -63,19 +63,13 @@ class Source:
         return str(self.cfg.package) if self.cfg.source == "package" else f"{self.cfg.id}@{self.cfg.revision}"
 
     @functools.cached_property
-    def encode(self) -> Callable[[str], list[int]]:
-        """A function from text to token ids, with the tokenizer's default special tokens; bytes for random weights."""
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the model; bytes for random weights."""
         if self.cfg.source == "architecture":
-            return lambda text: list(text.encode())
+            return byte_tokenizer()
         from transformers import AutoTokenizer
 
-        tokenizer = self._from_pretrained(AutoTokenizer)
-
-        def encode(text: str) -> list[int]:
-            ids: list[int] = tokenizer(text, verbose=False)["input_ids"]
-            return ids
-
-        return encode
+        return pretrained_tokenizer(self._from_pretrained(AutoTokenizer))
 
     @property
     def name(self) -> str:

@@ -59,6 +59,9 @@ class Text:
     text_sha256    hash of the whole text
     text_tokens    number of tokens of the whole text
     sampling       how calibration sequences were chosen
+    bos            windows that begin with a BOS token: none, first window, every window; each document: BOS begins each
+                   document of the text, and windows are cut from them
+    bos_id         id of this BOS token
     tokens_sha256  hash of the tokens of all windows
     """
 
@@ -66,6 +69,8 @@ class Text:
     text_sha256: str | None = None
     text_tokens: int | None = None
     sampling: str | None = None
+    bos: str | None = None
+    bos_id: int | None = None
     num_windows: int | None = None
     seq_len: int | None = None
     tokens_sha256: str | None = None

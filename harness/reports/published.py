@@ -141,7 +141,8 @@ def matches(row: Row, config: Json, options: Mapping[str, Any]) -> bool:
 def _protocol(config: Json) -> str:
     """The protocol in the form of records."""
     parts = [_at(config, f"data.{key}") for key in ("protocol", "seq_len", "stride")]
-    return "-".join(str(part) for part in parts if part not in (None, _ANYTHING))
+    bos = {"always": "bos", "never": "nobos"}.get(_at(config, "data.bos"))
+    return "-".join(str(part) for part in (*parts, bos) if part not in (None, _ANYTHING))
 
 
 def _format(row: Row, config: Json) -> Iterator[tuple[str, Any]]:

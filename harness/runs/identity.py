@@ -96,6 +96,7 @@ def _conditions(cfg: RunConfig) -> dict[Decides, bool]:
         Decides.CALIBRATED: cfg.calibrates,
         Decides.ANALYSED: cfg.analyses,
         Decides.MIXED: cfg.mixes,
+        Decides.CHANGED: True,  # _deciding leaves out the default
     }
 
 
@@ -105,6 +106,7 @@ def _deciding(config: Any, conditions: Mapping[Decides, bool]) -> Json:
         item.name: _plain(getattr(config, item.name), conditions)
         for item in dataclasses.fields(config)
         if conditions[decides(item)]
+        and not (decides(item) is Decides.CHANGED and getattr(config, item.name) == item.default)
     }
     return fields | ({"class": _class_name(config)} if isinstance(config, Method) else {})
 

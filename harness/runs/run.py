@@ -68,12 +68,14 @@ def stage(record: Record, name: str, track: Track = silent) -> Iterator[None]:
 
 def _tokens(cfg: RunConfig, source: Source, record: Record) -> tuple[Tensor, Tensor | None]:
     """The evaluation windows, and the calibration sequences if the run reads any, checked not to overlap with them."""
-    stream = data.evaluation(cfg.data, source.encode)
+    stream = data.evaluation(cfg.data, source.tokenizer)
     record.data = Texts(protocol=cfg.data.protocol_id, evaluation=Text(**stream.info))
+    record.warnings += stream.warnings
     if not cfg.calibrates:
         return stream.windows, None
-    calibration = data.calibration(cfg.data, source.encode, cfg.seed)
+    calibration = data.calibration(cfg.data, source.tokenizer, cfg.seed)
     record.data = replace(record.data, calibration=Text(**calibration.info))
+    record.warnings += calibration.warnings
     warning = data.check_overlap(cfg.data, calibration, stream)
     record.warnings += [warning] if warning else []
     return stream.windows, calibration.windows

@@ -47,7 +47,7 @@ def test_a_loaded_model_gives_the_nll_of_its_run(tmp_path: Path, options: tuple[
     assert record.status == "ok", record.error
     cfg = build_run(record.config)
     loaded = native.load(models.open(cfg.model, 1).load(getattr(torch, dtype), CPU), folder)  # other random weights
-    windows = data.evaluation(cfg.data, models.open(cfg.model, 0).encode).windows
+    windows = data.evaluation(cfg.data, models.open(cfg.model, 0).tokenizer).windows
     result = perplexity.perplexity(loaded, windows, 1)
     assert result.nll == pytest.approx(record.metrics["nll"], rel=1e-6)
 

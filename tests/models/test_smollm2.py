@@ -30,7 +30,7 @@ def test_it_is_found_without_importing_the_package_and_its_provenance_names_the_
 
 def test_it_knows_the_capital_of_france() -> None:
     model = models.open(CFG, 0).load(torch.float32, torch.device("cpu"))
-    encode = models.open(CFG, 0).encode
+    encode = models.open(CFG, 0).tokenizer.encode
     ids = encode("The capital of France is")
     assert ids[0] != 1, "no special token is added"
     with torch.no_grad():
@@ -51,6 +51,6 @@ def test_more_bits_are_better_and_the_baseline_equals_the_naive_loop(tmp_path: P
     assert stored == {bits: bits + (16 + bits) / 64 for bits in (8, 4, 3)}
 
     cfg = build_run(resolve(*SMALL, "method=none")).data
-    windows = data.evaluation(cfg, models.open(CFG, 0).encode).windows
+    windows = data.evaluation(cfg, models.open(CFG, 0).tokenizer).windows
     model = models.open(CFG, 0).load(torch.float32, torch.device("cpu"))
     assert plain == pytest.approx(naive_perplexity(model, windows), rel=1e-5)

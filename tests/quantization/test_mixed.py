@@ -124,7 +124,7 @@ def float_model(cfg: RunConfig) -> nn.Module:
 
 
 def calibration(cfg: RunConfig) -> Tensor:
-    return data.calibration(cfg.data, models.open(cfg.model, cfg.seed).encode, cfg.seed).windows
+    return data.calibration(cfg.data, models.open(cfg.model, cfg.seed).tokenizer, cfg.seed).windows
 
 
 def inputs_of(model: nn.Module, name: str, tokens: Tensor) -> Tensor:

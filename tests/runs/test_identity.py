@@ -40,6 +40,7 @@ OTHER = {
     "data.calibration_source": "c4",
     "data.sampling": "random",
     "data.protocol": "gptq",
+    "data.bos": "always",
     "engine.propagate": "float",
     "analysis.sensitivity": "block",
     "analysis.outliers": ("*",),
@@ -109,6 +110,13 @@ def _other(value: Any) -> Any:
     if isinstance(value, bool):
         return not value
     return f"{value}x" if isinstance(value, str) else (value or 0) + 1
+
+
+def test_the_default_of_a_later_field_leaves_the_run_id_unchanged(everything: RunConfig) -> None:
+    conditions = identity._conditions(everything)
+    assert "bos" not in identity._deciding(everything.data, conditions)
+    changed = dataclasses.replace(everything.data, bos="never")
+    assert identity._deciding(changed, conditions)["bos"] == "never"
 
 
 @pytest.mark.parametrize(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import gzip
-import json
-import zlib
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from harness.config import DataConfig
+from harness.data import texts
+from harness.data.texts import Changes
 from harness.utils.digests import sha256
 from harness.utils.hub import reach
 
@@ -24,37 +24,35 @@ C4_SHARDS: dict[Part, str] = {
 C4_EVALUATION_DOCUMENTS = 1100
 
 
-def documents(cfg: DataConfig, part: Part) -> list[str]:
+@dataclass(frozen=True)
+class Documents:
+    """The documents of one part of a corpus, and what a reader of the record must know about them."""
+
+    texts: list[str]
+    warnings: tuple[str, ...] = ()
+
+
+def documents(cfg: DataConfig, part: Part) -> Documents:
     """The documents of one part; most sources are one document, joined as their protocol says.
 
     Raises: ValueError if a file is missing, empty or not text, or a hub cannot be reached.
     """
     key, path = _path(cfg, part)
     source = source_of(cfg, part)
-    if path is not None:
-        texts = _file_documents(source, key, Path(path))
-    elif source == "pydocs":
-        texts = [pydocs(part)]
-    elif source == "wikitext2":
-        split = "train" if part == "calibration" else "test"
-        texts = ["\n\n".join(_hub_rows(key, *WIKITEXT, split=split))]
-    elif source == "c4":
-        files = {"train": C4_SHARDS[part]}
-        texts = _hub_rows(key, "allenai/c4", split="train", data_files=files)
-    else:
-        raise ValueError(f"{key}=None; data={source} has no {part} text, expected {key}=FILE")
-    if not any(text.strip() for text in texts):
+    documents, changes = _documents(source, part, key, path)
+    if not any(text.strip() for text in documents):
         raise ValueError(f"{key}={path} contains no text; expected a file with more than white space")
     if source == "c4" and part == "evaluation":
-        return [" ".join(texts[:C4_EVALUATION_DOCUMENTS])]
-    return texts
+        documents = [" ".join(documents[:C4_EVALUATION_DOCUMENTS])]
+    normalized = f"{key}={describe(cfg, part)}: {changes}; the hashes are those of the normalized text"
+    return Documents(documents, (normalized,) if str(changes) else ())
 
 
 def identity(cfg: DataConfig, part: Part) -> str:
     """Identifies the text of one part without loading it from a hub: a hash of its content, or its name on the hub."""
     key, path = _path(cfg, part)
     if path is not None:
-        return sha256(_read_bytes(key, Path(path)))
+        return texts.identity(key, Path(path))
     source = source_of(cfg, part)
     return sha256(pydocs(part).encode()) if source == "pydocs" else f"{source}:{part}"
 
@@ -79,12 +77,12 @@ def pydocs(part: Part) -> str:
     from pydoc_data.topics import topics
 
     earlier: set[str] = set()
-    texts = [_new_paragraphs(topics[name], earlier) for name in sorted(topics)]
-    half, length, cut = sum(map(len, texts)) / 2, 0, 0
+    parts = [_new_paragraphs(topics[name], earlier) for name in sorted(topics)]
+    half, length, cut = sum(map(len, parts)) / 2, 0, 0
     while length < half:
-        length += len(texts[cut])
+        length += len(parts[cut])
         cut += 1
-    return "\n\n".join(texts[:cut] if part == "calibration" else texts[cut:])
+    return "\n\n".join(parts[:cut] if part == "calibration" else parts[cut:])
 
 
 def _new_paragraphs(topic: str, earlier: set[str]) -> str:
@@ -113,30 +111,27 @@ def _path(cfg: DataConfig, part: Part) -> tuple[str, str | None]:
     return "data.path", cfg.path
 
 
-def _read_bytes(key: str, path: Path) -> bytes:
-    if not path.is_file():
-        raise ValueError(f"{key}={path} is not a file; expected a text file, relative to {Path.cwd()}")
-    return path.read_bytes()
+def _documents(source: str, part: Part, key: str, path: str | None) -> tuple[list[str], Changes]:
+    """The documents of a file, a package or a hub, and what was normalized in them."""
+    if path is not None:
+        return _file_documents(source, key, Path(path))
+    if source == "pydocs":
+        return [pydocs(part)], Changes()
+    if source == "wikitext2":
+        rows, changes = texts.normalized_rows(
+            _hub_rows(key, *WIKITEXT, split="train" if part == "calibration" else "test")
+        )
+        return ["\n\n".join(rows)], changes
+    if source == "c4":
+        return _hub_rows(key, "allenai/c4", split="train", data_files={"train": C4_SHARDS[part]}), Changes()
+    raise ValueError(f"{key}=None; data={source} has no {part} text, expected {key}=FILE")
 
 
-def _file_documents(source: str, key: str, path: Path) -> list[str]:
-    data = _read_bytes(key, path)
-    try:
-        text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
-        if source == "c4":
-            return [json.loads(line)["text"] for line in text.split("\n") if line.strip()]
-    except (
-        UnicodeDecodeError,
-        EOFError,
-        zlib.error,
-        gzip.BadGzipFile,
-        json.JSONDecodeError,
-        KeyError,
-        TypeError,
-    ) as error:
-        expected = 'JSON lines with a "text" key' if source == "c4" else "UTF-8 text"
-        raise ValueError(f"{key}={path} cannot be read ({error}); expected {expected}") from error
-    return [wikitext_join(text) if source == "wikitext2" else text]
+def _file_documents(source: str, key: str, path: Path) -> tuple[list[str], Changes]:
+    text, changes = texts.read(key, path)
+    if source == "c4":
+        return texts.json_lines(key, path, text), Changes()  # line ends and marks are not part of the documents
+    return [wikitext_join(text) if source == "wikitext2" else text], changes
 
 
 def _hub_rows(key: str, *name: str, split: str, data_files: dict[str, str] | None = None) -> list[str]:

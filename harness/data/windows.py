@@ -58,7 +58,8 @@ def evaluation(cfg: DataConfig, tokenizer: Tokenizer) -> Tokens:
     bos=always, each window is BOS and the next seq_len - 1 tokens of the text, so that each token is scored once.
     Raises: ValueError if the text is shorter than one window, or bos=always and the tokenizer has no BOS.
     """
-    (joined,) = corpora.documents(cfg, "evaluation")
+    documents = corpora.documents(cfg, "evaluation")
+    (joined,) = documents.texts
     lead = _lead(cfg, tokenizer)
     ids, length = tokenizer.encode(joined, cfg.bos == "protocol"), cfg.seq_len - len(lead)
     total, stride = len(ids), cfg.stride or length
@@ -71,10 +72,11 @@ def evaluation(cfg: DataConfig, tokenizer: Tokenizer) -> Tokens:
     used = count if cfg.max_windows is None else min(count, cfg.max_windows)
     ids = ids[: (used - 1) * stride + length]
     windows = _with_lead(lead, torch.tensor(ids, dtype=torch.int64).unfold(0, length, stride))
-    info = {"source": corpora.describe(cfg, "evaluation"), "text_sha256": sha256(joined.encode())}
+    info: dict[str, Any] = {"source": corpora.describe(cfg, "evaluation"), "text_sha256": sha256(joined.encode())}
     info |= {"text_tokens": total, **_bos_info(cfg, tokenizer, "first window"), **_window_info(windows)}
     lacking = cfg.bos != "always" and tokenizer.adds_bos and (used > 1 or cfg.bos == "never")
-    return Tokens(windows, info, (_no_bos(cfg, used),) if lacking else (), len(lead))
+    warnings = (*documents.warnings, _no_bos(cfg, used)) if lacking else documents.warnings
+    return Tokens(windows, info, warnings, len(lead))
 
 
 def calibration(cfg: DataConfig, tokenizer: Tokenizer, seed: int) -> Tokens:
@@ -83,7 +85,8 @@ def calibration(cfg: DataConfig, tokenizer: Tokenizer, seed: int) -> Tokens:
     With bos=always, each is BOS and calibration_seq_len - 1 tokens of the text.
     Raises: ValueError if the text is too short, or bos=always and the tokenizer has no BOS.
     """
-    documents = corpora.documents(cfg, "calibration")
+    source = corpora.documents(cfg, "calibration")
+    documents = source.texts
     lead = _lead(cfg, tokenizer)
     length = cfg.calibration_seq_len - len(lead)
 
@@ -100,7 +103,7 @@ def calibration(cfg: DataConfig, tokenizer: Tokenizer, seed: int) -> Tokens:
     info = {"source": corpora.describe(cfg, "calibration"), "text_sha256": digest, "sampling": cfg.sampling}
     at_start = len(documents) == 1 and cfg.sampling == "first"
     info |= _bos_info(cfg, tokenizer, "first window" if at_start else "each document")
-    return Tokens(windows, {**info, **_window_info(windows)}, lead=len(lead))
+    return Tokens(windows, {**info, **_window_info(windows)}, source.warnings, len(lead))
 
 
 def _lead(cfg: DataConfig, tokenizer: Tokenizer) -> list[int]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.calibration.proofs import SAME_LOGITS, relative_error, within
 from harness.calibration.shortcut import Shortcut
 from harness.models import Decoder
-from harness.nn import first_of, hooked
+from harness.nn import accepted, first_of, hooked
 
 Watcher = Callable[[Tensor], None]
 
@@ -170,7 +170,8 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
 @torch.no_grad()
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """The model's logits (B, T, V) on `tokens` (B, T)."""
-    output: Tensor = model(input_ids=tokens.to(next(model.parameters()).device), use_cache=False).logits
+    on_device = tokens.to(next(model.parameters()).device)
+    output: Tensor = model(input_ids=on_device, **accepted(model, use_cache=False)).logits
     return output
 
 

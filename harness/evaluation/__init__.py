@@ -7,4 +7,5 @@
 from harness.evaluation.assess import Assessment as Assessment
 from harness.evaluation.memory import peak_memory_mib as peak_memory_mib
 from harness.evaluation.memory import reset_peak_memory as reset_peak_memory
+from harness.evaluation.missing import optional as optional
 from harness.evaluation.outliers import absmax as absmax

@@ -21,8 +21,9 @@ from harness.evaluation.energy import energy, meter
 from harness.evaluation.hidden_states import FloatStates, Spool, spool
 from harness.evaluation.latency import latency, prefill
 from harness.evaluation.memory import peak_memory_mib, reset_peak_memory
+from harness.evaluation.missing import optional
 from harness.models import Source
-from harness.nn import kvcache
+from harness.nn import kvcache, one_line_errors
 from harness.utils.digests import sha256
 from harness.utils.disk_cache import DiskCache, cache_dir
 from harness.utils.progress import Track
@@ -51,8 +52,9 @@ class Diverged:
 class Timing:
     """Latency and energy of the model and of its baseline; `energy_source` names the counter, if there is one."""
 
-    metrics: dict[str, float]
-    energy_source: str | None
+    metrics: dict[str, float] = field(default_factory=dict)
+    energy_source: str | None = None
+    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -119,8 +121,8 @@ class Assessment:
         if not self.simulated:
             memory["peak_memory_mib"] = peak_memory_mib(self._device)
             warnings += [warning] if warning else []
-            bytes_per_token, kv = kvcache.footprint(self.model, self.cfg.kv)
-            memory |= {} if bytes_per_token is None else {"kv_bytes_per_token": bytes_per_token}
+            with optional(warnings, "measure", "kv_bytes_per_token"):
+                memory["kv_bytes_per_token"], kv = kvcache.footprint(self.model, self.cfg.kv)
         if result is None:
             name = self.cfg.model.name
             warnings.append(f"model={name} has random weights: no perplexity is computed, it would mean nothing")
@@ -177,15 +179,20 @@ class Assessment:
         assert self._baseline is not None
         cache, counter = kvcache.maker(self.cfg.kv), meter(self._device)
         pair = (self.model, self._baseline)
-        metrics = latency(pair, self.cfg.measure, self.cfg.seed, self.track, cache)
-        if counter is None:
-            return Timing(metrics, None)
-        return Timing(metrics | energy(pair, self.cfg.measure, self.cfg.seed, counter, cache), counter.source)
+        timed = latency(pair, self.cfg.measure, self.cfg.seed, self.track, cache)
+        joules, warnings = dict[str, float](), list(timed.warnings)
+        if counter is not None:
+            with optional(warnings, "measure", "energy"):
+                joules = energy(pair, self.cfg.measure, self.cfg.seed, counter, cache)
+        return Timing(timed.metrics | joules, counter.source if joules and counter else None, warnings)
 
     def _perplexity(self) -> perplexity.Perplexity:
         keep = None if self._states is None else self._states.append
         data, cache = self.cfg.data, kvcache.maker(self.cfg.kv)
-        return perplexity.perplexity(self.model, self.windows, data.batch_size, self.track, keep, cache, data.unscored)
+        with one_line_errors(self.model, f"data.seq_len={data.seq_len}", "use a model.dtype that transformers runs"):
+            return perplexity.perplexity(
+                self.model, self.windows, data.batch_size, self.track, keep, cache, data.unscored
+            )
 
     def _float_pass(self, float_states: Spool, keep: Callable[[Tensor], None]) -> None:
         """Pass the float model's states to `keep`.

@@ -55,7 +55,8 @@ def energy(
     """Joules of a prefill and of one decoded token (of one sequence), for the model and for the baseline.
 
     Counters are too slow for single calls: a block of calls lasts `_BLOCK_S` seconds or longer, and each metric is the
-    median of `_BLOCKS` blocks. The caches of decode blocks are filled before the block starts.
+    median of `_BLOCKS` blocks. The caches of decode blocks are filled before the block starts. A model that returns no
+    cache has no decode metrics.
     """
     prompt, decoded = random_tokens(models[0], cfg, seed)
     metrics: dict[str, float] = {}
@@ -67,7 +68,8 @@ def energy(
             return lambda: [step() for _ in range(decoded.shape[1])]
 
         metrics[f"{prefix}prefill_j"] = _joules(meter, lambda fill=fill: fill, prompt.device)  # type: ignore[misc]
-        metrics[f"{prefix}decode_j_per_token"] = _joules(meter, decode, prompt.device) / decoded.numel()
+        if fill() is not None:
+            metrics[f"{prefix}decode_j_per_token"] = _joules(meter, decode, prompt.device) / decoded.numel()
     return metrics
 
 

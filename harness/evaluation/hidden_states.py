@@ -94,7 +94,8 @@ class FloatStates:
                 self.cache.save(self._name(i), {_NAME: window_states})
         if states and not self.cache.has(self._name(_PROBE)):
             probe = states[0][:PROBE_TOKENS]
-            self.cache.save(self._name(_PROBE), {_NAME: probe, _LOGITS: tail(probe)})
+            logits = tail(probe).clone()  # the tail of a model that does not split returns its argument
+            self.cache.save(self._name(_PROBE), {_NAME: probe.clone(), _LOGITS: logits})
 
     def vouch_for(self, tail: Callable[[Tensor], Tensor]) -> bool:
         """Whether all states are stored, and `tail` turns the probe into exactly the float model's logits.

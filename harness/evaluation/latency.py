@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 
 from harness.config import MeasureConfig
+from harness.evaluation.missing import optional
 from harness.evaluation.workload import Pair, decode_call, milliseconds, prefill_call, random_tokens
 from harness.nn import MakeCache, kvcache
 from harness.utils.progress import Track, silent
@@ -17,29 +19,43 @@ from harness.utils.progress import Track, silent
 _MIB = 2**20
 
 
+@dataclass(frozen=True)
+class Latency:
+    """Metrics of latency, and a warning for each that the model does not have."""
+
+    metrics: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+
+
 @torch.inference_mode()
 def latency(
     models: Pair, cfg: MeasureConfig, seed: int, track: Track = silent, cache: MakeCache | None = None
-) -> dict[str, float]:
+) -> Latency:
     """Time prefill and decode of a model; each repetition is paired with one of the baseline.
 
     A prefill reads `prompt_len` tokens of `batch_size` sequences into a new KV cache and computes the last logits.
     Decode then adds one token per step to that cache. The calls of a pair run back to back in alternating order; a
-    speedup is the median of the pairs' ratios. The model's cache is `cache()`, the baseline's cache is float.
+    speedup is the median of the pairs' ratios. The model's cache is `cache()`, the baseline's cache is float. A model
+    that returns no cache has no decode metrics, but a warning.
 
-    Returns: metrics: p50, p10 and p90 of the model and p50 of the baseline in milliseconds, the speedups, and the size
-    of the model's cache at the end in MiB.
+    Returns: p50, p10 and p90 of the model and p50 of the baseline in milliseconds, the speedups, and the size of the
+    model's cache at the end in MiB.
     """
     device = next(models[0].parameters()).device
     prompt, decoded = random_tokens(models[0], cfg, seed)
-
-    prefills = [prefill_call(model, prompt, make) for model, make in zip(models, (cache, None), strict=True)]
-    metrics = _summary("prefill", _interleave(prefills, cfg.warmup, cfg.repeats, device, track))
-    caches = [prefill() for prefill in prefills]
-    steps = [decode_call(model, filled, decoded) for model, filled in zip(models, caches, strict=True)]
-    metrics |= _summary("decode", _interleave(steps, cfg.warmup, cfg.decode_tokens, device, track))
-    size = kvcache.held_bytes(caches[0])
-    return metrics if size is None else metrics | {"kv_mib": size / _MIB}
+    result = Latency()
+    caches: list[Any] = []
+    with optional(result.warnings, "measure", "latency"):
+        prefills = [prefill_call(model, prompt, make) for model, make in zip(models, (cache, None), strict=True)]
+        result.metrics.update(_summary("prefill", _interleave(prefills, cfg.warmup, cfg.repeats, device, track)))
+        caches += [prefill() for prefill in prefills]
+    if caches:
+        with optional(result.warnings, "measure", "decode latency"):
+            steps = [decode_call(model, filled, decoded) for model, filled in zip(models, caches, strict=True)]
+            result.metrics.update(_summary("decode", _interleave(steps, cfg.warmup, cfg.decode_tokens, device, track)))
+            size = kvcache.held_bytes(caches[0])
+            result.metrics.update({} if size is None else {"kv_mib": size / _MIB})
+    return result
 
 
 @torch.inference_mode()

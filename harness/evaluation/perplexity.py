@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.calibration import PROBE_TOKENS, relative_error
+from harness.calibration import PROBE_TOKENS, SAME_LOGITS, relative_error
 from harness.evaluation.tail import Tail
-from harness.nn import MakeCache
+from harness.nn import MakeCache, accepted, hooked
 from harness.utils.progress import Track, silent
 
 _LOGIT_ELEMENTS = 2**24  # logits that may be in memory at once: 64 MiB of float32
 _SAME_SPLIT = 1e-4  # relative error: the tail gets the same states either way, so only rounding can differ
 _MAX_EXPONENT = 700.0
+_UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError)
 
 
 @dataclass(frozen=True)
@@ -40,9 +44,10 @@ class Perplexity:
 class Scorer:
     """A model in two parts: a body, from tokens to last hidden states, and a tail, from states (T, D) to logits (T, V).
 
-    The constructor checks on the tokens `probe` (1, T) that the two parts give the model's logits. If they do not, or
-    the model has no body, the whole model runs, one window at a time: then its logits are the states, and the tail
-    returns them unchanged. With `cache`, each batch uses a new cache; without it, keys and values are not stored.
+    The body is a module that the model's forward calls, discovered on the tokens `probe` (1, T). The constructor checks
+    that the two parts give the model's logits, also for each position alone. If no module passes, the whole model runs,
+    one window at a time: then its logits are the states, and the tail returns them unchanged. With `cache`, each batch
+    uses a new cache; without it, keys and values are not stored.
     """
 
     def __init__(self, model: nn.Module, probe: Tensor, cache: MakeCache | None = None) -> None:
@@ -58,8 +63,8 @@ class Scorer:
 
     def states(self, tokens: Tensor) -> list[Tensor]:
         """Last hidden states (T, D) of each window of `tokens` (B, T)."""
-        if self.splits:
-            return list(self._body(tokens)[0])
+        if self._tail is not None:
+            return list(self._states(self._tail.modules[0], tokens))
         return [self.model(input_ids=window[None], **self._cache_options()).logits[0] for window in tokens]
 
     def tail(self, states: Tensor) -> Tensor:
@@ -74,25 +79,96 @@ class Scorer:
             logits = self.tail(states_slice)
             yield logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_slice
 
-    def _body(self, tokens: Tensor) -> Any:
-        return self.model.base_model(input_ids=tokens, **self._cache_options())
+    def _states(self, body: nn.Module, tokens: Tensor) -> Tensor:
+        """The states (B, T, D) that `body` returns; the model's forward ends there."""
+        outputs: list[Any] = []
+
+        def end(_module: nn.Module, _args: Any, output: Any) -> None:
+            outputs.append(output)
+            raise _Ended
+
+        with hooked([body.register_forward_hook(end)]), suppress(_Ended):
+            self.model(input_ids=tokens, **self._cache_options())
+        states: Tensor = _first_tensor(outputs[0])
+        return states
 
     def _cache_options(self) -> dict[str, Any]:
         """Keyword arguments of the model's call: a new cache, or no cache."""
-        return {"use_cache": True, "past_key_values": self._cache()} if self._cache else {"use_cache": False}
+        if self._cache:
+            return {"use_cache": True, "past_key_values": self._cache()}
+        return accepted(self.model, use_cache=False)
 
     def _proved_tail(self, probe: Tensor) -> Tail | None:
-        """The tail, None if the model has no body or the two parts do not give its logits."""
-        body = getattr(self.model, "base_model", self.model)
-        if body is self.model:
-            return None
-        whole = self.model(input_ids=probe, use_cache=False).logits[0]
-        output = self._body(probe)
-        output_class = type(output)
-        tail = Tail(self.model, [body], lambda states: output_class(last_hidden_state=states))
-        split = tail(output[0][0])
-        differs = split.shape != whole.shape or relative_error(split, whole) > _SAME_SPLIT  # NaN is reported later
-        return None if differs else tail
+        """The tail, None if no module is a body: if none gives the model's logits in two parts."""
+        called, whole = self._outermost(probe)
+        base = getattr(self.model, "base_model", None)
+
+        def rank(index: int) -> tuple[bool, int, int]:  # the base model first, then narrow states, then late modules
+            return called[index][0] is not base, _first_tensor(called[index][1]).shape[-1], -index
+
+        for body, output in (called[index] for index in sorted(range(len(called)), key=rank)):
+            tail, states = Tail(self.model, [body], partial(_with_states, output)), _first_tensor(output)[0]
+            if self._agrees(tail, states, whole):
+                return tail
+        return None
+
+    def _outermost(self, probe: Tensor) -> tuple[list[tuple[nn.Module, Any]], Tensor]:
+        """The modules that the model's forward itself calls, once each, and that return states; and the logits."""
+        calls: list[tuple[nn.Module, Any]] = []
+        depth = [0]
+
+        def enter(_module: nn.Module, _args: Any) -> None:
+            depth[0] += 1
+
+        def leave(module: nn.Module, _args: Any, output: Any) -> None:
+            depth[0] -= 1
+            if not depth[0]:
+                calls.append((module, output))
+
+        inner = [module for module in self.model.modules() if module is not self.model]
+        entered = [module.register_forward_pre_hook(enter) for module in inner]
+        with hooked([*entered, *(module.register_forward_hook(leave) for module in inner)]):
+            whole = self.model(input_ids=probe, **self._cache_options()).logits[0]
+        counts = Counter(module for module, _ in calls)
+        return [call for call in calls if counts[call[0]] == 1 and _is_states(call[1], probe)], whole
+
+    def _agrees(self, tail: Tail, states: Tensor, whole: Tensor) -> bool:
+        """Whether `tail` gives the logits `whole` (T, V) of all states (T, D), and of the second half of them alone."""
+        try:
+            split, middle = tail(states), len(states) // 2
+            alone = tail(states[middle:])
+        except _UNFIT:
+            return False
+        if split.shape != whole.shape or alone.shape != whole[middle:].shape:
+            return False
+        differs = relative_error(split, whole) > _SAME_SPLIT  # NaN does not differ: it is reported later
+        return not differs and not relative_error(alone, whole[middle:]) > SAME_LOGITS[whole.dtype]
+
+
+class _Ended(Exception):  # noqa: N818 - not an error: the body has returned
+    """Ends a forward early."""
+
+
+def _first_tensor(output: Any) -> Any:
+    """The hidden states in the output of a module: the output itself, or the first item of a tuple or ModelOutput."""
+    return output if isinstance(output, Tensor) else output[0] if output else None
+
+
+def _is_states(output: Any, probe: Tensor) -> bool:
+    """Whether a module returned hidden states (1, T, D) of the tokens `probe` (1, T)."""
+    if not isinstance(output, Tensor | tuple | list | Mapping):
+        return False
+    states = _first_tensor(output if not isinstance(output, Mapping) else tuple(output.values()))
+    return isinstance(states, Tensor) and states.is_floating_point() and states.shape[:-1] == probe.shape
+
+
+def _with_states(output: Any, states: Tensor) -> Any:
+    """An output of the same kind as that of a body, with other states and without anything else."""
+    if isinstance(output, Tensor):
+        return states
+    if isinstance(output, Mapping):
+        return type(output)(**{next(iter(output)): states})
+    return type(output)((states, *[None] * (len(output) - 1)))
 
 
 @torch.inference_mode()

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.config import MeasureConfig
-from harness.nn import MakeCache
+from harness.nn import MakeCache, accepted, cache_of
 
 Pair = tuple[nn.Module, nn.Module]  # the quantized model, and its float baseline
 
@@ -25,15 +25,28 @@ def random_tokens(model: nn.Module, cfg: MeasureConfig, seed: int) -> tuple[Tens
 
 
 def prefill_call(model: nn.Module, prompt: Tensor, cache: MakeCache | None) -> Callable[[], Any]:
-    """A prefill into a new cache, which it returns; only the last logits are computed where the model allows that."""
-    accepted = inspect.signature(model.forward).parameters
-    last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-    make = cache or (lambda: None)  # with None, the model makes a float cache
-    return lambda: model(input_ids=prompt, past_key_values=make(), use_cache=True, **last_only).past_key_values
+    """A prefill into a new cache, which it returns; only the last logits are computed where the model allows that.
+
+    The call returns None if the model's output has no cache.
+    """
+    options = accepted(model, use_cache=True)
+    if "logits_to_keep" in inspect.signature(model.forward).parameters:
+        options["logits_to_keep"] = 1
+
+    def call() -> Any:
+        made = {"past_key_values": cache()} if cache else {}  # without it, the model makes a float cache
+        return cache_of(model(input_ids=prompt, **options, **made))
+
+    return call
 
 
 def decode_call(model: nn.Module, cache: Any, tokens: Tensor) -> Callable[[], Any]:
-    """A decode step: each call adds the next column of `tokens` (B, steps) to the cache."""
+    """A decode step: each call adds the next column of `tokens` (B, steps) to the cache.
+
+    Raises: ValueError if `cache` is None.
+    """
+    if cache is None:
+        raise ValueError(f"{type(model).__name__} returns no past_key_values")
     columns = iter(tokens.split(1, dim=1))
     return lambda: model(input_ids=next(columns), past_key_values=cache, use_cache=True)
 

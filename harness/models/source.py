@@ -105,7 +105,7 @@ class Source:
                 )
             parameter.data = parameter.data.to(device, copy=not random)
             parameter.requires_grad_(False)
-        return model.to(device).eval()
+        return _in_float64(model.to(device).eval(), dtype)
 
     def provenance(self, model: nn.Module) -> dict[str, Any]:
         """Provenance of the weights of the loaded `model`: the fields of the section `model` of the record."""
@@ -170,6 +170,14 @@ class Source:
                 f"relative to {Path.cwd()}"
             )
         return folder
+
+
+def _in_float64(model: Any, dtype: torch.dtype) -> nn.Module:
+    """The model, whose experts run one by one in float64: torch has no grouped matmul of this dtype."""
+    if dtype is torch.float64 and hasattr(model, "set_experts_implementation"):
+        model.set_experts_implementation("eager")
+    checked: nn.Module = model
+    return checked
 
 
 def skeleton(shape: Any) -> nn.Module:

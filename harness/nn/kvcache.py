@@ -16,6 +16,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, Dynam
 
 from harness.core import KVFormat
 from harness.core.formats import States
+from harness.nn.calls import accepted, cache_of, one_line_errors
+from harness.nn.positions import positions
 
 MakeCache = Callable[[], Any]
 LENGTHS = (2048, 8192, 32768)
@@ -78,7 +80,7 @@ def check(fmt: KVFormat, shape: Any, seq_len: int, name: str) -> str | None:
 
     Raises: ValueError if a layer caches anything but keys and values, or no token of a window would be coded.
     """
-    unsupported = _others(DynamicCache(config=shape))
+    unsupported = _others(_made_for(shape))
     if unsupported:
         raise ValueError(
             f"kv={fmt.name} cannot replace the {type(unsupported[0]).__name__} of model={name}; expected layers that "
@@ -99,14 +101,22 @@ def check(fmt: KVFormat, shape: Any, seq_len: int, name: str) -> str | None:
 
 
 def _others(cache: Any) -> list[Any]:
-    """Layers of a cache that store anything but keys and values."""
+    """Layers of a cache that store anything but keys and values; the cache itself if its class has no layers."""
     supported = (DynamicLayer, DynamicSlidingWindowLayer, CodedLayer)
-    return [layer for layer in cache.layers if type(layer) not in supported]
+    return [layer for layer in getattr(cache, "layers", [cache]) if type(layer) not in supported]
+
+
+def _made_for(shape: Any) -> Any:
+    """The float cache that transformers makes for a config; one without layers if the config describes none."""
+    try:
+        return DynamicCache(config=shape)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return DynamicCache()
 
 
 def _window(shape: Any) -> int | None:
     """Length of the shortest sliding window of a layer, in tokens; None if no layer has one."""
-    layers = DynamicCache(config=shape).layers
+    layers = _made_for(shape).layers
     return min((x.sliding_window for x in layers if isinstance(x, DynamicSlidingWindowLayer)), default=None)
 
 
@@ -117,7 +127,8 @@ def prove(model: nn.Module, fmt: KVFormat) -> None:
     Raises: ValueError if the format does not fit the attention heads, or the model leaves the cache empty.
     """
     cache = _coded(fmt)
-    _filled(model, 2, lambda: cache)
+    with one_line_errors(model, f"kv={fmt.name}", "use kv=none"):
+        _filled(model, 2, lambda: cache)
     if not (cache.layers and all(layer.get_seq_length() == 2 for layer in cache.layers)):
         raise ValueError(
             f"kv={fmt.name}: {type(model).__name__} does not use the cache that is passed to it; use kv=none"
@@ -125,25 +136,26 @@ def prove(model: nn.Module, fmt: KVFormat) -> None:
 
 
 @torch.inference_mode()
-def footprint(model: nn.Module, fmt: KVFormat | None) -> tuple[float | None, list[dict[str, float]]]:
+def footprint(model: nn.Module, fmt: KVFormat | None) -> tuple[float, list[dict[str, float]]]:
     """Bytes that one token adds to the cache of one sequence, and rows of MiB for each length and batch size.
 
     Short caches are built and measured. Past the first `residual` tokens, the bytes grow by the same amount every
     `tokens` tokens, and always in proportion to the batch, so the figures are exact. Lengths that exceed the model's
     positions or its sliding window are left out.
 
-    Returns: (None, []) if the window or the positions are too short, or layers cache anything but keys and values.
+    Raises: ValueError if the model returns no cache, its layers cache anything but keys and values, or its window or
+    positions are too short.
     """
     shape: Any = model.config
-    window, longest = _window(shape), getattr(shape.get_text_config(), "max_position_embeddings", None)
+    window, longest = _window(shape), positions(shape, model)
     limit = min(window - 1 if window else 2**63, longest or 2**63)
     residual, period = (fmt.residual, fmt.tokens) if fmt else (0, 1)
     start = max(residual, period)
-    if start + period > limit or _others(DynamicCache(config=shape)):
-        return None, []
+    if start + period > limit:
+        raise ValueError(f"{start + period} tokens exceed the model's window or positions")
 
     def measure(length: int) -> int:
-        size = held_bytes(_filled(model, length, maker(fmt)))
+        size = held_bytes(_checked(model, _filled(model, length, maker(fmt))))
         assert size is not None  # checked above: all layers cache keys and values
         return size
 
@@ -157,9 +169,22 @@ def footprint(model: nn.Module, fmt: KVFormat | None) -> tuple[float | None, lis
     return slope, rows
 
 
+def _checked(model: nn.Module, cache: Any) -> Any:
+    """`cache`, which the model has returned.
+
+    Raises: ValueError if it is no cache, or its layers store anything but keys and values.
+    """
+    if cache is None:
+        raise ValueError(f"{type(model).__name__} returns no past_key_values")
+    others = _others(cache)
+    if others:
+        raise ValueError(f"{type(model).__name__} caches more than keys and values ({type(others[0]).__name__})")
+    return cache
+
+
 def _filled(model: Any, length: int, cache: MakeCache | None) -> Any:
-    """The cache after one sequence of `length` tokens."""
+    """The cache after one sequence of `length` tokens; None if the model returns none."""
     vocabulary = int(model.config.get_text_config().vocab_size)
     tokens = (torch.arange(length, device=next(model.parameters()).device) % vocabulary)[None]
     options = {"past_key_values": cache()} if cache else {}
-    return model.base_model(input_ids=tokens, use_cache=True, **options).past_key_values
+    return cache_of(model.base_model(input_ids=tokens, **accepted(model.base_model, use_cache=True, **options)))

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 from harness import quantization
 from harness.config import RunConfig
 from harness.models import Decoder, Source
-from harness.nn import kvcache
+from harness.nn import kvcache, positions
 
 
 def check(cfg: RunConfig, source: Source) -> list[str]:
@@ -18,8 +16,9 @@ def check(cfg: RunConfig, source: Source) -> list[str]:
     Returns: warnings for the record.
     Raises: ValueError, in one line, for a setting that does not fit the model.
     """
-    _check_lengths(cfg, source.shape)
-    quantization.check(Decoder(source.skeleton()), cfg)
+    skeleton = source.skeleton()
+    _check_lengths(cfg, positions(source.shape, skeleton))
+    quantization.check(Decoder(skeleton), cfg)
     if cfg.kv is None:
         return list(cfg.warnings)
     warning = kvcache.check(cfg.kv, source.shape, cfg.data.seq_len, cfg.model.name)
@@ -44,8 +43,8 @@ def device_of(name: str) -> torch.device:
     return device
 
 
-def _check_lengths(cfg: RunConfig, shape: Any) -> None:
-    positions = getattr(shape.get_text_config(), "max_position_embeddings", None)
+def _check_lengths(cfg: RunConfig, limit: int | None) -> None:
+    """Check that no sequence of the run is longer than `limit`, the positions of the model."""
     lengths = {"data.seq_len": cfg.data.seq_len}
     if cfg.calibrates:
         lengths["data.calibration_seq_len"] = cfg.data.calibration_seq_len
@@ -53,7 +52,7 @@ def _check_lengths(cfg: RunConfig, shape: Any) -> None:
         timed_len = cfg.measure.prompt_len + cfg.measure.warmup + cfg.measure.decode_tokens
         lengths["measure.prompt_len + warmup + decode_tokens"] = timed_len
     for key, length in lengths.items():
-        if positions is not None and length > positions:
+        if limit is not None and length > limit:
             raise ValueError(
-                f"{key}={length} exceeds the {positions} positions of model={cfg.model.name}; use {positions} or less"
+                f"{key}={length} exceeds the {limit} positions of model={cfg.model.name}; use {limit} or less"
             )

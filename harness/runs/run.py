@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harness import data, quantization
 from harness.config import RunConfig
-from harness.evaluation import Assessment, peak_memory_mib, reset_peak_memory
+from harness.evaluation import Assessment, optional, peak_memory_mib, reset_peak_memory
 from harness.models import Decoder, Source
 from harness.models.exchange import native
 from harness.nn import kvcache, resident_bytes, stored_bytes
@@ -104,7 +104,7 @@ def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, 
     if cfg.steps and not uncertain and not cfg.analyses:
         record.metrics["quantize_peak_mib"] = peak_memory_mib(device)
     if cfg.analyses:
-        with stage(record, "analyse"):
+        with optional(record.warnings, "analyse", "sensitivity and outliers"), stage(record, "analyse"):
             record.analysis = replace(analyser.analyse(result), mixed=record.analysis.mixed)
 
 
@@ -128,7 +128,10 @@ def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quanti
 
 
 def _assess(cfg: RunConfig, source: Source, model: nn.Module, windows: Tensor, record: Record, track: Track) -> None:
-    """Score the model, compare it with the float model, and time it; optional parts only if the run has them."""
+    """Score the model, compare it with the float model, and time it; optional parts only if the run has them.
+
+    An error after the perplexity is known becomes a warning: the record keeps what was measured.
+    """
     assert record.data.evaluation is not None
     tokens_sha256, device = str(record.data.evaluation.tokens_sha256), next(model.parameters()).device
     simulated = record.execution.mode == "simulated"
@@ -139,18 +142,25 @@ def _assess(cfg: RunConfig, source: Source, model: nn.Module, windows: Tensor, r
         record.metrics |= scores.metrics
         record.warnings += scores.warnings
         if assessment.needs_baseline:
-            with stage(record, "load", track):
-                assessment.load_baseline()
-        if assessment.diverges:
-            with repeatable(device), stage(record, "divergence"):
-                diverged = assessment.diverge()
+            with optional(record.warnings, "baseline", "divergence and latency"):
+                with stage(record, "load", track):
+                    assessment.load_baseline()
+                _compare(assessment, record, device)
+
+
+def _compare(assessment: Assessment, record: Record, device: torch.device) -> None:
+    """Compare the model with its baseline, which is loaded: the divergence, and latency and energy."""
+    if assessment.diverges:
+        with optional(record.warnings, "divergence", "kl"), repeatable(device), stage(record, "divergence"):
+            diverged = assessment.diverge()
             record.window_kl = diverged.window_kl
             record.metrics |= diverged.metrics
             record.warnings += diverged.warnings
-        if assessment.times:
-            with stage(record, "measure"):
-                timing = assessment.time()
+    if assessment.times:
+        with optional(record.warnings, "measure", "latency"), stage(record, "measure"):
+            timing = assessment.time()
             record.metrics |= timing.metrics
+            record.warnings += timing.warnings
             record.execution = replace(record.execution, energy_source=timing.energy_source)
 
 

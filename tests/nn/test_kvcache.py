@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -276,7 +275,8 @@ def test_computed_bytes_equal_the_bytes_of_a_built_cache(monkeypatch: pytest.Mon
 def test_no_bytes_are_reported_past_positions_or_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kvcache, "LENGTHS", (8, 16))
     assert {row["length"] for row in kvcache.footprint(build("mistral", sliding_window=12), None)[1]} == {8}
-    assert kvcache.footprint(build("llama"), kv_format(4, "channel", 8, residual=60)) == (None, [])
+    with pytest.raises(ValueError, match="68 tokens exceed the model's window or positions"):
+        kvcache.footprint(build("llama"), kv_format(4, "channel", 8, residual=60))
 
 
 # Refusals.
@@ -311,7 +311,8 @@ def test_layers_that_cache_anything_but_keys_and_values_are_refused() -> None:
     with pytest.raises(ValueError, match=message):
         kvcache.check(kv_format(4, "token"), shape, 64, "m")
     assert kvcache.held_bytes(DynamicCache(config=shape)) is None
-    assert kvcache.footprint(SimpleNamespace(config=shape), None) == (None, [])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"caches more than keys and values \(LinearAttention"):
+        kvcache._checked(build("llama"), DynamicCache(config=shape))
 
 
 # Whole runs.
@@ -392,7 +393,7 @@ def test_runs_are_refused_before_quantization(
 
 
 def test_a_run_without_a_coded_cache_stores_no_keys(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kvcache, "footprint", lambda *_: (None, []))
+    monkeypatch.setattr(kvcache, "footprint", lambda *_: (0.0, []))
     monkeypatch.setattr(DynamicCache, "__init__", lambda *_args, **_options: pytest.fail("a cache was made"))
     record = execute_run(tiny("method=none"))[0]
     assert record.status == "ok", record.error

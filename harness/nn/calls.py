@@ -1,0 +1,53 @@
+"""Calls of models of any class: the options that a forward accepts, its cache, and one line for an error in it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+_LONGEST = 200  # characters of a message
+# What a model's code raises if it cannot run; a ValueError has a message for the user already.
+_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError)
+
+
+def accepted(model: nn.Module, **options: Any) -> dict[str, Any]:
+    """The keyword arguments among `options` that the model's forward accepts; all, if it accepts any keyword."""
+    parameters = inspect.signature(model.forward).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):
+        return options
+    return {name: value for name, value in options.items() if name in parameters}
+
+
+def cache_of(output: Any) -> Any:
+    """The KV cache in a model's output; None if its class has none, as that of a state space model."""
+    return getattr(output, "past_key_values", None)
+
+
+@contextmanager
+def one_line_errors(model: nn.Module, setting: str, remedy: str) -> Iterator[None]:
+    """Turn an error that is raised in the model's forward into a ValueError of at most 200 characters.
+
+    `setting` is the KEY=VALUE that the message names first, `remedy` what to do; an index that is out of range has a
+    remedy of its own.
+    """
+    try:
+        yield
+    except _ERRORS as error:
+        raise ValueError(_message(model, setting, error, remedy)) from error
+
+
+def _message(model: nn.Module, setting: str, error: Exception, remedy: str) -> str:
+    if isinstance(error, IndexError):
+        remedy = "it has fewer positions or token ids, use a smaller data.seq_len"
+    start, end = f"{setting}: the forward of {type(model).__name__} failed (", f"); {remedy}"
+    return f"{start}{reason(error, _LONGEST - len(start) - len(end))}{end}"
+
+
+def reason(error: BaseException, length: int = 100) -> str:
+    """The class and message of an error in one line of at most `length` characters."""
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= length else f"{text[: max(0, length - 3)]}..."

@@ -84,7 +84,7 @@ class _Builder:
         """Makers of every sum that norms read for linears, and of all sums that share a maker with them."""
         sums = {value for norm in reader_norms for value in self.flow.inputs[norm]}
         if not sums:
-            raise _refused(self.model, "no linear reads the output of a norm of its residual stream")
+            raise _refused("no linear reads the output of a norm of its residual stream")
         others = set(chain.from_iterable(self.flow.inputs.values())) | set().union(*self.flow.bare.values())
         makers: frozenset[str] = frozenset().union(*(value.makers for value in sums))
         while overlapping := [value for value in others if value.makers & makers and not value.makers <= makers]:
@@ -97,15 +97,15 @@ class _Builder:
     def _check_uses(self) -> None:
         idle = [name for name in sorted(self.inside) if name not in self.flow.ran]
         if idle:
-            raise _refused(self.model, f"{idle[0]} did not run on the probe tokens, so its role is unknown")
+            raise _refused(f"{idle[0]} did not run on the probe tokens, so its role is unknown")
         for use in self.flow.uses:
             where = use.where or "the model itself"
             if isinstance(use.value, Normed) and self._flows(use.value.of):
-                why = f"the norm {use.value.norm} is read by {use.what} in {where}; only linears may read it"
-                raise _refused(self.model, why)
+                why = f"the norm {use.value.norm} is read by {use.what} in {where}"
+                raise _refused(why)
             if isinstance(use.value, Sum) and self._flows(use.value):
-                why = f"its residual stream is read by {use.what} in {where}, which a rotation would change"
-                raise _refused(self.model, why)
+                why = f"its residual stream is read by {use.what} in {where}"
+                raise _refused(why)
 
     def _check(self, residual: Residual) -> None:
         """Check that the arithmetic of a Residual holds for its norms, readers and writers."""
@@ -113,27 +113,27 @@ class _Builder:
         embedding_norms = set(self.flow.lone.values())
         shared = next((name for name, read in self.flow.normed.items() if read & embedding_norms), None)
         if shared is not None:
-            raise _refused(self.model, f"{shared} reads a norm's output that is also added to the residual stream")
+            raise _refused(f"{shared} reads a norm's output that is also added to the residual stream")
         widths = [norm.gain.shape[0] for norm in norms] + [table.weight.shape[1] for table in residual.tables]
         widths += [port.weight.shape[0] for port in writers] + [port.weight.shape[1] for port in readers]
         if set(widths) != {residual.width}:
-            raise _refused(self.model, f"its residual stream has several widths, {sorted(set(widths))}")
+            raise _refused(f"its residual stream has several widths, {sorted(set(widths))}")
         names = [port.name for port in readers]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise _refused(self.model, f"{twice} reads the residual stream through several norms")
+            raise _refused(f"{twice} reads the residual stream through several norms")
         if any(norm.centred for norm in norms) and (residual.bare or not all(norm.centred for norm in norms)):
-            raise _refused(self.model, "some norms of its residual stream subtract the mean and some do not")
+            raise _refused("some norms of its residual stream subtract the mean and some do not")
         tables = [id(table.weight) for table in residual.tables]
         weights = {port.name: id(port.module.weight) for port in (*writers, *readers)}
         untied = [weight for weight in weights.values() if weight not in tables]
         if len(set(untied)) < len(untied) or len(set(tables)) < len(tables):
-            raise _refused(self.model, "modules that read or write its residual stream share weights")
+            raise _refused("modules that read or write its residual stream share weights")
 
     def _norm(self, name: str) -> Norm:
         norm = measured(name, self.flow.norms[name])
         if norm is None:
-            raise _refused(self.model, f"{name} is neither RMSNorm nor LayerNorm, as measured")
+            raise _refused(f"{name} is neither RMSNorm nor LayerNorm, as measured")
         return norm
 
 
@@ -172,8 +172,6 @@ def _same(outputs: Tensor, expected: Tensor) -> bool:
     return bool((outputs - expected).norm() <= _EXACT * expected.norm())
 
 
-def _refused(model: nn.Module, why: str) -> ValueError:
+def _refused(why: str) -> ValueError:
     """The error that says why the residual stream of a model cannot be rotated."""
-    return ValueError(
-        f"{type(model).__name__} cannot be rotated: {why}; use a method without rotation, such as gptq or smoothquant"
-    )
+    return ValueError(f"the model cannot be rotated: {why}; use a method without rotation, such as gptq")

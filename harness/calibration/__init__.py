@@ -13,7 +13,6 @@ from harness.calibration.proofs import Limits as Limits
 from harness.calibration.proofs import relative_error as relative_error
 from harness.calibration.proofs import within as within
 from harness.calibration.replay import Stream as Stream
-from harness.calibration.replay import logits as logits
 from harness.calibration.replay import verify as verify
 from harness.calibration.shortcut import shortcuts as shortcuts
 from harness.calibration.survey import Surveyed as Surveyed

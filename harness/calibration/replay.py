@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from harness.calibration.proofs import SAME_LOGITS, relative_error, within
 from harness.calibration.shortcut import Shortcut
-from harness.models import Decoder
-from harness.nn import accepted, first_of, hooked
+from harness.models import Decoder, logits
+from harness.nn import first_of, hooked
 
 Watcher = Callable[[Tensor], None]
+_INSTEAD = "it cannot be calibrated block by block, use a data-free method such as rtn"
 
 
 class _Enough(Exception):  # noqa: N818 - not an error: every watched module has been called
@@ -36,21 +37,17 @@ class Stream:
         """
         model, self.blocks = decoder.model, decoder.blocks
         self.position = 0
+        _check_calls(decoder)
         self.calls = _calls(partial(logits, model, tokens[:1]), self.blocks, _without_states)
         if len(self.calls) != len(self.blocks):
-            raise ValueError(
-                f"{type(model).__name__} calls {len(self.calls)} of its {len(self.blocks)} blocks; expected each once"
-            )
+            raise _refused(model, f"calls {len(self.calls)} of its {len(self.blocks)} blocks, expected each once")
         self._states: list[Tensor] = []
         self._reached = 0
         self.shortcuts: Sequence[Shortcut] = ()  # of the block at `position`
         for sequence in tokens:
             ((states, arguments),) = _calls(partial(logits, model, sequence[None]), self.blocks[:1], _split_call)
             if not _equal(arguments, self.calls[0]):
-                raise ValueError(
-                    f"{type(model).__name__} passes its blocks token-dependent arguments besides the hidden states; "
-                    "it cannot be calibrated block by block, use a data-free method such as rtn"
-                )
+                raise _refused(model, "passes its blocks token-dependent arguments besides the hidden states")
             self._states.append(states)
 
     @torch.no_grad()
@@ -65,7 +62,12 @@ class Stream:
     def _run(self, position: int, states: Tensor, block: nn.Module | None = None) -> Tensor:
         args, options = self.calls[position]
         args, options = _cast(args, states.dtype), _cast(options, states.dtype)
-        output: Tensor = first_of((block or self.blocks[position])(states, *args, **options))
+        output = first_of((block or self.blocks[position])(states, *args, **options))
+        if not isinstance(output, Tensor):
+            raise ValueError(
+                f"block {position} returns a {type(output).__name__}, expected hidden states or a tuple that starts "
+                f"with them; {_INSTEAD}"
+            )
         return output
 
     @torch.no_grad()
@@ -152,7 +154,7 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
 
     def logits_from(last_states: Tensor) -> Tensor:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return (last_states, *output[1:]) if isinstance(output, tuple) else last_states
+            return type(output)([last_states, *output[1:]]) if isinstance(output, tuple | list) else last_states
 
         with hooked([last.register_forward_hook(hook)]):
             return logits(model, tokens)
@@ -162,17 +164,29 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
     if not within(error, limit) or torch.equal(from_zeros, expected):  # equal: the model ignores its blocks
         raise ValueError(
             f"replaying the {len(stream.blocks)} blocks of {type(model).__name__} does not reproduce its logits: the "
-            f"relative error is {error:.2g}, expected at most {limit:g}; it cannot be calibrated block by block, "
-            "use a data-free method such as rtn"
+            f"relative error is {error:.2g}, expected at most {limit:g}; {_INSTEAD}"
         )
 
 
-@torch.no_grad()
-def logits(model: nn.Module, tokens: Tensor) -> Tensor:
-    """The model's logits (B, T, V) on `tokens` (B, T)."""
-    on_device = tokens.to(next(model.parameters()).device)
-    output: Tensor = model(input_ids=on_device, **accepted(model, use_cache=False)).logits
-    return output
+def _check_calls(decoder: Decoder) -> None:
+    """Check that each block is called once in a forward, and that no two blocks share weights.
+
+    Raises: ValueError if a block is not called once, or a rewrite of one block would change another.
+    """
+    decoder.require()
+    for name, count in zip(decoder.names, decoder.calls, strict=True):
+        if count != 1:
+            raise _refused(decoder.model, f"calls {name} {count} times in a forward, expected each block once")
+    owners: dict[nn.Parameter, str] = {}
+    for name, block in zip(decoder.names, decoder.blocks, strict=True):
+        for parameter in block.parameters():
+            other = owners.setdefault(parameter, name)
+            if other != name:
+                raise _refused(decoder.model, f"shares weights between {other} and {name}")
+
+
+def _refused(model: nn.Module, why: str) -> ValueError:
+    return ValueError(f"{type(model).__name__} {why}; {_INSTEAD}")
 
 
 @torch.no_grad()
@@ -210,7 +224,10 @@ def _watched(
 
 def _split_call(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Any]:
     """The hidden states of a call, and its other arguments."""
-    return args[0] if args else options["hidden_states"], _without_states(args, options)
+    states = args[0] if args else options.get("hidden_states")
+    if not isinstance(states, Tensor):
+        raise ValueError(f"blocks receive no hidden states as first argument or as hidden_states; {_INSTEAD}")
+    return states, _without_states(args, options)
 
 
 def _without_states(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:

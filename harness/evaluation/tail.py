@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.calibration import PROBE_TOKENS, SAME_LOGITS, Stream, logits, relative_error, within
-from harness.models import Decoder
+from harness.calibration import PROBE_TOKENS, SAME_LOGITS, Stream, relative_error, within
+from harness.models import Decoder, logits
 from harness.nn import standing_in
 
 
@@ -43,7 +43,7 @@ def after_blocks(decoder: Decoder, tokens: Tensor) -> Tail:
     handle = probe.blocks[-1].register_forward_hook(lambda _module, _args, output: outputs.append(output))
     expected = logits(model, tokens[:1, :PROBE_TOKENS])[0]
     handle.remove()
-    others = tuple(outputs[0][1:]) if isinstance(outputs[0], tuple) else None
+    others = tuple(outputs[0][1:]) if isinstance(outputs[0], tuple | list) else None
     tail = Tail(model, probe.blocks, lambda states: states if others is None else (states, *others))
     error, limit = relative_error(tail(probe.onward(probe.states[0])[0]), expected), SAME_LOGITS[expected.dtype]
     if not within(error, limit):

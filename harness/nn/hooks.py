@@ -35,8 +35,8 @@ def standing_in(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None
 
 
 def first_of(output: Any) -> Any:
-    """The hidden states among the outputs of a module: the output itself, or the first item of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
+    """The hidden states among the outputs of a module: the output itself, or the first item of a tuple or list."""
+    return output[0] if isinstance(output, tuple | list) else output
 
 
 def tensors_of(arguments: Any) -> Iterator[Tensor]:

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from harness.models import linears_of
+from harness.models import Decoder
 from harness.nn import hooked, tensors_of
 
 _ADD = frozenset({"add", "iadd", "radd"})
@@ -63,10 +63,10 @@ class Flow(TorchFunctionMode):
     ran     the norms, linears and embeddings that ran
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         super().__init__()
-        self.model = model
-        self.linears = linears_of(model)
+        self.model = model = decoder.model
+        self.linears = {name: module for name, module in model.named_modules() if decoder.is_linear(module)}
         self.tables = {name: module for name, module in model.named_modules() if isinstance(module, nn.Embedding)}
         self.norms = {name: module for name, module in model.named_modules() if _has_gain(module)}
         self.inputs: dict[str, set[Sum]] = {}

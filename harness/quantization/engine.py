@@ -13,14 +13,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from harness.calibration import PROBE_TOKENS, SAME_TURNED, logits
+from harness.calibration import PROBE_TOKENS, SAME_TURNED
 from harness.config import RunConfig
 from harness.core import Method, overrides
-from harness.models import Decoder, matching, split_skipped, weight_of
+from harness.models import Decoder, logits, matching, split_skipped, weight_of
 from harness.quantization.install import float_row, recorded
 from harness.quantization.passes import Pass, same_function
 from harness.quantization.residual_stream import discover, untied
-from harness.quantization.result import Result
+from harness.quantization.result import Result, sizes
 from harness.utils.disk_cache import DiskCache
 from harness.utils.progress import Track, silent
 
@@ -32,11 +32,12 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
 
     Raises: ValueError that names the linear that does not fit, or the `skip` pattern that matches no linear.
     """
-    linears = decoder.linears()
-    if not linears:
-        raise ValueError(f"model={cfg.model.name} has no linear inside its decoder blocks; nothing to quantize")
     if cfg.scheme is None:
         return
+    decoder.require()
+    linears = decoder.linears()
+    if not linears:
+        raise ValueError(f"model={cfg.model.name} has no linear inside its decoder blocks; use method=none")
     for label, step in cfg.steps.items():
         try:
             for scheme in map(cfg.scheme.at, cfg.mixed.widths) if cfg.mixes else [cfg.scheme]:
@@ -44,7 +45,8 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
         except ValueError as error:
             raise ValueError(f"method.{label}: {error}") from error
     matching(list(linears), cfg.analysis.outliers, "analysis.outliers")
-    for name in split_skipped(list(linears), cfg.skip)[0]:
+    names = split_skipped(list(linears), cfg.skip)[0]
+    for name in names if decoder.probed else ():  # else some may be no linears of the decoder
         rows, columns = weight_of(linears[name]).shape
         try:
             cfg.scheme.weight.groups((rows, columns))
@@ -66,9 +68,12 @@ def quantize(
     `tokens` (B, T) int64 are the calibration sequences; a run that needs no calibration may pass any tokens of the
     model, because rewrites are proved on them. `widths` are the bits of linears that differ from the scheme's, by
     name in the float model.
-    Raises: ValueError if a step changes the function of the float model, or cannot quantize a weight.
+    Raises: ValueError if the configuration does not fit the model, a step changes the function of the float model,
+        or cannot quantize a weight.
     """
-    result = Result(warnings=[f"{name} belongs to no linear and stays float" for name in decoder.uncovered()])
+    if cfg.steps:
+        check(decoder, cfg)
+    result = Result(warnings=decoder.notes() if cfg.steps else [])
     linears = decoder.linears()
     names, skipped = split_skipped(list(linears), cfg.skip) if cfg.steps else ([], list(linears))
     rescaled: dict[str, str] = {}
@@ -92,6 +97,7 @@ def quantize(
     for row in result.layers:
         row |= {"rescaled_by": rescaled[row["name"]]} if row["name"] in rescaled else {}
     result.layers += [float_row(name, weight_of(linears[name])) for name in skipped]
+    result.sizes = sizes(decoder.blocks or [decoder.model])
     return result
 
 

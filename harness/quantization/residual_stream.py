@@ -13,10 +13,9 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-from harness.calibration import logits
 from harness.core import Residual
 from harness.core.residual import Norm, Port, Table
-from harness.models import Decoder, weight_of
+from harness.models import Decoder, logits, weight_of
 from harness.quantization.dataflow import Flow, Normed, Sum
 
 _EXACT = 1e-5  # relative error of a norm to its formula; many norms compute in float32 for any input dtype
@@ -28,7 +27,7 @@ def discover(decoder: Decoder, tokens: Tensor) -> Residual:
 
     Raises: ValueError that names the reason why it cannot be rotated.
     """
-    flow = Flow(decoder.model)
+    flow = Flow(decoder)
     with flow.watching():
         logits(decoder.model, tokens)
     return _Builder(decoder.model, flow, set(decoder.linears())).build()

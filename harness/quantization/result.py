@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
 from harness.core import QTensor
+from harness.nn import QuantLinear
 
 Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Number and stored bits of all weights in matrices of the blocks, and how many of them are quantized.
+
+    Matrices are linears, fused experts (E, N, K), routers and every other parameter of two or more dimensions; one
+    that several blocks share counts once.
+    """
+
+    weights: int = 0
+    stored_bits: int = 0
+    quantized: int = 0
+
+
+def sizes(blocks: Iterable[nn.Module]) -> Sizes:
+    """The sizes of the matrices in `blocks`, in their present state."""
+    modules = {module for block in blocks for module in block.modules()}
+    linears = [module for module in modules if isinstance(module, QuantLinear)]
+    own = {parameter for module in modules for parameter in module.parameters(recurse=False)}
+    floats = [parameter for parameter in own if parameter.dim() >= 2]
+    quantized = sum(math.prod(linear.shape) for linear in linears)
+    return Sizes(
+        weights=quantized + sum(parameter.numel() for parameter in floats),
+        stored_bits=sum(linear.stored_bits for linear in linears)
+        + sum(8 * parameter.element_size() * parameter.numel() for parameter in floats),
+        quantized=quantized,
+    )
 
 
 @dataclass
@@ -22,6 +53,7 @@ class Result:
     weights   QTensors by name of the linear, if the run saves them
     floats    the replaced float linears after all rewrites, by name, if the run is analysed
     renamed   name in the float model -> name after all rewrites, of each linear that was to be quantized
+    sizes     of all matrices in the blocks
     """
 
     layers: list[Row] = field(default_factory=list)
@@ -30,9 +62,14 @@ class Result:
     weights: dict[str, QTensor] = field(default_factory=dict)
     floats: dict[str, nn.Module] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
+    sizes: Sizes = field(default_factory=Sizes)
 
     @property
     def bits_per_weight(self) -> float:
-        """Stored bits divided by weights, over all linears in decoder blocks, including those that stay float."""
-        bits = sum(layer["stored_bits"] for layer in self.layers)
-        return float(bits / sum(layer["shape"][0] * layer["shape"][1] for layer in self.layers))
+        """Stored bits divided by weights, over all matrices in the blocks, including those that stay float."""
+        return self.sizes.stored_bits / self.sizes.weights
+
+    @property
+    def quantized_share(self) -> float:
+        """Share of the weights in matrices of the blocks that is quantized."""
+        return self.sizes.quantized / self.sizes.weights

@@ -28,6 +28,7 @@ class Metric:
     ratio    the column with its ratio to the float baseline: a speedup for times
     short    what the short table shows of it: its value, its ratio, or both; None if it is not in that table
     axis     the axis of the Pareto plots that it is on
+    usual    its usual value: it has no column in a table where every row has this value
     """
 
     name: str
@@ -40,6 +41,7 @@ class Metric:
     ratio: str | None = None
     short: Literal["value", "ratio", "both"] | None = None
     axis: Literal["cost", "loss"] | None = None
+    usual: float | None = None
 
     @property
     def title(self) -> str:
@@ -82,6 +84,16 @@ METRICS = (
         ratio="bits_per_weight_ratio",
         short="value",
         axis="cost",
+    ),
+    Metric(
+        name="quantized_share",
+        kind="exact",
+        better="higher",
+        heading="quantized",
+        long="share of the decoder's weights that is quantized",
+        digits=".1%",
+        short="value",
+        usual=1.0,
     ),
     Metric(
         name="model_size_mib",

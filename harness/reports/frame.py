@@ -64,6 +64,7 @@ def is_stale(run_id: str, stale: Set[str]) -> bool:
 def measured(frame: pd.DataFrame, always: Sequence[str] = ()) -> list[Metric]:
     """The metrics that a table of these rows has as columns: those that a row has, and those named `always`.
 
+    A metric with a usual value is among them only if a row has another value.
     Sizes of KV caches are among them only if a row has a quantized cache: without one, every cache is the model's own.
     """
     quantized_caches = bool((frame["kv"] != "none").any())
@@ -72,6 +73,7 @@ def measured(frame: pd.DataFrame, always: Sequence[str] = ()) -> list[Metric]:
         for metric in METRICS
         if metric.heading
         and (metric.name in always or frame[metric.name].notna().any())
+        and (metric.usual is None or frame[metric.name].dropna().ne(metric.usual).any())
         and (quantized_caches or not _of_cache(metric))
     ]
 

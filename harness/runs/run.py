@@ -116,6 +116,8 @@ def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quanti
     record.layers = result.layers
     record.warnings += result.warnings
     record.metrics["bits_per_weight"] = result.bits_per_weight
+    if cfg.steps:
+        record.metrics["quantized_share"] = result.quantized_share
     record.metrics["model_size_mib"] = stored_bytes(model) / 2**20
     if record.execution.mode != "simulated":
         record.metrics["resident_mib"] = resident_bytes(model) / 2**20

@@ -35,7 +35,7 @@ TOKENS = torch.arange(3, 35).view(2, 16)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_groups_of_the_first_block(family: str) -> None:
     model = build(family)
-    prefix = f"{Decoder(model).prefix}.0."
+    prefix = f"{Decoder(model).name(0)}."
     modules = {name: module for name, module in linears(model).items() if name.startswith(prefix)}
     groups = input_groups(modules, lambda: model(input_ids=TOKENS))
     names = [[name.rpartition(".")[2] for name in group] for group in groups]
@@ -57,9 +57,7 @@ def test_rtn_runs_and_eight_bits_stay_close(family: str, tiny: Callable[..., dic
         after = model(input_ids=TOKENS).logits
     assert 0 < (after - before).norm() / before.norm() < 0.05
     assert {layer["name"] for layer in result.layers} == set(linears(build(family)))
-    assert result.warnings == [
-        f"{name} belongs to no linear and stays float" for name in Decoder(build(family)).uncovered()
-    ]
+    assert result.warnings == Decoder(build(family)).notes()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -90,6 +88,6 @@ def test_skip_patterns() -> None:
         split_skipped(names, ("*",))
 
 
-def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="has no list of equal blocks"):
-        Decoder(nn.Linear(2, 2))
+def test_a_model_that_cannot_run_on_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="model of class Linear cannot run on token ids alone .*; use method=none"):
+        Decoder(nn.Linear(2, 2)).require()

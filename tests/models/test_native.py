@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 
 from harness import data, models
-from harness.calibration import logits
 from harness.config import build_run
 from harness.evaluation import perplexity
+from harness.models import logits
 from harness.models.exchange import native
 from harness.records import Record
 from harness.runs import execute_run

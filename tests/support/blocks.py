@@ -24,7 +24,7 @@ class Block:
 
     def __init__(self, model: nn.Module, index: int = 0, scheme: Scheme = GROUP8, tokens: Tensor = TOKENS) -> None:
         self.model, self.scheme = model, scheme
-        self.prefix = f"{Decoder(model).prefix}.{index}."
+        self.prefix = f"{Decoder(model).name(index)}."
         self.stream = stream_of(model, tokens)
         for _ in range(index):
             self.stream.advance()

@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
 
-COMMANDS = ("table", "report", "reproduce", "attribution")
-_HELP = {"--help", "-h"}
+from harness.cli.commands import COMMANDS as COMMANDS
+from harness.cli.commands import HELP, help_of
+from harness.cli.completion import words_of
+from harness.utils.errors import Refusal
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command of `arguments`, by default the arguments of the process; returns its exit code."""
+    """Run the command of `arguments`, by default the arguments of the process; returns its exit code.
+
+    An interruption while a command is still being imported is one line too.
+    """
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries; tqdm reads this once, when it is imported
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if words and words[0] in COMMANDS:
-        return _command(importlib.import_module(f"harness.cli.{words[0]}"), words[1:])
-    from harness.cli.run import main as run
-
-    _find_methods_here()
-    return run()
+    try:
+        return _dispatch(words)
+    except Refusal as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the end of the process
+        sys.stderr.write("error: interrupted; finished runs are kept and will be skipped next time\n")
+        return 130
 
 
 def conf_folder() -> Path:
@@ -33,13 +40,24 @@ def conf_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def _command(module: ModuleType, arguments: Sequence[str]) -> int:
-    """Run the command of `module`, or print the module's docstring if help is requested."""
-    if _HELP & set(arguments):
-        sys.stdout.write(inspect.cleandoc(module.__doc__ or "") + "\n")
+def _dispatch(words: list[str]) -> int:
+    plain = [word for word in words if word not in HELP]
+    name = plain[0] if plain else ""
+    if name in COMMANDS:
+        if len(plain) < len(words):
+            sys.stdout.write(help_of(COMMANDS[name]))
+            return 0
+        module = importlib.import_module(f"harness.cli.{name}")
+        code: int = module.main(plain[1:])
+        return code
+    suggestions = words_of(words)
+    if suggestions is not None:  # the shell asks how to complete the words of a command
+        sys.stdout.write(" ".join(suggestions) + "\n")
         return 0
-    code: int = module.main(arguments)
-    return code
+    from harness.cli.start import start
+
+    _find_methods_here()
+    return start(words)
 
 
 def _find_methods_here() -> None:

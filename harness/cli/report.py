@@ -1,9 +1,6 @@
-"""Write the HTML report of a folder of records.
+"""Writes the HTML report of a folder of records: `python -m harness report [KEY=VALUE ...]`.
 
-    python -m harness report [runs=FOLDER] [table=NAME] [output=FILE] [png=FILE]
-
-`table` names a table of FOLDER/tables.yaml: the report is then about its runs only. `output` is RUNS/report.html by
-default; `png` also writes the plot of perplexity against bits per weight.
+`harness.cli.commands` describes the options.
 """
 
 from __future__ import annotations
@@ -13,24 +10,21 @@ from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from harness.cli.options import options_of
+from harness.cli.commands import REPORT, file_of, run_command
 from harness.records.folder import load_some, select, table_of
 from harness.runs import stale_ids
 
-DEFAULTS = {"runs": "results/runs", "table": "", "output": "", "png": ""}
 EXTRA = {"altair": "altair", "vl_convert": "vl-convert-python", "itables": "itables", "jinja2": "jinja2"}
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the command; 0, or 1 with one line on stderr."""
-    try:
-        options = DEFAULTS | options_of(arguments, DEFAULTS)
-        _require_extra()
-        _write(options)
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    return 0
+    return run_command(REPORT, arguments, _run)
+
+
+def _run(options: dict[str, str]) -> None:
+    _require_extra()
+    _write(options)
 
 
 def _write(options: dict[str, str]) -> None:
@@ -40,11 +34,11 @@ def _write(options: dict[str, str]) -> None:
     records = load_some(folder)
     if options["table"]:
         records = select(records, table_of(folder, options["table"]), folder)
-    if options["png"]:
-        target = Path(options["png"])
-        target.write_bytes(page.png(records))
-        sys.stdout.write(f"{target}\n")
-    target = Path(options["output"] or folder / "report.html")
+    picture = file_of("png", options["png"]) if options["png"] else None
+    target = file_of("output", options["output"] or str(folder / "report.html"))
+    if picture is not None:
+        picture.write_bytes(page.png(records))
+        sys.stdout.write(f"{picture}\n")
     target.write_text(page.html(records, folder, stale_ids(records)), encoding="utf-8")
     sys.stdout.write(f"{target}\n")
 

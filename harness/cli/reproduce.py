@@ -1,7 +1,7 @@
 """Run committed records again, or compare records with published tables: PASS or FAIL for each figure.
 
-    python -m harness reproduce [runs=results/reference] [into=results/reproduced] [only=PATTERN] [output=FILE]
-    python -m harness reproduce published=results/published.csv [runs=FOLDER] [only=PATTERN] [output=FILE]
+    python -m harness reproduce [KEY=VALUE ...]
+    python -m harness reproduce published=results/published.csv [KEY=VALUE ...]
 
 The first form runs the configuration of each finished record again, each in a separate process, and compares. If only
 the code has changed and the results are the same bits, the record gets the code of the rerun, and tables no longer mark
@@ -11,7 +11,6 @@ nothing. `only` is a part of a run's name or id, and may contain *.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from fnmatch import fnmatch
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from harness.cli.options import options_of
+from harness.cli.commands import REPRODUCE, file_of, run_command
 from harness.config import LimitsConfig, build_run
 from harness.records import Record, load_records, runs_of, write
 from harness.reports import Figure, Report, label, published, reproduction
@@ -29,13 +28,6 @@ from harness.reports.verdict import Word, emit
 from harness.runs import execute_isolated, moved, stamped
 from harness.utils.hub import UNREACHABLE
 
-DEFAULTS = {
-    "runs": "results/reference",
-    "into": "results/reproduced",
-    "published": "",
-    "only": "",
-    "output": "",
-}
 _console = Console(stderr=True)
 
 Json = dict[str, Any]
@@ -127,17 +119,15 @@ def main(arguments: Sequence[str]) -> int:
 
     Returns: the exit code: 0 if no figure failed, 130 after an interruption, otherwise 1. An error is one line.
     """
-    try:
-        options = DEFAULTS | options_of(arguments, DEFAULTS)
-        folder = Path(options["runs"])
-        chosen = select(load_records(folder), options["only"])
-        if options["published"]:
-            rows = published.read(Path(options["published"]))
-            return emit(published.report(rows, chosen, options["only"]), options["output"])
-        return emit(reproduce(chosen, runs_of(folder), options["into"]), options["output"])
-    except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-    except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; finished runs are kept and will not be run again\n")
-        return 130
+    return run_command(REPRODUCE, arguments, _run)
+
+
+def _run(options: dict[str, str]) -> int:
+    if options["output"]:
+        file_of("output", options["output"])
+    folder = Path(options["runs"])
+    chosen = select(load_records(folder), options["only"])
+    if options["published"]:
+        rows = published.read(Path(options["published"]))
+        return emit(published.report(rows, chosen, options["only"]), options["output"])
+    return emit(reproduce(chosen, runs_of(folder), options["into"]), options["output"])

@@ -7,7 +7,7 @@ import types
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from harness.utils.errors import choices
+from harness.utils.errors import Refusal, UnknownKey, choices, short
 
 T = TypeVar("T")
 
@@ -20,19 +20,29 @@ def build(cls: type[T], values: Mapping[str, Any], key: str, extra: Mapping[str,
     """
     prefix = f"{key}." if key else ""
     if not isinstance(values, Mapping):
-        raise ValueError(f"{key}={values!r} is not a mapping; expected the keys of {cls.__name__}")
+        raise Refusal(f"{key}={short(values)} is not a mapping; expected the keys of {cls.__name__}")
     hints = get_type_hints(cls)
     names = [item.name for item in dataclasses.fields(cls) if item.name not in (extra or {})]  # type: ignore[arg-type]
     for name in values:
         if name not in names:
-            raise ValueError(f"{prefix}{name}={values[name]!r} is an unknown key; {choices(str(name), names)}")
+            raise UnknownKey(_argument(f"{prefix}{name}", values[name]), [prefix + known for known in names])
     if missing := [name for name in _required(cls) if name not in {**values, **(extra or {})}]:
-        raise ValueError(f"{prefix}{missing[0]} is missing; set it in the configuration or on the command line")
+        raise Refusal(f"{prefix}{missing[0]} is missing; set it in the configuration or on the command line")
     checked = {name: _convert(value, hints[name], prefix + name) for name, value in values.items()}
     try:
         return cls(**checked, **(extra or {}))
+    except Refusal as error:
+        raise type(error)(f"{prefix}{error}") from error
     except ValueError as error:
-        raise ValueError(f"{prefix}{error}") from error
+        raise Refusal(f"{prefix}{error}") from error
+
+
+def _argument(key: str, value: Any) -> str:
+    """KEY=VALUE as it was typed; a mapping of one key is written as KEY.KEY=VALUE."""
+    while isinstance(value, Mapping) and len(value) == 1:
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    return f"{key}={value!r}"
 
 
 def _required(cls: type) -> list[str]:
@@ -55,13 +65,15 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return _convert(value, inner[0], key)
     if origin is Literal:
         if value not in get_args(hint) or isinstance(value, bool) != isinstance(get_args(hint)[0], bool):
-            raise ValueError(f"{key}={value!r} is unknown; {choices(str(value), [str(arg) for arg in get_args(hint)])}")
+            raise Refusal(f"{key}={short(repr(value))} is unknown; {choices(str(value), [str(arg) for arg in get_args(hint)])}")
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, key)
     if origin in (tuple, list):
+        if value is None or isinstance(value, Mapping):
+            raise Refusal(f"{key}={short(value)} is not a list; expected [value, ...]")
         if not isinstance(value, Sequence) or isinstance(value, str):
-            raise ValueError(f"{key}={value!r} is not a list; expected [value, ...]")
+            return origin([_convert(value, get_args(hint)[0], key)])  # one value is a list of one
         return origin(_convert(item, get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value))
     if not isinstance(hint, type) or origin is not None:  # mappings and other containers: the class itself checks
         return value
@@ -74,5 +86,5 @@ def _convert_scalar(value: Any, hint: type, key: str) -> Any:
     if hint is str and isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)  # a folder or a name that looks like a number
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise ValueError(f"{key}={value!r} has type {type(value).__name__}; expected {hint.__name__}")
+        raise Refusal(f"{key}={short(repr(value))} has type {type(value).__name__}; expected {hint.__name__}")
     return value

@@ -11,6 +11,7 @@ from harness.config.build import build
 from harness.config.parts import LimitsConfig
 from harness.config.schema import JobConfig, RunConfig
 from harness.core import KVFormat, Method, Scheme, overrides
+from harness.utils.errors import Conflict, Refusal, UnknownKey, short
 
 
 def build_limits(cfg: Mapping[str, Any], sweeping: bool) -> LimitsConfig | None:
@@ -28,8 +29,16 @@ def build_limits(cfg: Mapping[str, Any], sweeping: bool) -> LimitsConfig | None:
 def build_run(cfg: Mapping[str, Any]) -> RunConfig:
     """Build a RunConfig from the resolved mapping of conf/config.yaml.
 
-    Raises: ValueError, in one line, for an unknown key, a wrong type or a value out of range.
+    Raises: Refusal, a ValueError of one line, for an unknown key, a wrong type or a value out of range; Conflict for
+    values that exclude each other.
     """
+    try:
+        return _build_run(cfg)
+    except UnknownKey as error:  # the key may belong to another part of the configuration
+        raise error.among([key for key in keys_of(cfg) if not _is_part(error.argument, key)]) from error
+
+
+def _build_run(cfg: Mapping[str, Any]) -> RunConfig:
     job_keys = {item.name for item in dataclasses.fields(JobConfig)}
     separate = {"bits", "scheme", "method", "kv", "experiment", *job_keys}
     values = {key: value for key, value in cfg.items() if key not in separate}
@@ -45,6 +54,22 @@ def build_run(cfg: Mapping[str, Any]) -> RunConfig:
     return build(RunConfig, values, "", extra)
 
 
+def keys_of(cfg: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The full keys of a configuration, those of mappings and of the values in them, without Hydra's."""
+    keys = []
+    for name, value in cfg.items():
+        if name != "_target_" and f"{prefix}{name}" != "hydra":
+            keys.append(f"{prefix}{name}")
+            keys += keys_of(value, f"{prefix}{name}.") if isinstance(value, Mapping) else []
+    return keys
+
+
+def _is_part(argument: str, key: str) -> bool:
+    """Whether `key` stands in the configuration only because of the mistyped KEY=VALUE `argument`."""
+    typed = argument.partition("=")[0]
+    return key == typed or key.startswith(f"{typed}.")
+
+
 def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
     """Build the ordered steps of `method`; the `_target_` of each names its class.
 
@@ -52,7 +77,7 @@ def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
     Raises: ValueError if a class cannot be imported or is not a Method, or a step would have nothing to do.
     """
     if method is not None and not isinstance(method, Mapping):
-        raise ValueError(f"method={method!r} is not a mapping of steps; expected NAME: {{_target_: module.Class}}")
+        raise Refusal(f"method={method!r} is not a mapping of steps; expected NAME: {{_target_: module.Class}}")
     steps = {name: _build_step(f"method.{name}", step) for name, step in (method or {}).items()}
     choosers = [name for name, step in steps.items() if overrides(step, "quantize")]
     last = list(steps).index(choosers[-1]) if choosers else len(steps)
@@ -60,29 +85,31 @@ def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
         rewrites = any(overrides(step, hook) for hook in ("prepare", "rotate", "transform"))
         if (i < last and not rewrites and len(steps) > 1) or i > last:
             chooser = choosers[-1] if choosers else "rounding"
-            raise ValueError(
-                f"method={'+'.join(steps)}: step {name} has nothing to do, because {chooser} chooses the codes; "
+            raise Conflict(
+                f"method={'_'.join(steps)}: step {name} has nothing to do, because {chooser} chooses the codes; "
                 "expected steps that rewrite, then one that quantizes"
             )
     return steps
 
 
 def _build_step(key: str, step: Any) -> Method:
-    if not isinstance(step, Mapping) or "_target_" not in step:
-        raise ValueError(f"{key}={step!r} has no _target_; expected a mapping with the class, as in conf/method")
+    if not isinstance(step, Mapping):
+        raise UnknownKey(f"{key}={step!r}", [])
+    if "_target_" not in step:
+        raise Refusal(f"{key}={short(step)} has no _target_; expected a mapping with the class, as in conf/method")
     target = step["_target_"]
     try:
         module, _, name = str(target).rpartition(".")
         cls = getattr(importlib.import_module(module), name)
     except (Exception, SystemExit) as error:  # the imported module can raise anything; the user can correct it
         reason = " ".join(str(error.__cause__ or error).split())
-        raise ValueError(
-            f"{key}._target_={target} cannot be imported ({reason}); expected module.Class on the Python path"
+        raise Refusal(
+            f"{key}._target_={target} cannot be imported ({short(reason)}); expected module.Class on the Python path"
         ) from error
     is_method = isinstance(cls, type) and issubclass(cls, Method)
     parameters = cls.__dict__.get("__dataclass_params__") if is_method else None  # None: the class is not decorated
     if parameters is None or not parameters.frozen:
-        raise ValueError(
+        raise Refusal(
             f"{key}._target_={target} is not a method; expected a class with @dataclass(frozen=True, kw_only=True) "
             "that inherits from harness.core.Method"
         )

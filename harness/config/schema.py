@@ -16,6 +16,7 @@ from harness.config.parts import (
     ModelConfig,
 )
 from harness.core import NATIVE, KVFormat, Method, Scheme, overrides
+from harness.utils.errors import Conflict
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,13 +84,13 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if not (self.model.scored or self.measure.latency):
-            raise ValueError(
+            raise Conflict(
                 f"measure.latency=False leaves nothing to do: model={self.model.name} has random weights, whose "
                 "perplexity means nothing; expected measure=default or quick, or a trained model"
             )
         rotating = next((name for name, step in self.steps.items() if overrides(step, "rotate")), None)
         if self.save is not None and rotating is not None:
-            raise ValueError(
+            raise Conflict(
                 f"save={self.save} cannot keep the changes that method.{rotating} makes to modules other than linears; "
                 "expected save=null, or a method that rotates nothing"
             )
@@ -101,24 +102,24 @@ class RunConfig:
     def _check_analysis(self) -> None:
         tuned = next((name for name, step in self.steps.items() if step.finetune is not None), None)
         if self.analyses and tuned is not None:
-            raise ValueError(
+            raise Conflict(
                 f"analysis with method.{tuned}, which is fine-tuned: fine-tuning also changes norms, so that no linear "
                 f"is quantized alone; expected method.{tuned}.epochs=0, or sensitivity=off and outliers=[]"
             )
         if self.analyses and self.analysis.windows > self.data.num_samples:
-            raise ValueError(
+            raise Conflict(
                 f"analysis.windows={self.analysis.windows} exceeds the data.num_samples={self.data.num_samples} "
                 "calibration sequences; lower it, or raise data.num_samples"
             )
 
     def _check_mixed(self) -> None:
         if self.mixes and self.scheme is not None and self.scheme.name == NATIVE:
-            raise ValueError(
-                f"mixed.budget={self.mixed.budget:g} with scheme={NATIVE}: method={'+'.join(self.steps)} has its own "
+            raise Conflict(
+                f"mixed.budget={self.mixed.budget:g} with scheme={NATIVE}: method={'_'.join(self.steps)} has its own "
                 "format, whose width cannot be chosen; expected mixed.budget=null, or a method that takes a scheme"
             )
         if self.mixes and self.save is not None:
-            raise ValueError(
+            raise Conflict(
                 f"save={self.save} with mixed.budget={self.mixed.budget:g}: the file has one width for all linears; "
                 "expected save=null, or mixed.budget=null"
             )

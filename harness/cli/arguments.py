@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
-from typing import NoReturn
 
 from hydra._internal.utils import get_args_parser
 
@@ -66,14 +65,9 @@ def _shortened(name: str, flags: dict[str, argparse.Action]) -> argparse.Action 
 
 def _unknown_flag(word: str, flags: Sequence[str]) -> str:
     name, equals, value = word.partition("=")
-    key = name.lstrip("-")
-    if equals:
-        return f"{short(word)} is an unknown flag; expected {quoted_if_needed(key, value)} without -, or {_flags(name, flags)}"
-    return f"{short(word)} is an unknown flag; {choices(name, [flag for flag in flags if flag.startswith('--')], '--help')}"
-
-
-def _flags(name: str, flags: Sequence[str]) -> str:
-    return choices(name, [flag for flag in flags if flag.startswith("--")], "--help").removeprefix("expected ")
+    long = [flag for flag in flags if flag.startswith("--")]
+    meant = f"expected {quoted_if_needed(name.lstrip('-'), value)}, without -" if equals else ""
+    return f"{short(word)} is an unknown flag; " + (meant or choices(name, long, "--help"))
 
 
 def quoted_if_needed(key: str, value: str) -> str:

@@ -1,4 +1,7 @@
-"""The commands other than runs: their options with choices and defaults, from which help, checks and completion follow."""
+"""The commands other than runs: their options with choices and defaults.
+
+Help, checks and completion follow from them.
+"""
 
 from __future__ import annotations
 
@@ -45,12 +48,20 @@ TABLE = Command(
         "runs": Option("folder of records", "results/runs"),
         "table": Option("name of a table in RUNS/tables.yaml, which lists the rows and columns of each"),
         "compare": Option("OLD,NEW: the differences between two folders, or two records, instead of a table"),
-        "show": Option("runs (default), where the time of sweeps went, or sizes of KV caches", "", ("runs", "sweeps", "kv")),
+        "show": Option(
+            "runs (default), where the time of sweeps went, or sizes of KV caches", "", ("runs", "sweeps", "kv")
+        ),
         "columns": Option("the short set of columns (default) or all", "", ("short", "all")),
-        "failed": Option("rows of failed runs: show them, hide them, or show only them", "show", ("show", "hide", "list")),
-        "stale": Option("results of other code than today's: mark, hide or list them", "mark", ("mark", "hide", "list")),
+        "failed": Option(
+            "rows of failed runs: show them, hide them, or show only them", "show", ("show", "hide", "list")
+        ),
+        "stale": Option(
+            "results of other code than today's: mark, hide or list them", "mark", ("mark", "hide", "list")
+        ),
         "seeds": Option("mean: one row for runs that differ only in their seed", "all", ("all", "mean")),
-        "format": Option("format of the output; CSV and Parquet have every column", "md", ("md", "csv", "parquet", "latex")),
+        "format": Option(
+            "format of the output; CSV and Parquet have every column", "md", ("md", "csv", "parquet", "latex")
+        ),
         "output": Option("file that is written; without it, the terminal (Parquet: RUNS/table.parquet)"),
         "into": Option("Markdown file in which the part between <!-- NAME:begin --> and <!-- NAME:end --> is replaced"),
         "mark": Option("NAME for into=; without it, that of the table"),
@@ -78,7 +89,9 @@ REPRODUCE = Command(
     "Run committed records again, or compare records with published tables: PASS or FAIL for each figure.",
     {
         "runs": Option("folder of records", "results/reference"),
-        "into": Option("folder of the reruns; finished ones are kept, so that a reproduction continues", "results/reproduced"),
+        "into": Option(
+            "folder of the reruns; finished ones are kept, so that a reproduction continues", "results/reproduced"
+        ),
         "published": Option("CSV file of published figures to compare with; nothing is run"),
         "only": Option("part of a run's name or id, may contain *: only these runs"),
         "output": Option("file of the report; without it, the terminal"),
@@ -99,9 +112,7 @@ ATTRIBUTION = Command(
 COMMANDS = {command.name: command for command in (TABLE, REPORT, REPRODUCE, ATTRIBUTION)}
 
 
-def run_command(
-    command: Command, arguments: Sequence[str], work: Callable[[dict[str, str]], int | None]
-) -> int:
+def run_command(command: Command, arguments: Sequence[str], work: Callable[[dict[str, str]], int | None]) -> int:
     """Call `work` with the options of the command line, defaults included, or print the help if it is requested.
 
     Returns: the exit code: that of `work`, 1 after an error and 130 after an interruption; both are one line.

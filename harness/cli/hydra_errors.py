@@ -99,7 +99,7 @@ def _no_name(arguments: tuple[str, ...]) -> str:
     for argument in arguments:
         key, _, value = argument.partition("=")
         folder = conf_folder() / key
-        if folder.is_dir() and not re.fullmatch(r"[\w,./'\"\[\]-]+", value) or value in ("null", "true", "false", ""):
+        if (folder.is_dir() and not re.fullmatch(r"[\w,./'\"\[\]-]+", value)) or value in ("null", "true", "false", ""):
             names = sorted(path.stem for path in folder.glob("*.yaml"))
             return f"{short(argument)} is no name; {errors.choices(value, names)}"
     return "an axis has a value that is no name; expected AXIS=NAME (--help lists the names)"
@@ -117,8 +117,8 @@ def _unknown_key(message: str, cause: ConfigAttributeError | ConfigKeyError) -> 
     similar = errors.similar_keys(argument.partition("=")[0], keys)
     others = [] if similar else _keys_of_methods(argument.partition("=")[0])
     if others:
-        key, method = others[0]
-        return f"{short(argument)} is an unknown key; did you mean {key}? It needs method={method}"
+        guesses = " or ".join(f"{key} (with method={method})" for key, method in others[:2])
+        return f"{short(argument, 40)} is an unknown key; did you mean {guesses}?"
     return str(errors.UnknownKey(argument, keys))
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from harness.cli.commands import REPRODUCE, file_of, run_command
+from harness.cli.commands import REPRODUCE, run_command
 from harness.config import LimitsConfig, build_run
 from harness.records import Record, load_records, runs_of, write
 from harness.reports import Figure, Report, label, published, reproduction
@@ -123,8 +123,6 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _run(options: dict[str, str]) -> int:
-    if options["output"]:
-        file_of("output", options["output"])
     folder = Path(options["runs"])
     chosen = select(load_records(folder), options["only"])
     if options["published"]:

@@ -1,17 +1,15 @@
-"""Runs and sweeps: starts them, shows their progress, and prints their table."""
+"""One run of the command line or of a sweep: executes it, shows its progress, and prints its result."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -19,165 +17,118 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from harness.cli import sweeps
 from harness.cli.hydra_errors import one_line
 from harness.cli.main import conf_folder
+from harness.cli.show import show_table
+from harness.cli.start import TRACEBACK, ended
 from harness.config import build_limits
-from harness.records import Record, headline, load_records, path_of, read, sweep
-from harness.reports import label, show, to_frame
-from harness.runs import execute_isolated, execute_run, failed_run, stale_ids
-from harness.utils.progress import Label, text
+from harness.records import Record, headline, sweep
+from harness.reports import label
+from harness.runs import execute_isolated, execute_run, refused_run
+from harness.utils.errors import Refusal
+from harness.utils.progress import Label, Track, text
 
 T = TypeVar("T")
 
 CONF = conf_folder()
 _console = Console(stderr=True)
-_TRACEBACK = "PTQBENCH_TRACEBACK"  # environment variable that tells every process of a sweep to print tracebacks
-
-
-def main() -> int:
-    """Start the runs of the command line and print their table.
-
-    Returns: the exit code: 0 if all runs finished without an error, 130 after an interruption, otherwise 1.
-    """
-    show_traceback = os.environ.get("HYDRA_FULL_ERROR", "0") not in ("", "0")
-    os.environ[_TRACEBACK] = "1" if show_traceback else ""
-    os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
-    _ended.clear()
-    try:
-        hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(job)()
-    except Exception as error:  # runs catch their errors, so Hydra could not read the command line
-        if show_traceback:
-            raise
-        _fail(one_line(error))
-        return 1
-    except KeyboardInterrupt:
-        _fail("interrupted; finished runs are kept and will be skipped next time")
-        return 130
-    return 1 if "failed" in _ended else 0
-
-
-_ended: list[str] = []  # status of each run, for the exit code: Hydra does not return results of runs
 
 
 def job(cfg: DictConfig) -> list[float] | None:
-    """One run: Hydra's launchers call this function, in this process or in another.
+    """One run: `harness.cli.start.job` calls this function, in this process or in that of a launcher.
 
     Returns: the metrics in `objectives`; None if there are none, or one was not measured.
     """
     context = HydraConfig.get()
-    sweeping = context.mode == RunMode.MULTIRUN
+    number = context.job.num if context.mode == RunMode.MULTIRUN else None
+    folder = Path(str(context.sweep.dir))
     start = time.perf_counter()
     try:
         raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
     except OmegaConfBaseException as error:
         _fail(one_line(error))
-        if sweeping:
-            sweep.note(Path(context.sweep.dir), sweep.Entry(context.job.num, None, "failed", 0.0))
-        else:
-            _ended.append("failed")
+        ended.append("failed")
         return None
-    record, skipped = _execute(raw, sweeping)
-    _report(record, skipped)
-    if sweeping:
-        entry = sweep.entry_of(context.job.num, record, skipped, time.perf_counter() - start)
-        sweep.note(Path(context.sweep.dir), entry)
-    else:
-        _ended.append(record.status)
+    record, skipped = _execute(raw, number, folder)
+    _report(record, skipped, "" if number is None else f" ({sweeps.place(number)})")
+    wall_s = time.perf_counter() - start
+    if number is None:
+        ended.append(record.status)
         if record.status == "ok":
-            _show_table([record])
+            show_table([record])
+    elif record.refused:
+        sweeps.refuse(folder, number, record, wall_s)
+    else:
+        sweep.note(folder, sweep.entry_of(number, record, skipped, wall_s))
     return _objectives(record)
 
 
-def _execute(raw: dict[str, Any], sweeping: bool) -> tuple[Record, bool]:
-    """Execute the run in this process or in a separate one, as `isolate` says.
+def _execute(raw: dict[str, Any], number: int | None, folder: Path) -> tuple[Record, bool]:
+    """Execute the run in this process or in a separate one, as `isolate` says; `number` is its place in a sweep.
 
     Returns: its record, and whether the run had finished before.
     """
-    show_traceback = bool(os.environ.get(_TRACEBACK))
+    show_traceback = bool(os.environ.get(TRACEBACK))
     try:
-        limits = build_limits(raw, sweeping)
-    except ValueError as error:
-        return failed_run(raw, one_line(error)), False
+        limits = build_limits(raw, number is not None)
+    except Refusal as error:
+        return refused_run(raw, str(error)), False
+    place = "" if number is None else sweeps.place(number)
+    left = "" if number is None else sweeps.time_left(folder, number)
+    track = _tracker(", ".join(part for part in (place, left) if part))
     if limits is None:
-        return execute_run(raw, _track, show_traceback)
-    return execute_isolated(raw, limits, _track, show_traceback)
+        return execute_run(raw, track, show_traceback)
+    return execute_isolated(raw, limits, track, show_traceback)
 
 
 def _objectives(record: Record) -> list[float] | None:
     """The metrics that a sweeper optimizes; None, which is a failed trial, if one of them was not measured."""
-    names = record.config.get("objectives") or []
+    objectives = record.config.get("objectives") or []
+    names = [objectives] if isinstance(objectives, str) else objectives
     measured = record.status == "ok" and all(name in record.metrics for name in names)
     return [record.metrics[name] for name in names] if measured and names else None
 
 
-class SweepEnd(Callback):
-    """Hydra's callback in the process that started a sweep: at the end it prints a table and a summary."""
+def _tracker(head: str) -> Track:
+    """A Track that shows a progress bar with the remaining time on a terminal; elsewhere one line that begins the run.
 
-    def __init__(self) -> None:
-        self.start = time.perf_counter()
-
-    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Summarize the entries that the processes of all runs have written."""
-        folder = Path(config.hydra.sweep.dir)
-        entries = sweep.entries(folder)
-        _ended.extend(entry.status for entry in entries)
-        summary = sweep.summary(entries, time.perf_counter() - self.start)
-        if any(entry.run_id for entry in entries):
-            _show_table(_records(Path(config.results_dir), entries))
-        _console.print(
-            f"{summary['runs']} runs, {summary['failed']} failed, {summary['skipped']} skipped in "
-            f"{summary['wall_s']:.0f} s; the harness's own share of the time is {summary['own_share']:.1%}; "
-            f"{sweep.write_summary(folder, summary)}",
-            highlight=False,
-            soft_wrap=True,
-        )
-
-
-def _records(folder: Path, entries: Sequence[sweep.Entry]) -> list[Record]:
-    """The records of the runs of a sweep; a record that cannot be read is reported and left out."""
-    readable = []
-    for run_id in dict.fromkeys(entry.run_id for entry in entries if entry.run_id):
-        try:
-            readable.append(read(path_of(folder, run_id)))
-        except ValueError as error:
-            _fail(str(error))
-    return readable
-
-
-def _track(items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]:
-    """A Track that shows a progress bar with the remaining time on a terminal, and nothing elsewhere."""
+    `head` says which run of a sweep it is, and how long the others take; it is empty for a single run.
+    """
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as progress:
-        task = progress.add_task(text(label), total=total)
-        for item in items:
-            yield item
-            progress.update(task, advance=1, description=text(label))
+    prefix = f"[{head}] " if head else ""
+    if head and not _console.is_terminal:
+        _console.print(f"{head} ...", markup=False, highlight=False, soft_wrap=True)
+
+    def track(items: Iterable[T], label: Label, total: int | None = None) -> Generator[T, None, None]:
+        with Progress(*columns, console=_console, transient=True, disable=not _console.is_terminal) as progress:
+            task = progress.add_task(escape(prefix + text(label)), total=total)
+            for item in items:
+                yield item
+                progress.update(task, advance=1, description=escape(prefix + text(label)))
+
+    return track
 
 
-def _report(record: Record, skipped: bool) -> None:
-    """Print the result of a run in one line, and its warnings."""
+def _report(record: Record, skipped: bool, place: str) -> None:
+    """Print the result of a run in one line, and its warnings; `place` says which run of a sweep it is."""
     name = escape(label(record))
     if skipped:
         _console.print(
-            f"[dim]skip[/]  {name}: finished before as {record.run_id}; force=true repeats it", soft_wrap=True
+            f"[dim]skip[/]  {name}: finished before as {record.run_id}; force=true repeats it{place}", soft_wrap=True
         )
         return
     for warning in record.warnings:
         _console.print(f"[yellow]warn[/]  {name}: {escape(warning)}", highlight=False, soft_wrap=True)
-    if record.status == "failed":
+    if record.refused and not place:
+        _fail(str(record.error))
+    elif record.status == "failed":
         _fail(f"{label(record)}: {record.error}")
     else:
         metric = headline(record.metrics)
         figure = f"{metric} {record.metrics[metric]:.4g} in " if metric else ""
         seconds = sum(record.stages.values())
-        _console.print(f"[green]done[/]  {name}: {figure}{seconds:.1f} s", highlight=False, soft_wrap=True)
-
-
-def _show_table(records: Sequence[Record]) -> None:
-    """Print the table of these runs; its float baselines may be results of earlier commands."""
-    folder = Path(str(records[0].config["results_dir"]))
-    others = load_records(folder) if folder.is_dir() else ()
-    show(to_frame(records, others, stale_ids(records)))
+        _console.print(f"[green]done[/]  {name}: {figure}{seconds:.1f} s{place}", highlight=False, soft_wrap=True)
 
 
 def _fail(message: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import hydra
 from omegaconf import DictConfig
@@ -32,10 +32,18 @@ def start(words: Sequence[str]) -> int:
     os.environ[TRACEBACK] = "1" if show_traceback else ""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # so that Hydra raises instead of printing
     ended.clear()
+    on_interrupt.clear()
     try:
         sys.argv[1:] = ordered(words)
         _order_line(words)
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
+    except Stop as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        for remove in on_interrupt:
+            remove()
+        raise
     except SystemExit as end:  # Hydra ends so after --help
         return int(end.code or 0)
     except Exception as error:  # runs catch their errors, so the command line cannot be used
@@ -44,6 +52,13 @@ def start(words: Sequence[str]) -> int:
         sys.stderr.write(f"error: {one_line(error, tuple(words))}\n")
         return 1
     return 1 if "failed" in ended else 0
+
+
+class Stop(BaseException):
+    """Ends a sweep before its first run. Hydra turns every Exception of a callback into a warning."""
+
+
+on_interrupt: list[Callable[[], None]] = []  # what the sweep in progress removes if it is interrupted
 
 
 def job(cfg: DictConfig) -> list[float] | None:
@@ -63,6 +78,8 @@ def _order_line(words: Sequence[str]) -> None:
     program, *typed = line.split(" ")
     last = typed.pop() if typed else ""
     try:
-        os.environ["COMP_LINE"] = " ".join([program, *ordered([word for word in typed if word and "=" in word or word.startswith("-")]), last])
+        os.environ["COMP_LINE"] = " ".join(
+            [program, *ordered([word for word in typed if (word and "=" in word) or word.startswith("-")]), last]
+        )
     except Refusal:  # an unfinished flag: complete what Hydra can
         return

@@ -65,19 +65,26 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         return _convert(value, inner[0], key)
     if origin is Literal:
         if value not in get_args(hint) or isinstance(value, bool) != isinstance(get_args(hint)[0], bool):
-            raise Refusal(f"{key}={short(repr(value))} is unknown; {choices(str(value), [str(arg) for arg in get_args(hint)])}")
+            raise Refusal(
+                f"{key}={short(repr(value))} is unknown; {choices(str(value), [str(arg) for arg in get_args(hint)])}"
+            )
         return value
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return build(hint, value, key)
     if origin in (tuple, list):
-        if value is None or isinstance(value, Mapping):
-            raise Refusal(f"{key}={short(value)} is not a list; expected [value, ...]")
-        if not isinstance(value, Sequence) or isinstance(value, str):
-            return origin([_convert(value, get_args(hint)[0], key)])  # one value is a list of one
-        return origin(_convert(item, get_args(hint)[0], f"{key}[{i}]") for i, item in enumerate(value))
+        return origin(_convert_list(value, get_args(hint)[0], key))
     if not isinstance(hint, type) or origin is not None:  # mappings and other containers: the class itself checks
         return value
     return _convert_scalar(value, hint, key)
+
+
+def _convert_list(value: Any, hint: Any, key: str) -> list[Any]:
+    """The items of a list, converted to the type `hint`; a single value is a list of one."""
+    if value is None or isinstance(value, Mapping):
+        raise Refusal(f"{key}={short(value)} is not a list; expected [value, ...]")
+    if not isinstance(value, Sequence) or isinstance(value, str):
+        return [_convert(value, hint, key)]
+    return [_convert(item, hint, f"{key}[{i}]") for i, item in enumerate(value)]
 
 
 def _convert_scalar(value: Any, hint: type, key: str) -> Any:

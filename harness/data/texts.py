@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.utils.digests import sha256
+from harness.utils.errors import Refusal
 
 _GZIP = b"\x1f\x8b"
 _BOM = b"\xef\xbb\xbf"
@@ -128,7 +129,7 @@ def _bytes(key: str, path: Path) -> bytes:
             return path.read_bytes()
     except (OSError, ValueError) as error:  # no permission, a name that is too long, NUL in a name
         raise unreadable(key, path, getattr(error, "strerror", None) or str(error), "a text file") from error
-    raise ValueError(f"{key}={path} is not a file; expected a text file, relative to {Path.cwd()}")
+    raise Refusal(f"{key}={path} is not a file; expected a text file, relative to {Path.cwd()}")
 
 
 def _is_compressed(data: bytes, path: Path) -> bool:

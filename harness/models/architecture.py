@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from harness.nn import hooked
+from harness.utils.errors import Refusal
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -44,11 +45,11 @@ def split_skipped(names: list[str], patterns: tuple[str, ...]) -> tuple[list[str
 def matching(names: list[str], patterns: tuple[str, ...], key: str) -> list[str]:
     """The names that match a pattern (shell patterns, case-sensitive); `key` is the config key of the patterns.
 
-    Raises: ValueError if a pattern matches nothing.
+    Raises: Refusal if a pattern matches nothing.
     """
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"{key}={pattern} matches no linear; expected a pattern for names such as {names[-1]}")
+            raise Refusal(f"{key}={pattern} matches no linear; expected a pattern for names such as {names[-1]}")
     return [name for name in names if any(fnmatchcase(name, pattern) for pattern in patterns)]
 
 

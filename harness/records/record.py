@@ -124,6 +124,7 @@ class Record:
     run_id       identifies everything that decides the result, except the code
     status       ok or failed
     error        the reason of a failure, in one line
+    refused      whether the run failed because its configuration does not allow it, before it started
     code         digest of the code of the run, or of later code that gave the same bits
     confirmed    the commit of that later code; None if there was none
     config       the resolved configuration, as read by Hydra
@@ -146,6 +147,7 @@ class Record:
     run_id: str
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
+    refused: bool = False
     code: str = ""
     confirmed: str | None = None
     config: Json = field(default_factory=dict)

@@ -15,6 +15,7 @@ from typing import Any
 from harness.config import build
 from harness.records.layers import read_layers, summary, write_layers
 from harness.records.record import SCHEMA, Record
+from harness.utils.errors import Refusal
 from harness.utils.files import replacing
 
 _ROOM = 2**20  # bytes that must be free in a folder: several times the size of a record
@@ -34,10 +35,10 @@ def usable(folder: Any) -> Path:
     """The folder for records, created if necessary, and tested to be writable.
 
     A run calls this first, so that it does not spend an hour on a result that cannot be stored.
-    Raises: ValueError if `folder` is not a name, or records cannot be written into it.
+    Raises: Refusal if `folder` is not a name, or records cannot be written into it.
     """
     if not isinstance(folder, str) or not folder:
-        raise ValueError(f"results_dir={folder!r} is not a folder; expected a name such as results/runs")
+        raise Refusal(f"results_dir={folder!r} is not a folder; expected a name such as results/runs")
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder) as probe:
@@ -45,7 +46,7 @@ def usable(folder: Any) -> Path:
             probe.flush()
             return Path(folder)
     except OSError as error:
-        raise ValueError(
+        raise Refusal(
             f"results_dir={folder} cannot be written ({error.strerror}); free space or name another folder"
         ) from error
 
@@ -112,6 +113,8 @@ def finished(folder: Path, run: str) -> Record | None:
 def _text(record: Record) -> str:
     """A record as JSON: its sections without values that are None, and `layers` as one row for each kind of linear."""
     values = asdict(record) | {"layers": summary(record.layers)}
+    if not record.refused:
+        del values["refused"]
     values |= {name: _without_none(values[name]) for name in ("environment", "model", "execution", "data")}
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
 

@@ -29,6 +29,7 @@ class Entry:
     status   ok or failed
     wall_s   seconds from the start of the run to its record, the start of its process included
     skipped  whether the run had finished before
+    refused  whether its configuration does not allow it
     stages   seconds of each stage, from the record; empty for a skipped run
     """
 
@@ -38,6 +39,7 @@ class Entry:
     wall_s: float
     skipped: bool = False
     stages: dict[str, float] = field(default_factory=dict)
+    refused: bool = False
 
     @property
     def work_s(self) -> float:
@@ -47,7 +49,9 @@ class Entry:
 
 def entry_of(number: int, record: Record, skipped: bool, wall_s: float) -> Entry:
     """The entry of a run; a skipped run spent no time in stages."""
-    return Entry(number, record.run_id, record.status, wall_s, skipped, {} if skipped else record.stages)
+    return Entry(
+        number, record.run_id, record.status, wall_s, skipped, {} if skipped else record.stages, record.refused
+    )
 
 
 def note(folder: Path, entry: Entry) -> None:

@@ -76,7 +76,7 @@ def ranked(record: Record) -> list[Row]:
 def summary(record: Record, rows: Sequence[Row]) -> list[str]:
     """The run, the figures of the whole model, and how well the cheap errors tell the order."""
     total = record.analysis.total
-    scheme, method = record.config["scheme"], "+".join(record.config["method"])
+    scheme, method = record.config["scheme"], "_".join(record.config["method"])
     alone = sum(row["kl_alone"] for row in rows)
     lines = [
         f"{record.model.name} {method} {scheme['name']} bits={scheme['weight']['bits']}, by {total['by']}, "

@@ -34,7 +34,7 @@ def display(frame: pd.DataFrame, columns: Columns = "short") -> pd.DataFrame:
         out[heading(metric, columns)] = [_figure(row, metric, columns) for _, row in frame.iterrows()]
         if metric.name == "perplexity" and columns == "all" and frame["rank_low"].notna().any():
             out[RANK] = [_rank(row) for _, row in frame.iterrows()]
-    if (frame["status"] == "failed").any():
+    if (frame["status"] != "ok").any():
         out["status"] = frame["status"]
     return _marked(out, frame)
 
@@ -110,8 +110,8 @@ def in_common(frame: pd.DataFrame) -> str:
 
 def notes(frame: pd.DataFrame) -> list[str]:
     """A line for each failed run, and one that explains the sign of stale rows if there are any."""
-    failed = frame[frame["status"] == "failed"]
-    lines = [f"failed {row['run_id']}: {row['error']}" for _, row in failed.iterrows()]
+    failed = frame[frame["status"] != "ok"]
+    lines = [f"{row['status']} {row['run_id']}: {row['error']}" for _, row in failed.iterrows()]
     return lines + ([STALE_NOTE] if frame["stale"].any() else []) + (["no rows"] if frame.empty else [])
 
 

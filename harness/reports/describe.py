@@ -26,9 +26,9 @@ def describe(record: Record) -> Json:
     scheme = config.get("scheme") if steps else None
     return {
         "run_id": record.run_id,
-        "status": record.status,
+        "status": "refused" if record.refused else record.status,
         "model": record.model.name or at(config, "model", "name"),
-        "method": "+".join(steps) if isinstance(steps, dict) and steps else "none",
+        "method": "_".join(steps) if isinstance(steps, dict) and steps else "none",
         "scheme": at(scheme, "name"),
         "bits": None if "mixed.budget" in record.options else at(scheme, "weight", "bits"),
         "options": options_text(config, record.options) if steps else "",
@@ -65,7 +65,9 @@ def options_text(config: Json, options: Json) -> str:
     prefix = f"{next(iter(steps))}." if isinstance(steps, dict) and len(steps) == 1 else ""
     parts = [f"{key.removeprefix(prefix)}={value}" for key, value in options.items()]
     parts += _unusual_fields(config.get("scheme"))
-    return " ".join(parts + ([f"skip={','.join(config['skip'])}"] if config.get("skip") else []))
+    skip = config.get("skip") or []
+    skip = [skip] if isinstance(skip, str) else skip
+    return " ".join(parts + ([f"skip={','.join(map(str, skip))}"] if skip else []))
 
 
 def _unusual_fields(scheme: Any) -> list[str]:

@@ -123,7 +123,7 @@ def _notes(
 def matches(row: Row, config: Json, options: Mapping[str, Any]) -> bool:
     """Whether a run of `config`, with these `options` of its method not at their defaults, has the row's setting."""
     steps = config.get("method") or {}
-    if row.model != config["model"]["name"] or row.method != ("+".join(steps) or "none"):
+    if row.model != config["model"]["name"] or row.method.replace("+", "_") != ("_".join(steps) or "none"):
         return False
     if row.protocol != _protocol(config):
         return False

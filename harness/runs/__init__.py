@@ -5,6 +5,7 @@
 
 from harness.runs.execute import execute_run as execute_run
 from harness.runs.execute import failed_run as failed_run
+from harness.runs.execute import refused_run as refused_run
 from harness.runs.isolate import execute_isolated as execute_isolated
 from harness.runs.moved import moved as moved
 from harness.runs.moved import stamped as stamped

@@ -8,6 +8,7 @@ from harness import quantization
 from harness.config import RunConfig
 from harness.models import Decoder, Source
 from harness.nn import kvcache, positions
+from harness.utils.errors import Refusal
 
 
 def check(cfg: RunConfig, source: Source) -> list[str]:
@@ -28,18 +29,18 @@ def check(cfg: RunConfig, source: Source) -> list[str]:
 def device_of(name: str) -> torch.device:
     """The device of a run: `name` is the value of `device`; auto is the GPU if there is one, else the CPU.
 
-    Raises: ValueError, in one line, if the device is unknown or not available.
+    Raises: Refusal, in one line, if the device is unknown or not available.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ValueError(f"device={name} is unknown; expected auto, cpu, cuda or cuda:N") from error
+        raise Refusal(f"device={name} is unknown; expected auto, cpu, cuda or cuda:N") from error
     if device.type not in ("cpu", "cuda"):
-        raise ValueError(f"device={name} is not supported; expected auto, cpu, cuda or cuda:N")
+        raise Refusal(f"device={name} is not supported; expected auto, cpu, cuda or cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"device={name} is not available: torch {torch.__version__} sees no GPU; use device=cpu")
+        raise Refusal(f"device={name} is not available: torch {torch.__version__} sees no GPU; use device=cpu")
     return device
 
 
@@ -53,6 +54,6 @@ def _check_lengths(cfg: RunConfig, limit: int | None) -> None:
         lengths["measure.prompt_len + warmup + decode_tokens"] = timed_len
     for key, length in lengths.items():
         if limit is not None and length > limit:
-            raise ValueError(
+            raise Refusal(
                 f"{key}={length} exceeds the {limit} positions of model={cfg.model.name}; use {limit} or less"
             )

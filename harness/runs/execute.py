@@ -18,7 +18,8 @@ from harness.runs import identity
 from harness.runs.checks import device_of
 from harness.runs.moved import moved, stamped
 from harness.runs.run import run
-from harness.utils.errors import one_line
+from harness.utils.errors import Refusal, one_line
+from harness.utils.files import first_missing, remove_empty
 from harness.utils.progress import Track, silent
 
 Json = dict[str, Any]
@@ -30,32 +31,36 @@ def execute_run(raw: Json, track: Track = silent, show_traceback: bool = False) 
     A run whose code has changed is repeated (`stale=keep` keeps it). If the repetition gives the same bits, the earlier
     record keeps its timings and gets the new code; otherwise the new record replaces it and says which metric moved.
 
+    A run that its configuration does not allow leaves no record and no folder: its record is `refused`.
+
     Returns: the record, also of a failed run, and whether the run had finished before.
     """
     record = Record(run_id=identity.early_id(raw), config=raw)
+    missing = first_missing(Path(str(raw.get("results_dir"))))
     try:
-        folder = records.usable(raw.get("results_dir"))
-    except ValueError as error:
-        return replace(record, status="failed", error=one_line(error)), False
-    try:
-        finished = _run(record, folder, track)
+        cfg = build_run(raw)
+        device_of(cfg.device)
+        folder = records.usable(cfg.results_dir)
+        finished = _run(cfg, record, folder, track)
     except Exception as error:  # a sweep continues: every error is the result of its run
-        finished = replace(record, status="failed", error=one_line(error)), False
+        refused = isinstance(error, Refusal)
+        finished = replace(record, status="failed", error=one_line(error), refused=refused), False
         if show_traceback:
             traceback.print_exc()
     finally:
         gc.collect()
-    if not finished[1]:
+    if finished[0].refused:
+        remove_empty(missing)
+    elif not finished[1]:
         _store(finished[0], folder)
     return finished
 
 
-def _run(record: Record, folder: Path, track: Track) -> tuple[Record, bool]:
+def _run(cfg: RunConfig, record: Record, folder: Path, track: Track) -> tuple[Record, bool]:
     """Run the configuration of `record`, adding to it, unless there is a finished record that makes this unnecessary.
 
     Returns: the record to store, and whether the run had finished before.
     """
-    cfg = build_run(record.config)
     source = models.open(cfg.model, cfg.seed)
     record.run_id, record.options = identity.run_id(cfg, source), changed_options(cfg)
     record.code = identity.code(cfg, device_of(cfg.device).type)
@@ -85,11 +90,16 @@ def _compared(earlier: Record, now: Record) -> Record:
 
 
 def failed_run(raw: Json, error: str) -> Record:
-    """Write the record of a run that failed without one, because its process died or its limits are invalid."""
+    """Write the record of a run whose process died before it could write one."""
     record = Record(identity.early_id(raw), "failed", error, config=raw, environment=records.environment())
     with suppress(ValueError):  # without a folder, the error is only printed
         _store(record, records.usable(raw.get("results_dir")))
     return record
+
+
+def refused_run(raw: Json, error: str) -> Record:
+    """The record of a run that its configuration does not allow; it is not written."""
+    return Record(identity.early_id(raw), "failed", error, refused=True, config=raw)
 
 
 def _store(record: Record, folder: Path) -> None:

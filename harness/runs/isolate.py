@@ -16,6 +16,7 @@ from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import count
+from multiprocessing import forkserver, resource_tracker
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -77,6 +78,7 @@ def _start(raw: Json, show_traceback: bool) -> tuple[BaseProcess, Connection, Co
         multiprocessing.set_start_method("forkserver", force=True)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
+    _start_server()
     events, sender = context.Pipe(duplex=False)
     receiver, lifeline = context.Pipe(duplex=False)
     place = Place(os.getcwd(), dict(os.environ))  # noqa: PTH109 - a string is sent to the other process
@@ -85,6 +87,20 @@ def _start(raw: Json, show_traceback: bool) -> tuple[BaseProcess, Connection, Co
     sender.close()
     receiver.close()
     return process, events, lifeline
+
+
+def _start_server() -> None:
+    """Start the server, if it does not run yet, so that it never receives SIGINT.
+
+    Ctrl-C goes to all processes of a terminal, and would end the server with a traceback while it imports. It inherits
+    a blocked SIGINT; a Ctrl-C in this process during the start is delivered when the signal is unblocked.
+    """
+    resource_tracker.ensure_running()  # it unblocks the signal when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @dataclass

@@ -10,7 +10,7 @@ _LISTED = 70  # characters of a list of choices
 _SUGGESTED = 2
 
 
-class Refusal(ValueError):
+class Refusal(ValueError):  # noqa: N818 - it says what happens to the run
     """The configuration has a value that the run cannot have: there is nothing to record."""
 
 
@@ -59,7 +59,8 @@ def expected_keys(argument: str, keys: Sequence[str]) -> str:
     parent = argument.partition("=")[0].rpartition(".")[0]
     if parent in keys and not any(key.startswith(f"{parent}.") for key in keys):
         return f"{parent} has no keys"
-    siblings = [key for key in keys if key.rpartition(".")[0] == parent] or [key.partition(".")[0] for key in keys]
+    siblings = [key.rpartition(".")[2] for key in keys if key.rpartition(".")[0] == parent]
+    siblings = siblings or [key.partition(".")[0] for key in keys]
     return f"expected one of: {_listed(list(dict.fromkeys(siblings)), '--help') or 'no keys at all'}"
 
 

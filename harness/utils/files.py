@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -28,3 +28,19 @@ def replacing(target: Path) -> Iterator[Path]:
     except BaseException:
         part.unlink(missing_ok=True)
         raise
+
+
+def first_missing(folder: Path) -> Path | None:
+    """The topmost folder on the way to `folder` that does not exist; None if `folder` exists."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    return missing[-1] if missing else None
+
+
+def remove_empty(top: Path | None) -> None:
+    """Remove `top` and the folders in it as far as they are empty; None: nothing."""
+    if top is not None and top.is_dir():
+        for path in sorted((path for path in top.rglob("*") if path.is_dir()), reverse=True):
+            with suppress(OSError):
+                path.rmdir()
+        with suppress(OSError):
+            top.rmdir()

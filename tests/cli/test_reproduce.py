@@ -232,7 +232,7 @@ def test_every_committed_record_can_be_run_again() -> None:
 
 def test_command_line_errors(capsys: pytest.CaptureFixture[str]) -> None:
     assert reproduce.main(["run=x"]) == 1
-    expected = "error: run=x is unknown; expected KEY=VALUE with a key of runs, into, published, only, output\n"
+    expected = "error: run=x is unknown; did you mean runs? expected one of: runs, into, published, only, output\n"
     assert capsys.readouterr().err == expected
     assert reproduce.main(["runs=/nowhere"]) == 1
     assert capsys.readouterr().err.startswith("error: runs=/nowhere is no folder")

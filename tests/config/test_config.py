@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import nn
 
 from harness.config import RunConfig, build, build_run, build_steps
 from harness.core import Method
+from harness.utils.errors import Conflict, Refusal, choices
 from methods.rtn import RTN
 from tests.conftest import ROOT, resolve
 
@@ -56,8 +57,9 @@ def test_data_configs_have_the_same_keys() -> None:
             r"^scheme.weight.group_size=0 is out of range; expected a positive number, or -1$",
         ),
         ("scheme.weight.granularity=channel", r"^scheme.weight.group_size=64 has no use with granularity=channel"),
-        ("+scheme.weight.grd=full", r"^scheme.weight.grd='full' is an unknown key; did you mean grid\?"),
-        ("+method.rtn.steps=3", r"^method.rtn.steps=3 is an unknown key; expected one of: no keys at all$"),
+        ("+scheme.weight.grd=full", r"^scheme.weight.grd='full' is an unknown key; did you mean scheme.weight.grid\?$"),
+        ("+method.rtn.steps=3", r"^method.rtn.steps=3 is an unknown key; method.rtn has no keys$"),
+        ("+engine.tokens=3", r"^engine.tokens=3 is an unknown key; did you mean engine.search_tokens"),
         ("method.rtn._target_=methods.rtn.RTM", r"^method.rtn._target_=methods.rtn.RTM cannot be imported"),
         (
             "method.rtn._target_=pathlib.Path",
@@ -71,7 +73,8 @@ def test_data_configs_have_the_same_keys() -> None:
         ("data.stride=512", r"^data.stride=512 has no use with protocol=gptq; use null, or protocol=strided$"),
         ("measure.repeats=-1", r"^measure.repeats=-1 is out of range; expected 1 or more$"),
         ("execution=fast", r"^execution='fast' is unknown; expected one of: packed, simulated$"),
-        ("skip=down", r"^skip='down' is not a list; expected \[value, \.\.\.\]$"),
+        ("skip=null", r"^skip=None is not a list; expected \[value, \.\.\.\]$"),
+        ("mixed.widths=four", r"^mixed.widths='four' has type str; expected int$"),
         ("model.package=null", r"^model.path=None and 0 of package, id, architecture are set"),
         ("scheme.weight.grid=narrow", r"^scheme.weight.grid=narrow has no use with symmetric=false"),
         ("seed=-1", r"^seed=-1 is out of range; expected 0 to 2\^63 - 1$"),
@@ -83,6 +86,45 @@ def test_data_configs_have_the_same_keys() -> None:
 def test_errors(override: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_run(resolve(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "name", "value"),
+    [
+        ("skip='*.down_proj'", "skip", ("*.down_proj",)),
+        ("skip=['*.down_proj','*.up_proj']", "skip", ("*.down_proj", "*.up_proj")),
+        ("analysis.outliers='*.down_proj'", "analysis.outliers", ("*.down_proj",)),
+        ("mixed.widths=4", "mixed.widths", (4,)),
+    ],
+)
+def test_a_single_value_is_a_list_of_one(override: str, name: str, value: tuple[Any, ...]) -> None:
+    assert attrgetter(name)(build_run(resolve(override))) == value
+
+
+@pytest.mark.parametrize("key", ["method.damp", "gptq.damp", "damp", "method.gptq.dampp", "percdamp"])
+def test_a_shortened_or_misspelt_key_suggests_the_full_key(key: str) -> None:
+    with pytest.raises(Refusal, match=rf"^{key}=0.5 is an unknown key; did you mean method.gptq.damp\?$"):
+        build_run(resolve("method=gptq", f"+{key}=0.5"))
+
+
+def test_a_key_that_two_parts_have_suggests_both() -> None:
+    with pytest.raises(Refusal, match="did you mean data.batch_size or measure.batch_size\\?$"):
+        build_run(resolve("+batch_size=2"))
+
+
+def test_a_long_list_of_choices_is_cut() -> None:
+    message = choices("x", [f"choice{i}" for i in range(100)], "--help")
+    assert message.startswith("expected one of: choice0, choice1, ")
+    assert message.endswith(" more (--help lists all)")
+    assert len(message) < 130
+
+
+def test_values_that_exclude_each_other_are_a_conflict_and_others_are_not() -> None:
+    with pytest.raises(Conflict, match="^save=x cannot keep the changes that method.rotate makes"):
+        build_run(resolve("save=x", "method=rotate"))
+    with pytest.raises(Refusal) as wrong:
+        build_run(resolve("bits=9"))
+    assert not isinstance(wrong.value, Conflict)
 
 
 def test_text_file_without_a_path() -> None:
@@ -138,7 +180,7 @@ def test_a_step_with_nothing_to_do_is_refused(names: list[str], idle: str, choos
         "again": "methods.gptq.GPTQ",
         "rewrites": "tests.config.test_config.Rewrites",
     }
-    message = rf"^method={re.escape('+'.join(names))}: step {idle} has nothing to do, because {chooser} chooses"
+    message = rf"^method={'_'.join(names)}: step {idle} has nothing to do, because {chooser} chooses"
     with pytest.raises(ValueError, match=message):
         build_steps({name: {"_target_": targets[name]} for name in names})
 
@@ -146,8 +188,10 @@ def test_a_step_with_nothing_to_do_is_refused(names: list[str], idle: str, choos
 def test_a_method_that_is_not_a_mapping_of_steps_is_refused() -> None:
     with pytest.raises(ValueError, match=r"method=\[1\] is not a mapping of steps"):
         build_steps([1])  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="method.rtn=3 has no _target_"):
+    with pytest.raises(ValueError, match="method.rtn=3 is an unknown key"):
         build_steps({"rtn": 3})
+    with pytest.raises(ValueError, match="method.rtn=.* has no _target_"):
+        build_steps({"rtn": {"steps": 3}})
 
 
 def test_none_has_no_scheme(tiny: Tiny) -> None:

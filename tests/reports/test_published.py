@@ -44,7 +44,7 @@ def names(axis: str) -> set[str]:
 
 
 def test_every_row_names_what_there_is_and_where_it_is_from() -> None:
-    steps = {"+".join(resolve(f"method={method}")["method"]) or "none" for method in names("method")}
+    steps = {"_".join(resolve(f"method={method}")["method"]) or "none" for method in names("method")}
     assert len(ROWS) > 250
     for row in ROWS:
         assert row.source, row

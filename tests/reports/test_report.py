@@ -300,7 +300,7 @@ def test_command_line_writes_page_and_picture(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run=x"], "error: run=x is unknown; expected KEY=VALUE with a key of runs, table, output, png\n"),
+        (["run=x"], "error: run=x is unknown; did you mean runs? expected one of: runs, table, output, png\n"),
         (["runs=/nowhere"], "error: runs=/nowhere is no folder; expected one with records"),
     ],
 )

@@ -169,7 +169,7 @@ def realistic() -> list[Record]:
         return record
 
     rows = [row("a", "none", "group64"), row("h", "none", "group64", dtype="bfloat16")]
-    return [*rows, row("s", "smoothquant", "w8a8_static", bits=8), row("r", "rotate+gptq", "w4a4_token")]
+    return [*rows, row("s", "smoothquant", "w8a8_static", bits=8), row("r", "rotate_gptq", "w4a4_token")]
 
 
 def on_a_terminal(sheet: Sheet, width: int) -> list[str]:
@@ -536,8 +536,8 @@ def test_command_line_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     [
         (
             ["run=x"],
-            "error: run=x is unknown; expected KEY=VALUE with a key of runs, table, compare, show, columns, stale, "
-            "seeds, format, output, into, mark",
+            "error: run=x is unknown; did you mean runs? expected one of: runs, table, compare, show, columns, failed, "
+            "and 6 more (--help lists all)\n",
         ),
         (
             ["runs=/nowhere"],

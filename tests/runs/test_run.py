@@ -187,13 +187,6 @@ def test_calibration_text_is_read_only_if_the_run_needs_it(tiny: Tiny, tmp_path:
             "scheme.weight.group_size=96 does not divide in_features=64 of model.layers.0.self_attn.q_proj; "
             "use a divisor, or -1",
         ),
-        (["data.seq_len=5000"], "data.seq_len=5000 exceeds the 4096 positions of model=tiny; use 4096 or less"),
-        (["skip=['*.gate']"], "skip=*.gate matches no linear; expected a pattern for names such as"),
-        (["bits=1"], "scheme.weight.bits=1 is out of range; expected 2 to 8"),
-        (["data.path=/nowhere"], "data.path=/nowhere is not a file; expected a text file"),
-        (["device=cuda:9"], "device=cuda:9 is not available"),
-        (["device=gpu"], "device=gpu is unknown; expected auto, cpu, cuda or cuda:N"),
-        (["device=meta"], "device=meta is not supported; expected auto, cpu, cuda or cuda:N"),
     ],
 )
 def test_failures_are_records_and_come_before_the_model(
@@ -201,10 +194,34 @@ def test_failures_are_records_and_come_before_the_model(
 ) -> None:
     monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("the model was loaded"))
     record, _ = execute_run(tiny(*overrides))
-    assert record.status == "failed"
+    assert (record.status, record.refused) == ("failed", False)
     assert str(record.error).startswith(message)
     assert "\n" not in str(record.error)
     assert store.read(tmp_path / f"{record.run_id}.json") == record
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["data.seq_len=5000"], "data.seq_len=5000 exceeds the 4096 positions of model=tiny; use 4096 or less"),
+        (["skip=['*.gate']"], "skip=*.gate matches no linear; expected a pattern for names such as"),
+        (["bits=1"], "scheme.weight.bits=1 is out of range; expected 2 to 8"),
+        (["data.path=/nowhere"], "data.path=/nowhere is not a file; expected a text file"),
+        (["device=cuda:9"], "device=cuda:9 is not available"),
+        (["device=gpu"], "device=gpu is unknown; expected auto, cpu, cuda or cuda:N"),
+        (["device=meta"], "device=meta is not supported; expected auto, cpu, cuda or cuda:N"),
+        (["save=x", "method=rotate"], "save=x cannot keep the changes that method.rotate makes"),
+    ],
+)
+def test_a_configuration_that_no_run_can_have_leaves_no_record_and_no_folder(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, overrides: list[str], message: str
+) -> None:
+    monkeypatch.setattr(Source, "load", lambda *_: pytest.fail("the model was loaded"))
+    record, skipped = execute_run(tiny(*overrides, f"results_dir={tmp_path}/new/runs"))
+    assert (record.status, record.refused, skipped) == ("failed", True, False)
+    assert str(record.error).startswith(message)
+    assert len(str(record.error).splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_error_of_a_bug_is_one_line_with_its_class(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -227,21 +244,24 @@ def test_a_results_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> 
     record, _ = execute_run(tiny(f"results_dir={tmp_path}/file"))
     assert record.status == "failed"
     assert f"results_dir={tmp_path}/file cannot be written" in str(record.error)
-    for missing in (None, ""):
+    for missing, reason in ((None, "has type NoneType"), ("", "is not a folder; expected a name such as results/runs")):
         record, _ = execute_run(tiny() | {"results_dir": missing})
-        assert "is not a folder; expected a name such as results/runs" in str(record.error)
+        assert reason in str(record.error)
 
 
 # On the command line.
 
 
 def test_a_sweep_continues_after_failures_and_skips_finished_runs(tmp_path: Path, command: Command) -> None:
-    output = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4,9", "scheme=channel")
+    output = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "scheme=channel,llm_int8", "bits=4")
+    assert output.returncode == 0
+    group = "scheme.weight.group_size=-1,96"
+    output = command("-m", *SWEEP, f"results_dir={tmp_path}/new", "method=none,rtn", group, "scheme=channel")
     assert output.returncode == 1
     assert output.stderr.count("error: ") == 1
-    assert "error: tiny rtn channel bits=9: scheme.weight.bits=9 is out of range; expected 2 to 8\n" in output.stderr
+    assert "error: tiny rtn channel bits=4 group_size=96: scheme.weight" in output.stderr
     assert "Traceback" not in output.stderr
-    records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("new/*.json")]
     assert sorted(record["status"] for record in records) == ["failed", "ok", "ok"]
     assert "| rtn " in output.stdout
     assert "failed" in output.stdout
@@ -256,8 +276,8 @@ def test_a_sweep_continues_after_failures_and_skips_finished_runs(tmp_path: Path
     [
         (["method=rtm"], "error: method=rtm is unknown; did you mean rtn? expected one of: "),
         (["modle=tiny"], "error: modle=tiny is an unknown key; did you mean model?"),
-        (["method=null"], "error: Config group override must be a string or a list"),
-        (["data.seqlen=5"], "error: data.seqlen=5 is an unknown key; did you mean seq_len?"),
+        (["method=null"], "error: method=null is no name; expected one of: aqlm, "),
+        (["data.seqlen=5"], "error: data.seqlen=5 is an unknown key; did you mean data.seq_len?"),
     ],
 )
 def test_errors_of_the_command_line_are_one_line(
@@ -273,7 +293,7 @@ def test_traceback_on_request(tmp_path: Path, command: Command, monkeypatch: pyt
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     output = command(*SWEEP, f"results_dir={tmp_path}", "bits=9")
     assert "Traceback" in output.stderr
-    assert "error: tiny rtn group64 bits=9: scheme.weight.bits=9 is out of range; expected 2 to 8" in output.stderr
+    assert "error: scheme.weight.bits=9 is out of range; expected 2 to 8" in output.stderr
     with pytest.raises(MissingConfigException):
         command("method=rtm")
 
@@ -291,7 +311,7 @@ def test_a_method_outside_the_repository_works_like_any_other(tmp_path: Path) ->
     (tmp_path / "conf/method/clipped.yaml").write_text(yaml)
     arguments = ["--config-dir", "conf", "-m", *SWEEP, "results_dir=runs", "bits=2", "scheme=group32"]
     output = harness(*arguments, "method=clipped", "method.clipped.shrnk=0.8", cwd=tmp_path)
-    assert "error: method.clipped.shrnk=0.8 is an unknown key; did you mean shrink?" in output.stderr
+    assert "error: method.clipped.shrnk=0.8 is an unknown key; did you mean method.clipped.shrink?" in output.stderr
     output = harness(*arguments, "method=clipped", "method.clipped.shrink=0.7,1.0", cwd=tmp_path)
     assert output.returncode == 0, output.stderr
     by_shrink = _by_shrink(tmp_path / "runs")

@@ -1,0 +1,84 @@
+"""Ctrl-C at several moments of a run and of a sweep: one line, exit code 130, and nothing that remains.
+
+Each test waits for a state of the processes, and never for a time.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, TINY
+from tests.support.waiting import descendants, ended, until
+
+INTERRUPTED = "error: interrupted; finished runs are kept and will be skipped next time"
+
+
+def server(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the server that the processes of runs are forked from has started; it still imports its libraries."""
+    return any("forkserver" in " ".join(_command(child)) for child in descendants(process))
+
+
+def run(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the process of a run has started: a child of the server."""
+    return any("forkserver" in " ".join(_command(child.parent())) for child in descendants(process))
+
+
+def imports(process: subprocess.Popen[bytes]) -> bool:
+    """Whether the command imports torch."""
+    try:
+        return any("torch" in file.path for file in psutil.Process(process.pid).memory_maps())
+    except psutil.Error:
+        return False
+
+
+def _command(process: psutil.Process | None) -> list[str]:
+    try:
+        return process.cmdline() if process is not None else []
+    except psutil.Error:
+        return []
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
+    """Starts a command in a process group of its own, as a terminal does; all that remains of it ends with the test."""
+    processes: list[subprocess.Popen[bytes]] = []
+
+    def started(*arguments: str) -> subprocess.Popen[bytes]:
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-m", "harness", *arguments]
+        process = subprocess.Popen(
+            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+        )
+        processes.append(process)
+        return process
+
+    yield started
+    for process in processes:
+        for child in descendants(process):
+            child.kill()
+        process.kill()
+
+
+@pytest.mark.parametrize("moment", [imports, server, run])
+def test_ctrl_c_is_one_line_and_leaves_nothing(
+    moment: Callable[[subprocess.Popen[bytes]], bool], start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
+) -> None:
+    sizes = ("data.num_samples=128", "data.calibration_seq_len=2048")  # a run that lasts
+    process = start("-m", *TINY, *sizes, "results_dir=new/runs", "method=gptq", "bits=3,4", "measure=off")
+    until(lambda: process.poll() is not None or moment(process))
+    children = descendants(process)
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    lines = [line for line in errors.decode().splitlines() if not line.startswith("run ")]
+    assert lines == [INTERRUPTED]
+    assert process.returncode == 130
+    until(lambda: all(ended(child) for child in children))
+    assert list(tmp_path.iterdir()) == []

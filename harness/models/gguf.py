@@ -12,6 +12,7 @@ import errno
 import functools
 import json
 import shutil
+import sys
 import tempfile
 from collections import Counter
 from contextlib import suppress
@@ -123,7 +124,7 @@ def _convert_into(packaged: Packaged, factor_seed: int | None, target: Path) -> 
         with tempfile.TemporaryDirectory(dir=part) as joined:
             gguf = packaged.whole(Path(joined))
             content = {"gguf": packaged.name, "gguf_sha256": packaged.sha256, "tensor_types": _tensor_types(gguf)}
-            content |= {"converter": CONVERTER, "terms": str(packaged.terms) if packaged.terms else None}
+            content |= {"converter": CONVERTER, "terms": _show_terms(packaged)}
             content |= {"factors": _convert(gguf, part, factor_seed)}
         content["files"] = {file.name: file_sha256(file) for file in sorted(part.iterdir())}
         (part / MANIFEST).write_text(json.dumps(content, indent=1))
@@ -132,6 +133,17 @@ def _convert_into(packaged: Packaged, factor_seed: int | None, target: Path) -> 
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def _show_terms(packaged: Packaged) -> str | None:
+    """Say on stderr where terms of use are.
+
+    Returns: the file of terms, as a path in its package; None if there is none.
+    """
+    if packaged.terms is None:
+        return None
+    sys.stderr.write(f"{packaged.name} has terms of use, which apply to you: {packaged.terms}\n")
+    return "/".join(packaged.terms.parts[-3:])
 
 
 def _tensor_types(gguf: Path) -> dict[str, int]:

@@ -84,7 +84,7 @@ def _checked(quantize: Callable[..., Any], weight: Tensor, scheme: Scheme, stats
 
 
 def row_of(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
-    """The record's row of a quantized linear; weight_error is |W' - W| / |W| in the Frobenius norm.
+    """The record's row of a quantized linear; weight_error is |W' - W| / |W| in the Frobenius norm, weight_norm is |W|.
 
     Raises: ValueError if the decoded weight W' is not finite.
     """
@@ -98,6 +98,7 @@ def row_of(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
         "stored_bits": qtensor.stored_bits,
         "bits_per_weight": qtensor.bits_per_weight,
         "weight_error": relative_error(decoded, exact),
+        "weight_norm": float(exact.norm()),
     }
 
 

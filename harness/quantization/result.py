@@ -73,3 +73,10 @@ class Result:
     def quantized_share(self) -> float:
         """Share of the weights in matrices of the blocks that is quantized."""
         return self.sizes.quantized / self.sizes.weights
+
+    @property
+    def total_weight_error(self) -> float | None:
+        """sqrt(sum |W' - W|^2 / sum |W|^2) over all quantized linears; None if there is none."""
+        rows = [layer for layer in self.layers if "weight_norm" in layer]
+        size = sum(row["weight_norm"] ** 2 for row in rows)
+        return math.sqrt(sum((row["weight_error"] * row["weight_norm"]) ** 2 for row in rows) / size) if size else None

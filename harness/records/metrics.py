@@ -76,6 +76,13 @@ METRICS = (
     Metric(name="top1_agreement", kind="result", better="higher", heading="top-1", digits=".1%", short="value"),
     Metric(name="top5_agreement", kind="result", better="higher", digits=".1%"),
     Metric(
+        name="total_weight_error",
+        kind="result",
+        heading="weight error",
+        long="relative error of all quantized weights",
+        digits=".4f",
+    ),
+    Metric(
         name="bits_per_weight",
         kind="exact",
         heading="bits / weight",

@@ -118,6 +118,8 @@ def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quanti
     record.metrics["bits_per_weight"] = result.bits_per_weight
     if cfg.steps:
         record.metrics["quantized_share"] = result.quantized_share
+    if result.total_weight_error is not None:
+        record.metrics["total_weight_error"] = result.total_weight_error
     record.metrics["model_size_mib"] = stored_bytes(model) / 2**20
     if record.execution.mode != "simulated":
         record.metrics["resident_mib"] = resident_bytes(model) / 2**20

@@ -39,6 +39,14 @@ def test_every_shipped_config_builds(folder: str, tmp_path: Path) -> None:
         assert isinstance(build_run(resolve(*overrides)), RunConfig), path
 
 
+def test_a_model_that_needs_bos_sets_it_and_the_command_line_wins() -> None:
+    assert resolve("model=gemma3_270m")["data"]["bos"] == "always"
+    assert resolve("model=gemma3_270m", "data=wikitext2", "data.path=x")["data"]["bos"] == "always"
+    assert resolve("model=gemma3_270m", "data.bos=never")["data"]["bos"] == "never"
+    assert resolve("experiment=bench", "model=gemma3_270m")["data"]["bos"] == "always"
+    assert resolve("model=smollm2")["data"]["bos"] == "protocol"
+
+
 def test_data_configs_have_the_same_keys() -> None:
     keys = [set(resolve(f"data={path.stem}")["data"]) for path in (ROOT / "conf/data").glob("*.yaml")]
     assert all(names == keys[0] for names in keys)

@@ -230,7 +230,7 @@ def test_the_record_has_it_and_the_figures_of_the_run_stay(tiny: Tiny) -> None:
         assert rows[row["name"]]["kl_alone"] == row["kl_alone"]
         assert "hessian_error" in rows[row["name"]]
     assert plain.analysis == Analysis()
-    assert set(plain.layers[0]) == {"name", "shape", "stored_bits", "bits_per_weight", "weight_error"}
+    assert set(plain.layers[0]) == {"name", "shape", "stored_bits", "bits_per_weight", "weight_error", "weight_norm"}
 
 
 def test_blocks_are_rows_of_their_own(tiny: Tiny) -> None:

@@ -149,6 +149,35 @@ def test_conversion_happens_once_and_is_verified(package: Path, monkeypatch: pyt
     assert converter.folder("p==1") == first
 
 
+def test_terms_of_use_are_shown_at_conversion_and_noted(
+    package: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gguf, terms = package.parent / "small.gguf", package.parent / "site/small_gguf/data/TERMS.html"
+    monkeypatch.setattr(converter, "find", lambda package: Packaged("p==1", "small.gguf", (gguf,), terms))
+    first = converter.folder("p==1")
+    assert capsys.readouterr().err == f"small.gguf has terms of use, which apply to you: {terms}\n"
+    assert converter.note(converter.manifest(first)).endswith("; terms of use: small_gguf/data/TERMS.html")
+    converter.folder.cache_clear()
+    converter.folder("p==1")
+    assert capsys.readouterr().err == "", "shown once"
+
+
+def test_factors_have_a_folder_of_their_own_and_a_refused_conversion_leaves_nothing(
+    package: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(gguf: Path, part: Path, factor_seed: int | None) -> None:
+        (part / "w").write_bytes(b"moved")
+        raise ValueError("the logits moved")
+
+    plain = converter.folder("p==1")
+    factors = [converter.folder("p==1", seed) for seed in (0, 1)]
+    assert len({plain, *factors}) == 3
+    monkeypatch.setattr(converter, "_convert", refuse)
+    with pytest.raises(ValueError, match="the logits moved"):
+        converter.folder("p==1", 2)
+    assert {path for path in (package / "models").iterdir() if path.suffix != ".lock"} == {plain, *factors}
+
+
 def test_a_damaged_cache_is_converted_again(package: Path) -> None:
     first = converter.folder("p==1")
     (first / "w").write_bytes(b"flipped")

@@ -45,6 +45,9 @@ def test_record_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
         assert record.metrics[f"{kind}_speedup"] > 0
     assert len(record.layers) == 14
     assert all(0 < layer["weight_error"] < 0.5 for layer in record.layers)
+    lost = sum((layer["weight_error"] * layer["weight_norm"]) ** 2 for layer in record.layers)
+    total = sum(layer["weight_norm"] ** 2 for layer in record.layers)
+    assert record.metrics["total_weight_error"] == pytest.approx((lost / total) ** 0.5, rel=1e-12)
 
 
 def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:

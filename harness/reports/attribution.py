@@ -14,6 +14,7 @@ from harness.records.folder import load_records
 from harness.records.metrics import LINEAR_METRICS, metric_of
 from harness.reports.cells import STALE, STALE_NOTE
 from harness.reports.frame import is_stale
+from harness.reports.names import told_apart
 from harness.reports.render import Sheet
 
 Row = dict[str, Any]
@@ -37,7 +38,7 @@ def analysed(path: Path) -> list[Record]:
     Raises: ValueError if there is none.
     """
     records = load_records(path) if path.is_dir() else [read(path)]
-    records = [record for record in records if record.status == "ok" and record.analysis.sensitivity]
+    records = [record for record in told_apart(records) if record.status == "ok" and record.analysis.sensitivity]
     if not records:
         raise ValueError(f"runs={path} holds no finished run with analysis.sensitivity; run one with it first")
     return records

@@ -13,6 +13,7 @@ from harness.records.folder import load_records
 from harness.reports.cells import in_common, names, number, text
 from harness.reports.describe import SETTING, describe, label
 from harness.reports.match import Pair, match, other_changes, pair_of
+from harness.reports.names import told_apart
 from harness.reports.render import Sheet
 from harness.reports.seeds import mean_over_seeds
 
@@ -44,6 +45,8 @@ def comparison_sheet(paths: str, seeds: bool = False) -> Sheet:
     if len(places) != 2 or not all(places):
         raise ValueError(f"compare={paths} does not name two; expected folders or records, as compare=OLD,NEW")
     old, new = (_read(Path(place), seeds) for place in places)
+    named = told_apart([*old, *new])
+    old, new = named[: len(old)], named[len(old) :]
     if all(Path(place).is_file() for place in places):
         return _sheet([pair_of(old[0], new[0])], [], places)
     pairs, alone = match(old, new, places)

@@ -11,6 +11,7 @@ from harness.records import Record
 from harness.records.metrics import METRICS, Metric
 from harness.reports import ranking
 from harness.reports.describe import DESCRIBED, DTYPES, describe
+from harness.reports.names import told_apart
 
 _NAMES = tuple(metric.name for metric in METRICS)
 # Ratios that the frame computes; those of times are speedups, which runs measure in pairs.
@@ -41,7 +42,7 @@ def to_frame(records: Sequence[Record], others: Sequence[Record] = (), stale: Se
     the ids of the runs that are results of other code than today's; the column `stale` is true in their rows.
     """
     by_id: dict[str, Record] = {}
-    for record in (*records, *others):
+    for record in told_apart((*records, *others)):
         by_id.setdefault(record.run_id, record)
     frame = _typed(pd.DataFrame([_row(record) for record in by_id.values()], columns=_columns(by_id.values())))
     baselines = _baselines(frame)

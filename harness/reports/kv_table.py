@@ -10,6 +10,7 @@ from harness.records import Record
 from harness.reports.cells import STALE, STALE_NOTE, text, times
 from harness.reports.describe import describe
 from harness.reports.frame import is_stale
+from harness.reports.names import told_apart
 from harness.reports.render import Sheet
 
 _HEAD = "MiB of a KV cache, by sequences x tokens; with x: ratio to the model's float cache of the same length"
@@ -24,7 +25,7 @@ def kv_sheet(records: Sequence[Record], stale: Set[str] = frozenset(), title: st
 
     Raises: ValueError if no record has such figures.
     """
-    shown = {_key(record): record for record in records if record.kv}
+    shown = {_key(record): record for record in told_apart(records) if record.kv}
     if not shown:
         raise ValueError("show=kv finds no record with figures of a KV cache; expected a run that is packed or float")
     frame = pd.DataFrame([_row(shown[key]) for key in sorted(shown)])

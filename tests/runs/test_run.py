@@ -256,19 +256,17 @@ def test_a_results_folder_that_cannot_be_written(tiny: Tiny, tmp_path: Path) -> 
 
 
 def test_a_sweep_continues_after_failures_and_skips_finished_runs(tmp_path: Path, command: Command) -> None:
-    output = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "scheme=channel,llm_int8", "bits=4")
-    assert output.returncode == 0
-    group = "scheme.weight.group_size=-1,96"
-    output = command("-m", *SWEEP, f"results_dir={tmp_path}/new", "method=none,rtn", group, "scheme=channel")
+    sizes = "scheme.weight.group_size=32,96"
+    output = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", sizes, "scheme=group32")
     assert output.returncode == 1
     assert output.stderr.count("error: ") == 1
-    assert "error: tiny rtn channel bits=4 group_size=96: scheme.weight" in output.stderr
+    assert "error: tiny rtn group32 bits=4 group_size=96: scheme.weight.group_size=96 does not divide" in output.stderr
     assert "Traceback" not in output.stderr
-    records = [json.loads(path.read_text()) for path in tmp_path.glob("new/*.json")]
+    records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     assert sorted(record["status"] for record in records) == ["failed", "ok", "ok"]
     assert "| rtn " in output.stdout
     assert "failed" in output.stdout
-    again = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "bits=4", "scheme=channel")
+    again = command("-m", *SWEEP, f"results_dir={tmp_path}", "method=none,rtn", "scheme=group32")
     assert again.returncode == 0
     assert again.stderr.count("skip  tiny") == 2
     assert "1.00x" in again.stdout

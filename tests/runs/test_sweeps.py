@@ -264,11 +264,12 @@ def test_entries_and_their_summary(tmp_path: Path) -> None:
 @pytest.mark.parametrize("launcher", ["workers", "submitit_local", "ray_cluster"])
 def test_every_record_of_a_launcher_arrives_once(launcher: str, tmp_path: Path) -> None:
     output = harness(
-        *("-m", *SMALL, f"hydra/launcher={launcher}", f"results_dir={tmp_path}", "method=rtn", "bits=3,9,4"),
+        *("-m", *SMALL, f"hydra/launcher={launcher}", f"results_dir={tmp_path}", "method=rtn"),
+        *("scheme=group32", "scheme.weight.group_size=32,96,64"),
         RAY_AUTH_MODE="disabled",
     )
     assert output.returncode == 1, output.stderr
-    assert "scheme.weight.bits=9 is out of range" in output.stdout
+    assert "scheme.weight.group_size=96 does not divide" in output.stdout
     written = records(tmp_path)
     assert sorted(record["status"] for record in written) == ["failed", "ok", "ok"]
     (folder,) = (path for path in (tmp_path / "sweeps").iterdir() if path.is_dir())

@@ -14,6 +14,10 @@ import altair as alt
 from harness.reports.html.pareto import Plot
 
 Json = dict[str, Any]
+Domains = tuple[tuple[float, float], tuple[float, float]]
+
+HEIGHTS = {True: 400, False: 320}  # pixels of a wide plot and of the others
+WIDE, NARROW = 700, 250  # pixels of width for which the names in a plot are placed: it has the former or more, or less
 
 INK, MUTED, GRID = "#1b2430", "#5d6878", "#e6e9ee"
 FONT = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -29,14 +33,23 @@ def palette(methods: Sequence[str]) -> dict[str, str]:
 
 
 def pareto(plot: Plot, colors: dict[str, str], *, wide: bool, legend: bool = False, font: int = 12) -> Json:
-    """Points with intervals, the front through the points that no run beats, and the float model's loss as a line."""
-    base = alt.Chart(alt.InlineData(values=_named(plot.points, wide, font))).encode(
-        x=_x(plot, 0.012 * font if wide else 0.24), y=_y(plot)
+    """Points with intervals, the front through the points that no run beats, and the losses of float models as lines."""
+    x, y = _domains(plot, 0.012 * font if wide else 0.24)
+    points = _named(plot.points, (x, y), HEIGHTS[wide], font)
+    base = alt.Chart(alt.InlineData(values=points)).encode(
+        x=alt.X("across:Q", **_scaled(plot.cost.title, x)), y=alt.Y("height:Q", **_scaled(plot.loss.title, y))
     )
     halo, names = _labels(base, font, stroke="white", strokeWidth=4), _labels(base, font, color=INK)
-    marks = [*_floats(plot), *_intervals(base, plot), _front(base), halo, _points(base, plot, colors, legend), names]
+    marks = [
+        *_floats(plot, font),
+        *_intervals(base, plot),
+        _front(base),
+        halo,
+        _points(base, plot, colors, legend),
+        names,
+    ]
     chart = alt.layer(*marks).add_params(alt.param(name="shown", value="all"), alt.param(name="selected", value=""))
-    return finish(chart.properties(height=400 if wide else 320, width="container"), font)
+    return finish(chart.properties(height=HEIGHTS[wide], width="container"), font)
 
 
 def layers(font: int = 12) -> Json:
@@ -104,47 +117,89 @@ def finish(chart: alt.TopLevelMixin, font: int) -> Json:
     return spec
 
 
-def _named(points: Sequence[Json], wide: bool, font: int) -> list[Json]:
-    """Points with the `name` next to them: the name of points on the front, where it overlaps no other name."""
-    across, up = [math.log(at["across"]) for at in points], [math.log(at["height"]) for at in points]
-    across_scale = (900 if wide else 200) / (max(across) - min(across) or 1)  # pixels, about
-    up_scale = (300 if wide else 220) / (max(up) - min(up) or 1)
-    placed: list[tuple[float, float, float]] = []
-    named = {}
-    for i in sorted((i for i, at in enumerate(points) if at["front"]), key=lambda i: across[i]):
-        right, top, width = across[i] * across_scale, up[i] * up_scale, 0.6 * font * len(points[i]["short"]) + 8
-        if all(right - width > end or right < start or abs(top - height) > 1.3 * font for start, end, height in placed):
-            placed.append((right - width, right, top))
-            named[i] = points[i]["short"]
-    return [at | {"name": named.get(i, "")} for i, at in enumerate(points)]
+def _named(points: Sequence[Json], domains: Domains, height: int, font: int) -> list[Json]:
+    """Points with the names that stand next to them in a wide plot, `name`, and in a narrow one, `narrow`."""
+    named = [at | {"name": "", "narrow": ""} for at in points]
+    for key, width in (("name", WIDE), ("narrow", NARROW)):
+        for i in _free(points, domains, (width, height), font):
+            named[i][key] = points[i]["short"]
+    return named
 
 
-def _x(plot: Plot, room: float) -> alt.X:
-    """The axis of the cost; `room` for labels on its left is a share of its length."""
+def _free(points: Sequence[Json], domains: Domains, size: tuple[int, int], font: int) -> list[int]:
+    """The points of the front whose name, left of and below the point, covers no axis, no other name and no point."""
+    pixels = [_pixels(point, domains, size) for point in points]
+    boxes: list[tuple[float, float, float, float]] = []
+    free = []
+    for i in sorted((i for i, at in enumerate(points) if at["front"]), key=lambda i: pixels[i]):
+        right, bottom = pixels[i][0] - 6, pixels[i][1] - 5
+        box = (right - 0.62 * font * len(points[i]["short"]), bottom - 1.2 * font, right, bottom)
+        inside = box[0] > 0 and box[1] > 0
+        covers = any(box[0] < x + 5 and x - 5 < box[2] and box[1] < y + 5 and y - 5 < box[3] for x, y in pixels)
+        if inside and not covers and not any(_overlap(box, other) for other in boxes):
+            boxes.append(box)
+            free.append(i)
+    return free
+
+
+def _pixels(point: Json, domains: Domains, size: tuple[int, int]) -> tuple[float, float]:
+    """The place of a point in a plot of `size`, from its lower left corner."""
+    shares = (
+        math.log(value / low) / math.log(high / low)
+        for value, (low, high) in zip((point["across"], point["height"]), domains, strict=True)
+    )
+    across, up = (share * length for share, length in zip(shares, size, strict=True))
+    return across, up
+
+
+def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
+
+
+def _domains(plot: Plot, room: float) -> Domains:
+    """Both axes of a plot; `room` for names on the left of points is a share of its width."""
     lows = [point.get("cost_low", point["across"]) for point in plot.points]
     highs = [point.get("cost_high", point["across"]) for point in plot.points]
-    return alt.X("across:Q", **_scaled(plot.cost.title, min(lows), max(highs), (room, 0.03)))
+    losses = [point["height"] for point in plot.floats]
+    bottoms = [point.get("loss_low", point["height"]) for point in plot.points] + losses
+    tops = [point.get("loss_high", point["height"]) for point in plot.points] + losses
+    return _stretched(min(lows), max(highs), (room, 0.03)), _stretched(min(bottoms), max(tops), (0.11, 0.04))
 
 
-def _y(plot: Plot) -> alt.Y:
-    lows = [point.get("loss_low", point["height"]) for point in plot.points]
-    highs = [point.get("loss_high", point["height"]) for point in plot.points]
-    return alt.Y("height:Q", **_scaled(plot.loss.title, min(lows), max(highs), (0.09, 0.04)))
-
-
-def _scaled(title: str, low: float, high: float, room: tuple[float, float]) -> Json:
+def _stretched(low: float, high: float, room: tuple[float, float]) -> tuple[float, float]:
     span = max(high / low, 1.05)
-    low, high = low / span ** room[0], high * span ** room[1]
-    scale = alt.Scale(type="log", domain=[low, high], nice=False)
-    return {"title": title, "scale": scale, "axis": alt.Axis(values=ticks(low, high), format="~g")}
+    return low / span ** room[0], high * span ** room[1]
 
 
-def _floats(plot: Plot) -> list[alt.Chart]:
-    floats = [point["height"] for point in plot.points if point["method"] == "none"]
-    if not floats:
+def _scaled(title: str, domain: tuple[float, float]) -> Json:
+    scale = alt.Scale(type="log", domain=list(domain), nice=False)
+    axis = alt.Axis(values=ticks(*domain), format="~g", labelOverlap=True)
+    return {"title": title, "scale": scale, "axis": axis}
+
+
+def _floats(plot: Plot, font: int) -> list[alt.Chart]:
+    """A dashed line at the loss of each float model that is no point, with its name at the left end, below the line.
+
+    If all float models are points, only a line through the lowest.
+    """
+    points = [point for point in plot.points if point["method"] == "none"]
+    lines = sorted(plot.floats, key=lambda point: float(point["loss"]))
+    if not lines and not points:
         return []
-    lowest = alt.Chart(alt.InlineData(values=[{"height": min(floats)}]))
-    return [lowest.mark_rule(color=INK, strokeDash=[2, 4], opacity=0.5).encode(y=alt.Y("height:Q"))]
+    keys = ("run", "label", "height", "loss_text", "cost_text")
+    rows = [{key: line[key] for key in keys} for line in lines]
+    rows = rows or [{"height": min(point["height"] for point in points)}]
+    base = alt.Chart(alt.InlineData(values=rows)).encode(y=alt.Y("height:Q"))
+    look: Json = {"color": INK, "strokeDash": [2, 4]}
+    if not lines:
+        return [base.mark_rule(opacity=0.5, **look)]
+    tooltip = [alt.Tooltip("label:N", title="run"), alt.Tooltip("loss_text:N", title=plot.loss.title.partition(",")[0])]
+    tooltip.append(alt.Tooltip("cost_text:N", title=plot.cost.title.partition(",")[0]))
+    rule = base.mark_rule(cursor="pointer", **look).encode(tooltip=tooltip, opacity=_opacity(0.7))
+    text = ", ".join(dict.fromkeys(str(line["short"]) for line in lines))
+    lowest = alt.Chart(alt.InlineData(values=[{"height": rows[0]["height"], "text": text}]))
+    name = lowest.mark_text(align="left", baseline="top", dy=4, dx=4, x=0, fontSize=font, color=MUTED)
+    return [rule, name.encode(y=alt.Y("height:Q"), text="text:N")]
 
 
 def _intervals(base: alt.Chart, plot: Plot) -> list[alt.Chart]:
@@ -191,10 +246,11 @@ def _points(base: alt.Chart, plot: Plot, colors: dict[str, str], legend: bool) -
 
 def _labels(base: alt.Chart, font: int, **look: Any) -> alt.Chart:
     """Names of the runs on the front, below and left of their points, where no other run can be."""
-    marks = base.transform_filter("datum.name").mark_text(
-        align="right", baseline="top", dx=-6, dy=5, fontSize=font, **look
+    text = alt.expr(f"width >= {WIDE} ? datum.name : datum.narrow")
+    marks = base.transform_filter("datum.name || datum.narrow").mark_text(
+        align="right", baseline="top", dx=-6, dy=5, fontSize=font, text=text, **look
     )
-    names: alt.Chart = marks.encode(text="name:N", opacity=_opacity(1))
+    names: alt.Chart = marks.encode(opacity=_opacity(1))
     return names
 
 

@@ -22,6 +22,7 @@ from harness.records.folder import runs_of
 from harness.reports.cells import STALE_NOTE, number
 from harness.reports.frame import to_frame
 from harness.reports.html import charts, details, layers, pareto, rows
+from harness.reports.names import told_apart
 
 TEMPLATES = Path(__file__).parent / "templates"
 VEGA_LITE = ".".join(alt.SCHEMA_VERSION.removeprefix("v").split(".")[:2])
@@ -60,6 +61,8 @@ def png(records: Sequence[Record]) -> bytes:
 
 def _title(title: str, plot: pareto.Plot) -> dict[str, Any]:
     beyond = f"At the edge, beyond the plot: {'; '.join(pareto.named(plot.beyond))}" if plot.beyond else ""
+    floats = pareto.named([(point["label"], pareto.cost_of(plot, point)) for point in plot.floats])
+    beyond = ". ".join(filter(None, [f"Dashed: {'; '.join(floats)}" if floats else "", beyond]))
     look = {
         "anchor": "start",
         "color": charts.INK,
@@ -74,7 +77,7 @@ def _title(title: str, plot: pareto.Plot) -> dict[str, Any]:
 
 def _ordered(records: Sequence[Record]) -> list[Record]:
     """One record for each run, in the order of the table."""
-    by_id = {record.run_id: record for record in records}
+    by_id = {record.run_id: record for record in told_apart(records)}
     return [by_id[run_id] for run_id in to_frame(records)["run_id"]]
 
 
@@ -91,8 +94,8 @@ def _context(records: list[Record], folder: Path, stale: Set[str]) -> dict[str, 
         "outliers": {"runs": outliers, "spec": charts.outliers()},
     }
     return _libraries() | {
-        "folder": folder,
-        "summary": _summary(frame),
+        "title": _heading(frame),
+        "summary": f"{_summary(frame)}, from {folder}",
         "groups": groups,
         "colors": colors,
         "columns": columns,
@@ -140,6 +143,9 @@ def _loss(plots: list[pareto.Plot], colors: dict[str, str]) -> dict[str, Any]:
     return {
         "plots": charted,
         "beyond": beyond,
+        "floats": pareto.named(
+            [(point["label"], pareto.cost_of(plot, point)) for plot in plots for point in plot.floats]
+        ),
         "zeros": list(dict.fromkeys(name for plot in plots for name in plot.zeros)),
     }
 
@@ -161,11 +167,21 @@ def _best(part: pd.DataFrame) -> list[dict[str, str]]:
     ]
 
 
+def _heading(frame: pd.DataFrame) -> str:
+    """What the page is about: the number of runs, and their model and text, or how many there are."""
+    parts = [_count(len(frame), "run")]
+    for word, name, plural in (("of", "model", "models"), ("on", "data", "texts")):
+        values = list(frame[name].dropna().unique())
+        if values:
+            parts.append(f"{word} {' and '.join(map(str, values)) if len(values) < 3 else f'{len(values)} {plural}'}")
+    return " ".join(parts)
+
+
 def _summary(frame: pd.DataFrame) -> str:
     failed = int((frame["status"] != "ok").sum())
-    parts = [_count(len(frame), "run")] + ([f"{failed} failed"] if failed else [])
+    parts = [f"{failed} failed"] if failed else []
     methods = frame.loc[frame["method"] != "none", "method"].nunique()
-    shared = [frame[name].dropna().unique() for name in ("model", "data", "protocol")]
+    shared = [frame[name].dropna().unique() for name in ("protocol", "device")]
     return ", ".join([*parts, _count(methods, "method"), *(str(values[0]) for values in shared if len(values) == 1)])
 
 

@@ -12,11 +12,13 @@ from harness.records.metrics import METRICS, Metric
 from harness.reports.cells import STALE
 from harness.reports.frame import measured
 
+Point = dict[str, Any]
+
 # Rows of one group were measured on the same model, text, windows and device: their figures can be compared.
 COMPARABLE = ("model", "fingerprint", "data", "tokens_sha256", "seq_len", "protocol", "windows", "device")
 REACH = 5  # how many times the float perplexity a plot reaches; points beyond are drawn at its edge and named
 TIMES = "\u00d7"
-FLOAT_ROOM = 1.4  # float models that cost more than this times the dearest other run are drawn at the right edge
+FLOAT_ROOM = 1.4  # float models that cost more than this times the dearest other run are lines and no points
 STACKED = 0.95  # points at an edge that would hide each other are drawn this far apart
 # Columns that may tell two runs apart that agree in method, scheme, bits and options.
 _DISTINCTIVE = ("model", "data", "dtype", "execution", "kernel", "calibration", "device", "seed", "run_id")
@@ -53,13 +55,15 @@ LOSSES = tuple(_axis(metric) for metric in METRICS if metric.axis == "loss")
 class Plot:
     """Points of one loss against one cost.
 
+    floats  float models that cost more than its axis shows: lines at their loss
     beyond  the runs drawn at its edge, each with the figure that is beyond it
     zeros   the runs that are left out, since a figure is zero
     """
 
     cost: Axis
     loss: Axis
-    points: list[dict[str, Any]]
+    points: list[Point]
+    floats: list[Point] = field(default_factory=list)
     beyond: list[tuple[str, str]] = field(default_factory=list)
     zeros: list[str] = field(default_factory=list)
 
@@ -103,7 +107,7 @@ def plots(frame: pd.DataFrame, names: dict[str, str]) -> Iterator[Plot]:
         for cost in COSTS:
             if {loss.name, cost.name} <= names_measured:
                 candidate = plot(frame, cost, loss, names)
-                if len(candidate.points) > 1:
+                if len(candidate.points) + len(candidate.floats) > 1:
                     yield candidate
 
 
@@ -112,11 +116,13 @@ def plot(frame: pd.DataFrame, cost: Axis, loss: Axis, names: dict[str, str]) -> 
     complete = frame.dropna(subset=[cost.name, loss.name])
     rows = complete[(complete[cost.name] > 0) & (complete[loss.name] > 0)]
     points = [_point(row, cost, loss, names) for _, row in rows.iterrows()]
+    lowest = min((point["loss"] for point in points if point["method"] == "none"), default=None)
+    points, floats = _split(points, cost)
     for point, best in zip(points, front([(point["cost"], point["loss"]) for point in points]), strict=True):
         point["front"] = best
-    beyond = _keep_low(points, loss) + _keep_left(points, cost)
+    beyond = _keep_low(points, loss, lowest)
     zeros = [names[row["run_id"]] for _, row in complete.drop(rows.index).iterrows()]
-    return Plot(cost, loss, points, beyond, zeros)
+    return Plot(cost, loss, points, floats, beyond, zeros)
 
 
 def named(beyond: Sequence[tuple[str, str]]) -> list[str]:
@@ -153,8 +159,8 @@ def _short(row: pd.Series[Any]) -> str:
     return str(row["method"]) if pd.isna(row["bits"]) else f"{row['method']} {row['bits']:g}"
 
 
-def _point(row: pd.Series[Any], cost: Axis, loss: Axis, names: dict[str, str]) -> dict[str, Any]:
-    point = {"run": row["run_id"], "label": names[row["run_id"]], "short": _short(row), "method": row["method"]}
+def _point(row: pd.Series[Any], cost: Axis, loss: Axis, names: dict[str, str]) -> Point:
+    point: Point = {"run": row["run_id"], "label": names[row["run_id"]], "short": _short(row), "method": row["method"]}
     point |= {"simulated": row["execution"] == "simulated", "shape": "diamond" if row["method"] == "none" else "circle"}
     point |= {"cost": float(row[cost.name]), "loss": float(row[loss.name])}
     point |= {"across": point["cost"], "height": point["loss"]}
@@ -165,12 +171,14 @@ def _point(row: pd.Series[Any], cost: Axis, loss: Axis, names: dict[str, str]) -
     return point
 
 
-def _keep_low(points: list[dict[str, Any]], loss: Axis) -> list[tuple[str, str]]:
-    """Draw points beyond the reach of a loss at the top edge. Returns: their names and figures."""
-    floats = [point["loss"] for point in points if point["method"] == "none"]
+def _keep_low(points: list[Point], loss: Axis, lowest: float | None) -> list[tuple[str, str]]:
+    """Draw points beyond the reach of a loss at the top edge; `lowest` is the smallest loss of a float model.
+
+    Returns: their names and figures.
+    """
     if loss.reach is None or not points:
         return []
-    limit = loss.reach * min(floats or [point["loss"] for point in points])
+    limit = loss.reach * (lowest or min(point["loss"] for point in points))
     beyond = sorted((point for point in points if point["loss"] > limit), key=lambda point: point["cost"])
     for point in points:
         if "loss_high" in point:
@@ -183,17 +191,19 @@ def _keep_low(points: list[dict[str, Any]], loss: Axis) -> list[tuple[str, str]]
     return [(point["label"], f"{loss.name} {point['loss_text']}") for point in beyond]
 
 
-def _keep_left(points: list[dict[str, Any]], cost: Axis) -> list[tuple[str, str]]:
-    """Draw float at the right edge where it would press all others into a corner. Returns: its names and figures."""
-    floats = [point for point in points if point["method"] == "none"]
+def _split(points: list[Point], cost: Axis) -> tuple[list[Point], list[Point]]:
+    """The points, without float models that would press all others into a corner; and these."""
     others = [point["cost"] for point in points if point["method"] != "none"]
     if not others or _is_time(cost):
-        return []
+        return points, []
     limit = FLOAT_ROOM * max(others)
-    beyond = sorted((point for point in floats if point["cost"] > limit), key=lambda point: point["cost"])
-    for i, point in enumerate(beyond):
-        point |= {"across": limit / STACKED**i, "shape": "triangle-right"}
-    return [(point["label"], f"{cost.title.partition(',')[0]} {point['cost']:.4g}") for point in beyond]
+    far = [point for point in points if point["method"] == "none" and point["cost"] > limit]
+    return [point for point in points if point not in far], far
+
+
+def cost_of(plot: Plot, point: Point) -> str:
+    """The cost of a point in words, such as "bits per weight 32"."""
+    return f"{plot.cost.title.partition(',')[0]} {point['cost']:.4g}"
 
 
 def _interval(row: pd.Series[Any], axis: Axis) -> tuple[float, float] | None:

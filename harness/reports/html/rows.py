@@ -15,6 +15,7 @@ from harness.reports.html.pareto import TIMES
 
 # Columns that describe a run: those that are always shown, and those shown where rows differ, before and after metrics.
 ALWAYS = ("method", "scheme", "bits")
+FIRST = "perplexity"  # the metric that follows them, so that a phone shows it
 BEFORE = ("options", "kv", "dtype", "execution")
 AFTER = ("calibration", "model", "data", "windows", "device", "seed", "protocol_class", "environment_class")
 
@@ -50,15 +51,21 @@ class Row:
 
 def table(frame: pd.DataFrame) -> tuple[list[Column], list[Row]]:
     """The columns that tell something, and a row for each run."""
-    before = [*ALWAYS, *_differing(frame, BEFORE)]
+    before = _differing(frame, BEFORE)
     after = [*_differing(frame, AFTER), *(["status"] if (frame["status"] != "ok").any() else [])]
     metrics = measured(frame)
-    columns = [*map(_naming_column, before), *map(_metric_column, metrics), *map(_naming_column, after)]
+    first = [metric for metric in metrics if metric.name == FIRST]
+    others = [metric for metric in metrics if metric.name != FIRST]
+    parts: list[tuple[Sequence[str], Sequence[Metric]]] = [(ALWAYS, first), (before, others), (after, ())]
+    columns = [
+        column for names, figures in parts for column in (*map(_naming_column, names), *map(_metric_column, figures))
+    ]
     rows = []
     for _, row in frame.iterrows():
-        cells = [_naming_cell(row, name) for name in before]
-        cells += [_metric_cell(row, metric) for metric in metrics]
-        cells += [_naming_cell(row, name) for name in after]
+        cells = []
+        for names, figures in parts:
+            cells += [_naming_cell(row, name) for name in names]
+            cells += [_metric_cell(row, metric) for metric in figures]
         rows.append(Row(row["run_id"], row["method"], row["status"] != "ok", cells))
     return columns, rows
 

@@ -25,23 +25,24 @@ def told_apart(records: Sequence[Record]) -> list[Record]:
     for record in records:
         if at(record.config, "model", "architecture") is None:
             groups[str(describe(record)["model"])].append(record)
-    names = {_key(record): name for group in groups.values() for record, name in _named(group)}
-    return [_renamed(record, names.get(_key(record))) for record in records]
+    names = {id(record): name for group in groups.values() for record, name in _named(group)}
+    return [_renamed(record, names.get(id(record))) for record in records]
 
 
 def _named(group: Sequence[Record]) -> Iterable[tuple[Record, str]]:
-    """Each record of one name, with its new name."""
+    """The records of one name, each with its new name; runs that failed before their weights were known keep theirs."""
     name = str(describe(group[0])["model"])
-    weights = {_weights(record): record for record in reversed(group)}  # the first record of each
-    if len(weights) == 1:
-        return [(record, name) for record in group]
-    paths = {key: _path(record) for key, record in weights.items()}
+    fingerprints = {_path(record): record.model.fingerprint for record in group if record.model.fingerprint}
+    keys = [record.model.fingerprint or fingerprints.get(_path(record)) or _path(record) for record in group]
+    paths = {key: _path(record) for key, record in zip(reversed(keys), reversed(group), strict=True) if key}
+    if len(paths) < 2:
+        return []
     suffixes = _suffixes({path for path in paths.values() if path})
     longer = {key: _with_folder(name, suffixes[path]) if path else name for key, path in paths.items()}
     for same in {value: [key for key in longer if longer[key] == value] for value in longer.values()}.values():
         if len(same) > 1:
             longer |= {key: f"{longer[key]} {short}" for key, short in zip(same, _prefixes(same), strict=True)}
-    return [(record, longer[_weights(record)]) for record in group]
+    return [(record, longer[key]) for record, key in zip(group, keys, strict=True) if key]
 
 
 def _with_folder(name: str, suffix: str) -> str:
@@ -68,15 +69,6 @@ def _prefixes(fingerprints: Sequence[str]) -> list[str]:
 def _path(record: Record) -> str:
     path = at(record.config, "model", "path")
     return os.path.normpath(str(path)) if path else ""
-
-
-def _weights(record: Record) -> str:
-    """What identifies the weights: their fingerprint, or the folder if the run failed before it was known."""
-    return record.model.fingerprint or _path(record)
-
-
-def _key(record: Record) -> tuple[str, str, str]:
-    return str(describe(record)["model"]), _weights(record), record.run_id
 
 
 def _renamed(record: Record, name: str | None) -> Record:

@@ -161,10 +161,51 @@ def test_a_run_beyond_the_plot_stays_on_it() -> None:
     assert at["far"]["loss"] == 100000.0
     assert at["far"]["height"] == pareto.REACH * 10.0
     assert at["far"]["shape"] == "triangle-up"
-    assert at["base"]["across"] == pytest.approx(pareto.FLOAT_ROOM * 6.0)
-    assert len(plot.beyond) == 2
+    assert len(plot.beyond) == 1
     spec = json.dumps(charts.pareto(plot, charts.palette(METHODS), wide=True))
     assert "http" not in spec
+
+
+def test_float_models_far_beyond_the_axis_are_lines_with_their_names_and_no_points() -> None:
+    frame = page._frame([*records(), full("half", 10.1, 16.0, method="none", dtype="bfloat16")])
+    _, part = next(pareto.groups(frame))
+    names = pareto.labels(frame)
+    plot = pareto.plot(part, pareto.COSTS[0], pareto.LOSSES[0], names)
+    assert {point["run"] for point in plot.floats} == {"base", "half"}
+    assert max(point["across"] for point in plot.points) == 6.0
+    spec = charts.pareto(plot, charts.palette(METHODS), wide=True)
+    assert max(spec["layer"][-1]["encoding"]["x"]["scale"]["domain"]) < 7
+    rules = [part for part in spec["layer"] if part["mark"]["type"] == "rule" and "x" not in part["encoding"]]
+    assert len(rules) == 1
+    assert any(row.get("text") == "float32, bfloat16" for row in _values(spec))
+    times = next(cost for cost in pareto.COSTS if cost.name == "decode_ms_p50")
+    assert pareto.plot(part, times, pareto.LOSSES[0], names).floats == []
+    text = page.html([*records()], Path())
+    assert "Dashed lines are float models that cost more than the axis shows: float baseline float32: " in text
+
+
+def test_names_of_points_cover_no_point_no_other_name_and_no_axis() -> None:
+    domains = ((1.0, 10.0), (1.0, 10.0))
+    points = [
+        {"across": 1.05, "height": 5.0, "front": True, "short": "at the left axis"},
+        {"across": 5.0, "height": 5.0, "front": True, "short": "free"},
+        {"across": 5.1, "height": 4.9, "front": True, "short": "beside it"},
+        {"across": 8.0, "height": 1.01, "front": True, "short": "at the bottom"},
+    ]
+    assert charts._free(points, domains, (700, 400), 12) == [1]
+    assert charts._free([points[1] | {"front": False}], domains, (700, 400), 12) == []
+
+
+def test_the_title_says_what_is_compared(tmp_path: Path) -> None:
+    head = page.html(records(), tmp_path).partition("</header>")[0]
+    assert "<title>ptqbench: 7 runs of m on d</title>" in head
+    assert "<h1>7 runs of m on d</h1>" in head
+    assert f"from {tmp_path}" in head
+
+
+def test_perplexity_follows_the_columns_that_name_a_run() -> None:
+    columns, _ = rows.table(page._frame(records()))
+    assert [column.heading for column in columns][:4] == ["method", "scheme", "bits", "perplexity"]
 
 
 def test_intervals_are_drawn_where_the_frame_has_them() -> None:

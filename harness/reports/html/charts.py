@@ -33,7 +33,7 @@ def palette(methods: Sequence[str]) -> dict[str, str]:
 
 
 def pareto(plot: Plot, colors: dict[str, str], *, wide: bool, legend: bool = False, font: int = 12) -> Json:
-    """Points with intervals, the front through the points that no run beats, and the losses of float models as lines."""
+    """Points with intervals, the front through those that no run beats, and the losses of float models as lines."""
     x, y = _domains(plot, 0.012 * font if wide else 0.24)
     points = _named(plot.points, (x, y), HEIGHTS[wide], font)
     base = alt.Chart(alt.InlineData(values=points)).encode(

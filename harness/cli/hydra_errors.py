@@ -13,9 +13,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from harness.cli.main import conf_folder
-from harness.config import keys_of
 from harness.utils import errors
-from harness.utils.errors import short
+from harness.utils.errors import keys_of, short
 
 _EXTRA = "joblib, submitit, ray and optuna come with: pip install 'ptqbench[sweeps]'"
 # Messages of Hydra that say what was typed, and what to say instead.

@@ -11,7 +11,7 @@ from harness.config.build import build
 from harness.config.parts import LimitsConfig
 from harness.config.schema import JobConfig, RunConfig
 from harness.core import KVFormat, Method, Scheme, overrides
-from harness.utils.errors import Conflict, Refusal, UnknownKey, short
+from harness.utils.errors import Conflict, Refusal, UnknownKey, keys_of, short
 
 
 def build_limits(cfg: Mapping[str, Any], sweeping: bool) -> LimitsConfig | None:
@@ -52,16 +52,6 @@ def _build_run(cfg: Mapping[str, Any]) -> RunConfig:
     kv = build(KVFormat, cfg["kv"], "kv") if cfg.get("kv") else None
     extra = {"scheme": scheme, "steps": steps, "kv": kv, "warnings": warnings}
     return build(RunConfig, values, "", extra)
-
-
-def keys_of(cfg: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """The full keys of a configuration, those of mappings and of the values in them, without Hydra's."""
-    keys = []
-    for name, value in cfg.items():
-        if name != "_target_" and f"{prefix}{name}" != "hydra":
-            keys.append(f"{prefix}{name}")
-            keys += keys_of(value, f"{prefix}{name}.") if isinstance(value, Mapping) else []
-    return keys
 
 
 def _is_part(argument: str, key: str) -> bool:

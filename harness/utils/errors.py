@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 LIMIT = 200  # characters of a message
 _LISTED = 70  # characters of a list of choices
@@ -81,6 +82,16 @@ def similar_keys(word: str, keys: Iterable[str]) -> list[str]:
     ranked = sorted(dict.fromkeys(same), key=lambda key: (not _within(parts[:-1], key), -_ratio(word, key)))
     inside = [key for key in ranked if len(parts) > 1 and _within(parts[:-1], key)]
     return inside or ranked
+
+
+def keys_of(cfg: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """The full keys of a configuration, those of mappings and of the values in them, without Hydra's."""
+    keys = []
+    for name, value in cfg.items():
+        if name != "_target_" and f"{prefix}{name}" != "hydra":
+            keys.append(f"{prefix}{name}")
+            keys += keys_of(value, f"{prefix}{name}.") if isinstance(value, Mapping) else []
+    return keys
 
 
 def short(text: object, limit: int = 70) -> str:

@@ -184,7 +184,7 @@ def test_runs_of_sweeps_and_runs_with_limits_are_isolated_by_default() -> None:
         (["isolate=maybe"], "isolate='maybe' has type str; expected bool"),
         (["isolate=false", "limits.time_s=3"], "isolate=False cannot enforce limits.memory_gib or limits.time_s"),
         (["limits.memory_gib=0"], "limits.memory_gib=0.0 is out of range; expected more than 0"),
-        (["objectives=nll"], "objectives='nll' is not a list; expected \\[value, ...\\]"),
+        (["objectives=[[nll]]"], "objectives\\[0\\]=\\['nll'\\] has type list; expected str"),
     ]:
         with pytest.raises(ValueError, match=message.replace("(", r"\(")):
             limits(True, *overrides)

@@ -171,7 +171,7 @@ def file_of(key: str, name: str) -> Path:
 
 def help_of(command: Command) -> str:
     """The help of a command: what it does, and a line or two for each option."""
-    lines = [f"python -m harness {command.name} [KEY=VALUE ...]", "", *_wrapped(command.summary), ""]
+    lines = [*_wrapped(command.summary), "", f"    python -m harness {command.name} [KEY=VALUE ...]", ""]
     for key, option in command.options.items():
         default = f" (default: {option.default})" if option.default else ""
         lines += _wrapped(f"  {key}={_values(option)}", "")

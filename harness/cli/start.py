@@ -23,7 +23,7 @@ ended: list[str] = []  # status of each run, for the exit code: Hydra does not r
 def start(words: Sequence[str]) -> int:
     """Start the runs of the command line and print their table.
 
-    Returns: the exit code: 0 if all runs finished without an error, otherwise 1.
+    Returns: the exit code: 0 if all runs finished without an error, otherwise 1. After --help, Hydra ends the process.
     """
     if "--version" in words:
         sys.stdout.write(f"ptqbench {__version__}\n")
@@ -44,8 +44,6 @@ def start(words: Sequence[str]) -> int:
         for remove in on_interrupt:
             remove()
         raise
-    except SystemExit as end:  # Hydra ends so after --help
-        return int(end.code or 0)
     except Exception as error:  # runs catch their errors, so the command line cannot be used
         if show_traceback and not isinstance(error, Refusal):
             raise

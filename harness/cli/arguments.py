@@ -43,7 +43,7 @@ def _flag(name: str, value: str | None, action: argparse.Action, rest: list[str]
             raise Refusal(f"{name}={value}: {name} has no value; expected {name}")
         return [name]
     optional = action.nargs == "?"
-    if value is None and rest and not rest[0].startswith("-") and not (optional and "=" in rest[0]):
+    if value is None and rest and not rest[0].startswith("-") and not ("=" in rest[0] and (optional or action.choices)):
         value = rest.pop(0)
     if value is None and not optional:
         raise Refusal(f"{name} has no value; expected {name}={_values(action)}")

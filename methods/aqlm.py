@@ -8,7 +8,8 @@ Differs: codebooks are fitted by preconditioned conjugate gradients on their lea
     unweighted. The beam search keeps combinations of codes for one group, for all rows at once, and replaces the code
     of one codebook after another. Codebooks and scales are rounded to float16 before the final search for codes. The
     Hessian is damped. The fine-tuning target of a block is the float model's output for float inputs; the authors' is
-    the output for inputs from the quantized blocks before it.
+    the output for inputs from the quantized blocks before it. Inputs that are zero on all calibration tokens count as
+    average inputs, with a warning.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from harness.core.formats import AdditiveQTensor, grid
 from harness.core.formats.additive import half
 from harness.core.solvers.additive_fit import Fit, Problem
 from harness.core.solvers.kmeans import assign, kmeans
+from harness.core.solvers.silent import fill_silent
 
 _SAMPLE = 64  # training vectors of k-means for each codebook entry
 _FEWEST_BITS, _MOST_BITS = 2, 8  # the range of a scheme's `bits`
@@ -105,7 +107,7 @@ class AQLM(Finetuned):
     def _hessian(self, stat: Hessian, W: Tensor) -> Tensor:
         """Damped Hessian (K, K), scaled so that its mean diagonal is 1 + damp."""
         eye = torch.eye(W.shape[1], device=W.device)
-        H = stat.value.to(W)
+        H = fill_silent(stat.value.to(W))[0]
         mean = H.diagonal().mean()
         if not mean > 0:
             warnings.warn("no calibration token reached this linear; all its inputs get equal weight", stacklevel=3)

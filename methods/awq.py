@@ -7,7 +7,9 @@ Differs: the clip search uses the Hessian's diagonal blocks, which include all t
     and key projections. Every proved producer absorbs a scale; `pairs=paper` excludes the value projection with
     grouped queries, `pairs=norms` excludes everything except norms. The grid is searched from coarse to fine
     (`exhaustive=true`: in full, as the authors do), on `engine.search_tokens` tokens; on all tokens for a linear that
-    is alone in its group.
+    is alone in its group. Inputs that are zero on all calibration tokens get the middle scale, and count as average
+    inputs in the clip search, with a warning; the authors' lower bound would round their weights to zero. Where all
+    inputs are below this bound, it is relative to the largest.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ from harness.core import (
     round_to_grid,
     round_to_nearest,
 )
+from harness.core.formats import grid
 from harness.core.solvers.clip import clipped_params
+from harness.core.solvers.silent import fill_silent, magnitudes
 
 _TINY = 1e-4  # the authors' lower bound of a mean magnitude
 
@@ -65,7 +69,7 @@ class AWQ(Method):
     def transform(self, group: InputGroup, stats: Stats) -> None:
         if not self.scale or not self._may_scale(group):
             return
-        X_mean = stats[AbsMean].value.clamp(min=_TINY)
+        X_mean = magnitudes(stats[AbsMean].value, _TINY)
 
         @functools.cache
         def error(i: int) -> float:
@@ -81,8 +85,9 @@ class AWQ(Method):
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         if not self.clip:
             return round_to_nearest(weight, scheme.weight)
-        params = clipped_params(weight, scheme.weight, stats[Hessian].value)
-        return round_to_grid(weight, *params, scheme.weight)
+        scale, zero_point = clipped_params(weight, scheme.weight, fill_silent(stats[Hessian].value)[0])
+        grid.check_scales(weight, scale, scheme.weight)
+        return round_to_grid(weight, scale, zero_point, scheme.weight)
 
     def _may_scale(self, group: InputGroup) -> bool:
         producer = group.producer

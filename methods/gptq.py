@@ -6,7 +6,9 @@ Differs: `clip` shrinks a range where the Hessian's diagonal blocks show that th
     paper's minimum-maximum grid. At 3 bits, clipping gains more than all other options. Without static groups, a
     group's scale is computed from weights that are updated with all errors so far; the authors' code computes every
     second group of 64 from outdated weights, because it updates blocks of 128 columns. A Hessian that is not positive
-    definite gets more damping, and the record has a warning.
+    definite gets more damping, and the record has a warning. Columns of inputs that are zero on all calibration tokens
+    are rounded to nearest, with a warning that counts them; the authors' code sets them to zero, and thereby removes
+    units that other texts use.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from harness.core import (
 from harness.core.formats import PermutedQTensor, grid
 from harness.core.solvers.clip import clipped_params
 from harness.core.solvers.damping import cholesky, damped_factor
+from harness.core.solvers.silent import fill_silent, warn_silent
 
 Params = tuple[Tensor, Tensor]  # scale and zero point
 
@@ -76,17 +79,19 @@ class GPTQ(Method):
             return round_to_nearest(weight, scheme.weight)
         fmt = scheme.weight
         W = weight.to(grid.compute_dtype(weight)).clone()
-        H = stats[Hessian].value.to(W.dtype)
-        diagonal = H.diagonal()
-        dead = diagonal == 0
-        diagonal[dead], W[:, dead] = 1, 0
-        order = torch.argsort(diagonal, descending=True, stable=True) if self.act_order else None
+        H, silent = fill_silent(stats[Hessian].value.to(W.dtype))
+        if silent.all():
+            warn_silent(silent, "the weight is rounded to nearest")
+            return round_to_nearest(weight, fmt)
+        importance = H.diagonal().masked_fill(silent, 0)  # silent columns come last
+        order = torch.argsort(importance, descending=True, stable=True) if self.act_order else None
         dynamic_groups = fmt.granularity == "group" and not self.static_groups
         if order is not None and dynamic_groups:  # a group is consecutive columns of the new order
             W, H = W[:, order], H[order][:, order]
         params = None if dynamic_groups else self._params(W, fmt, H)
-        solved = self._solve(W, H, fmt, params, None if dynamic_groups else order)
-        quantized = round_to_grid(*solved, fmt)
+        Q, scale, zero_point = self._solve(W, H, fmt, params, None if dynamic_groups else order)
+        grid.check_scales(W, scale, fmt)
+        quantized = round_to_grid(Q, scale, zero_point, fmt)
         return PermutedQTensor(quantized, order) if order is not None and dynamic_groups else quantized
 
     def _params(self, W: Tensor, fmt: WeightFormat, H: Tensor) -> Params:

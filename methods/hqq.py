@@ -64,6 +64,7 @@ class HQQ(Method):
         W = weight.to(grid.compute_dtype(weight))
         rows = len(W) if fmt.granularity == "tensor" else max(1, _CACHED // W.shape[1])
         scale, zero_point = zip(*(self._solve(part, fmt) for part in W.split(rows)), strict=True)
+        grid.check_scales(W, torch.cat(scale), fmt)
         return round_to_grid(W, torch.cat(scale), torch.cat(zero_point), fmt)
 
     def _solve(self, W: Tensor, fmt: WeightFormat) -> Params:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from harness.core import Method, MinMax, QTensor, Scheme, Stat, Stats, round_to_nearest
 from harness.core.formats import MixedQTensor
+from harness.core.formats.additive import half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,4 +51,5 @@ class LLMInt8(Method):
         assert scheme.activation is not None
         assert scheme.activation.threshold is not None
         columns = torch.nonzero(stats[MinMax].absmax >= scheme.activation.threshold).flatten().to(weight.device)
-        return MixedQTensor(rounded, columns, weight[:, columns].to(torch.float16))
+        float_columns = half(weight[:, columns], "the largest weight of the float16 columns", weight)
+        return MixedQTensor(rounded, columns, float_columns)

@@ -5,7 +5,8 @@ Paper: Tseng et al. 2024, arXiv 2402.04396: the randomized Hadamard transform (s
 Differs: for a size without a known Hadamard matrix, the transform uses a Hartley matrix for the odd factor; the paper
     uses a Fourier transform. `passes` more sweeps revise the codes: each block of columns is rounded again with all
     other columns fixed, and the new codes are used where they lower the loss. Fine-tuning trains one decoder block at
-    a time; the whole model is not fine-tuned afterwards.
+    a time; the whole model is not fine-tuned afterwards. Inputs that are zero on all calibration tokens count as
+    average inputs, with a warning.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from harness.core.formats import IncoherentQTensor, grid, lattice
 from harness.core.formats.incoherent import STAGES
 from harness.core.hadamard import random_signs, rotate
 from harness.core.solvers.damping import cholesky, damped_factor
+from harness.core.solvers.silent import fill_silent
 
 Round = Callable[[Tensor], Tensor]  # maps vectors (8, n) to points (stages, 8, n) whose sum over stages is near them
 
@@ -30,6 +32,8 @@ Round = Callable[[Tensor], Tensor]  # maps vectors (8, n) to points (stages, 8, 
 # remaining error is magnified for the second. These values are optimal for a normal source (tests/test_e8.py).
 _SPREAD = {2: 1.03, 3: 0.98, 4: 1.03}
 _MAGNIFIED = {2: (), 3: (2.04,), 4: (3.45,)}
+_ALMOST_ZERO = 1e-30  # scale of a weight of zeros: the codebook has no point at 0
+_SAFE_TO_SQUARE = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +78,7 @@ class QuIPSharp(Finetuned):
         left, right = (random_signs(size, generator).to(W) for size in (N, K))
         W_T = rotate(rotate(W * right).T * left)  # (K, N): each column of the weight is contiguous
         H = rotate(rotate(_hessian(stats, W) * right).T * right)
-        base_scale = float(W_T.square().mean().sqrt()) / (_SPREAD[bits] * self.spread) or 1.0
+        base_scale = _root_mean_square(W_T) / (_SPREAD[bits] * self.spread) or _ALMOST_ZERO
         scale = [base_scale, *(base_scale / factor for factor in _MAGNIFIED[bits])]
         points = solve(W_T, H, self.damp, self.passes, _rounding(bits, scale))
         codes = [
@@ -143,8 +147,16 @@ def _rounding(bits: int, scale: Sequence[float]) -> Round:
     return rounded
 
 
+def _root_mean_square(values: Tensor) -> float:
+    """The root of the mean square; also for values whose squares are below float32's range."""
+    largest = float(values.abs().max())
+    if largest > _SAFE_TO_SQUARE or largest == 0:
+        return float(values.square().mean().sqrt())
+    return largest * float((values / largest).square().mean().sqrt())
+
+
 def _hessian(stats: Stats, weight: Tensor) -> Tensor:
     if not int(stats[Hessian].tokens):
         warnings.warn("no calibration token reached this linear; all its inputs get equal weight", stacklevel=3)
         return torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return stats[Hessian].value.to(weight)
+    return fill_silent(stats[Hessian].value.to(weight))[0]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from harness.core import AbsMean, Method, QTensor, Scheme, Stat, Stats, round_to_nearest
 from harness.core.formats import MixedQTensor, ScaledQTensor
+from harness.core.formats.additive import half
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +47,9 @@ class Salient(Method):
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         columns = self._columns(weight, stats)
         if self.scale is None:
-            float_columns = weight[:, columns].to(torch.float16)
-            return MixedQTensor(round_to_nearest(weight, scheme.weight), columns, float_columns)
+            rounded = round_to_nearest(weight, scheme.weight)
+            float_columns = half(weight[:, columns], "the largest weight of the float16 columns", weight)
+            return MixedQTensor(rounded, columns, float_columns)
         scaled = weight.clone()
         scaled[:, columns] *= self.scale
         return ScaledQTensor(round_to_nearest(scaled, scheme.weight), columns, self.scale)

@@ -3,7 +3,9 @@
 Paper: Xiao et al. 2022, arXiv 2211.10438, equation 4: s_j = max|X_j|^alpha / max|W_:j|^(1 - alpha).
 Differs: every proved producer absorbs a scale, including up_proj before down_proj and v_proj before o_proj; in the
     authors' code (mit-han-lab/smoothquant smooth.py) only norms do, as with `pairs=norms`. With `search`, alpha is
-    chosen for each group by the output error of its module, as AWQ chooses its scales.
+    chosen for each group by the output error of its module, as AWQ chooses its scales. Inputs that are zero on all
+    calibration tokens count as average inputs, with a warning; the authors' lower bound of their maximum would round
+    their weights to zero. Where all maxima are below it, the bound is relative to the largest.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.core import InputGroup, Method, MinMax, Stats
+from harness.core.solvers.silent import bounded, magnitudes, warn_silent
 
 _TINY = 1e-5  # the authors' lower bound of both maxima
 _ALPHAS = tuple(i / 20 for i in range(6, 20))  # 0.3 to 0.95
@@ -49,6 +52,9 @@ class SmoothQuant(Method):
         weights = [*group.weights.values(), *group.others.values()]
         W_max = torch.stack([weight.abs().amax(0) for weight in weights]).amax(0).float()
         X_max = stats[MinMax].absmax.to(W_max.device)
+        silent = X_max == 0
+        if silent.any() and not silent.all():
+            warn_silent(silent, "they get the middle smoothing scale")
         if not self.search:
             group.rescale(smoothing_scale(X_max, W_max, self.alpha))
             return
@@ -58,4 +64,4 @@ class SmoothQuant(Method):
 
 def smoothing_scale(absmax: Tensor, columns: Tensor, alpha: float) -> Tensor:
     """Equation 4: scales (K,) for maxima of inputs `absmax` (K,) and of weight columns `columns` (K,)."""
-    return (absmax.clamp(min=_TINY) ** alpha / columns.clamp(min=_TINY) ** (1 - alpha)).clamp(min=_TINY)
+    return bounded(magnitudes(absmax, _TINY) ** alpha / bounded(columns, _TINY) ** (1 - alpha), _TINY)

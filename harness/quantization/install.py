@@ -37,7 +37,8 @@ def install(
         row = row_of(name, weight, qtensor)
         if Hessian in stats:
             row |= {"hessian_error": hessian_error(weight, qtensor, stats[Hessian].value)}
-        input_quantizer = None if qtensor.quantizes_inputs else _input_quantizer(scheme, stats)
+        with recorded(name, notes):
+            input_quantizer = None if qtensor.quantizes_inputs else _input_quantizer(scheme, stats)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     linear = QuantLinear(qtensor, bias, weight.dtype, input_quantizer).to(weight.device)
@@ -66,7 +67,11 @@ def _input_quantizer(scheme: Scheme, stats: Stats) -> InputQuantizer | None:
     fmt = scheme.activation
     if fmt is None:
         return None
-    return InputQuantizer(fmt, None if fmt.dynamic else (stats[MinMax].low, stats[MinMax].high))
+    if fmt.dynamic:
+        return InputQuantizer(fmt)
+    if not stats[MinMax].absmax.any():
+        warnings.warn("all its calibration inputs are 0, so its static range is unknown; its scale is 1", stacklevel=2)
+    return InputQuantizer(fmt, (stats[MinMax].low, stats[MinMax].high))
 
 
 def _checked(quantize: Callable[..., Any], weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:

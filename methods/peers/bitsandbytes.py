@@ -22,6 +22,7 @@ from torch import Tensor
 
 from harness.core import ActivationFormat, Method, QTensor, Scheme, Stats, WeightFormat, at_least, require_native
 from harness.core.formats import grid
+from harness.core.formats.additive import half
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product whose inputs are not float16
 
@@ -157,8 +158,8 @@ class BnbInt8(Method):
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         _check_weight(weight)
-        half = weight.contiguous().to(torch.float16)
-        qweight, absmax, _ = _library().functional.int8_vectorwise_quant(half)
+        float16 = half(weight.contiguous(), "the largest weight")
+        qweight, absmax, _ = _library().functional.int8_vectorwise_quant(float16)
         return BnbInt8QTensor(qweight, absmax, self.threshold)
 
 

@@ -159,6 +159,10 @@ def test_what_is_supported() -> None:
     assert not supports(weight, torch.float32)
     assert not supports(random_weight(64, 96, 32, bits=3), torch.float16)
     assert not supports(random_weight(64, 96, 24), torch.float16)
+    small = random_weight(64, 96, 32)
+    small.register_buffer("scale", torch.full_like(small.scale, 1e-7, dtype=torch.float32))
+    assert supports(small, torch.bfloat16)
+    assert not supports(small, torch.float16)  # it multiplies by scales in float16
     with pytest.raises(ValueError, match="groups of 24 with torch.float16"):
         TritonInt(random_weight(64, 96, 24), torch.float16)
 

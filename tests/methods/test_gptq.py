@@ -152,19 +152,30 @@ def test_uncorrelated_inputs_give_round_to_nearest(seed: int, name: str, act_ord
 
 
 @pytest.mark.parametrize("static", [True, False])
-def test_dead_inputs_decode_near_zero_and_leave_the_others_alone(static: bool) -> None:
+@pytest.mark.parametrize("clip", [True, False])
+def test_silent_inputs_are_rounded_to_nearest_and_leave_the_others_alone(static: bool, clip: bool) -> None:
     weight, X, fmt = weights(), inputs(), FORMATS["group"]
-    dead = [3, 8, 23]
-    X[:, dead] = 0
-    cleared = weight.clone()
-    cleared[:, dead] = 0
+    silent = [3, 8, 23]
+    X[:, silent] = 0
     hessian = hessian_of(X)
-    hessian[dead, dead] = 1
-    expected = naive_gptq(cleared, hessian, fmt, 0.01, dynamic_groups=not static)
-    qtensor = solve(weight, fmt, stats_of(X), act_order=False, static_groups=static)
-    assert codes_of(qtensor) == expected.codes
-    assert torch.isfinite(qtensor.dequantize()).all()
-    assert float(qtensor.dequantize()[:, dead].abs().max()) == 0  # the grid includes 0.0
+    hessian[silent, silent] = hessian.diagonal()[hessian.diagonal() > 0].mean()
+    options = {"act_order": False, "static_groups": static, "clip": clip}
+    with pytest.warns(UserWarning, match=rf"^3 of {COLUMNS} input channels were silent on the calibration tokens; "):
+        qtensor = solve(weight, fmt, stats_of(X), **options)
+    assert torch.equal(qtensor.dequantize(), solve(weight, fmt, stats_with(hessian), **options).dequantize())
+    if not clip:
+        expected = naive_gptq(weight, hessian, fmt, 0.01, dynamic_groups=not static)
+        assert codes_of(qtensor) == expected.codes
+    scale = qtensor.scale.double().repeat_interleave(COLUMNS // qtensor.scale.shape[1], 1)
+    error = (qtensor.dequantize(torch.float64) - weight).abs()
+    if static and not clip:  # nearest on the grid of the original weight
+        assert (error[:, silent] <= scale[:, silent] / 2 * 1.001).all()
+
+
+def test_a_weight_whose_inputs_are_all_silent_is_rounded_to_nearest() -> None:
+    with pytest.warns(UserWarning, match=rf"^{COLUMNS} of {COLUMNS} input channels .*; the weight is rounded"):
+        qtensor = solve(weights(), FORMATS["group"], stats_of(torch.zeros_like(inputs())))
+    assert torch.equal(qtensor.dequantize(), round_to_nearest(weights(), FORMATS["group"]).dequantize())
 
 
 def test_a_singular_hessian_is_damped_more_and_the_warning_says_by_how_much() -> None:

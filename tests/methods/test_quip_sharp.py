@@ -219,6 +219,13 @@ def test_what_it_refuses() -> None:
             QuIPSharp(**{key: value})  # type: ignore[arg-type]
 
 
+def test_zeros_decode_to_almost_zero_and_tiny_weights_as_others() -> None:
+    assert quantized(torch.zeros(ROWS, COLUMNS)).dequantize().abs().max() < 1e-29
+    weight = weights()
+    plain, tiny = (quantized(weight * factor).dequantize() / factor for factor in (1, 2.0**-45))
+    assert (tiny - plain).norm() < 0.1 * (plain - weight).norm()
+
+
 def test_the_small_codebook_is_stored_in_a_byte() -> None:
     qtensor = quantized(weights(), 3)
     assert [stage_codes.dtype for stage_codes in qtensor.codes] == [torch.int16, torch.uint8]

@@ -94,3 +94,13 @@ def test_activation_beats_random_and_weight_on_the_output() -> None:
 def test_options_out_of_range(option: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=f"{message} is out of range"):
         Salient(**option)  # type: ignore[arg-type]
+
+
+def test_columns_below_float16_are_refused_unless_the_others_are_larger() -> None:
+    wide = Scheme(name="wide", weight=WeightFormat(bits=4, scale_dtype="float32"))
+    with pytest.raises(ValueError, match="^the largest weight of the float16 columns is .*, below float16's range"):
+        Salient(share=0.1).quantize(weights() * 1e-9, wide, stats())
+    weight = weights()
+    columns = Salient(share=0.1)._columns(weight, stats())
+    weight[:, columns] *= 1e-9
+    assert torch.isfinite(Salient(share=0.1).quantize(weight, wide, stats()).dequantize()).all()

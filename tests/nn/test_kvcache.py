@@ -303,6 +303,8 @@ def test_heads_that_do_not_fit_a_format_are_refused() -> None:
         States(states_format(3, "channel", 6)).append(uneven_states(2, head_dim=12))
     with pytest.raises(ValueError, match=r"kv.{key,value}.scale_dtype=float16 cannot hold the"):
         States(states_format(2, "token", 8)).append(uneven_states(2) * 1e6)
+    with pytest.raises(ValueError, match=r"kv.{key,value}.scale_dtype=float16 cannot hold the .*; use .*float32"):
+        States(states_format(2, "token", 8)).append(uneven_states(2) * 1e-9)
 
 
 def test_layers_that_cache_anything_but_keys_and_values_are_refused() -> None:

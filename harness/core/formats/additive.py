@@ -25,6 +25,8 @@ from harness.core.formats.qtensor import QTensor, Tuner
 # codebooks of 2 x 256 and 1 x 4096. Time relative to decoding: 1 row 0.2 to 0.9, 2 rows 0.2 to 1.3, 4 rows 0.6 to 2.5.
 _LOOKUP_ROWS = 2
 
+_MOST_LOST = 0.01  # of the norm, by rounding to float16
+
 
 class Gather:
     """The linear map from codebooks to vectors, v_i = sum_m codebooks[m, codes[i, m]], and its transpose.
@@ -83,7 +85,7 @@ class AdditiveQTensor(QTensor):
     def __init__(self, codes: Tensor, codebooks: Tensor, scale: Tensor) -> None:
         """Store `codes` (G, M, N), any integer dtype, with float codebooks and scales.
 
-        Raises: ValueError if the shapes do not match, or a float exceeds the range of float16.
+        Raises: ValueError if the shapes do not match, or the floats are beyond the range of float16.
         """
         groups, count, rows = codes.shape
         if codebooks.dim() != 3 or codebooks.shape[0] != count or scale.shape != (rows,):
@@ -168,14 +170,20 @@ def flat_index(codes: Tensor, entries: int) -> Tensor:
     return (codes.to(torch.int32) + first).contiguous()
 
 
-def half(values: Tensor, name: str) -> Tensor:
+def half(values: Tensor, name: str, whole: Tensor | None = None) -> Tensor:
     """A copy of `values` in float16.
 
-    Raises: ValueError if a value is NaN or exceeds the range of float16; the message names the tensor `name`.
+    Raises: ValueError if a value is NaN or exceeds the range of float16, or if the values are so far below this range
+    that rounding loses more than 1 % of `whole` (by default of `values`), in the Frobenius norm. The message names the
+    tensor `name`.
     """
     rounded = values.to(torch.float16, copy=True)
     if not torch.isfinite(rounded).all():
         raise ValueError(f"{name} reaches {float(values.abs().max()):.3g}; expected at most 65504, float16's largest")
+    exact = values.double()  # in float32, the squares of values below 1e-23 are 0
+    if (rounded.double() - exact).norm() > _MOST_LOST * (exact if whole is None else whole.double()).norm():
+        largest = float(values.abs().max())
+        raise ValueError(f"{name} is {largest:.3g}, below float16's range; expected 6e-5 or more, skip this linear")
     return rounded
 
 

@@ -14,9 +14,16 @@ Symmetric formats add the zero point after rounding, which gives the same code u
 `full` is GPTQ's symmetric grid (IST-DASLab/gptq quant.py), `narrow` that of AWQ and SmoothQuant. Rounding is
 to nearest, ties to even. Scales are rounded to their stored dtype before any code is chosen, so that codes are
 optimised for the stored scales.
+
+Both ends of the range of a scale dtype are checked. A scale above the range is refused. One below it is rounded up, to
+s'. A value that is rounded on a grid of step s has a mean squared error of s^2 / 12, so the error of a weight grows by
+the factor sum s'^2 / sum s^2 over its groups. A growth above 1.02, 1 % in the norm, is refused. Groups that are tiny
+relative to the others (dead channels) hardly count in these sums; a warning says how many of them are lost.
 """
 
 from __future__ import annotations
+
+import warnings
 
 import torch
 from torch import Tensor
@@ -26,6 +33,8 @@ from harness.core.scheme import IntFormat, StoredFormat, WeightFormat
 # A float16 below the smallest normal number has few digits; rounding such a scale up keeps the range covered.
 _TINY_FLOAT16 = torch.finfo(torch.float16).tiny
 _STEP_FLOAT16 = 2.0**-24
+_MOST_GROWTH = 1.02  # of the squared rounding error, by scales below the range of their dtype
+_LOST = 2.0  # a scale rounded up by more than this factor costs more than one bit
 
 
 def compute_dtype(value: Tensor) -> torch.dtype:
@@ -39,13 +48,19 @@ def range_params(low: Tensor, high: Tensor, fmt: IntFormat) -> tuple[Tensor, Ten
     Returns: scale > 0 and zero_point, both with the shape and float dtype of the ranges. A group of zeros
     gets scale 1, so that it decodes to zeros.
     """
+    scale = _positive(_step(low, high, fmt))
     if fmt.symmetric:
-        scale = symmetric_scale(torch.maximum(high, -low), fmt)
         return scale, torch.full_like(scale, fmt.mid_code)
+    return scale, zero_point_of(low.clamp(max=0) if fmt.zero_point == "integer" else low, scale, fmt)
+
+
+def _step(low: Tensor, high: Tensor, fmt: IntFormat) -> Tensor:
+    """The scale that covers the ranges [low, high]; 0 for a group of zeros, and of equal values if 0.0 has no code."""
+    if fmt.symmetric:
+        return torch.maximum(high, -low) / symmetric_steps(fmt)
     if fmt.zero_point == "integer":
         low, high = low.clamp(max=0), high.clamp(min=0)
-    scale = _positive((high - low) / fmt.max_code)
-    return scale, zero_point_of(low, scale, fmt)
+    return (high - low) / fmt.max_code
 
 
 def symmetric_scale(absmax: Tensor, fmt: IntFormat) -> Tensor:
@@ -147,7 +162,10 @@ def store_scale(scale: Tensor, fmt: StoredFormat) -> Tensor:
 
     Raises: ValueError if a scale overflows `fmt.scale_dtype`; a wider scale_dtype is the remedy.
     """
-    stored = scale.to(getattr(torch, fmt.scale_dtype)).to(scale.dtype)
+    dtype = getattr(torch, fmt.scale_dtype)
+    stored = scale.to(dtype).to(scale.dtype)
+    if fmt.scale_dtype == "bfloat16":  # a scale of 0 would turn the group into NaN
+        stored = stored.clamp(min=torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps)
     if fmt.scale_dtype == "float16":
         subnormal = torch.ceil(scale / _STEP_FLOAT16) * _STEP_FLOAT16
         stored = torch.where(scale < _TINY_FLOAT16, subnormal, stored)
@@ -157,6 +175,51 @@ def store_scale(scale: Tensor, fmt: StoredFormat) -> Tensor:
             f"use {fmt.where}.scale_dtype=float32"
         )
     return stored
+
+
+def check_scales(weight: Tensor, scale: Tensor, fmt: WeightFormat) -> None:
+    """Check that the dtype of the stored scales is wide enough for the small weights of a weight (N, K).
+
+    `scale` are the weight's stored scales (any clipping included); the check costs time only if one is below the normal
+    numbers of its dtype. Groups that lose more than one bit are a warning.
+    Raises: ValueError if the rounding of the scales raises the error of the whole weight by more than 1 %.
+    """
+    if below_range(scale, fmt):
+        groups = to_groups(weight.to(compute_dtype(weight)), fmt)
+        lost, count = check_ranges(groups.amin(-1), groups.amax(-1), fmt)
+        if lost:
+            warnings.warn(
+                f"{lost} of {count} groups have scales below the range of {fmt.where}.scale_dtype={fmt.scale_dtype}; "
+                "their weights, tiny relative to the others, are lost",
+                stacklevel=3,
+            )
+
+
+def below_range(scale: Tensor, fmt: StoredFormat) -> bool:
+    """Whether a stored scale is below the normal numbers of its dtype."""
+    return bool(scale.min() < torch.finfo(getattr(torch, fmt.scale_dtype)).tiny)
+
+
+def check_ranges(low: Tensor, high: Tensor, fmt: StoredFormat, most: float = _MOST_GROWTH) -> tuple[int, int]:
+    """Check the scales of groups with the ranges [low, high] against the lower end of their stored dtype.
+
+    Returns: the number of groups that lose more than one bit, and the number of groups that are not constant.
+    Raises: ValueError if the squared rounding error of all groups grows by more than the factor `most`.
+    """
+    exact = _step(low, high, fmt)
+    exact = exact[exact > 0]
+    if not len(exact):
+        return 0, 0
+    ratio = store_scale(exact, fmt) / exact
+    share = exact / exact.max()  # squares of the scales themselves could be below float32's range
+    growth = float((share * ratio).square().sum() / share.square().sum())
+    if growth > most:
+        largest = float(exact.max())
+        remedy = "skip this linear" if fmt.scale_dtype == "float32" else f"use {fmt.where}.scale_dtype=float32"
+        raise ValueError(
+            f"{fmt.where}.scale_dtype={fmt.scale_dtype} cannot hold the scales, {largest:.3g} and smaller; {remedy}"
+        )
+    return int((ratio > _LOST).sum()), len(exact)
 
 
 def _positive(scale: Tensor) -> Tensor:

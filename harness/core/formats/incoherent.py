@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.core.formats import lattice
+from harness.core.formats.additive import half
 from harness.core.formats.packing import pack, unpack
 from harness.core.formats.qtensor import QTensor, Tuner
 from harness.core.hadamard import rotate, unrotate
@@ -84,7 +85,7 @@ class IncoherentQTensor(QTensor):
 
         def accept(values: dict[str, Tensor]) -> None:
             for name, value in values.items():
-                self.register_buffer(name, value.to(torch.float16))
+                self.register_buffer(name, half(value, name))
 
         return Tuner(initial, weight, accept, linear)
 

@@ -238,8 +238,13 @@ def _index_dtype(columns: int) -> torch.dtype:
 
 
 def round_to_nearest(weight: Tensor, fmt: WeightFormat) -> IntQTensor:
-    """Quantize a weight (N, K) to its minimum-maximum grid, each value to the nearest code."""
-    return round_to_grid(weight, *grid.weight_params(weight, fmt), fmt)
+    """Quantize a weight (N, K) to its minimum-maximum grid, each value to the nearest code.
+
+    Raises: ValueError if the weight is not finite, or the dtype of the scales cannot hold them.
+    """
+    scale, zero_point = grid.weight_params(weight, fmt)
+    grid.check_scales(weight, scale, fmt)
+    return round_to_grid(weight, scale, zero_point, fmt)
 
 
 def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat) -> IntQTensor:

@@ -15,6 +15,9 @@ from harness.core.formats.kv import StatesFormat
 from harness.core.formats.packing import pack, unpack
 
 _LEAST_STEP = 2.0**-15
+# Where scales are below the range of their dtype, the squared rounding error may grow by this factor, one bit. Weights
+# are refused sooner; but one call may hold a single token, whose values are small relative to those of other tokens.
+_MOST_GROWTH = 4.0
 
 
 class States:
@@ -43,7 +46,7 @@ class States:
 
         Every call decodes all tokens, because storing decoded tokens would keep a float cache in addition to the codes.
         Returns: all tokens so far, decoded from the stored tensors, in the dtype of `states`.
-        Raises: ValueError if the format does not fit the head size, or a scale overflows its dtype.
+        Raises: ValueError if the format does not fit the head size, or a scale is beyond the range of its dtype.
         """
         self.fmt.channels(states.shape[-1])
         recent = states if self._recent is None else torch.cat([self._recent, states], 2)
@@ -63,6 +66,8 @@ class States:
         if self.fmt.zero_point == "float":
             high = torch.maximum(high, low + torch.maximum(low.abs(), high.abs()) * _LEAST_STEP * self.fmt.max_code)
         scale, zero_point = grid.stored_params(low, high, self.fmt)
+        if grid.below_range(scale, self.fmt):
+            grid.check_ranges(low, high, self.fmt, _MOST_GROWTH)
         codes = grid.encode(groups, scale.unsqueeze(axis), zero_point.unsqueeze(axis), self.fmt)
         packed = pack(codes, self.fmt.bits).view(*states.shape[:3], -1)
         dtype = getattr(torch, self.fmt.scale_dtype)

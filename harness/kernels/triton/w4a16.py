@@ -136,7 +136,17 @@ def supports(weight: IntQTensor, dtype: torch.dtype) -> bool:
     """Whether `TritonInt` can run this weight with activations of `dtype`."""
     group_size = _group_size(weight)
     fits = group_size == weight.shape[1] or group_size % 16 == 0
-    return type(weight) is IntQTensor and weight.fmt.bits in (4, 8) and dtype in _DTYPES and fits
+    known = type(weight) is IntQTensor and weight.fmt.bits in (4, 8) and dtype in _DTYPES and fits
+    return known and (dtype != torch.float16 or _in_float16(weight.scale))
+
+
+def _in_float16(scale: Tensor) -> bool:
+    """Whether float16 can hold the scales, as the kernel does for inputs in float16: always if they are stored so."""
+    if scale.dtype == torch.float16:
+        return True
+    low, high = scale.aminmax()
+    limits = torch.finfo(torch.float16)
+    return bool(low >= limits.tiny and high <= limits.max)
 
 
 def _group_size(weight: IntQTensor) -> int:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from harness.core import WeightFormat, round_to_nearest
 from harness.core.formats import AdditiveQTensor, Gather
-from harness.core.formats.additive import _LOOKUP_ROWS
+from harness.core.formats.additive import _LOOKUP_ROWS, half
 from harness.nn import QuantLinear
 
 ROWS, GROUPS = 37, 11  # odd, so no power of two
@@ -142,6 +142,19 @@ def test_the_tuner_decodes_differentiates_and_stores() -> None:
     with pytest.raises(ValueError, match="scale reaches 3e.05"):
         tuner.accept(moved | {"scale": values["scale"] * 1e5})
     assert torch.equal(quantized.scale, (scale.float() * 1.5).half()), "a refused update must store nothing"
+
+
+def test_floats_beyond_float16_are_refused_at_both_ends() -> None:
+    values = torch.linspace(-1, 1, 50)
+    assert torch.equal(half(values, "x"), values.half())
+    with pytest.raises(ValueError, match="^scale reaches 1e\\+05; expected at most 65504"):
+        half(values * 1e5, "scale")
+    with pytest.raises(ValueError, match="^scale is 1e-07, below float16's range; expected 6e-5 or more, skip"):
+        half(values * 1e-7, "scale")
+    with pytest.raises(ValueError, match="below float16's range"):
+        half(values * 1e-30, "scale")
+    assert not half(values * 1e-30, "scale", whole=torch.ones(3)).any()  # tiny relative to the others
+    assert not half(torch.zeros(3), "scale").any()
 
 
 def test_an_integer_grid_has_nothing_to_tune() -> None:

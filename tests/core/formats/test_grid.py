@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 from typing import Any
@@ -94,6 +95,8 @@ def test_equals_naive_float64(bits: int, kind: dict[str, Any], share: dict[str, 
 @given(fmt=formats, seed=st.integers(0, 2**16), exponent=st.integers(-30, 12))
 def test_error_is_at_most_one_scale(fmt: WeightFormat, seed: int, exponent: int) -> None:
     weight = uneven(5, 16, seed) * 2.0**exponent
+    if fmt.scale_dtype == "float16":  # scales below its range are refused, or a warning
+        weight = weight * 2.0 ** max(0, -8 - exponent)
     quantized = round_to_nearest(weight, fmt)
     scale = quantized.scale.float()
     error = grid.to_groups((quantized.dequantize() - weight).abs(), fmt)
@@ -138,7 +141,7 @@ def test_snap_is_decode_of_encode() -> None:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1e-7, -1e-7, 3.0, -5e-5, 1e-30])
 def test_constant_groups_stay_finite_and_close(kind: dict[str, Any], value: float) -> None:
-    fmt = WeightFormat(bits=4, **kind)
+    fmt = WeightFormat(bits=4, **kind, scale_dtype="float32")
     quantized = round_to_nearest(torch.full((2, 8), value), fmt)
     assert torch.isfinite(quantized.dequantize()).all()
     assert (quantized.dequantize() - value).abs().max() <= quantized.scale.float().max()
@@ -161,6 +164,55 @@ def test_float_zero_point_beyond_float16_is_refused_with_the_remedy() -> None:
 def test_scale_beyond_float16_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="scale_dtype=float32"):
         round_to_nearest(torch.full((1, 8), 1e7), WeightFormat(bits=4))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("share", SHARES)
+@pytest.mark.parametrize("factor", [2.0**-23, 2.0**-27, 2.0**-66])
+def test_scales_below_float16_are_refused_with_a_remedy_that_works(
+    kind: dict[str, Any], share: dict[str, Any], factor: float
+) -> None:
+    weight, fmt = uneven(6, 32), WeightFormat(bits=4, **kind, **share)
+    with pytest.raises(ValueError, match=r"scale_dtype=float16 cannot hold the scales, .* smaller; use .*=float32$"):
+        round_to_nearest(weight * factor, fmt)
+    exact = dataclasses.replace(fmt, scale_dtype="float32")
+    expected = round_to_nearest(weight, exact).dequantize()
+    assert torch.equal(round_to_nearest(weight * factor, exact).dequantize(), expected * factor)
+
+
+def test_scales_that_bfloat16_and_float32_cannot_hold_are_refused() -> None:
+    weight = torch.tensor([[1e-40, -1e-40, 3e-41, 0.0]])
+    with pytest.raises(ValueError, match="scale_dtype=bfloat16 cannot hold the scales, .*; use .*=float32"):
+        round_to_nearest(weight, WeightFormat(bits=8, scale_dtype="bfloat16"))
+
+
+def test_the_limit_is_the_growth_of_the_error() -> None:
+    """Subnormal scales are accepted where rounding them up costs less than 1 %, whatever their position."""
+    fmt = WeightFormat(bits=4, symmetric=True, grid="narrow")
+    largest = 7 * 2.0**-24 * torch.tensor([[60.4], [80.7], [90.2]])  # scales in steps of the subnormal numbers
+    weight = largest * torch.linspace(-1, 1, 8)
+    assert float(round_to_nearest(weight, fmt).scale.max()) < torch.finfo(torch.float16).tiny
+    with pytest.raises(ValueError, match="cannot hold"):
+        round_to_nearest(weight / 2, fmt)
+
+
+def test_dead_channels_of_a_normal_weight_are_a_warning_with_their_number() -> None:
+    weight, fmt = uneven(6, 32), WeightFormat(bits=4, granularity="group", group_size=8)
+    expected = round_to_nearest(weight, fmt).dequantize()
+    weight[2], weight[4, 8:16], weight[5] = weight[2] * 1e-7, weight[4, 8:16] * 1e-8, 0
+    with pytest.warns(UserWarning, match=r"^5 of 20 groups have scales below the range of scheme.weight.scale_dtype"):
+        decoded = round_to_nearest(weight, fmt).dequantize()
+    normal = [0, 1, 3]
+    assert torch.equal(decoded[normal], expected[normal])
+    assert (decoded - weight).abs().max() <= (expected - uneven(6, 32)).abs().max()
+
+
+def test_a_group_of_zeros_gives_no_warning(recwarn: pytest.WarningsRecorder) -> None:
+    weight = uneven(6, 32)
+    weight[:3] = 0
+    round_to_nearest(weight, WeightFormat(bits=4))
+    assert not round_to_nearest(torch.zeros(4, 16), WeightFormat(bits=4)).dequantize().any()
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

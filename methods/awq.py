@@ -35,7 +35,7 @@ from harness.core import (
 )
 from harness.core.formats import grid
 from harness.core.solvers.clip import clipped_params
-from harness.core.solvers.silent import fill_silent, magnitudes
+from harness.core.solvers.silent import fill_silent, magnitudes, warn_silent
 
 _TINY = 1e-4  # the authors' lower bound of a mean magnitude
 
@@ -85,7 +85,11 @@ class AWQ(Method):
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         if not self.clip:
             return round_to_nearest(weight, scheme.weight)
-        scale, zero_point = clipped_params(weight, scheme.weight, fill_silent(stats[Hessian].value)[0])
+        H, silent = fill_silent(stats[Hessian].value)
+        if silent.all():
+            warn_silent(silent, "the weight is rounded to nearest")
+            return round_to_nearest(weight, scheme.weight)
+        scale, zero_point = clipped_params(weight, scheme.weight, H)
         grid.check_scales(weight, scale, scheme.weight)
         return round_to_grid(weight, scale, zero_point, scheme.weight)
 

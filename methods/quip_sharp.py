@@ -156,7 +156,8 @@ def _root_mean_square(values: Tensor) -> float:
 
 
 def _hessian(stats: Stats, weight: Tensor) -> Tensor:
-    if not int(stats[Hessian].tokens):
+    H, silent = fill_silent(stats[Hessian].value.to(weight))
+    if silent.all():
         warnings.warn("no calibration token reached this linear; all its inputs get equal weight", stacklevel=3)
         return torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return fill_silent(stats[Hessian].value.to(weight))[0]
+    return H

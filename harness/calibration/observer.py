@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
@@ -13,6 +14,7 @@ from harness.core import InputGroup, Stat, Stats
 from harness.nn import tensors_of
 from harness.utils.digests import digest, machine, module_digest, tensor_digest
 from harness.utils.disk_cache import DiskCache
+from harness.utils.syntax import code_digest
 
 
 class Observer:
@@ -104,7 +106,7 @@ class Observer:
 def stat_identity(cls: type[Stat]) -> str:
     """Hash of everything except the inputs that decides a statistic: its source code and the machine's arithmetic."""
     source = inspect.getsource(inspect.getmodule(cls) or cls)
-    return digest(cls.__qualname__, source, *machine())
+    return digest(cls.__qualname__, code_digest(ast.parse(source)), *machine())
 
 
 def _key(inputs_and_block: str, cls: type[Stat], group: str) -> str:

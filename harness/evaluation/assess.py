@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
@@ -24,14 +25,14 @@ from harness.evaluation.memory import peak_memory_mib, reset_peak_memory
 from harness.evaluation.missing import optional
 from harness.models import Source
 from harness.nn import kvcache, one_line_errors
-from harness.utils.digests import sha256
 from harness.utils.disk_cache import DiskCache, cache_dir
 from harness.utils.progress import Track
+from harness.utils.syntax import code_digest
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Perplexity with the nll of each window, and the memory of that pass, or of one prefill if no text is scored."""
+    """Perplexity with the nll of each window; or the memory of the pass over them, or of one prefill."""
 
     window_nll: list[float] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
@@ -64,7 +65,7 @@ class Assessment:
     windows, tokens_sha256  the evaluation tokens (W, T) and their hash
     simulated               whether the model runs on decoded floats: then its memory and latency are not the format's
 
-    Call `score` first, then `load_baseline` if `needs_baseline`, then `diverge` and `time`.
+    Call `score` first, then `load_baseline` if `needs_baseline`, then `diverge`, `perplexity` and `time`.
     """
 
     cfg: RunConfig
@@ -79,7 +80,8 @@ class Assessment:
         self._stack = ExitStack()
         self._states: Spool | None = None
         self._baseline: nn.Module | None = None
-        self._nll = math.nan
+        self._scorer: perplexity.Scorer
+        self._window_nll: list[float | None] = []
 
     def __enter__(self) -> Assessment:
         if self.diverges:
@@ -109,13 +111,16 @@ class Assessment:
         return not self.cfg.steps and self.cfg.kv is None and self._same_dtype
 
     def score(self) -> Scores:
-        """Measure perplexity, store the last hidden states for `diverge`, and measure peak memory during the pass.
+        """Run the model on all windows, store the last hidden states for `diverge`, and measure the peak memory.
 
-        Raises: ValueError if logits are not finite.
+        Windows with stored states are scored by `diverge`, which computes their logits anyway; the first window is also
+        scored here, so the peak includes the head and a slice of logits. `perplexity` returns the result.
+        Raises: ValueError if the logits of a window that is scored here are not finite.
         """
         warning = reset_peak_memory(self._device)
-        result = self._perplexity() if self.cfg.model.scored else None
-        if result is None:
+        if self.cfg.model.scored:
+            self._run_windows()
+        else:
             prefill(self.model, self.cfg.measure, self.cfg.seed, kvcache.maker(self.cfg.kv))
         memory, kv, warnings = dict[str, float](), list[dict[str, float]](), list[str]()
         if not self.simulated:
@@ -123,17 +128,29 @@ class Assessment:
             warnings += [warning] if warning else []
             with optional(warnings, "measure", "kv_bytes_per_token"):
                 memory["kv_bytes_per_token"], kv = kvcache.footprint(self.model, self.cfg.kv)
-        if result is None:
+        if not self.cfg.model.scored:
             name = self.cfg.model.name
             warnings.append(f"model={name} has random weights: no perplexity is computed, it would mean nothing")
-            return Scores(metrics=memory, kv=kv, warnings=warnings)
-        self._nll = result.nll
-        metrics = memory | {"nll": result.nll}
+        return Scores(metrics=memory, kv=kv, warnings=warnings)
+
+    def perplexity(self) -> Scores:
+        """The perplexity; windows that neither `score` nor `diverge` have scored are scored now, from their states.
+
+        Raises: ValueError if the model's logits are not finite.
+        """
+        for i, nll in enumerate(self._window_nll):
+            if nll is None:
+                assert self._states is not None
+                states, tokens = self._states[i].to(self._device), self.windows[i].to(self._device)
+                with self._forwards():
+                    self._window_nll[i] = perplexity.mean_nll(self._scorer, states, tokens, self.cfg.data.unscored)
+        window_nll = [nll for nll in self._window_nll if nll is not None]
+        perplexity.check_finite(window_nll)
+        result = perplexity.Perplexity(window_nll)
         if result.perplexity is None:
-            warnings.append(f"perplexity exceeds the range of a float; its logarithm is nll={result.nll:.6g}")
-        else:
-            metrics["perplexity"] = result.perplexity
-        return Scores(result.window_nll, metrics, kv, warnings)
+            warning = f"perplexity exceeds the range of a float; its logarithm is nll={result.nll:.6g}"
+            return Scores(window_nll, {"nll": result.nll}, warnings=[warning])
+        return Scores(window_nll, {"nll": result.nll, "perplexity": result.perplexity})
 
     @torch.inference_mode()
     def load_baseline(self) -> None:
@@ -141,37 +158,38 @@ class Assessment:
 
         If nothing is timed, its hidden states are stored and `model` has the same tail, `model` is used instead.
         """
-        if not self.times and self._same_dtype:
-            tail = perplexity.scorer(self.model, self.windows).tail
-            if self.is_baseline or self._shared().vouch_for(tail):
-                self._baseline = self.model
-                return
-        self._baseline = self.source.load(self._baseline_dtype, self._device)
+        untimed = not self.times and self._same_dtype
+        if self.is_baseline or (untimed and self._shared().vouch_for(self._scorer.tail)):
+            self._baseline = self.model
+        else:
+            self._baseline = self.source.load(self._baseline_dtype, self._device)
 
     def diverge(self) -> Diverged:
-        """Measure divergence from the float model by the last hidden states of both.
+        """Measure divergence from the float model by the last hidden states of both, and score the model's windows.
 
-        Raises: ValueError if the nll of this pass differs from that of `score`, or a divergence is not finite.
+        Raises: ValueError if the nll of the first window differs from that of `score`, or a divergence is not finite.
         """
         assert self._states is not None
         assert self._baseline is not None
+        if self.is_baseline:
+            return self._publish_own()
         shared = self._shared()
-        reference, scorer = (perplexity.scorer(model, self.windows) for model in (self._baseline, self.model))
+        same = self._baseline is self.model
+        reference = self._scorer if same else perplexity.scorer(self._baseline, self.windows)
         with self._spool() as float_states:
-            if self.is_baseline:
-                float_states = self._states
-            else:
-                shared.fill(float_states, partial(self._float_pass, float_states))
+            shared.fill(float_states, partial(self._float_pass, float_states, reference))
             refused = self._states.refused or float_states.refused
             if refused:
                 return Diverged(warnings=[self._not_stored(refused)])
-            if self._baseline is not self.model or self.is_baseline:
+            if not same:
                 with torch.inference_mode():
                     shared.publish(float_states, reference.tail)
-            pair = (reference, float_states), (scorer, self._states)
+            pair = (reference, float_states), (self._scorer, self._states)
             result = divergence.compare(*pair, self.windows, self.track, self.cfg.data.unscored)
-        if not math.isclose(result.nll, self._nll, rel_tol=SAME_NLL):
-            raise ValueError(f"nll={result.nll} of the divergence pass is not the perplexity pass's nll={self._nll}")
+        expected = self._window_nll[0]
+        if expected is None or not math.isclose(result.window_nll[0], expected, rel_tol=SAME_NLL):
+            raise ValueError(f"nll={result.window_nll[0]} of window 0 is not the nll={expected} of the model alone")
+        self._window_nll = [a if a is not None else b for a, b in zip(self._window_nll, result.window_nll, strict=True)]
         return Diverged(result.window_kl, result.metrics)
 
     def time(self) -> Timing:
@@ -186,24 +204,43 @@ class Assessment:
                 joules = energy(pair, self.cfg.measure, self.cfg.seed, counter, cache)
         return Timing(timed.metrics | joules, counter.source if joules and counter else None, warnings)
 
-    def _perplexity(self) -> perplexity.Perplexity:
-        keep = None if self._states is None else self._states.append
-        data, cache = self.cfg.data, kvcache.maker(self.cfg.kv)
-        with one_line_errors(self.model, f"data.seq_len={data.seq_len}", "use a model.dtype that transformers runs"):
-            return perplexity.perplexity(
-                self.model, self.windows, data.batch_size, self.track, keep, cache, data.unscored
-            )
+    def _run_windows(self) -> None:
+        """Run the model on all windows; score the first, and those whose states `diverge` cannot use."""
+        data = self.cfg.data
+        with self._forwards():
+            self._scorer = perplexity.scorer(self.model, self.windows, kvcache.maker(self.cfg.kv))
+            for states, tokens in perplexity.last_states(self._scorer, self.windows, data.batch_size, self.track):
+                stored = self._states is not None and self._states.append(states)
+                later = stored and self._window_nll and not self.is_baseline
+                nll = None if later else perplexity.mean_nll(self._scorer, states, tokens, data.unscored)
+                perplexity.check_finite([0.0 if nll is None else nll], len(self._window_nll))
+                self._window_nll.append(nll)
 
-    def _float_pass(self, float_states: Spool, keep: Callable[[Tensor], None]) -> None:
+    def _forwards(self) -> AbstractContextManager[None]:
+        """Turns an error in the model's forward into one line."""
+        setting = f"data.seq_len={self.cfg.data.seq_len}"
+        return one_line_errors(self.model, setting, "use a model.dtype that transformers runs")
+
+    def _publish_own(self) -> Diverged:
+        """Store the states of the model, which is the float model, for other runs; it does not diverge from itself."""
+        assert self._states is not None
+        if self._states.refused:
+            return Diverged(warnings=[self._not_stored(self._states.refused)])
+        with torch.inference_mode():
+            self._shared().publish(self._states, self._scorer.tail)
+        result = divergence.of_itself(self.windows, self.cfg.data.unscored)
+        return Diverged(result.window_kl, result.metrics)
+
+    def _float_pass(self, float_states: Spool, reference: perplexity.Scorer, keep: Callable[[Tensor], object]) -> None:
         """Pass the float model's states to `keep`.
 
         If the float model was not loaded, because its states were stored, they were deleted since: note that instead.
         """
         if self._baseline is self.model:
             float_states.refused = "the states of another run replaced the float model's"
-        else:
-            assert self._baseline is not None
-            perplexity.perplexity(self._baseline, self.windows, self.cfg.data.batch_size, self.track, keep)
+            return
+        for states, _ in perplexity.last_states(reference, self.windows, self.cfg.data.batch_size, self.track):
+            keep(states)
 
     def _not_stored(self, reason: str) -> str:
         return (
@@ -220,7 +257,7 @@ class Assessment:
         """Everything that determines the float model's states, except the machine."""
         data = self.cfg.data
         names = [self.source.fingerprint, self.tokens_sha256, str(data.seq_len), _name(self._baseline_dtype)]
-        code = sha256(Path(perplexity.__file__).read_bytes())
+        code = code_digest(ast.parse(Path(perplexity.__file__).read_bytes()))
         return [*names, str(self._device), str(data.batch_size), code]
 
     def _spool(self) -> AbstractContextManager[Spool]:

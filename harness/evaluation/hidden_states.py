@@ -33,19 +33,20 @@ class Spool(Sequence[Tensor]):
         self.refused = ""
         self._sizes: list[int] = []
 
-    def append(self, states: Tensor) -> None:
-        """Store one more tensor, if there is room."""
+    def append(self, states: Tensor) -> bool:
+        """Store one more tensor, if there is room; returns whether it is stored."""
         if self.refused:
-            return
+            return False
         if sum(self._sizes) + states.nbytes > self.limit:
             gib = states.nbytes / 2**30 * (len(self) + 1)
             self.refused = f"{len(self) + 1} windows of states take {gib:.2g} GiB"
-            return
+            return False
         try:
             save_file({_NAME: states.contiguous().cpu()}, self._path(len(self)))
             self._sizes.append(states.nbytes)
         except (OSError, SafetensorError) as error:
             self.refused = " ".join(str(error).split())
+        return not self.refused
 
     def clear(self) -> None:
         """Remove all tensors; later ones overwrite their files."""
@@ -108,7 +109,7 @@ class FloatStates:
         probe = self.cache.load(self._name(_PROBE))
         return probe is not None and torch.equal(tail(probe[_NAME]).cpu(), probe[_LOGITS])
 
-    def fill(self, target: Spool, compute: Callable[[Callable[[Tensor], None]], object]) -> None:
+    def fill(self, target: Spool, compute: Callable[[Callable[[Tensor], object]], object]) -> None:
         """Fill `target` with the stored states, or let `compute` append the states of each window to it.
 
         If several processes need states that are not stored, one computes them and the others wait.

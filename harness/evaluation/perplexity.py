@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -196,21 +196,30 @@ def perplexity(  # noqa: PLR0913 - the options of one pass
     vocabulary. The result does not depend on `batch_size`. `keep` gets the last hidden states (T, D) of each window.
     Raises: ValueError if the model's logits are not finite.
     """
-    device = next(model.parameters()).device
     parts = scorer(model, windows, cache)
     window_nll: list[float] = []
-    size = batch_size if parts.splits else 1
-    for batch in track(windows.split(size), "perplexity", -(-len(windows) // size)):
-        tokens = batch.to(device)
-        for states, window in zip(parts.states(tokens), tokens, strict=True):
-            window_nll.append(_mean_nll(parts, states, window, unscored))
-            if keep is not None:
-                keep(states)
-    _check_finite(window_nll)
+    for states, window in last_states(parts, windows, batch_size, track):
+        window_nll.append(mean_nll(parts, states, window, unscored))
+        if keep is not None:
+            keep(states)
+    check_finite(window_nll)
     return Perplexity(window_nll)
 
 
-def _mean_nll(parts: Scorer, states: Tensor, tokens: Tensor, unscored: int) -> float:
+@torch.inference_mode()
+def last_states(
+    parts: Scorer, windows: Tensor, batch_size: int = 1, track: Track = silent
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Run the body on `windows` (W, T), and yield the last hidden states (T, D) and the tokens (T,) of each window."""
+    device = next(parts.model.parameters()).device
+    size = batch_size if parts.splits else 1
+    for batch in track(windows.split(size), "perplexity", -(-len(windows) // size)):
+        tokens = batch.to(device)
+        yield from zip(parts.states(tokens), tokens, strict=True)
+
+
+@torch.inference_mode()
+def mean_nll(parts: Scorer, states: Tensor, tokens: Tensor, unscored: int = 0) -> float:
     """Mean nll of tokens[1 + unscored:] under the logits of `states` (T, D)."""
     total = torch.zeros((), dtype=torch.float64, device=states.device)
     for logits, targets in parts.slices(states, tokens, unscored):
@@ -218,7 +227,8 @@ def _mean_nll(parts: Scorer, states: Tensor, tokens: Tensor, unscored: int) -> f
     return float(total) / (len(tokens) - 1 - unscored)
 
 
-def _check_finite(window_nll: list[float]) -> None:
+def check_finite(window_nll: Sequence[float], first: int = 0) -> None:
+    """Raise a ValueError if the nll of a window is not finite; `first` is the index of the first one."""
     for i, nll in enumerate(window_nll):
         if not math.isfinite(nll):
-            raise ValueError(f"perplexity is not finite: window {i} has NaN or infinite logits")
+            raise ValueError(f"perplexity is not finite: window {first + i} has NaN or infinite logits")

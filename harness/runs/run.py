@@ -134,7 +134,7 @@ def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quanti
 def _assess(cfg: RunConfig, source: Source, model: nn.Module, windows: Tensor, record: Record, track: Track) -> None:
     """Score the model, compare it with the float model, and time it; optional parts only if the run has them.
 
-    An error after the perplexity is known becomes a warning: the record keeps what was measured.
+    An error outside the pass over the windows becomes a warning: the record keeps what was measured.
     """
     assert record.data.evaluation is not None
     tokens_sha256, device = str(record.data.evaluation.tokens_sha256), next(model.parameters()).device
@@ -142,30 +142,42 @@ def _assess(cfg: RunConfig, source: Source, model: nn.Module, windows: Tensor, r
     with Assessment(cfg, source, model, windows, tokens_sha256, simulated, track) as assessment:
         with repeatable(device), stage(record, "evaluate"):
             scores = assessment.score()
-        record.window_nll, record.kv = scores.window_nll, scores.kv
+        record.kv = scores.kv
         record.metrics |= scores.metrics
         record.warnings += scores.warnings
+        loaded = not assessment.needs_baseline
         if assessment.needs_baseline:
-            with optional(record.warnings, "baseline", "divergence and latency"):
-                with stage(record, "load", track):
-                    assessment.load_baseline()
-                _compare(assessment, record, device)
+            with optional(record.warnings, "baseline", "divergence and latency"), stage(record, "load", track):
+                assessment.load_baseline()
+                loaded = True
+        if loaded and assessment.diverges:
+            _diverge(assessment, record, device)
+        if cfg.model.scored:
+            with repeatable(device), stage(record, "evaluate"):
+                scores = assessment.perplexity()
+            record.window_nll = scores.window_nll
+            record.metrics |= scores.metrics
+            record.warnings += scores.warnings
+        if loaded and assessment.times:
+            _time(assessment, record)
 
 
-def _compare(assessment: Assessment, record: Record, device: torch.device) -> None:
-    """Compare the model with its baseline, which is loaded: the divergence, and latency and energy."""
-    if assessment.diverges:
-        with optional(record.warnings, "divergence", "kl"), repeatable(device), stage(record, "divergence"):
-            diverged = assessment.diverge()
-            record.window_kl = diverged.window_kl
-            record.metrics |= diverged.metrics
-            record.warnings += diverged.warnings
-    if assessment.times:
-        with optional(record.warnings, "measure", "latency"), stage(record, "measure"):
-            timing = assessment.time()
-            record.metrics |= timing.metrics
-            record.warnings += timing.warnings
-            record.execution = replace(record.execution, energy_source=timing.energy_source)
+def _diverge(assessment: Assessment, record: Record, device: torch.device) -> None:
+    """Add the divergence from the float model."""
+    with optional(record.warnings, "divergence", "kl"), repeatable(device), stage(record, "divergence"):
+        diverged = assessment.diverge()
+        record.window_kl = diverged.window_kl
+        record.metrics |= diverged.metrics
+        record.warnings += diverged.warnings
+
+
+def _time(assessment: Assessment, record: Record) -> None:
+    """Add latency and energy."""
+    with optional(record.warnings, "measure", "latency"), stage(record, "measure"):
+        timing = assessment.time()
+        record.metrics |= timing.metrics
+        record.warnings += timing.warnings
+        record.execution = replace(record.execution, energy_source=timing.energy_source)
 
 
 def _execution(cfg: RunConfig, device: torch.device, dtype: torch.dtype, baseline: torch.dtype) -> Execution:

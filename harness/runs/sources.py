@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 from pathlib import Path
 
+from harness.utils.syntax import code_digest, statements
+
 _NATIVE = (".cpp", ".cc", ".h", ".hpp", ".cu", ".cuh")
 _CPP_COMMENT = re.compile(r'//[^\n]*|/\*.*?\*/|("(?:\\.|[^"\\\n])*"|\'(?:\\.|[^\'\\\n])*\')', re.DOTALL)
 _INSTALLED = tuple(sysconfig.get_paths()[name] for name in ("stdlib", "platstdlib", "purelib", "platlib"))
@@ -40,7 +42,7 @@ class Module:
     @cached_property
     def imports(self) -> list[tuple[str, str | None, str]]:
         """All imports, also in functions: the module, the name imported from it or None, and the name that is bound."""
-        return [bound for statement in _statements(self.tree) for bound in self._bound(statement)]
+        return [bound for statement in statements(self.tree) for bound in self._bound(statement)]
 
     def _bound(self, statement: ast.AST) -> Iterator[tuple[str, str | None, str]]:
         if isinstance(statement, ast.Import):
@@ -61,8 +63,7 @@ class Module:
     @cached_property
     def digest(self) -> str:
         """Hash of the code of this module alone; empty if there are only docstrings and imports."""
-        code = _written(self.tree)
-        return hashlib.sha256(code.encode()).hexdigest() if code else ""
+        return code_digest(self.tree)
 
 
 @dataclass
@@ -148,44 +149,6 @@ def _module(name: str, file: Path, _time: int) -> Module:
 def _has_libraries(folder: Path) -> bool:
     """Whether a folder on Python's path has installed libraries: the standard library, or packages installed by pip."""
     return any(folder.is_relative_to(place) for place in _INSTALLED) or any(folder.glob("*.dist-info"))
-
-
-def _statements(tree: ast.AST) -> Iterator[ast.AST]:
-    """All nodes of a syntax tree, without blocks that only a type checker reads."""
-    for node in ast.iter_child_nodes(tree):
-        if not _for_types(node):
-            yield node
-            yield from _statements(node)
-
-
-def _for_types(node: ast.AST) -> bool:
-    """Whether a statement is `if TYPE_CHECKING:`."""
-    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
-
-
-def _written(node: object) -> str:
-    """A syntax tree as text that depends only on the code: without positions and empty fields."""
-    if isinstance(node, list):
-        return "".join(f"{_written(item)}," for item in node if not _is_silent(item))
-    if not isinstance(node, ast.AST):
-        return repr(node)
-    fields = (
-        (name, value)
-        for name, value in ast.iter_fields(node)
-        if name not in ("annotation", "returns", "type_comment", "kind", "type_ignores", "ctx")
-        and value not in (None, [])
-    )
-    written = [f"{name}={text}" for name, value in fields if (text := _written(value))]
-    return f"{type(node).__name__}({' '.join(written)})" if written or not isinstance(node, ast.Module) else ""
-
-
-def _is_silent(node: object) -> bool:
-    """Whether a statement computes nothing: an import, docstring, `__all__` or block for type checkers only."""
-    if isinstance(node, ast.Expr):
-        return isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-    if isinstance(node, ast.Assign):
-        return any(isinstance(target, ast.Name) and target.id == "__all__" for target in node.targets)
-    return isinstance(node, (ast.Import, ast.ImportFrom)) or (isinstance(node, ast.AST) and _for_types(node))
 
 
 def _native(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +78,7 @@ def test_nll_equals_that_of_the_perplexity_pass() -> None:
     model = build("llama")
     other = noisy(model)
     result = divergence.compare(scorer_and_states(model), scorer_and_states(other), WINDOWS)
-    assert result.nll == perplexity.perplexity(other, WINDOWS).nll
+    assert result.window_nll == perplexity.perplexity(other, WINDOWS).window_nll
 
 
 def test_context_of_strided_windows_is_not_compared() -> None:
@@ -86,7 +87,7 @@ def test_context_of_strided_windows_is_not_compared() -> None:
     whole = divergence.compare(scorer_and_states(model), scorer_and_states(other), WINDOWS)
     strided = divergence.compare(scorer_and_states(model), scorer_and_states(other), WINDOWS, unscored=15)
     assert torch.equal(strided.kl.view(3, 8), whole.kl.view(3, 23)[:, 15:])
-    assert strided.nll == perplexity.perplexity(other, WINDOWS, unscored=15).nll
+    assert strided.window_nll == perplexity.perplexity(other, WINDOWS, unscored=15).window_nll
 
 
 def test_a_strided_run_is_scored_and_compared(tiny: Tiny) -> None:
@@ -168,8 +169,8 @@ def test_float_states_are_computed_once_and_the_oldest_deleted_at_the_limit(tmp_
 
 def test_runs_of_a_sweep_share_one_float_pass(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     passes: list[int] = []
-    original = perplexity.perplexity
-    monkeypatch.setattr(perplexity, "perplexity", lambda *args: passes.append(1) or original(*args))
+    original = perplexity.last_states
+    monkeypatch.setattr(perplexity, "last_states", lambda *args: passes.append(1) or original(*args))
     first, second = (execute_run(tiny(f"bits={bits}"))[0] for bits in (4, 3))
     assert len(passes) == 3, "one of each quantized model and one of the float model"
     assert 0 < first.metrics["kl"] < second.metrics["kl"]
@@ -181,11 +182,68 @@ def test_runs_of_a_sweep_share_one_float_pass(tiny: Tiny, monkeypatch: pytest.Mo
     assert set(first.stages) >= {"divergence"}
 
 
+def test_the_pass_with_divergence_gives_the_perplexity_of_one_without(tiny: Tiny) -> None:
+    for options in (("bits=3",), ("bits=3", "data.protocol=strided", "data.stride=16"), ("method=none",)):
+        alone, compared = (
+            execute_run(tiny(*options, "force=true", f"measure.divergence={on}"))[0] for on in ("false", "true")
+        )
+        assert compared.status == "ok", compared.error
+        assert compared.warnings == []
+        assert compared.window_nll == alone.window_nll
+        assert compared.metrics["perplexity"] == alone.metrics["perplexity"]
+
+
+def test_each_head_runs_once_for_each_window(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Apart from slices of one position, the check of the tail, and the first window, whose memory is measured."""
+    rows: list[int] = []
+    original = perplexity.Scorer.tail
+    monkeypatch.setattr(
+        perplexity.Scorer, "tail", lambda self, states: rows.append(len(states)) or original(self, states)
+    )
+    execute_run(tiny("method=none"))
+    assert rows.count(63) == 2, "the float model alone: two windows"
+    rows.clear()
+    execute_run(tiny("bits=3"))
+    assert rows.count(63) == 1 + 2 * 2, "the first window, and both models in the divergence pass"
+
+
+def test_a_pass_that_disagrees_leaves_the_perplexity(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = execute_run(tiny("bits=3", "measure.divergence=false"))[0]
+    original = divergence.compare
+
+    def wrong(*args: Any) -> divergence.Divergence:
+        result = original(*args)
+        return replace(result, window_nll=[nll + 1e-3 for nll in result.window_nll])
+
+    monkeypatch.setattr(divergence, "compare", wrong)
+    record = execute_run(tiny("bits=3"))[0]
+    assert record.status == "ok", record.error
+    assert record.window_nll == alone.window_nll
+    assert record.window_kl == []
+    (warning,) = record.warnings
+    assert warning.startswith("divergence: nll=")
+    assert warning.endswith("; kl not measured")
+
+
+def test_logits_that_are_not_finite_after_the_first_window_fail_the_run(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = perplexity.last_states
+
+    def broken(*args: Any) -> Any:
+        for i, (states, tokens) in enumerate(original(*args)):
+            yield states * (math.nan if i else 1), tokens
+
+    monkeypatch.setattr(perplexity, "last_states", broken)
+    record = execute_run(tiny("bits=3"))[0]
+    assert record.error == "perplexity is not finite: window 1 has NaN or infinite logits"
+
+
 def test_a_float_run_stores_its_states_for_other_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
     assert execute_run(tiny("method=none"))[0].status == "ok"
     passes: list[int] = []
-    original = perplexity.perplexity
-    monkeypatch.setattr(perplexity, "perplexity", lambda *args: passes.append(1) or original(*args))
+    original = perplexity.last_states
+    monkeypatch.setattr(perplexity, "last_states", lambda *args: passes.append(1) or original(*args))
     assert execute_run(tiny("bits=3"))[0].metrics["kl"] > 0
     assert len(passes) == 1
 

@@ -178,7 +178,7 @@ def test_an_error_in_the_forward_is_one_line(tiny: Tiny, monkeypatch: pytest.Mon
     def fail(*_args: Any, **_options: Any) -> None:
         raise IndexError("index out of range in self")
 
-    monkeypatch.setattr(perplexity, "perplexity", fail)
+    monkeypatch.setattr(perplexity, "last_states", fail)
     record = execute_run(tiny("method=none"))[0]
     assert record.status == "failed"
     assert record.error == (

@@ -17,7 +17,7 @@ from harness.cli.report import main
 from harness.records import Analysis, Environment, Record, write
 from harness.reports import to_frame
 from harness.reports.cells import STALE, STALE_NOTE
-from harness.reports.html import charts, details, layers, page, pareto, rows
+from harness.reports.html import charts, details, layers, names, page, pareto, rows
 from tests.reports.test_table import make
 
 HOSTILE = "</script><script>document.title = 'owned'</script><b>&"
@@ -192,8 +192,9 @@ def test_names_of_points_cover_no_point_no_other_name_and_no_axis() -> None:
         {"across": 5.1, "height": 4.9, "front": True, "short": "beside it"},
         {"across": 8.0, "height": 1.01, "front": True, "short": "at the bottom"},
     ]
-    assert charts._free(points, domains, (700, 400), 12) == [1]
-    assert charts._free([points[1] | {"front": False}], domains, (700, 400), 12) == []
+    assert names.free(points, domains, (700, 400), 12, []) == [1]
+    assert names.free([points[1] | {"front": False}], domains, (700, 400), 12, []) == []
+    assert names.free(points, domains, (700, 400), 12, [(300.0, 200.0, 600.0, 400.0)]) == []
 
 
 def test_the_title_says_what_is_compared(tmp_path: Path) -> None:

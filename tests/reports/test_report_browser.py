@@ -27,6 +27,19 @@ CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", 
 CHROMEDRIVER = shutil.which("chromedriver")
 LIMIT_S = 60  # the longest wait for a state: far more than a busy machine needs
 POLL_S = 0.05
+PERPLEXITY_IS_SEEN = """const heads = [...document.querySelectorAll('#table thead tr:first-child th')];
+    const head = heads.find((item) => item.textContent.trim().startsWith('perplexity'));
+    return head.getBoundingClientRect().right <= window.innerWidth"""
+# Pairs of texts in one chart, ticks or names, that overlap by more than their margins; the halo of a name is that name.
+COVERED_TEXTS = """return [...document.querySelectorAll('#plots .chart')].flatMap((chart) => {
+    const shown = (text) => text.textContent && text.getAttribute('opacity') !== '0';
+    const boxes = [...chart.querySelectorAll('text')].filter(shown).map((text) => [text.textContent,
+        text.getBoundingClientRect()]);
+    const cover = (p, q) => Math.min(p.right, q.right) - Math.max(p.left, q.left) > 2
+        && Math.min(p.bottom, q.bottom) - Math.max(p.top, q.top) > 4;
+    return boxes.flatMap(([a, p], i) => boxes.slice(i + 1).filter(([b, q]) => a !== b && cover(p, q))
+        .map(([b]) => a + ' and ' + b));
+})"""
 
 pytestmark = pytest.mark.skipif(not (CHROMIUM and CHROMEDRIVER), reason="chromium or chromedriver is not installed")
 
@@ -205,6 +218,12 @@ def test_the_reference_report_opens_and_fits_a_phone(name: str, browser: webdriv
     show(browser, tmp_path, page.html(records, folder))
     assert severe(browser) == []
     expect(browser, lambda: len(run_ids(browser)), len(records))
-    resize(browser, 500, 900)
-    fits = "return document.documentElement.scrollWidth <= window.innerWidth"
-    expect(browser, lambda: browser.execute_script(fits), True)
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 1, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    try:
+        fits = "return document.documentElement.scrollWidth <= window.innerWidth"
+        expect(browser, lambda: browser.execute_script(fits), True)
+        expect(browser, lambda: browser.execute_script(PERPLEXITY_IS_SEEN), True)
+        expect(browser, lambda: browser.execute_script(COVERED_TEXTS), [])
+    finally:
+        browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})

@@ -11,13 +11,12 @@ from typing import Any
 
 import altair as alt
 
+from harness.reports.html.names import WIDE, Domains, float_names, named_points
 from harness.reports.html.pareto import Plot
 
 Json = dict[str, Any]
-Domains = tuple[tuple[float, float], tuple[float, float]]
 
 HEIGHTS = {True: 400, False: 320}  # pixels of a wide plot and of the others
-WIDE, NARROW = 700, 250  # pixels of width for which the names in a plot are placed: it has the former or more, or less
 
 INK, MUTED, GRID = "#1b2430", "#5d6878", "#e6e9ee"
 FONT = "-apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
@@ -35,7 +34,7 @@ def palette(methods: Sequence[str]) -> dict[str, str]:
 def pareto(plot: Plot, colors: dict[str, str], *, wide: bool, legend: bool = False, font: int = 12) -> Json:
     """Points with intervals, the front through those that no run beats, and the losses of float models as lines."""
     x, y = _domains(plot, 0.012 * font if wide else 0.24)
-    points = _named(plot.points, (x, y), HEIGHTS[wide], font)
+    points = named_points(plot, (x, y), HEIGHTS[wide], font)
     base = alt.Chart(alt.InlineData(values=points)).encode(
         x=alt.X("across:Q", **_scaled(plot.cost.title, x)), y=alt.Y("height:Q", **_scaled(plot.loss.title, y))
     )
@@ -117,52 +116,13 @@ def finish(chart: alt.TopLevelMixin, font: int) -> Json:
     return spec
 
 
-def _named(points: Sequence[Json], domains: Domains, height: int, font: int) -> list[Json]:
-    """Points with the names that stand next to them in a wide plot, `name`, and in a narrow one, `narrow`."""
-    named = [at | {"name": "", "narrow": ""} for at in points]
-    for key, width in (("name", WIDE), ("narrow", NARROW)):
-        for i in _free(points, domains, (width, height), font):
-            named[i][key] = points[i]["short"]
-    return named
-
-
-def _free(points: Sequence[Json], domains: Domains, size: tuple[int, int], font: int) -> list[int]:
-    """The points of the front whose name, left of and below the point, covers no axis, no other name and no point."""
-    pixels = [_pixels(point, domains, size) for point in points]
-    boxes: list[tuple[float, float, float, float]] = []
-    free = []
-    for i in sorted((i for i, at in enumerate(points) if at["front"]), key=lambda i: pixels[i]):
-        right, bottom = pixels[i][0] - 6, pixels[i][1] - 5
-        box = (right - 0.62 * font * len(points[i]["short"]), bottom - 1.2 * font, right, bottom)
-        inside = box[0] > 0 and box[1] > 0
-        covers = any(box[0] < x + 5 and x - 5 < box[2] and box[1] < y + 5 and y - 5 < box[3] for x, y in pixels)
-        if inside and not covers and not any(_overlap(box, other) for other in boxes):
-            boxes.append(box)
-            free.append(i)
-    return free
-
-
-def _pixels(point: Json, domains: Domains, size: tuple[int, int]) -> tuple[float, float]:
-    """The place of a point in a plot of `size`, from its lower left corner."""
-    shares = (
-        math.log(value / low) / math.log(high / low)
-        for value, (low, high) in zip((point["across"], point["height"]), domains, strict=True)
-    )
-    across, up = (share * length for share, length in zip(shares, size, strict=True))
-    return across, up
-
-
-def _overlap(one: tuple[float, float, float, float], other: tuple[float, float, float, float]) -> bool:
-    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
-
-
 def _domains(plot: Plot, room: float) -> Domains:
     """Both axes of a plot; `room` for names on the left of points is a share of its width."""
-    lows = [point.get("cost_low", point["across"]) for point in plot.points]
-    highs = [point.get("cost_high", point["across"]) for point in plot.points]
-    losses = [point["height"] for point in plot.floats]
-    bottoms = [point.get("loss_low", point["height"]) for point in plot.points] + losses
-    tops = [point.get("loss_high", point["height"]) for point in plot.points] + losses
+    lows: list[float] = [point.get("cost_low", point["across"]) for point in plot.points]
+    highs: list[float] = [point.get("cost_high", point["across"]) for point in plot.points]
+    losses: list[float] = [point["height"] for point in plot.floats]
+    bottoms: list[float] = [point.get("loss_low", point["height"]) for point in plot.points] + losses
+    tops: list[float] = [point.get("loss_high", point["height"]) for point in plot.points] + losses
     return _stretched(min(lows), max(highs), (room, 0.03)), _stretched(min(bottoms), max(tops), (0.11, 0.04))
 
 
@@ -196,8 +156,7 @@ def _floats(plot: Plot, font: int) -> list[alt.Chart]:
     tooltip = [alt.Tooltip("label:N", title="run"), alt.Tooltip("loss_text:N", title=plot.loss.title.partition(",")[0])]
     tooltip.append(alt.Tooltip("cost_text:N", title=plot.cost.title.partition(",")[0]))
     rule = base.mark_rule(cursor="pointer", **look).encode(tooltip=tooltip, opacity=_opacity(0.7))
-    text = ", ".join(dict.fromkeys(str(line["short"]) for line in lines))
-    lowest = alt.Chart(alt.InlineData(values=[{"height": rows[0]["height"], "text": text}]))
+    lowest = alt.Chart(alt.InlineData(values=[{"height": rows[0]["height"], "text": float_names(plot)}]))
     name = lowest.mark_text(align="left", baseline="top", dy=4, dx=4, x=0, fontSize=font, color=MUTED)
     return [rule, name.encode(y=alt.Y("height:Q"), text="text:N")]
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Sequence
+from itertools import pairwise
 
 from hydra._internal.utils import get_args_parser
 
@@ -23,6 +24,11 @@ def ordered(words: Sequence[str]) -> list[str]:
     front: list[str] = []
     behind: list[str] = []
     rest = list(words)
+    for key, sign in pairwise(words):
+        if sign.startswith("=") and "=" not in key:
+            raise Refusal(
+                f"{short(key)} {short(sign)} has a space; expected {short(key)}=VALUE, without spaces around ="
+            )
     while rest:
         word = rest.pop(0)
         if not word.startswith("-") or word == "-":

@@ -16,7 +16,7 @@ from harness.cli.main import conf_folder
 from harness.utils import errors
 from harness.utils.errors import keys_of, short
 
-_EXTRA = "joblib, submitit, ray and optuna come with: pip install 'ptqbench[sweeps]'"
+_EXTRA = "more come with pip install 'ptqbench[sweeps]'"
 # Messages of Hydra that say what was typed, and what to say instead.
 _MESSAGES = (
     (r"Ambiguous value for argument '(?P<key>[^=]+)=(?P<value>.*?)' 1\.",
@@ -30,6 +30,8 @@ _MESSAGES = (
      "~{key} has another value, {value}; expected ~{key} alone"),
     (r"Could not (?:override|delete) '(?P<key>[^']+)'\. No match in the defaults list",
      "{key} is an unknown axis; expected one of those that --help lists"),
+    (r"Could not override '(?P<key>[^']+)'\. Did you mean to override (?P<text>[^\s?]+)\?",
+     "{key} is an unknown axis; did you mean {text}?"),
     (r"Could not append '(?P<text>[^']+)'", "{text} is set already; expected it without +"),
     (r"Multiple values for (?P<key>[\w./@]+)\.", "{key} is set twice; expected {key}=VALUE once"),
     (r"(?P<key>[\w./@]+) appears more than once in the final defaults list", "{key} is set twice; expected it once"),
@@ -110,6 +112,8 @@ def _unknown_key(message: str, cause: ConfigAttributeError | ConfigKeyError) -> 
     Hydra's message is "Could not override 'KEY'. To append to your config use +KEY=VALUE"; its cause has the keys.
     """
     argument = message.rpartition("use +")[2] or str(cause.full_key)
+    if (conf_folder() / argument.partition("=")[0]).is_dir():  # an axis, whose value is a mapping
+        return _no_name((argument,))
     node = cause.parent_node
     root = node._get_root() if node is not None else None
     keys = keys_of(_plain(root)) if isinstance(root, DictConfig) else []

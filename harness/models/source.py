@@ -17,6 +17,7 @@ from harness.config import Dtype, ModelConfig
 from harness.models import gguf
 from harness.models.tokenizer import Tokenizer, byte_tokenizer, pretrained_tokenizer
 from harness.utils.digests import file_sha256
+from harness.utils.errors import Refusal
 from harness.utils.hub import reach
 
 _BYTES = 256  # vocabulary of the byte tokenizer
@@ -164,7 +165,8 @@ class Source:
             return gguf.folder(str(self.cfg.package), self.cfg.factor_seed)
         folder = Path(str(self.cfg.path)).expanduser()
         if not (folder / "config.json").is_file():
-            raise ValueError(
+            kind = ValueError if folder.is_dir() else Refusal  # a mistyped folder leaves no record
+            raise kind(
                 f"model.path={self.cfg.path} has no config.json; expected a transformers folder, "
                 f"relative to {Path.cwd()}"
             )

@@ -64,6 +64,11 @@ def test_flags_stand_anywhere(words: list[str], expected: list[str]) -> None:
         (["bits=${bit}"], "is no key of the configuration"),
         (["-cn", "nothing"], "--config-name=nothing is no file of the configuration"),
         (["-cd", "/nowhere"], "--config-dir=/nowhere is no folder"),
+        (["bits", "=", "3"], "bits = has a space; expected bits=VALUE, without spaces around ="),
+        (["model={a:1}"], "model={a:1} is no name; expected one of: "),
+        (["model@x=tiny"], "model@x is an unknown axis; did you mean model?"),
+        (["model.path=/nowhere/model"], "model.path=/nowhere/model has no config.json; expected a transformers folder"),
+        (["hydra/launcher=workerz"], "hydra/launcher=workerz is unknown; did you mean workers?"),
         (["bits=nine"], "scheme.weight.bits='nine' has type str; expected int"),
     ],
 )

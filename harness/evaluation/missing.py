@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
-
-from harness.nn import reason
+from harness.nn import is_memory, reason
 
 _LONGEST = 200  # characters of a warning
 _NO_MEMORY = "; free memory and use force=true"
@@ -26,14 +24,9 @@ def optional(warnings: list[str], stage: str, metrics: str) -> Iterator[None]:
 
 
 def _warning(error: Exception, stage: str, metrics: str) -> str:
-    end = f"; {metrics} not measured{_NO_MEMORY if _is_memory(error) else ''}"
+    end = f"; {metrics} not measured{_NO_MEMORY if is_memory(error) else ''}"
     text = " ".join(str(error).split())
     length = _LONGEST - len(stage) - 2 - len(end)
     if type(error) is not ValueError or len(text) > length:
         text = reason(error, length)
     return f"{stage}: {text}{end}"
-
-
-def _is_memory(error: Exception) -> bool:
-    """Whether the machine had too little memory; the CPU allocator of torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)

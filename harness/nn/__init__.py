@@ -6,6 +6,7 @@ The functions of caches are called through their module: `kvcache.maker`, `kvcac
 
 from harness.nn.calls import accepted as accepted
 from harness.nn.calls import cache_of as cache_of
+from harness.nn.calls import is_memory as is_memory
 from harness.nn.calls import one_line_errors as one_line_errors
 from harness.nn.calls import reason as reason
 from harness.nn.hooks import first_of as first_of

@@ -7,11 +7,21 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 _LONGEST = 200  # characters of a message
 # What a model's code raises if it cannot run; a ValueError has a message for the user already.
-_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, NameError, RuntimeError, TypeError)
+_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    MemoryError,
+    NameError,
+    RuntimeError,
+    TypeError,
+)
 
 
 def accepted(model: nn.Module, **options: Any) -> dict[str, Any]:
@@ -31,8 +41,8 @@ def cache_of(output: Any) -> Any:
 def one_line_errors(model: nn.Module, setting: str, remedy: str) -> Iterator[None]:
     """Turn an error that is raised in the model's forward into a ValueError of at most 200 characters.
 
-    `setting` is the KEY=VALUE that the message names first, `remedy` what to do; an index that is out of range has a
-    remedy of its own.
+    `setting` is the KEY=VALUE that the message names first, `remedy` what to do; an index that is out of range, and too
+    little memory, have remedies of their own.
     """
     try:
         yield
@@ -43,8 +53,15 @@ def one_line_errors(model: nn.Module, setting: str, remedy: str) -> Iterator[Non
 def _message(model: nn.Module, setting: str, error: Exception, remedy: str) -> str:
     if isinstance(error, IndexError):
         remedy = "it has fewer positions or token ids, use a smaller data.seq_len"
+    elif is_memory(error):
+        remedy = "free memory, or use a smaller data.seq_len or data.batch_size"
     start, end = f"{setting}: the forward of {type(model).__name__} failed (", f"); {remedy}"
     return f"{start}{reason(error, _LONGEST - len(start) - len(end))}{end}"
+
+
+def is_memory(error: Exception) -> bool:
+    """Whether the machine had too little memory; the CPU allocator of torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def reason(error: BaseException, length: int = 100) -> str:

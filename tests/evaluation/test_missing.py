@@ -187,6 +187,36 @@ def test_an_error_in_the_forward_is_one_line(tiny: Tiny, monkeypatch: pytest.Mon
     )
 
 
+def test_too_little_memory_in_the_forward_has_its_own_remedy() -> None:
+    message = r"failed \(MemoryError:\); free memory, or use a smaller data.seq_len"
+    with pytest.raises(ValueError, match=message), one_line_errors(build("llama"), "data.seq_len=64", "x"):
+        raise MemoryError
+
+
+@pytest.mark.parametrize(
+    ("family", "shape", "usable"),
+    [
+        ("gpt2", {"n_positions": 32, "n_embd": 16, "n_layer": 1, "n_head": 2}, 32),
+        ("mpt", {"d_model": 16, "n_heads": 2, "n_layers": 1, "max_seq_len": 48}, 48),
+    ],
+)
+def test_windows_longer_than_the_positions_are_refused(
+    tiny: Tiny, family: str, shape: dict[str, Any], usable: int
+) -> None:
+    raw = tiny("method=none")
+    raw["model"]["architecture"] = {"model_type": family, "vocab_size": 256, **shape}
+    error = str(execute_run(raw)[0].error)
+    assert error == f"data.seq_len=64 exceeds the {usable} positions of model=tiny; use {usable} or less"
+
+
+def test_experts_run_in_float64(tiny: Tiny) -> None:
+    raw = tiny("method=none", "model.dtype=float64", "model.baseline_dtype=float64")
+    raw["model"]["architecture"] = {"model_type": "mixtral", **FAMILIES["mixtral"], "vocab_size": 256}
+    record = execute_run(raw)[0]
+    assert record.status == "ok", record.error
+    assert record.execution.dtype == "float64"
+
+
 def test_a_long_error_is_cut_to_a_line() -> None:
     model = build("llama")
     message = r"^kv=x: the forward of LlamaForCausalLM failed \(RuntimeError: wo"

@@ -134,7 +134,7 @@ def check(config: DictConfig, jobs: Sequence[Sequence[str]] | None) -> None:
 def _build(config: DictConfig, job: Sequence[str]) -> None:
     """Compose and build the typed configuration of a run, and nothing else."""
     cfg = GlobalHydra.instance().config_loader().load_sweep_config(config, list(job))
-    values = OmegaConf.masked_copy(cfg, [key for key in cfg if key != "hydra"])
+    values = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     raw = cast(Json, OmegaConf.to_container(values, resolve=True))
     build_limits(raw, True)
     build_run(raw)

@@ -118,12 +118,17 @@ def finish(chart: alt.TopLevelMixin, font: int) -> Json:
 
 def _domains(plot: Plot, room: float) -> Domains:
     """Both axes of a plot; `room` for names on the left of points is a share of its width."""
-    lows: list[float] = [point.get("cost_low", point["across"]) for point in plot.points]
-    highs: list[float] = [point.get("cost_high", point["across"]) for point in plot.points]
+    lows: list[float] = [_bound(point, "cost_low", "across") for point in plot.points]
+    highs: list[float] = [_bound(point, "cost_high", "across") for point in plot.points]
     losses: list[float] = [point["height"] for point in plot.floats]
-    bottoms: list[float] = [point.get("loss_low", point["height"]) for point in plot.points] + losses
-    tops: list[float] = [point.get("loss_high", point["height"]) for point in plot.points] + losses
+    bottoms: list[float] = [_bound(point, "loss_low", "height") for point in plot.points] + losses
+    tops: list[float] = [_bound(point, "loss_high", "height") for point in plot.points] + losses
     return _stretched(min(lows), max(highs), (room, 0.03)), _stretched(min(bottoms), max(tops), (0.11, 0.04))
+
+
+def _bound(point: Json, bound: str, middle: str) -> float:
+    """The bound of a point's interval; its middle if it has none."""
+    return float(point[bound] if bound in point else point[middle])
 
 
 def _stretched(low: float, high: float, room: tuple[float, float]) -> tuple[float, float]:

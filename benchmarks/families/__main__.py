@@ -22,7 +22,10 @@ def main(arguments: list[str]) -> int:
     families = options["families"].split(",") if options["families"] else models.families()
     cells = []
     for row in run(families, tuple(options["methods"].split(",")), int(options["bits"]), int(options["processes"])):
-        print(row[0].family, *(f"{cell.method}={cell.outcome}" for cell in row), file=sys.stderr, flush=True)
+        print(row[0].family, *(f"{cell.method}={cell.outcome}" for cell in row), file=sys.stderr)
+        bad = [line for cell in row if cell.outcome in ("BUG", "SILENT", "unbuilt") for line in cell.lines]
+        for line in dict.fromkeys(bad):
+            print(f"    {line}", file=sys.stderr)
         cells += row
     lines = list(render(cells, {} if options["families"] else models.left_out()))
     print("\n".join(lines))

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -64,14 +64,15 @@ def run_cell(family: str, method: str, bits: int, work: Path, reference: checks.
     """Run one method on the saved model and judge its record."""
     from harness.runs import execute_run
 
+    def cell(outcome: Outcome, lines: Sequence[str]) -> Cell:
+        return Cell(family, method, outcome, tuple(line.replace(str(work), "FOLDER") for line in lines))
+
     record, _ = execute_run(configuration(work, family, method, bits))
     if record.status != "ok":
         error = str(record.error)
-        return Cell(family, method, "refused" if is_clear(error) else "BUG", (error,))
+        return cell("refused" if is_clear(error) else "BUG", [error])
     wrong = checks.violations(record, method, bits, reference)
-    if wrong:
-        return Cell(family, method, "SILENT", tuple(wrong))
-    return Cell(family, method, "warned" if record.warnings else "ok", tuple(record.warnings))
+    return cell("SILENT", wrong) if wrong else cell("warned" if record.warnings else "ok", record.warnings)
 
 
 def is_clear(error: str) -> bool:
@@ -134,3 +135,4 @@ def _start() -> None:
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     logging.set_verbosity_error()
+    logging.disable_progress_bar()

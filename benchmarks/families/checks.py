@@ -82,12 +82,15 @@ def kl(logits: Tensor, other: Tensor) -> float:
 
 @torch.inference_mode()
 def rounded_logits(of: Reference, names: set[str], bits: int) -> Tensor:
-    """Logits of the saved model with the weights of `names` rounded to nearest, in groups of inputs."""
+    """Logits of the saved model with the weights of `names` rounded to nearest, in groups of inputs.
+
+    A linear whose inputs cannot be split into groups stays float: the harness refuses it.
+    """
     model = _opened(of.folder)
     done = set[int]()
     for name in sorted(names & set(of.linears)):
         weight = _matrix(model.get_submodule(name))
-        if weight.data_ptr() not in done:  # blocks may share a linear
+        if weight.data_ptr() not in done and weight.shape[1] % GROUP == 0:  # blocks may share a linear
             done.add(weight.data_ptr())
             weight.copy_(_round(weight, bits))
     return _logits(model, of.windows)

@@ -227,8 +227,8 @@ def same_function(label: str, before: Tensor, after: Tensor, what: str, limits: 
     error, limit = relative_error(after, before), limits[before.dtype]
     if not within(error, limit):
         raise ValueError(
-            f"method.{label} changed the float model's function: the relative error of {what} is {error:.2g}; "
-            f"expected at most {limit:g}, because a rewrite must keep the function"
+            f"method.{label}: the rewrite changed the float model's function: the relative error of {what} is "
+            f"{error:.2g}; expected at most {limit:g}; use a method that does not rewrite, such as gptq"
         )
 
 

@@ -159,6 +159,9 @@ class Toy(nn.Module):
         self.head = nn.Linear(8, 128, bias=False)
         if how == "shared":
             self.layers[1]["write"].weight = self.layers[0]["write"].weight  # type: ignore[index]
+        if how == "transform":
+            self.transform = nn.Linear(8, 8)
+            self.head.weight = self.embed.weight
 
     def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
         x = self.embed(input_ids)
@@ -170,7 +173,8 @@ class Toy(nn.Module):
                 x = torch.relu(x)
             if self.how == "constant":
                 x = x + torch.ones(8)
-        return SimpleNamespace(logits=self.head(self.norm(x)))
+        x = self.norm(x)
+        return SimpleNamespace(logits=self.head(torch.tanh(self.transform(x)) if self.how == "transform" else x))
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embed
@@ -184,6 +188,7 @@ class Toy(nn.Module):
     [
         ("mixed", "some norms of its residual stream subtract the mean and some do not"),
         ("shared", "modules that read or write its residual stream share weights"),
+        ("transform", "head shares a weight with a module of its residual stream, but is none of them"),
         ("idle", "layers.1.write did not run on the probe tokens"),
         ("relu", "its residual stream is read by relu in the model itself"),
         ("constant", "its residual stream is read by add of a tensor from no linear or embedding in the model itself"),
@@ -427,7 +432,7 @@ def test_a_matrix_that_is_not_orthogonal_is_refused(tiny: Tiny) -> None:
     cfg = replace(build_run(tiny("scheme=channel")), steps={"skewed": Skewed()})
     with pytest.raises(
         ValueError,
-        match="method.skewed changed the float model's function: the relative error of the logits is .* 0.0001",
+        match="method.skewed: the rewrite changed the float model's function: the relative error of .* 0.0001",
     ):
         quantize(build("llama"), cfg, TOKENS)
 

@@ -125,7 +125,8 @@ def test_a_rewrite_and_rtn_equal_both_steps_by_hand(tiny: Tiny) -> None:
 def test_a_step_that_changes_the_function_is_refused(tiny: Tiny, hook: str) -> None:
     cfg = config(tiny, "scheme=channel", doubles=Doubles(hook=hook), rtn=RTN())
     with pytest.raises(
-        ValueError, match="method.doubles changed the float model's function: the relative error of the .* is"
+        ValueError,
+        match="method.doubles: the rewrite changed the float model's function: the relative error of the .* is",
     ):
         quantize(build("llama"), cfg, TOKENS)
 

@@ -34,7 +34,10 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
     """
     if cfg.scheme is None:
         return
-    decoder.require()
+    try:
+        decoder.require()
+    except ValueError as error:
+        raise ValueError(f"method={'+'.join(cfg.steps)}: {error}") from error
     linears = decoder.linears()
     if not linears:
         raise ValueError(f"model={cfg.model.name} has no linear inside its decoder blocks; use method=none")

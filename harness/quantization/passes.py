@@ -101,8 +101,11 @@ class Pass:
 
     def by_blocks(self, tokens: Tensor, track: Track, cache: DiskCache) -> None:
         """Observe, transform, quantize and replay each block."""
-        verify(self.decoder, tokens[:1, :PROBE_TOKENS])
-        streams = self._streams(tokens, cache)
+        try:
+            verify(self.decoder, tokens[:1, :PROBE_TOKENS])
+            streams = self._streams(tokens, cache)
+        except ValueError as error:
+            raise ValueError(f"method.{self.label}: {error}") from error
         total = len(streams.probe.blocks)
         progress = [f"{self.label} block 1/{total}"]  # one text, which `track` reads again after each block
         for index in track(range(total), lambda: progress[0], total):

@@ -30,6 +30,7 @@ class Reference:
     windows   token windows (W, T) of the evaluation text
     logits    float logits (W, T, V)
     linears   shapes (N, K) by name of the modules in blocks that were seen to compute x W^T + b
+    owners    by name of a module with a matrix, the first name of that matrix: others share it
     matrices  number of weights in all matrices of the blocks, of linears or not
     """
 
@@ -37,6 +38,7 @@ class Reference:
     windows: Tensor
     logits: Tensor
     linears: dict[str, tuple[int, int]]
+    owners: dict[str, str]
     matrices: int
 
     @property
@@ -61,7 +63,9 @@ def reference(folder: Path, text: str, seq_len: int, max_windows: int) -> Refere
     }
     linears = {name: _matrix(model.get_submodule(name)) for name in names}
     shapes = {name: (int(weight.shape[0]), int(weight.shape[1])) for name, weight in linears.items()}
-    return Reference(folder, windows, _logits(model, windows), shapes, sum(matrices.values()))
+    firsts: dict[int, str] = {}
+    owners = {name: firsts.setdefault(id(module.weight), name) for name, module in _with_matrix(model)}
+    return Reference(folder, windows, _logits(model, windows), shapes, owners, sum(matrices.values()))
 
 
 def blind(of: Reference) -> str | None:
@@ -131,14 +135,19 @@ def _wrong_names(record: Record, quantized: set[str], of: Reference) -> list[str
     text = " ".join(record.warnings)
     kinds = {name: re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in of.linears}  # as warnings name them
     silent = [name for name, kind in kinds.items() if name not in quantized and name not in text and kind not in text]
-    others = sorted(quantized - set(of.linears))
+    running = {
+        of.owners[name] for name in of.linears
+    }  # a module that does not run may share the matrix of one that does
+    others = sorted(name for name in quantized if of.owners.get(name) not in running)
     wrong = [f"{len(silent)} linears stay float without a warning: {silent[0]}"] if silent else []
     return wrong + ([f"{len(others)} quantized modules are no linears: {others[0]}"] if others else [])
 
 
 def _wrong_bits(record: Record, of: Reference) -> list[str]:
     """Compare bits_per_weight with stored bits of what is quantized, and 32 bits of all other matrices."""
-    rows = [row for row in record.layers if "weight_error" in row]
+    rows = list(
+        {of.owners.get(row["name"], row["name"]): row for row in record.layers if "weight_error" in row}.values()
+    )
     weights = sum(row["shape"][0] * row["shape"][1] for row in rows)
     bits = (sum(row["stored_bits"] for row in rows) + 32 * (of.matrices - weights)) / of.matrices
     stated = record.metrics["bits_per_weight"]
@@ -188,16 +197,17 @@ def _running(model: nn.Module, tokens: Tensor) -> list[str]:
 
         return hook
 
-    candidates = [
-        (name, module)
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(getattr(module, "weight", None), Tensor) and module.weight.dim() == 2
-    ]
-    handles = [module.register_forward_hook(watch(name)) for name, module in candidates]
+    handles = [module.register_forward_hook(watch(name)) for name, module in _with_matrix(model)]
     model(input_ids=tokens)
     for handle in handles:
         handle.remove()
     return names
+
+
+def _with_matrix(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """The modules with a matrix as `weight`, by each of their names."""
+    modules = model.named_modules(remove_duplicate=False)
+    return [(name, module) for name, module in modules if getattr(getattr(module, "weight", None), "ndim", 0) == 2]
 
 
 def _list_of(name: str) -> str | None:

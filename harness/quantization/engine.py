@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.calibration import PROBE_TOKENS, SAME_TURNED
 from harness.config import RunConfig
@@ -79,6 +79,7 @@ def quantize(
     result = Result(warnings=decoder.notes() if cfg.steps else [])
     linears = decoder.linears()
     names, skipped = split_skipped(list(linears), cfg.skip) if cfg.steps else ([], list(linears))
+    twins = _twins(linears)
     rescaled: dict[str, str] = {}
     schemes = {name: cfg.scheme.at(bits) for name, bits in (widths or {}).items()} if cfg.scheme else {}
     result.renamed = dict(zip(names, names, strict=True))
@@ -100,8 +101,15 @@ def quantize(
     for row in result.layers:
         row |= {"rescaled_by": rescaled[row["name"]]} if row["name"] in rescaled else {}
     result.layers += [float_row(name, weight_of(linears[name])) for name in skipped]
-    result.sizes = sizes(decoder.blocks or [decoder.model])
+    copies = {decoder.model.get_submodule(result.renamed.get(name, name)) for name in twins}
+    result.sizes = sizes(decoder.blocks or [decoder.model], copies)
     return result
+
+
+def _twins(linears: Mapping[str, nn.Module]) -> list[str]:
+    """Names of linears whose weight is that of an earlier linear: each gets its own codes, but the weight is one."""
+    owners: dict[int, str] = {}
+    return [name for name, module in linears.items() if owners.setdefault(id(module.weight), name) != name]
 
 
 def _prepare(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: list[str]) -> None:

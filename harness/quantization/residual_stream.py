@@ -96,7 +96,7 @@ class _Builder:
     def _check_uses(self) -> None:
         idle = [name for name in sorted(self.inside) if name not in self.flow.ran]
         if idle:
-            raise _refused(f"{idle[0]} did not run on the probe tokens, so its role is unknown")
+            raise _refused(f"{idle[0]} did not run on the probe tokens")
         for use in self.flow.uses:
             where = use.where or "the model itself"
             if isinstance(use.value, Normed) and self._flows(use.value.of):

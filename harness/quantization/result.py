@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,10 +28,10 @@ class Sizes:
     quantized: int = 0
 
 
-def sizes(blocks: Iterable[nn.Module]) -> Sizes:
-    """The sizes of the matrices in `blocks`, in their present state."""
+def sizes(blocks: Iterable[nn.Module], copies: Collection[nn.Module] = ()) -> Sizes:
+    """The sizes of the matrices in `blocks`, in their present state, without linears in `copies`."""
     modules = {module for block in blocks for module in block.modules()}
-    linears = [module for module in modules if isinstance(module, QuantLinear)]
+    linears = [module for module in modules if isinstance(module, QuantLinear) and module not in copies]
     own = {parameter for module in modules for parameter in module.parameters(recurse=False)}
     floats = [parameter for parameter in own if parameter.dim() >= 2]
     quantized = sum(math.prod(linear.shape) for linear in linears)

@@ -419,3 +419,14 @@ def test_recorded_errors_are_those_of_weights_and_of_outputs_on_calibration_data
         inputs = inputs_of(plain, row["name"])  # 16 tokens a sequence: all of them are sampled
         expected = relative(inputs @ linear.packed.dequantize().T, inputs @ weight.T)
         assert row["output_error"] == pytest.approx(expected, rel=1e-3)
+
+
+def test_a_weight_that_two_linears_share_counts_once(tiny: Tiny) -> None:
+    model = build("llama")
+    first, second = (model.get_submodule(f"model.layers.{i}.self_attn.q_proj") for i in (0, 1))
+    second.weight = first.weight
+    weights = sum(weight_of(module).numel() for module in linears(model).values()) - first.weight.numel()  # type: ignore[union-attr,operator]
+    result = quantize(model, build_run(tiny("method=rtn", "scheme=channel", "bits=8")), TOKENS)
+    assert len(result.layers) == 14
+    assert result.sizes.weights == weights
+    assert result.sizes.stored_bits == sum(row["stored_bits"] for row in result.layers[1:])

@@ -77,7 +77,9 @@ def find(package: str) -> Packaged:
         raise ValueError(f"model.package={package} contains {len(names)} GGUF files; expected one, {_remedy(package)}")
     name = names.pop()
     if [_number(part) for part in parts] != list(range(len(parts))):
-        raise ValueError(f"model.package={package} contains {len(parts)} parts of {name}, not all; {_remedy(package)}")
+        raise ValueError(
+            f"model.package={package} contains {len(parts)} parts of a GGUF file, not all; {_remedy(package)}"
+        )
     terms = next((file for file in files if "TERMS" in file.name.upper()), None)
     return Packaged(package, name, tuple(parts), terms, _listed_sha256(files, name))
 

@@ -53,7 +53,7 @@ def test_a_damaged_part_is_refused(site: Path) -> None:
 
 def test_a_missing_part_is_refused_by_its_name(site: Path) -> None:
     (site / "tiny_gguf_part2/tiny.gguf.part01").unlink()
-    with pytest.raises(ValueError, match=r"^model.package=tiny-gguf==1.0 contains 2 parts of tiny.gguf, not all"):
+    with pytest.raises(ValueError, match=r"^model.package=tiny-gguf==1.0 contains 2 parts of a GGUF file, not all"):
         find("tiny-gguf==1.0")
     for file in (site / "tiny_gguf_part2-1.0.dist-info").iterdir():
         file.unlink()

@@ -170,7 +170,9 @@ def _round(weight: Tensor, bits: int) -> Tensor:
     low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
     scale = ((high - low) / (2**bits - 1)).half().float()
     zero = (-low / scale).round().clamp(0, 2**bits - 1)
-    return (((groups / scale).round() + zero).clamp(0, 2**bits - 1) - zero).mul(scale).flatten(1)
+    codes = ((groups / scale).round() + zero).clamp(0, 2**bits - 1)
+    decoded: Tensor = (codes - zero).mul(scale).flatten(1)
+    return decoded
 
 
 def _matrix(module: nn.Module) -> Tensor:

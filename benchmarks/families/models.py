@@ -63,7 +63,7 @@ def liven(model: nn.Module) -> None:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.dim() >= 2 and 0 < float(parameter.std()) < _INITIAL:
-            parameter *= float(parameter.shape[-1] ** -0.5 / parameter.std())
+            parameter.mul_(float(parameter.shape[-1] ** -0.5 / parameter.std()))
         elif parameter.numel() > 1 and bool((parameter == 1).all()):
             parameter.copy_(_noise(parameter, generator).mul(0.4).exp())
         elif parameter.numel() > 1 and bool((parameter == 0).all()):

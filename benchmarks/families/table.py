@@ -38,7 +38,7 @@ def render(cells: Sequence[Cell], left_out: dict[str, str]) -> Iterator[str]:
 
 def counts(cells: Sequence[Cell]) -> Iterator[str]:
     """The number of families and of cells, and the number of cells with each outcome."""
-    number = Counter(cell.outcome for cell in cells)
+    number = Counter[str](cell.outcome for cell in cells)
     yield f"{len({cell.family for cell in cells})} families, {len(cells)} cells: " + ", ".join(
         f"{number[outcome]} {outcome}" for outcome in dict.fromkeys(("ok", "warned", *_SECTIONS)) if outcome in number
     )

@@ -6,7 +6,7 @@ import ast
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -23,39 +23,12 @@ from harness.evaluation.hidden_states import FloatStates, Spool, spool
 from harness.evaluation.latency import latency, prefill
 from harness.evaluation.memory import peak_memory_mib, reset_peak_memory
 from harness.evaluation.missing import optional
+from harness.evaluation.stages import Diverged, Scores, Timing
 from harness.models import Source
 from harness.nn import kvcache, one_line_errors
 from harness.utils.disk_cache import DiskCache, cache_dir
 from harness.utils.progress import Track
 from harness.utils.syntax import code_digest
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Perplexity with the nll of each window; or the memory of the pass over them, or of one prefill."""
-
-    window_nll: list[float] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    kv: list[dict[str, float]] = field(default_factory=list)
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Diverged:
-    """Divergence from the float model; empty, with a warning, if the states of both models did not fit on the disk."""
-
-    window_kl: list[float] = field(default_factory=list)
-    metrics: dict[str, float] = field(default_factory=dict)
-    warnings: list[str] = field(default_factory=list)
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Latency and energy of the model and of its baseline; `energy_source` names the counter, if there is one."""
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    energy_source: str | None = None
-    warnings: list[str] = field(default_factory=list)
 
 
 @dataclass
@@ -65,7 +38,7 @@ class Assessment:
     windows, tokens_sha256  the evaluation tokens (W, T) and their hash
     simulated               whether the model runs on decoded floats: then its memory and latency are not the format's
 
-    Call `score` first, then `load_baseline` if `needs_baseline`, then `diverge`, `perplexity` and `time`.
+    Call `score` first, then `load_baseline` if `needs_baseline`, then `diverge`, `scores` and `time`.
     """
 
     cfg: RunConfig
@@ -114,7 +87,7 @@ class Assessment:
         """Run the model on all windows, store the last hidden states for `diverge`, and measure the peak memory.
 
         Windows with stored states are scored by `diverge`, which computes their logits anyway; the first window is also
-        scored here, so the peak includes the head and a slice of logits. `perplexity` returns the result.
+        scored here, so the peak includes the head and a slice of logits. `scores` returns the result.
         Raises: ValueError if the logits of a window that is scored here are not finite.
         """
         warning = reset_peak_memory(self._device)
@@ -133,7 +106,7 @@ class Assessment:
             warnings.append(f"model={name} has random weights: no perplexity is computed, it would mean nothing")
         return Scores(metrics=memory, kv=kv, warnings=warnings)
 
-    def perplexity(self) -> Scores:
+    def scores(self) -> Scores:
         """The perplexity; windows that neither `score` nor `diverge` have scored are scored now, from their states.
 
         Raises: ValueError if the model's logits are not finite.

@@ -123,7 +123,11 @@ def _convert_into(packaged: Packaged, factor_seed: int | None, target: Path) -> 
     try:
         with tempfile.TemporaryDirectory(dir=part) as joined:
             gguf = packaged.whole(Path(joined))
-            content = {"gguf": packaged.name, "gguf_sha256": packaged.sha256, "tensor_types": _tensor_types(gguf)}
+            content: dict[str, Any] = {
+                "gguf": packaged.name,
+                "gguf_sha256": packaged.sha256,
+                "tensor_types": _tensor_types(gguf),
+            }
             content |= {"converter": CONVERTER, "terms": _show_terms(packaged)}
             content |= {"factors": _convert(gguf, part, factor_seed)}
         content["files"] = {file.name: file_sha256(file) for file in sorted(part.iterdir())}

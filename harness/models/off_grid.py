@@ -34,8 +34,8 @@ class Pair:
     repeats, width  with grouped queries, `repeats` heads of `width` inputs read one head of the values; otherwise 1, 1
     """
 
-    producer: nn.Module
-    consumers: tuple[nn.Module, ...]
+    producer: Any
+    consumers: tuple[Any, ...]
     repeats: int = 1
     width: int = 1
 
@@ -130,7 +130,7 @@ class _Float64(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def _logits(model: nn.Module) -> Tensor:
+def _logits(model: Any) -> Tensor:
     """The logits of tokens that are spread over the vocabulary, computed in float64."""
     tokens = torch.linspace(0, model.config.vocab_size - 1, _PROBE_TOKENS).long()[None]
     with _Float64():

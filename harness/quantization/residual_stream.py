@@ -128,7 +128,7 @@ class _Builder:
         untied = [weight for weight in weights.values() if weight not in tables]
         if len(set(untied)) < len(untied) or len(set(tables)) < len(tables):
             raise _refused("modules that read or write its residual stream share weights")
-        ends = {id(item.module) for item in (*writers, *readers, *residual.tables)}
+        ends = {id(port.module) for port in (*writers, *readers)} | {id(table.module) for table in residual.tables}
         for name, module in self.model.named_modules():
             if id(module) not in ends and id(getattr(module, "weight", None)) in {*tables, *weights.values()}:
                 raise _refused(f"{name} shares a weight with a module of its residual stream, but is none of them")

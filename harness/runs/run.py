@@ -154,7 +154,7 @@ def _assess(cfg: RunConfig, source: Source, model: nn.Module, windows: Tensor, r
             _diverge(assessment, record, device)
         if cfg.model.scored:
             with repeatable(device), stage(record, "evaluate"):
-                scores = assessment.perplexity()
+                scores = assessment.scores()
             record.window_nll = scores.window_nll
             record.metrics |= scores.metrics
             record.warnings += scores.warnings

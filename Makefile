@@ -9,7 +9,7 @@ REFERENCE_RUN = $(BIN)/python -m harness results_dir=results/reference/runs
 TABLES = $(shell sed -n 's/^<!-- \([a-z0-9_]*\):begin -->$$/\1/p' docs/results.md)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup models bench test lint check table report readme reference reproduce published kernels overhead
+.PHONY: help setup models bench test lint check table report readme reference reproduce published kernels overhead families
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -73,6 +73,9 @@ published: $(STAMP) ## Compare the records of RUNS with published figures of pap
 
 kernels: $(STAMP) ## Time all kernels on this device, GPU or CPU, and write results/kernels
 	$(BIN)/python -m harness.kernels.bench
+
+families: $(STAMP) ## Run a tiny model of every family in transformers by six methods and write results/benchmarks/families.md
+	$(BIN)/python -m benchmarks.families processes=2 output=results/benchmarks/families.md
 
 overhead: $(STAMP) ## Compare the time of the perplexity stage with a plain loop, and of online transforms with their layers
 	$(BIN)/python -m benchmarks.perplexity_overhead

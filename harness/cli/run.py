@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,7 +22,7 @@ from harness.cli.hydra_errors import one_line
 from harness.cli.main import conf_folder
 from harness.cli.show import show_table
 from harness.cli.start import TRACEBACK, ended
-from harness.config import build_limits
+from harness.config import build_limits, one_source
 from harness.records import Record, headline, sweep
 from harness.reports import label
 from harness.runs import execute_isolated, execute_run, refused_run
@@ -46,7 +46,8 @@ def job(cfg: DictConfig) -> list[float] | None:
     start = time.perf_counter()
     try:
         raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
-    except OmegaConfBaseException as error:
+        _use_typed_source(raw, context.overrides.task)
+    except (OmegaConfBaseException, ValueError) as error:
         _fail(one_line(error))
         ended.append("failed")
         return None
@@ -62,6 +63,20 @@ def job(cfg: DictConfig) -> list[float] | None:
     else:
         sweep.note(folder, sweep.entry_of(number, record, skipped, wall_s))
     return _objectives(record)
+
+
+def _use_typed_source(raw: dict[str, Any], overrides: Sequence[str]) -> None:
+    """Change the section `model` of `raw` so that an id or a package on the command line replaces the axis's source.
+
+    Raises: ValueError if the command line has several sources of weights.
+    """
+    prefix = "model."
+    keys = [override.lstrip("+~").partition("=")[0] for override in overrides]
+    typed = {key.removeprefix(prefix).partition(".")[0] for key in keys if key.startswith(prefix)}
+    if isinstance(raw.get("model"), dict):
+        section = one_source(raw["model"], typed)
+        if "path" not in typed:  # a record keeps the axis's name for a folder: it is a copy of this model
+            raw["model"] = section
 
 
 def _execute(raw: dict[str, Any], number: int | None, folder: Path) -> tuple[Record, bool]:

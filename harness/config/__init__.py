@@ -8,6 +8,8 @@ from harness.config.changed import changed_options as changed_options
 from harness.config.load import build_limits as build_limits
 from harness.config.load import build_run as build_run
 from harness.config.load import build_steps as build_steps
+from harness.config.naming import folder_name as folder_name
+from harness.config.naming import one_source as one_source
 from harness.config.options import Decides as Decides
 from harness.config.options import decides as decides
 from harness.config.parts import AnalysisConfig as AnalysisConfig

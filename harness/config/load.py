@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from harness.config.build import build
+from harness.config.naming import one_source
 from harness.config.parts import LimitsConfig
 from harness.config.schema import JobConfig, RunConfig
 from harness.core import KVFormat, Method, Scheme, overrides
@@ -42,6 +43,8 @@ def _build_run(cfg: Mapping[str, Any]) -> RunConfig:
     job_keys = {item.name for item in dataclasses.fields(JobConfig)}
     separate = {"bits", "scheme", "method", "kv", "experiment", *job_keys}
     values = {key: value for key, value in cfg.items() if key not in separate}
+    if isinstance(values.get("model"), Mapping):
+        values["model"] = one_source(values["model"])
     steps = build_steps(cfg["method"])
     scheme = build(Scheme, cfg["scheme"], "scheme") if steps else None
     warnings: tuple[str, ...] = ()

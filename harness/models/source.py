@@ -2,26 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from harness.config import Dtype, ModelConfig
-from harness.models import gguf
-from harness.models.tokenizer import Tokenizer, byte_tokenizer, pretrained_tokenizer
-from harness.utils.digests import file_sha256
-from harness.utils.errors import Refusal
+from harness.config import Dtype, ModelConfig, folder_name
+from harness.models import checkpoint, gguf, loading, prequantized, random
+from harness.models.checkpoint import CONFIG, DOWNLOAD, reading
+from harness.models.tokenizer import Tokenizer, byte_tokenizer, check_files, pretrained_tokenizer
+from harness.utils.errors import Refusal, short
+from harness.utils.explain import explain
 from harness.utils.hub import reach
 
-_BYTES = 256  # vocabulary of the byte tokenizer
-_MODEL_FILES = (".safetensors", ".bin", ".json", ".model", ".txt")
+_CORRECT = "expected a transformers folder, correct config.json"
+_NO_HUB = "use model=smollm2, which is embedded and needs no hub, or a local folder as model.path=FOLDER"
 
 
 def open(cfg: ModelConfig, seed: int) -> Source:
@@ -39,14 +40,34 @@ class Source:
     cfg: ModelConfig
     seed: int
 
+    @property
+    def key_value(self) -> str:
+        """The configuration key that names the source, and its value, as messages begin: `model.path=FOLDER`."""
+        return f"model.{self.cfg.source}={getattr(self.cfg, self.cfg.source)}"
+
+    @property
+    def name(self) -> str:
+        """Name of the model in records, tables and messages: for a local folder the folder's name."""
+        return folder_name(self.cfg.path) if self.cfg.path is not None else self.cfg.name
+
     @functools.cached_property
     def shape(self) -> Any:
-        """The transformers config of the model."""
+        """The transformers config of the model.
+
+        Raises: ValueError if transformers cannot read it, it is no causal language model, or it is quantized already.
+        """
         if self.cfg.source == "architecture":
-            return _shape_of(self.cfg.architecture or {})
+            _quiet()
+            return random.shape_of(self.cfg.architecture or {})
         from transformers import AutoConfig
 
-        return self._from_pretrained(AutoConfig)
+        with reading(self.key_value, _CORRECT):
+            prequantized.check_folder(self._config, self._folder)
+            checkpoint.check_merged(self._folder)
+            loading.config_class(self._config)
+            shape = self._from_pretrained(AutoConfig, _CORRECT)
+            loading.check_causal(shape, self._config)
+        return shape
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -58,9 +79,8 @@ class Source:
             canonical = json.dumps([self.cfg.architecture, self.seed], sort_keys=True)
             return f"random:{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
         if self.cfg.source == "path":
-            files = [file for file in sorted(self._folder.iterdir()) if file.suffix in _MODEL_FILES]
-            stats = [(file, file.stat()) for file in files]
-            return _hash_files(tuple((file, stat.st_size, stat.st_mtime_ns) for file, stat in stats))
+            with reading(self.key_value, "make the folder's files readable"):
+                return checkpoint.fingerprint(self._folder)
         if self.cfg.source == "package":
             seed = self.cfg.factor_seed
             return str(self.cfg.package) + ("" if seed is None else f"+factors{seed}")
@@ -73,12 +93,29 @@ class Source:
             return byte_tokenizer()
         from transformers import AutoTokenizer
 
-        return pretrained_tokenizer(self._from_pretrained(AutoTokenizer))
+        remedy = "expected tokenizer.json or the files of a tokenizer class of transformers"
+        with reading(self.key_value, remedy):
+            tokenizer = self._from_pretrained(AutoTokenizer, remedy)
+            check_files(tokenizer, self._folder)
+        return pretrained_tokenizer(tokenizer)
 
-    @property
-    def name(self) -> str:
-        """Name of the model in the record: for a local folder the folder's name, otherwise the name in the config."""
-        return self._folder.resolve().name if self.cfg.source == "path" else self.cfg.name
+    @functools.cached_property
+    def vocab_size(self) -> int:
+        """Number of tokens that the model has an embedding for; tokenizers may have fewer."""
+        table = self.skeleton().get_input_embeddings()  # type: ignore[operator]
+        rows = getattr(table, "num_embeddings", None)
+        return int(rows or self.shape.get_text_config().vocab_size)
+
+    def check_tokens(self, tokens: Tensor, text: str) -> None:
+        """Check that the model has an embedding for all `tokens`; `text` is the key and value of their text.
+
+        Raises: ValueError if a token is beyond the embedding.
+        """
+        highest = int(tokens.max())
+        if highest >= self.shape.get_text_config().vocab_size and highest >= self.vocab_size:
+            model = short(self.key_value, 50)
+            problem = f"has token {highest}, but {model} has only {self.vocab_size} tokens"
+            raise explain(text, problem, "", "use the model's own tokenizer")
 
     def dtype(self, key: Dtype) -> torch.dtype:
         """The torch dtype of a config value; auto is the checkpoint's dtype, or float32 if the checkpoint has none."""
@@ -90,24 +127,41 @@ class Source:
 
     def skeleton(self) -> nn.Module:
         """The model without weights (on the meta device), to check a configuration against its modules."""
-        return skeleton(self.shape)
+        attention = next((key for key in ("_attn_implementation", "attn_implementation") if key in self._config), None)
+        remedy = f"remove {attention} from config.json, or install its package" if attention else _CORRECT
+        with reading(self.key_value, remedy):
+            return loading.skeleton(self.shape)
 
-    def load(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def check(self) -> None:
+        """Check the files of the checkpoint as far as possible without loading a weight.
+
+        Raises: ValueError if it is incomplete, damaged, quantized already, or no causal language model.
+        """
+        _ = self.shape
+        if self.cfg.source != "architecture":
+            with reading(self.key_value, DOWNLOAD):
+                prequantized.check_tensors(checkpoint.tensors(self._folder, partial=self.cfg.source == "id"))
+
+    def load(self, dtype: torch.dtype, device: torch.device, warn: Callable[[str], object] = str) -> nn.Module:
         """The model in eval mode on `device`, with its weights in memory (not mapped from a file).
 
-        Raises: ValueError if it cannot be loaded, or if a weight is NaN or infinite.
+        `warn` is called with each warning about the checkpoint, for the record.
+        Raises: ValueError if it cannot be loaded, lacks a weight, or has a weight that is NaN or infinite.
         """
-        random = self.cfg.source == "architecture"
-        model = self._random(dtype, device) if random else self._pretrained(dtype)
+        drawn = self.cfg.source == "architecture"
+        if drawn:
+            model = random.draw(self.shape, self.seed, dtype, device, self.cfg.scored)
+        else:
+            model = self._pretrained(dtype, warn)
         for name, parameter in model.named_parameters():
             extremes = parameter.aminmax()  # faster than a test of each value, and NaN propagates
             if not all(map(torch.isfinite, extremes)):
                 bad = int((~torch.isfinite(parameter)).sum())
                 raise ValueError(
-                    f"model={self.cfg.name}: {name} has {bad} NaN or infinite values in {dtype}; "
+                    f"model={short(self.name, 50)}: {name} has {bad} NaN or infinite values in {dtype}; "
                     "expected finite weights, check the checkpoint or use model.dtype=float32"
                 )
-            parameter.data = parameter.data.to(device, copy=not random)
+            parameter.data = parameter.data.to(device, copy=not drawn)
             parameter.requires_grad_(False)
         return _in_float64(model.to(device).eval(), dtype)
 
@@ -123,54 +177,65 @@ class Source:
             fields["note"] = "random weights: quality metrics have no meaning"
         return fields
 
-    def _random(self, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    def _pretrained(self, dtype: torch.dtype, warn: Callable[[str], object]) -> nn.Module:
         from transformers import AutoModelForCausalLM
 
+        self.check()
+        with reading(self.key_value, DOWNLOAD):
+            names = checkpoint.tensors(self._folder, partial=self.cfg.source == "id")
+            load = functools.partial(self._from_pretrained, AutoModelForCausalLM, DOWNLOAD, dtype=dtype)
+            loaded = loading.pretrained(load, names)
+        self.check()  # again: the files of a hub are here only now
+        for warning in loaded.warnings:
+            warn(f"model={self.name}: {warning}")
+        if code := loading.custom_code(self._config):
+            warn(f"model={self.name}: its custom code, {code}, is not run; transformers' own class is used")
+        return loaded.model
+
+    def _from_pretrained(self, auto: Any, remedy: str, **options: Any) -> Any:
+        """What a class of transformers reads from the source; `remedy` is for errors that are not the hub's."""
         _quiet()
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
-            torch.manual_seed(self.seed)
-            # A scored model is drawn in the default dtype and then cast, so that all dtypes have the same weights;
-            # a model that is only timed is drawn in `dtype`, to save memory.
-            shape = copy.deepcopy(self.shape)  # the model keeps its config, and a rotation changes it
-            initial = AutoModelForCausalLM.from_config(shape, dtype=None if self.cfg.scored else dtype)
-            model: nn.Module = initial.to(dtype)
-        return model
-
-    def _pretrained(self, dtype: torch.dtype) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
-        model: nn.Module = self._from_pretrained(AutoModelForCausalLM, dtype=dtype)
-        return model
-
-    def _from_pretrained(self, auto: Any, **options: Any) -> Any:
-        _quiet()
-        if self.cfg.source == "id":
-            return reach(
-                lambda: auto.from_pretrained(self.cfg.id, revision=self.cfg.revision, **options),
-                f"model.id={self.cfg.id}",
-                "use model=smollm2, which is embedded and needs no hub, or a local folder as model.path=FOLDER",
-            )
-        try:
+        options["trust_remote_code"] = False
+        if self.cfg.source != "id":
             return auto.from_pretrained(self._folder, **options)
-        except (OSError, ValueError, KeyError) as error:
-            reason = " ".join(str(error).split())[:200]
-            raise ValueError(
-                f"model.path={self._folder} cannot be read ({reason}); expected a transformers folder"
-            ) from error
+
+        def load() -> Any:
+            with reading(self.key_value, remedy, passing=(OSError,)):  # the hub's errors
+                return auto.from_pretrained(self.cfg.id, revision=self.cfg.revision, **options)
+
+        return reach(load, self.key_value, _NO_HUB)
+
+    @functools.cached_property
+    def _config(self) -> dict[str, Any]:
+        """The content of config.json; empty for random weights."""
+        return {} if self.cfg.source == "architecture" else checkpoint.read_json(self._folder / CONFIG)
 
     @functools.cached_property
     def _folder(self) -> Path:
-        """The folder in transformers' format: a local folder, or the conversion of a package's GGUF file."""
+        """The folder in transformers' format: a local folder, a snapshot of a hub, or the conversion of a GGUF file."""
         if self.cfg.source == "package":
             return gguf.folder(str(self.cfg.package), self.cfg.factor_seed)
+        if self.cfg.source == "id":
+            return self._snapshot()
         folder = Path(str(self.cfg.path)).expanduser()
-        if not (folder / "config.json").is_file():
-            kind = ValueError if folder.is_dir() else Refusal  # a mistyped folder leaves no record
-            raise kind(
-                f"model.path={self.cfg.path} has no config.json; expected a transformers folder, "
-                f"relative to {Path.cwd()}"
-            )
-        return folder
+        if (folder / CONFIG).is_file():
+            return folder
+        with reading(self.key_value, _CORRECT):
+            prequantized.check_folder({}, folder)
+            checkpoint.check_merged(folder)
+        detail = "" if folder.is_absolute() else f"the folder is {folder.absolute()}"
+        error = explain(self.key_value, f"has no {CONFIG}", detail, "expected a transformers folder")
+        raise error if folder.is_dir() else Refusal(str(error))  # a mistyped folder leaves no record
+
+    def _snapshot(self) -> Path:
+        """The folder of a hub's cache, with config.json; the other files are added to it when they are needed."""
+        from transformers.utils import cached_file
+
+        _quiet()
+        if Path(str(self.cfg.id)).is_dir():
+            raise explain(self.key_value, "is a local folder", "", f"use model.path={self.cfg.id}")
+        find = functools.partial(cached_file, self.cfg.id, CONFIG, revision=self.cfg.revision)
+        return Path(str(reach(find, self.key_value, _NO_HUB))).parent
 
 
 def _in_float64(model: Any, dtype: torch.dtype) -> nn.Module:
@@ -179,39 +244,6 @@ def _in_float64(model: Any, dtype: torch.dtype) -> nn.Module:
         model.set_experts_implementation("eager")
     checked: nn.Module = model
     return checked
-
-
-def skeleton(shape: Any) -> nn.Module:
-    """The model of a transformers config without weights, on the meta device."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model: nn.Module = AutoModelForCausalLM.from_config(copy.deepcopy(shape))
-    return model
-
-
-def _shape_of(architecture: dict[str, Any]) -> Any:
-    """The transformers config with the fields of `architecture`."""
-    from transformers import AutoConfig
-
-    _quiet()
-    try:
-        shape = AutoConfig.for_model(**architecture)
-    except Exception as error:  # transformers' validators raise their own exception classes
-        reason = " ".join(str(error).split())
-        raise ValueError(f"model.architecture={architecture} is not a valid transformers config: {reason}") from error
-    if shape.get_text_config().vocab_size < _BYTES:
-        raise ValueError(f"model.architecture.vocab_size={shape.vocab_size} is too small; expected {_BYTES} or more")
-    return shape
-
-
-@functools.cache
-def _hash_files(files: tuple[tuple[Path, int, int], ...]) -> str:
-    """One hash of the names and contents of files; cached, and read again when a size or time changes."""
-    digest = hashlib.sha256()
-    for file, _size, _time in files:
-        digest.update(f"{file.name}:{file_sha256(file)};".encode())
-    return digest.hexdigest()
 
 
 def _quiet() -> None:

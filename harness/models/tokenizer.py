@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
+
+from harness.models.checkpoint import CheckpointError
 
 _SOME_TEXT = "a"
 
@@ -34,6 +37,20 @@ class Tokenizer:
 def byte_tokenizer() -> Tokenizer:
     """The tokenizer of models with random weights: each byte of the text in UTF-8 is a token; no special tokens."""
     return Tokenizer(lambda text, _special: list(text.encode()))
+
+
+def check_files(tokenizer: Any, folder: Path) -> None:
+    """Check that a tokenizer of transformers was read from files in `folder`.
+
+    transformers builds an empty one for a folder without them, which turns every word into the unknown token.
+    Raises: CheckpointError if a file with the vocabulary is missing.
+    """
+    names = {"tokenizer_file": "tokenizer.json", **tokenizer.vocab_files_names}
+    needed = [names[key] for key in ("vocab_file", "merges_file") if key in names] or [names["tokenizer_file"]]
+    missing = [name for name in needed if not (folder / name).is_file()]
+    if missing and tokenizer.vocab_files_names and not (folder / names["tokenizer_file"]).is_file():
+        detail = f"{missing[0]} of the tokenizer is missing"
+        raise CheckpointError("cannot be read", detail, "save the model's tokenizer into the folder")
 
 
 def pretrained_tokenizer(tokenizer: Any) -> Tokenizer:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from harness.config import one_source
 from harness.records import Record, Text
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -27,7 +28,7 @@ def describe(record: Record) -> Json:
     return {
         "run_id": record.run_id,
         "status": "refused" if record.refused else record.status,
-        "model": record.model.name or at(config, "model", "name"),
+        "model": record.model.name or _configured_model(config),
         "method": "_".join(steps) if isinstance(steps, dict) and steps else "none",
         "scheme": at(scheme, "name"),
         "bits": None if "mixed.budget" in record.options else at(scheme, "weight", "bits"),
@@ -48,6 +49,12 @@ def describe(record: Record) -> Json:
         "tokens_sha256": text.tokens_sha256,
         "commit": record.environment.commit,
     }
+
+
+def _configured_model(config: Json) -> Any:
+    """The model's name of a run without its own record of the model, as of a failed one."""
+    model = config.get("model")
+    return one_source(model).get("name") if isinstance(model, dict) else model
 
 
 def label(record: Record) -> str:

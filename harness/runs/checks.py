@@ -17,6 +17,7 @@ def check(cfg: RunConfig, source: Source) -> list[str]:
     Returns: warnings for the record.
     Raises: ValueError, in one line, for a setting that does not fit the model.
     """
+    source.check()
     skeleton = source.skeleton()
     _check_lengths(cfg, positions(source.shape, skeleton))
     quantization.check(Decoder(skeleton), cfg)

@@ -41,7 +41,7 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
     with stage(record, "data", track):
         stream, calibration = _tokens(cfg, source, record)
     with stage(record, "load", track):
-        model = source.load(dtype, device)
+        model = source.load(dtype, device, record.warnings.append)
         record.model = Weights(**source.provenance(model))
     if cfg.kv is not None:
         kvcache.prove(model, cfg.kv)
@@ -71,11 +71,13 @@ def _tokens(cfg: RunConfig, source: Source, record: Record) -> tuple[Tensor, Ten
     stream = data.evaluation(cfg.data, source.tokenizer)
     record.data = Texts(protocol=cfg.data.protocol_id, evaluation=Text(**stream.info))
     record.warnings += stream.warnings
+    source.check_tokens(stream.windows, f"data.path={stream.info['source']}")
     if not cfg.calibrates:
         return stream.windows, None
     calibration = data.calibration(cfg.data, source.tokenizer, cfg.seed)
     record.data = replace(record.data, calibration=Text(**calibration.info))
     record.warnings += calibration.warnings
+    source.check_tokens(calibration.windows, f"data.calibration_path={calibration.info['source']}")
     warning = data.check_overlap(cfg.data, calibration, stream)
     record.warnings += [warning] if warning else []
     return stream.windows, calibration.windows

@@ -9,6 +9,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, TypeVar
 from urllib.parse import urlparse
 
+from harness.utils.explain import OneLineError, explain
+
 T = TypeVar("T")
 UNREACHABLE = "the hub cannot be reached and no copy is cached"
 _PROXIES = ("https_proxy", "HTTPS_PROXY", "all_proxy", "ALL_PROXY")
@@ -39,9 +41,11 @@ def reach(load: Callable[[], T], what: str, remedy: str) -> T:
     try:
         with _offline() if offline else nullcontext():
             return load()
+    except OneLineError:
+        raise
     except (OSError, ValueError) as error:  # all errors of the hub's clients: no connection, not found, ...
         reason = UNREACHABLE if offline else _first_line(error)
-        raise ValueError(f"{what} could not be loaded ({reason}); {remedy}") from error
+        raise explain(what, "could not be loaded", reason, remedy) from error
 
 
 @contextmanager

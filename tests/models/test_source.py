@@ -81,7 +81,7 @@ def test_nan_weights_are_named(folder: Path) -> None:
     broken = build_family("llama")
     broken.get_parameter("model.layers.1.mlp.up_proj.weight").data[3, 4] = torch.nan
     broken.save_pretrained(folder)  # type: ignore[operator]
-    with pytest.raises(ValueError, match=r"model=x: model.layers.1.mlp.up_proj.weight has 1 NaN or infinite"):
+    with pytest.raises(ValueError, match=r"model=saved: model.layers.1.mlp.up_proj.weight has 1 NaN or infinite"):
         models.open(ModelConfig(name="x", path=str(folder)), 0).load(torch.float32, CPU)
 
 

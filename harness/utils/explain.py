@@ -1,0 +1,35 @@
+"""One line about what is wrong with the value of a key, of limited length, also for long paths and long reasons."""
+
+from __future__ import annotations
+
+import re
+
+from harness.utils.errors import LIMIT, short
+
+_COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class OneLineError(ValueError):
+    """A ValueError whose message is complete: no caller adds to it."""
+
+
+def explain(subject: str, problem: str, detail: str, remedy: str) -> OneLineError:
+    """The error `subject problem (detail); remedy`, of at most `LIMIT` characters.
+
+    A long `subject`, such as a key with a path, loses characters in its middle, and a long `detail` those at its end.
+    """
+    subject = short(subject)
+    room = LIMIT - len(f"{subject} {problem} (); {remedy}")
+    detail = cut(" ".join(_COLOURS.sub("", detail).split()).rstrip("."), max(room, 0))
+    return OneLineError(f"{subject} {problem}{f' ({detail})' if detail else ''}; {remedy}")
+
+
+def reason(error: BaseException) -> str:
+    """What an exception of a library says, without the names of classes, unless the message alone says little."""
+    message = " ".join(str(error).split()).rpartition("Error: ")[2]
+    return message if len(message.split()) > 2 else f"{type(error).__name__}: {message}".removesuffix(": ")
+
+
+def cut(text: str, length: int) -> str:
+    """`text` with at most `length` characters: the end of a longer one is replaced by three points."""
+    return text if len(text) <= length else f"{text[: max(length - 3, 0)]}..."[:length]

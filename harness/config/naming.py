@@ -34,7 +34,8 @@ def one_source(model: Mapping[str, Any], typed: Collection[str] = ()) -> dict[st
             "remove it, or rename the folder"
         )
     others = [key for key in sources if key != source]
-    named = {**model, **dict.fromkeys(others)}
+    unused = [*others, *(["factor_seed"] if source != "package" and "factor_seed" in model else [])]
+    named = {**model, **dict.fromkeys(unused)}
     if source == "path" or ("name" not in typed and (others or source in typed)):
         named["name"] = _name(source, model[source]) or model.get("name")
     return named

@@ -30,7 +30,7 @@ _PARTS = {
     "qweight": "GPTQ or AWQ",
     "qzeros": "GPTQ or AWQ",
     "weight_packed": "compressed-tensors",
-    "weight_scale": "scales of codes",
+    "weight_scale": "codes with scales",
     "weight_scale_inv": "FP8 in blocks",
     "weight_scale_2": "ModelOpt",
     "SCB": "bitsandbytes, 8 bits",
@@ -49,14 +49,14 @@ def check_folder(config: Mapping[str, Any], folder: Path) -> None:
     for label, sub in (("", config), *((f"{name}.", config.get(name)) for name in _SUBMODELS)):
         for section in _SECTIONS:
             if isinstance(sub, Mapping) and sub.get(section):
-                raise _refusal(f"{label}{section} of config.json: {_method(sub[section])}")
+                raise _refusal(f"{_method(sub[section])}, by {label}{section} of config.json")
     name = config.get("dtype") or config.get("torch_dtype")
     dtype = getattr(torch, name.removeprefix("torch."), None) if isinstance(name, str) else None
     if isinstance(dtype, torch.dtype) and dtype not in FLOATS:
-        raise _refusal(f"config.json has dtype={name}")
+        raise _refusal(f"dtype={name} in config.json")
     for file, kind in _FILES.items():
         if (folder / file).is_file():
-            raise _refusal(f"{file}: {_described(kind, folder / file)}")
+            raise _refusal(f"{_described(kind, folder / file)}, by {file}")
     check_gguf(folder)
 
 
@@ -76,15 +76,13 @@ def check_tensors(tensors: Mapping[str, Stored]) -> None:
         kind = next((_PARTS[part] for part in name.split(".")[-2:] if part in _PARTS), None)
         dtype = str(stored.dtype).removeprefix("torch.")
         if kind is not None:
-            raise _refusal(f"{kind}: it holds {name}")
+            raise _refusal(f"{kind}, by {name}")
         if isinstance(stored.dtype, str) and (name.endswith("weight") or dtype.lower().startswith(("f4", "f6", "f8"))):
-            raise _refusal(f"{name} has dtype {dtype}")
+            raise _refusal(f"codes of dtype {dtype}, by {name}")
 
 
 def _refusal(kind: str) -> CheckpointError:
-    return CheckpointError(
-        "is quantized already", kind, "expected float weights, use the checkpoint that it was made from"
-    )
+    return CheckpointError("is quantized already", kind, "expected float weights, use the float checkpoint")
 
 
 def _method(section: Any) -> str:

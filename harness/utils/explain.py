@@ -6,6 +6,7 @@ import re
 
 from harness.utils.errors import LIMIT, short
 
+_LEAST, _MOST = 45, 70  # characters of a long key with its value: more if the detail is short
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
@@ -18,9 +19,10 @@ def explain(subject: str, problem: str, detail: str, remedy: str) -> OneLineErro
 
     A long `subject`, such as a key with a path, loses characters in its middle, and a long `detail` those at its end.
     """
-    subject = short(subject)
-    room = LIMIT - len(f"{subject} {problem} (); {remedy}")
-    detail = cut(" ".join(_COLOURS.sub("", detail).split()).rstrip("."), max(room, 0))
+    detail = " ".join(_COLOURS.sub("", detail).split()).rstrip(".")
+    room = LIMIT - len(f" {problem} (); {remedy}")
+    subject = short(subject, min(max(room - len(detail), _LEAST), _MOST))
+    detail = cut(detail, max(room - len(subject), 0))
     return OneLineError(f"{subject} {problem}{f' ({detail})' if detail else ''}; {remedy}")
 
 

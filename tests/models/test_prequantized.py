@@ -73,7 +73,7 @@ def test_an_empty_section_is_a_float_model(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "kind"),
     [
-        ("quantize_config.json", {"bits": 4}, "quantize_config.json: GPTQ or AWQ, 4 bits"),
+        ("quantize_config.json", {"bits": 4}, "GPTQ or AWQ, 4 bits, by quantize_config.json"),
         ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "ModelOpt"),
         ("quantized.json", {"version": 1}, "saved by save=FOLDER"),
     ],
@@ -102,9 +102,9 @@ def codes(dtype: torch.dtype) -> Callable[[dict[str, Tensor]], object]:
 @pytest.mark.parametrize(
     ("change", "kind"),
     [
-        (codes(torch.int8), f"{UP}.weight has dtype"),
-        (codes(torch.uint8), f"{UP}.weight has dtype"),
-        (codes(torch.float8_e4m3fn), f"{UP}.weight has dtype"),
+        (codes(torch.int8), f"by {UP}.weight"),
+        (codes(torch.uint8), f"by {UP}.weight"),
+        (codes(torch.float8_e4m3fn), f"by {UP}.weight"),
         (lambda tensors: tensors.update({f"{UP}.qweight": tensors.pop(f"{UP}.weight")}), "GPTQ or AWQ"),
         (lambda tensors: tensors.update({f"{UP}.SCB": torch.ones(3)}), "bitsandbytes, 8 bits"),
         (lambda tensors: tensors.update({f"{UP}.weight.absmax": torch.ones(3)}), "bitsandbytes, 4 bits"),

@@ -53,9 +53,10 @@ def reading(subject: str, remedy: str, passing: tuple[type[Exception], ...] = ()
     `remedy` says what to do about an exception of a library; exceptions of the classes in `passing` are not changed.
     Raises: ValueError instead of any other exception.
     """
+    complete: tuple[type[Exception], ...] = (OneLineError, Refusal, *passing)
     try:
         yield
-    except (OneLineError, Refusal, *passing):
+    except complete:
         raise
     except CheckpointError as error:
         raise explain(subject, error.problem, error.detail, error.remedy) from error

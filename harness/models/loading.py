@@ -39,7 +39,7 @@ def config_class(config: Mapping[str, Any]) -> Any:
 
     model_type = config.get("model_type")
     if model_type in CONFIG_MAPPING:
-        return CONFIG_MAPPING[model_type]
+        return CONFIG_MAPPING[str(model_type)]
     if code := custom_code(config):
         detail = f"model_type={model_type} needs custom code, {code}, which is never run"
         raise CheckpointError("cannot be read", detail, "expected a model class of transformers itself")

@@ -229,12 +229,12 @@ class Source:
 
     def _snapshot(self) -> Path:
         """The folder of a hub's cache, with config.json; the other files are added to it when they are needed."""
-        from transformers.utils import cached_file
+        from transformers.utils.hub import cached_file
 
         _quiet()
         if Path(str(self.cfg.id)).is_dir():
             raise explain(self.key_value, "is a local folder", "", f"use model.path={self.cfg.id}")
-        find = functools.partial(cached_file, self.cfg.id, CONFIG, revision=self.cfg.revision)
+        find = functools.partial(cached_file, str(self.cfg.id), CONFIG, revision=self.cfg.revision)
         return Path(str(reach(find, self.key_value, _NO_HUB))).parent
 
 

@@ -130,14 +130,17 @@ def violations(record: Record, method: str, bits: int, of: Reference) -> list[st
     return wrong + _wrong_names(record, quantized, of) + _wrong_bits(record, of)
 
 
+def _kind(name: str) -> str:
+    """The name with `*` for numbers, as warnings name a linear of every block."""
+    return re.sub(r"\b\d+\b", "*", name)
+
+
 def _wrong_names(record: Record, quantized: set[str], of: Reference) -> list[str]:
     """Linears that run in the blocks but stay float without a warning, and what is quantized although it is none."""
     text = " ".join(record.warnings)
-    kinds = {name: re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name) for name in of.linears}  # as warnings name them
-    silent = [name for name, kind in kinds.items() if name not in quantized and name not in text and kind not in text]
-    running = {
-        of.owners[name] for name in of.linears
-    }  # a module that does not run may share the matrix of one that does
+    silent = [name for name in of.linears if name not in quantized and name not in text and _kind(name) not in text]
+    # A module that does not run may share the matrix of one that does.
+    running = {of.owners[name] for name in of.linears}
     others = sorted(name for name in quantized if of.owners.get(name) not in running)
     wrong = [f"{len(silent)} linears stay float without a warning: {silent[0]}"] if silent else []
     return wrong + ([f"{len(others)} quantized modules are no linears: {others[0]}"] if others else [])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from harness.calibration.proofs import SAME_LOGITS, relative_error, within
 from harness.calibration.shortcut import Shortcut
 from harness.models import Decoder, logits
-from harness.nn import first_of, hooked
+from harness.nn import first_of, hooked, reason
 
 Watcher = Callable[[Tensor], None]
 _INSTEAD = "it cannot be calibrated block by block, use a data-free method such as rtn"
@@ -38,7 +38,9 @@ class Stream:
         model, self.blocks = decoder.model, decoder.blocks
         self.position = 0
         _check_calls(decoder)
-        self.calls = _calls(partial(logits, model, tokens[:1]), self.blocks, _without_states)
+        calls = _calls(partial(logits, model, tokens[:1]), self.blocks, lambda *call: call)
+        self.calls = [_without_states(*call) for call in calls]
+        self._by_name = [not args for args, _ in calls]  # whether the model passes the hidden states by name
         if len(self.calls) != len(self.blocks):
             raise _refused(model, f"calls {len(self.calls)} of its {len(self.blocks)} blocks, expected each once")
         self._states: list[Tensor] = []
@@ -62,7 +64,11 @@ class Stream:
     def _run(self, position: int, states: Tensor, block: nn.Module | None = None) -> Tensor:
         args, options = self.calls[position]
         args, options = _cast(args, states.dtype), _cast(options, states.dtype)
-        output = first_of((block or self.blocks[position])(states, *args, **options))
+        if self._by_name[position]:
+            options = {"hidden_states": states, **options}
+        else:
+            args = (states, *args)
+        output = first_of((block or self.blocks[position])(*args, **options))
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"block {position} returns a {type(output).__name__}, expected hidden states or a tuple that starts "
@@ -150,7 +156,11 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
     for _ in stream.blocks:
         stream.advance()
     expected = logits(model, tokens)
-    last, states = stream.blocks[-1], stream.states[0]
+    last = stream.blocks[-1]
+    try:
+        states = stream.states[0]
+    except (AttributeError, LookupError, RuntimeError, TypeError) as failure:  # of the model's own code
+        raise _refused(model, f"fails when one block is run alone ({reason(failure, 60)})") from failure
 
     def logits_from(last_states: Tensor) -> Tensor:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:

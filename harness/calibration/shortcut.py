@@ -22,13 +22,13 @@ from harness.nn import first_of, hooked, standing_in
 class Shortcut:
     """A `module` that returns the output of its linear `last`.
 
-    as_tuple  number of items that the module returns, all None after the first; 0 if it returns the tensor itself
-    inputs    the inputs of the linear, one tensor per sequence; empty until they are observed
+    others  the Nones that the module returns after the output, in a tuple or list; None if it returns the tensor itself
+    inputs  the inputs of the linear, one tensor per sequence; empty until they are observed
     """
 
     module: nn.Module
     last: str
-    as_tuple: int
+    others: tuple[None, ...] | list[None] | None
     inputs: list[Tensor] = field(default_factory=list)
 
     @property
@@ -42,7 +42,7 @@ class Shortcut:
 
         def forward(*_args: Any, **_options: Any) -> Any:
             output = self.linear(self.inputs[index])
-            return (output, *[None] * (self.as_tuple - 1)) if self.as_tuple else output
+            return output if self.others is None else type(self.others)([output, *self.others])
 
         with standing_in(self.module, forward):
             yield
@@ -63,7 +63,7 @@ def shortcuts(block: nn.Module, run: Callable[[], object]) -> list[Shortcut]:
         for name, output in calls:  # inner modules end before outer ones, so the outermost comes last and stays
             if not last.startswith(f"{name}.") or first_of(output) is not outputs.get(last):
                 continue
-            size = len(output) if isinstance(output, tuple) else 0
-            if size == 0 or all(item is None for item in output[1:]):
-                by_linear[last] = Shortcut(block.get_submodule(name), last.removeprefix(f"{name}."), size)
+            others = output[1:] if isinstance(output, tuple | list) else None
+            if others is None or all(item is None for item in others):
+                by_linear[last] = Shortcut(block.get_submodule(name), last.removeprefix(f"{name}."), others)
     return list(by_linear.values())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -30,12 +30,16 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
-def split_skipped(names: list[str], patterns: tuple[str, ...]) -> tuple[list[str], list[str]]:
+def split_skipped(
+    names: list[str], patterns: tuple[str, ...], floats: Iterable[str] = ()
+) -> tuple[list[str], list[str]]:
     """The names that match no pattern, and the names that match one (shell patterns, case-sensitive).
 
+    A pattern may also match only names of `floats`, which stay float without it.
     Raises: ValueError if a pattern matches nothing, or every name matches one.
     """
-    skipped = matching(names, patterns, "skip")
+    matched = matching([*floats, *names], patterns, "skip")
+    skipped = [name for name in names if name in matched]
     quantized = [name for name in names if name not in skipped]
     if not quantized:
         raise ValueError(f"skip={list(patterns)} matches all {len(names)} linears; use method=none for the float model")

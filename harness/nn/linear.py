@@ -13,6 +13,7 @@ from harness.core import QTensor
 from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 from harness.kernels.table import choose
+from harness.nn.described import Described
 
 
 class QuantLinear(nn.Module):
@@ -36,6 +37,11 @@ class QuantLinear(nn.Module):
         self.register_buffer("bias", bias)
         self.packed: QTensor | Kernel | None = weight
         self.register_buffer("decoded", None if weight.quantizes_inputs else weight.dequantize(dtype))
+
+    @property
+    def weight(self) -> Described:
+        """Shape, dtype and device of the weight, which models ask for to cast inputs; it has no values."""
+        return Described(self.shape, self.dtype, next(self.buffers()).device)
 
     @property
     def kernel(self) -> str:

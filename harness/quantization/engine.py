@@ -48,7 +48,7 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
         except ValueError as error:
             raise ValueError(f"method.{label}: {error}") from error
     matching(list(linears), cfg.analysis.outliers, "analysis.outliers")
-    names = split_skipped(list(linears), cfg.skip)[0]
+    names = split_skipped(list(linears), cfg.skip, decoder.uncovered())[0]
     for name in names if decoder.probed else ():  # else some may be no linears of the decoder
         rows, columns = weight_of(linears[name]).shape
         try:
@@ -78,7 +78,7 @@ def quantize(
         check(decoder, cfg)
     result = Result(warnings=decoder.notes() if cfg.steps else [])
     linears = decoder.linears()
-    names, skipped = split_skipped(list(linears), cfg.skip) if cfg.steps else ([], list(linears))
+    names, skipped = split_skipped(list(linears), cfg.skip, decoder.uncovered()) if cfg.steps else ([], list(linears))
     twins = _twins(linears)
     rescaled: dict[str, str] = {}
     schemes = {name: cfg.scheme.at(bits) for name, bits in (widths or {}).items()} if cfg.scheme else {}

@@ -123,7 +123,7 @@ def plan(
     assert cfg.scheme is not None
     assert cfg.mixed.budget is not None
     base = _measured_at(measured)
-    names = split_skipped(list(decoder.linears()), cfg.skip)[0]
+    names = split_skipped(list(decoder.linears()), cfg.skip, decoder.uncovered())[0]
     units = _units(measured, names)
     observed = survey(decoder, tokens, names, [Hessian], cache, track)
     total = _observe(observed, units, [cfg.scheme.at(bits) for bits in {*cfg.mixed.widths, base}])

@@ -17,8 +17,10 @@ from rich.console import Console
 from harness.cli import table as command
 from harness.records import Execution, Record, Text, Texts, Weights, write
 from harness.records.folder import load_records, read_tables
+from harness.records.metrics import METRICS
 from harness.reports import Sheet, mean_over_seeds, render, table, to_frame
 from harness.reports.cells import STALE, STALE_NOTE, display
+from harness.reports.frame import measured
 from harness.reports.intervals import difference, interval
 from harness.reports.markdown import between
 from tests.conftest import ROOT
@@ -594,3 +596,9 @@ def test_reference_records_hold_no_path_of_the_machine_that_made_them() -> None:
     for path in paths:
         for word in ("/home/", "/root/", "/work/", "/tmp/", "C:\\\\"):
             assert word not in path.read_text(), f"{path.name} holds {word}"
+
+
+def test_a_metric_with_its_usual_value_in_all_rows_has_no_column() -> None:
+    rows = [{metric.name: 1.0 for metric in METRICS} | {"kv": "none", "quantized_share": share} for share in (1.0, 0.5)]
+    names = [[metric.name for metric in measured(pd.DataFrame(part))] for part in (rows[:1], rows)]
+    assert ["quantized_share" in columns for columns in names] == [False, True]

@@ -57,6 +57,7 @@ def test_a_typed_configuration_has_the_shown_name() -> None:
 
 
 def test_the_command_line_shows_the_name_of_what_it_was_asked_for(command: Any, tmp_path: Path) -> None:
+    (tmp_path / "my_llama").mkdir()
     base = ("measure=off", f"results_dir={tmp_path}")
     for arguments, start in (
         ((f"model.path={tmp_path}/my_llama",), f"error: my_llama rtn group64 bits=4: model.path={tmp_path}"[:60]),

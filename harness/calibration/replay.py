@@ -164,7 +164,8 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
 
     def logits_from(last_states: Tensor) -> Tensor:
         def hook(_module: nn.Module, _args: Any, output: Any) -> Any:
-            return type(output)([last_states, *output[1:]]) if isinstance(output, tuple | list) else last_states
+            make = getattr(output, "_make", type(output))  # of a named tuple
+            return make([last_states, *output[1:]]) if isinstance(output, tuple | list) else last_states
 
         with hooked([last.register_forward_hook(hook)]):
             return logits(model, tokens)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -28,6 +28,11 @@ def _no_grad() -> Iterator[None]:
         yield
 
 
+class Named(NamedTuple):
+    states: Tensor
+    extra: Tensor | None
+
+
 class Toy(nn.Module):
     """A decoder of two linear blocks; `defect` is the way in which replay cannot reproduce it."""
 
@@ -36,6 +41,9 @@ class Toy(nn.Module):
         self.defect, self.passes = defect, 0
         self.embed, self.head = nn.Embedding(128, 8), nn.Linear(8, 128)
         self.blocks = nn.ModuleList(ToyBlock() for _ in range(2))
+        if defect == "named":  # no defect: blocks that return a named tuple
+            for block in self.blocks:
+                block.register_forward_hook(lambda _module, _args, states: Named(states, None))
 
     def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
         states = self.embed(input_ids)
@@ -46,6 +54,7 @@ class Toy(nn.Module):
             if self.defect == "between" and block is self.blocks[1]:
                 states = states + 0.1
             states = block(hidden_states=states, extra=extra)
+            states = states.states if isinstance(states, Named) else states
         if self.defect == "twice":
             states = self.blocks[1](hidden_states=self.blocks[0](hidden_states=states, extra=extra), extra=extra)
         if self.defect == "ignored":
@@ -113,8 +122,9 @@ def test_a_copy_of_a_block_runs_in_the_precision_of_its_states() -> None:
     assert relative(output, expected) < 1e-5
 
 
-def test_a_model_without_defect_is_replayed() -> None:
-    verify(Toy("none"), TOKENS[:1])
+@pytest.mark.parametrize("defect", ["none", "named"])
+def test_a_model_without_defect_is_replayed(defect: str) -> None:
+    verify(Toy(defect), TOKENS[:1])
 
 
 @pytest.mark.parametrize("defect", ["between", "ignored"])

@@ -39,7 +39,7 @@ def test_it_is_the_published_model_off_its_grid() -> None:
     notes = [source.provenance(model)["note"] for source, model in zip((raw, new), loaded, strict=True)]
     assert "factors" not in notes[0]
     assert "factors (seed 0) take them off their grid, the logits differ by" in notes[1]
-    ids = torch.tensor([raw.encode("The quick brown fox jumps over the lazy dog")])
+    ids = torch.tensor([raw.tokenizer.encode("The quick brown fox jumps over the lazy dog")])
     with torch.no_grad():
         published, logits = (model(input_ids=ids).logits for model in loaded)
     assert float((logits - published).norm() / published.norm()) < 1e-5

@@ -323,7 +323,7 @@ def test_the_ranking_is_by_kl_alone_with_shares_and_correlations(
     ("arguments", "message"),
     [
         (["top=0"], "top=0 is no number of rows; expected 1 or more"),
-        (["first=3"], "first=3 is unknown; expected KEY=VALUE with a key of runs, top"),
+        (["first=3"], "first=3 is unknown; expected one of: runs, top"),
         ([], "holds no finished run with analysis.sensitivity; run one with it first"),
     ],
 )

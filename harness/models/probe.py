@@ -85,9 +85,8 @@ class Probe(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], _types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.__bool__ and args[0].is_meta:
-            return (
-                True  # has no value; models ask whether tokens are consecutive and unpadded, as those of the probe are
-            )
+            # It has no value; models ask whether tokens are consecutive and unpadded, as those of the probe are.
+            return True
         result = func(*args, **(kwargs or {}))
         for tensor in tensors_of((args, kwargs or {})):
             owners = self._owners.get(id(tensor), ())

@@ -24,5 +24,7 @@ class Described(Tensor):
         """Takes the arguments of `__new__`."""
 
     @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise ValueError(f"{func} reads the float weight of a quantized linear; add the linear to skip")

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from harness.core import ActivationFormat, WeightFormat, round_to_nearest
 from harness.core.formats import InputQuantizer
 from harness.nn import QuantLinear, stored_bytes
+from harness.nn.described import Described
 
 
 def naive_symmetric(values: Tensor, bits: int) -> Tensor:
@@ -136,3 +137,11 @@ def test_stored_bytes_counts_packed_bits_and_tied_weights_once() -> None:
     for keep in (QuantLinear.pack, QuantLinear.simulate):
         model = nn.ModuleList([embedding, head, keep(QuantLinear(quantized, None, torch.float32))])
         assert stored_bytes(model) == 10 * 16 * 4 + (16 * 32 * 3 + 16 * 19) // 8
+
+
+def test_the_weight_of_a_quantized_linear_has_a_description_and_no_values() -> None:
+    weight = Described((3, 4), torch.float16, torch.device("cpu"))
+    assert (tuple(weight.shape), weight.dtype, weight.device.type) == ((3, 4), torch.float16, "cpu")
+    for read in (lambda: weight.t(), lambda: weight.float(), lambda: weight.data, lambda: weight.sum()):
+        with pytest.raises(ValueError, match="reads the float weight of a quantized linear; add the linear to skip"):
+            read()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from harness.models.decoder import kind_of
 from harness.records import Record
 
 GROUP = 32  # inputs that share a scale, as in scheme=group32
@@ -130,15 +130,10 @@ def violations(record: Record, method: str, bits: int, of: Reference) -> list[st
     return wrong + _wrong_names(record, quantized, of) + _wrong_bits(record, of)
 
 
-def _kind(name: str) -> str:
-    """The name with `*` for numbers, as warnings name a linear of every block."""
-    return re.sub(r"\b\d+\b", "*", name)
-
-
 def _wrong_names(record: Record, quantized: set[str], of: Reference) -> list[str]:
     """Linears that run in the blocks but stay float without a warning, and what is quantized although it is none."""
     text = " ".join(record.warnings)
-    silent = [name for name in of.linears if name not in quantized and name not in text and _kind(name) not in text]
+    silent = [name for name in of.linears if name not in quantized and name not in text and kind_of(name) not in text]
     # A module that does not run may share the matrix of one that does.
     running = {of.owners[name] for name in of.linears}
     others = sorted(name for name in quantized if of.owners.get(name) not in running)

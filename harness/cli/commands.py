@@ -112,6 +112,11 @@ ATTRIBUTION = Command(
 COMMANDS = {command.name: command for command in (TABLE, REPORT, REPRODUCE, ATTRIBUTION)}
 
 
+def print_error(message: object) -> None:
+    """Print an error to stderr, in one line."""
+    sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
+
+
 def run_command(command: Command, arguments: Sequence[str], work: Callable[[dict[str, str]], int | None]) -> int:
     """Call `work` with the options of the command line, defaults included, or print the help if it is requested.
 
@@ -124,10 +129,10 @@ def run_command(command: Command, arguments: Sequence[str], work: Callable[[dict
         typed = options_of(command, arguments)
         return work({key: option.default for key, option in command.options.items()} | typed) or 0
     except (ValueError, OSError) as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        print_error(error)
         return 1
     except KeyboardInterrupt:
-        sys.stderr.write("error: interrupted; finished runs are kept and will not be run again\n")
+        print_error("interrupted; finished runs are kept and will not be run again")
         return 130
 
 

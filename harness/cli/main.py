@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from harness.cli.commands import COMMANDS as COMMANDS
-from harness.cli.commands import HELP, help_of
+from harness.cli.commands import HELP, help_of, print_error
 from harness.cli.completion import words_of
 from harness.utils.errors import Refusal
 
@@ -25,11 +25,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(words)
     except Refusal as error:
-        sys.stderr.write(f"error: {error}\n")
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the end of the process
-        sys.stderr.write("error: interrupted; finished runs are kept and will be skipped next time\n")
+        print_error("interrupted; finished runs are kept and will be skipped next time")
         return 130
 
 

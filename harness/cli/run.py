@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.cli import sweeps
+from harness.cli.commands import print_error
 from harness.cli.hydra_errors import one_line
 from harness.cli.main import conf_folder
 from harness.cli.show import show_table
@@ -48,7 +48,7 @@ def job(cfg: DictConfig) -> list[float] | None:
         raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
         _use_typed_source(raw, context.overrides.task)
     except (OmegaConfBaseException, ValueError) as error:
-        _fail(one_line(error))
+        print_error(one_line(error))
         ended.append("failed")
         return None
     record, skipped = _execute(raw, number, folder)
@@ -136,15 +136,11 @@ def _report(record: Record, skipped: bool, place: str) -> None:
     for warning in record.warnings:
         _console.print(f"[yellow]warn[/]  {name}: {escape(warning)}", highlight=False, soft_wrap=True)
     if record.refused and not place:
-        _fail(str(record.error))
+        print_error(str(record.error))
     elif record.status == "failed":
-        _fail(f"{label(record)}: {record.error}")
+        print_error(f"{label(record)}: {record.error}")
     else:
         metric = headline(record.metrics)
         figure = f"{metric} {record.metrics[metric]:.4g} in " if metric else ""
         seconds = sum(record.stages.values())
         _console.print(f"[green]done[/]  {name}: {figure}{seconds:.1f} s{place}", highlight=False, soft_wrap=True)
-
-
-def _fail(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")

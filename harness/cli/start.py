@@ -11,6 +11,7 @@ from omegaconf import DictConfig
 
 from harness import __version__
 from harness.cli.arguments import ordered
+from harness.cli.commands import print_error
 from harness.cli.completion import first_words, is_query
 from harness.cli.hydra_errors import one_line
 from harness.cli.main import conf_folder
@@ -18,6 +19,11 @@ from harness.utils.errors import Refusal
 
 TRACEBACK = "PTQBENCH_TRACEBACK"  # environment variable that tells every process of a sweep to print tracebacks
 ended: list[str] = []  # status of each run, for the exit code: Hydra does not return results of runs
+on_interrupt: list[Callable[[], None]] = []  # what the sweep in progress removes if it is interrupted
+
+
+class Stop(BaseException):
+    """Ends a sweep before its first run. Hydra turns every Exception of a callback into a warning."""
 
 
 def start(words: Sequence[str]) -> int:
@@ -38,7 +44,7 @@ def start(words: Sequence[str]) -> int:
         _order_line(words)
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except Stop as error:
-        sys.stderr.write(f"error: {error}\n")
+        print_error(error)
         return 1
     except KeyboardInterrupt:
         for remove in on_interrupt:
@@ -47,16 +53,9 @@ def start(words: Sequence[str]) -> int:
     except Exception as error:  # runs catch their errors, so the command line cannot be used
         if show_traceback and not isinstance(error, Refusal):
             raise
-        sys.stderr.write(f"error: {one_line(error, tuple(words))}\n")
+        print_error(one_line(error, tuple(words)))
         return 1
     return 1 if "failed" in ended else 0
-
-
-class Stop(BaseException):
-    """Ends a sweep before its first run. Hydra turns every Exception of a callback into a warning."""
-
-
-on_interrupt: list[Callable[[], None]] = []  # what the sweep in progress removes if it is interrupted
 
 
 def job(cfg: DictConfig) -> list[float] | None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from harness.cli.commands import print_error
 from harness.cli.hydra_errors import one_line
 from harness.cli.show import show_table
 from harness.cli.start import Stop, ended, on_interrupt
@@ -63,7 +63,7 @@ class SweepEnd(Callback):
         ended.extend(entry.status for entry in entries)
         if entries and all(entry.refused for entry in entries):
             self.remove()
-            sys.stderr.write(f"error: none of the {len(entries)} runs is possible; nothing was written\n")
+            print_error(f"none of the {len(entries)} runs is possible; nothing was written")
             return
         for entry in entries:
             if entry.refused and entry.run_id:
@@ -194,5 +194,5 @@ def _records(folder: Path, entries: Sequence[sweep.Entry]) -> list[Record]:
         try:
             readable.append(read(path_of(folder, run_id)))
         except ValueError as error:
-            sys.stderr.write(f"error: {error}\n")
+            print_error(error)
     return readable

@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from harness.calibration.calls import INSTEAD, Enough, calls_of, cast, equal, split, without_states
 from harness.calibration.proofs import SAME_LOGITS, relative_error, within
 from harness.calibration.shortcut import Shortcut
 from harness.models import Decoder, logits
 from harness.nn import first_of, hooked, reason
 
 Watcher = Callable[[Tensor], None]
-_INSTEAD = "it cannot be calibrated block by block, use a data-free method such as rtn"
-
-
-class _Enough(Exception):  # noqa: N818 - not an error: every watched module has been called
-    """Ends a forward early."""
 
 
 class Stream:
@@ -38,8 +34,8 @@ class Stream:
         model, self.blocks = decoder.model, decoder.blocks
         self.position = 0
         _check_calls(decoder)
-        calls = _calls(partial(logits, model, tokens[:1]), self.blocks, lambda *call: call)
-        self.calls = [_without_states(*call) for call in calls]
+        calls = calls_of(partial(logits, model, tokens[:1]), self.blocks, lambda *call: call)
+        self.calls = [without_states(*call) for call in calls]
         self._by_name = [not args for args, _ in calls]  # whether the model passes the hidden states by name
         if len(self.calls) != len(self.blocks):
             raise _refused(model, f"calls {len(self.calls)} of its {len(self.blocks)} blocks, expected each once")
@@ -47,8 +43,8 @@ class Stream:
         self._reached = 0
         self.shortcuts: Sequence[Shortcut] = ()  # of the block at `position`
         for sequence in tokens:
-            ((states, arguments),) = _calls(partial(logits, model, sequence[None]), self.blocks[:1], _split_call)
-            if not _equal(arguments, self.calls[0]):
+            ((states, arguments),) = calls_of(partial(logits, model, sequence[None]), self.blocks[:1], split)
+            if not equal(arguments, self.calls[0]):
                 raise _refused(model, "passes its blocks token-dependent arguments besides the hidden states")
             self._states.append(states)
 
@@ -63,7 +59,7 @@ class Stream:
 
     def _run(self, position: int, states: Tensor, block: nn.Module | None = None) -> Tensor:
         args, options = self.calls[position]
-        args, options = _cast(args, states.dtype), _cast(options, states.dtype)
+        args, options = cast(args, states.dtype), cast(options, states.dtype)
         if self._by_name[position]:
             options = {"hidden_states": states, **options}
         else:
@@ -72,7 +68,7 @@ class Stream:
         if not isinstance(output, Tensor):
             raise ValueError(
                 f"block {position} returns a {type(output).__name__}, expected hidden states or a tuple that starts "
-                f"with them; {_INSTEAD}"
+                f"with them; {INSTEAD}"
             )
         return output
 
@@ -114,7 +110,7 @@ class Stream:
             with self._shortened(i), _watched(watchers, recorders, stop=not keep):
                 try:
                     output = self.run(states)
-                except _Enough:
+                except Enough:
                     continue
             if keep:
                 outputs.append(output)
@@ -135,7 +131,7 @@ class Stream:
     def call_of(self, module: nn.Module, states: Tensor) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments of the first call of a module inside the block, for input states (1, T, D)."""
         call: tuple[tuple[Any, ...], dict[str, Any]]
-        (call,) = _calls(lambda: self.run(states), [module], lambda args, options: (args, options))
+        (call,) = calls_of(lambda: self.run(states), [module], lambda args, options: (args, options))
         return call
 
     def advance(self, outputs: list[Tensor] | None = None) -> None:
@@ -175,7 +171,7 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
     if not within(error, limit) or torch.equal(from_zeros, expected):  # equal: the model ignores its blocks
         raise ValueError(
             f"replaying the {len(stream.blocks)} blocks of {type(model).__name__} does not reproduce its logits: the "
-            f"relative error is {error:.2g}, expected at most {limit:g}; {_INSTEAD}"
+            f"relative error is {error:.2g}, expected at most {limit:g}; {INSTEAD}"
         )
 
 
@@ -197,22 +193,7 @@ def _check_calls(decoder: Decoder) -> None:
 
 
 def _refused(model: nn.Module, why: str) -> ValueError:
-    return ValueError(f"{type(model).__name__} {why}; {_INSTEAD}")
-
-
-@torch.no_grad()
-def _calls(run: Callable[[], object], modules: list[nn.Module], keep: Callable[..., Any]) -> list[Any]:
-    """`keep(args, options)` of each call of `modules` during `run`, in order; as many calls as modules end the run."""
-    calls: list[Any] = []
-
-    def note(_module: nn.Module, args: Any, options: Any) -> None:
-        calls.append(keep(args, options))
-        if len(calls) == len(modules):
-            raise _Enough
-
-    with hooked(module.register_forward_pre_hook(note, with_kwargs=True) for module in modules), suppress(_Enough):
-        run()
-    return calls
+    return ValueError(f"{type(model).__name__} {why}; {INSTEAD}")
 
 
 @contextmanager
@@ -227,41 +208,7 @@ def _watched(
             recorders[module](args[0])
         waiting.discard(module)
         if stop and not waiting:
-            raise _Enough
+            raise Enough
 
     with hooked(module.register_forward_pre_hook(hook) for module in watchers):
         yield
-
-
-def _split_call(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Tensor, Any]:
-    """The hidden states of a call, and its other arguments."""
-    states = args[0] if args else options.get("hidden_states")
-    if not isinstance(states, Tensor):
-        raise ValueError(f"blocks receive no hidden states as first argument or as hidden_states; {_INSTEAD}")
-    return states, _without_states(args, options)
-
-
-def _without_states(args: tuple[Any, ...], options: dict[str, Any]) -> tuple[Any, Any]:
-    return args[1:], {key: value for key, value in options.items() if args or key != "hidden_states"}
-
-
-def _equal(left: Any, right: Any) -> bool:
-    """Whether two nests of arguments are equal, tensor by tensor."""
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
-        return isinstance(left, Tensor) and isinstance(right, Tensor) and torch.equal(left, right)
-    if isinstance(left, tuple | list):
-        return len(left) == len(right) and all(map(_equal, left, right))
-    if isinstance(left, dict):
-        return left.keys() == right.keys() and all(_equal(value, right[key]) for key, value in left.items())
-    return bool(left is right or left == right)
-
-
-def _cast(nest: Any, dtype: torch.dtype) -> Any:
-    """Float tensors of a nest of arguments in `dtype`."""
-    if isinstance(nest, Tensor):
-        return nest.to(dtype) if nest.is_floating_point() else nest
-    if isinstance(nest, tuple | list):
-        return type(nest)(_cast(item, dtype) for item in nest)
-    if isinstance(nest, dict):
-        return {key: _cast(value, dtype) for key, value in nest.items()}
-    return nest

@@ -82,7 +82,9 @@ def json_lines(key: str, path: Path, text: str) -> list[str]:
 def normalized_rows(rows: list[str]) -> tuple[list[str], Changes]:
     """Rows of a data set with line feeds as line ends, and what was normalized."""
     count = sum(row.count("\r") for row in rows)
-    return ([_lines(row) for row in rows], Changes(line_ends=count)) if count else (rows, Changes())
+    if not count:
+        return rows, Changes()
+    return [_with_line_feeds(row.encode()).decode() for row in rows], Changes(line_ends=count)
 
 
 def unreadable(key: str, path: Path, reason: str, expected: str) -> ValueError:
@@ -137,8 +139,9 @@ def _is_compressed(data: bytes, path: Path) -> bool:
 
 
 def _normalized(data: bytes) -> bytes:
-    return data.removeprefix(_BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+    return _with_line_feeds(data.removeprefix(_BOM))
 
 
-def _lines(row: str) -> str:
-    return row.replace("\r\n", "\n").replace("\r", "\n")
+def _with_line_feeds(data: bytes) -> bytes:
+    """UTF-8 text whose line ends are line feeds: only line ends have these bytes."""
+    return data.replace(b"\r\n", b"\n").replace(b"\r", b"\n")

@@ -67,6 +67,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         process.kill()
 
 
+def interrupted(process: subprocess.Popen[bytes]) -> list[str]:
+    """The lines on stderr of a sweep that Ctrl-C ends, and of its processes, without those that begin a run."""
+    os.killpg(process.pid, signal.SIGINT)
+    _, errors = process.communicate()
+    return [line for line in errors.decode().splitlines() if not line.startswith("run ")]
+
+
 @pytest.mark.parametrize("moment", [imports, server, run])
 def test_ctrl_c_is_one_line_and_leaves_nothing(
     moment: Callable[[subprocess.Popen[bytes]], bool], start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
@@ -75,10 +82,33 @@ def test_ctrl_c_is_one_line_and_leaves_nothing(
     process = start("-m", *TINY, *sizes, "results_dir=new/runs", "method=gptq", "bits=3,4", "measure=off")
     until(lambda: process.poll() is not None or moment(process))
     children = descendants(process)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate()
-    lines = [line for line in errors.decode().splitlines() if not line.startswith("run ")]
-    assert lines == [INTERRUPTED]
+    assert interrupted(process) == [INTERRUPTED]
     assert process.returncode == 130
     until(lambda: all(ended(child) for child in children))
     assert list(tmp_path.iterdir()) == []
+
+
+# A method whose run shows a progress bar of a library, as the first run of an embedded model does, and then waits.
+WAITING = """
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+from tqdm.auto import tqdm
+from harness.core import Method
+
+@dataclass(frozen=True, kw_only=True)
+class Waiting(Method):
+    def quantize(self, weight, scheme, stats):
+        list(tqdm([weight]))
+        Path("waits").touch()
+        signal.pause()
+"""
+
+
+def test_an_interrupted_run_leaves_no_semaphore(start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING)
+    (tmp_path / "conf/method").mkdir(parents=True)
+    (tmp_path / "conf/method/waiting.yaml").write_text("waiting: {_target_: waiting.Waiting}\n")
+    process = start("--config-dir", "conf", "-m", *TINY, "results_dir=runs", "method=waiting", "measure=off")
+    until(lambda: process.poll() is not None or (tmp_path / "waits").exists())
+    assert interrupted(process) == [INTERRUPTED]

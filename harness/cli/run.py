@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Generator, Iterable, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from harness.cli.commands import print_error
 from harness.cli.hydra_errors import one_line
 from harness.cli.main import conf_folder
 from harness.cli.show import show_table
-from harness.cli.start import TRACEBACK, ended
+from harness.cli.start import ended
 from harness.config import build_limits, one_source
 from harness.records import Record, headline, sweep
 from harness.reports import label
@@ -55,7 +54,7 @@ def job(cfg: DictConfig) -> list[float] | None:
     _report(record, skipped, "" if number is None else f" ({sweeps.place(number)})")
     wall_s = time.perf_counter() - start
     if number is None:
-        ended.append(record.status)
+        ended.append(sweep.outcome(record, skipped))
         if record.status == "ok":
             show_table([record])
     elif record.refused:
@@ -84,7 +83,6 @@ def _execute(raw: dict[str, Any], number: int | None, folder: Path) -> tuple[Rec
 
     Returns: its record, and whether the run had finished before.
     """
-    show_traceback = bool(os.environ.get(TRACEBACK))
     try:
         limits = build_limits(raw, number is not None)
     except Refusal as error:
@@ -93,8 +91,8 @@ def _execute(raw: dict[str, Any], number: int | None, folder: Path) -> tuple[Rec
     left = "" if number is None else sweeps.time_left(folder, number)
     track = _tracker(", ".join(part for part in (place, left) if part))
     if limits is None:
-        return execute_run(raw, track, show_traceback)
-    return execute_isolated(raw, limits, track, show_traceback)
+        return execute_run(raw, track)
+    return execute_isolated(raw, limits, track)
 
 
 def _objectives(record: Record) -> list[float] | None:
@@ -144,3 +142,5 @@ def _report(record: Record, skipped: bool, place: str) -> None:
         figure = f"{metric} {record.metrics[metric]:.4g} in " if metric else ""
         seconds = sum(record.stages.values())
         _console.print(f"[green]done[/]  {name}: {figure}{seconds:.1f} s{place}", highlight=False, soft_wrap=True)
+    if record.unsaved:
+        print_error(f"{label(record)}: the model was not saved: {record.unsaved}")

@@ -15,9 +15,8 @@ from harness.cli.commands import print_error
 from harness.cli.completion import first_words, is_query
 from harness.cli.hydra_errors import one_line
 from harness.cli.main import conf_folder
-from harness.utils.errors import Refusal
+from harness.utils.errors import TRACEBACK, Refusal
 
-TRACEBACK = "PTQBENCH_TRACEBACK"  # environment variable that tells every process of a sweep to print tracebacks
 ended: list[str] = []  # status of each run, for the exit code: Hydra does not return results of runs
 on_interrupt: list[Callable[[], None]] = []  # what the sweep in progress removes if it is interrupted
 

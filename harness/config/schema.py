@@ -60,7 +60,7 @@ class RunConfig:
     stale        what happens to a finished run whose code has changed since: it is run again, or kept
     warnings     what the record warns about before the run starts
 
-    The float baseline ignores `bits`, `scheme`, `skip`, `execution`, `analysis` and `mixed`.
+    The float baseline ignores `bits`, `scheme`, `skip`, `execution`, `analysis`, `mixed` and `save`.
     """
 
     model: ModelConfig = field(metadata=ALWAYS)

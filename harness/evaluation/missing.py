@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from harness.nn import is_memory, reason
+from harness.utils.errors import trace
 
 _LONGEST = 200  # characters of a warning
 _NO_MEMORY = "; free memory and use force=true"
@@ -20,6 +21,7 @@ def optional(warnings: list[str], stage: str, metrics: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # whatever fails here, the run keeps what it has measured
+        trace()
         warnings.append(_warning(error, stage, metrics))
 
 

@@ -125,6 +125,7 @@ class Record:
     status       ok or failed
     error        the reason of a failure, in one line
     refused      whether the run failed because its configuration does not allow it, before it started
+    unsaved      why `save` wrote no model; None if it wrote one, or was not set
     code         digest of the code of the run, or of later code that gave the same bits
     confirmed    the commit of that later code; None if there was none
     config       the resolved configuration, as read by Hydra
@@ -148,6 +149,7 @@ class Record:
     status: Literal["ok", "failed"] = "ok"
     error: str | None = None
     refused: bool = False
+    unsaved: str | None = None
     code: str = ""
     confirmed: str | None = None
     config: Json = field(default_factory=dict)

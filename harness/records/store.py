@@ -113,8 +113,9 @@ def finished(folder: Path, run: str) -> Record | None:
 def _text(record: Record) -> str:
     """A record as JSON: its sections without values that are None, and `layers` as one row for each kind of linear."""
     values = asdict(record) | {"layers": summary(record.layers)}
-    if not record.refused:
-        del values["refused"]
+    for name in ("refused", "unsaved"):  # rare
+        if not values[name]:
+            del values[name]
     values |= {name: _without_none(values[name]) for name in ("environment", "model", "execution", "data")}
     return json.dumps(values, indent=1, allow_nan=False) + "\n"
 

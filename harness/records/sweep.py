@@ -26,7 +26,7 @@ class Entry:
 
     number   position in the sweep, from 0
     run_id   None if the configuration could not be read
-    status   ok or failed
+    status   ok or failed, see `outcome`
     wall_s   seconds from the start of the run to its record, the start of its process included
     skipped  whether the run had finished before
     refused  whether its configuration does not allow it
@@ -47,11 +47,15 @@ class Entry:
         return math.fsum(self.stages.get(name, 0.0) for name in WORK)
 
 
+def outcome(record: Record, skipped: bool) -> str:
+    """ok or failed: a run whose model was not saved has results, but not all that was asked for."""
+    return "failed" if record.unsaved and not skipped else record.status
+
+
 def entry_of(number: int, record: Record, skipped: bool, wall_s: float) -> Entry:
     """The entry of a run; a skipped run spent no time in stages."""
-    return Entry(
-        number, record.run_id, record.status, wall_s, skipped, {} if skipped else record.stages, record.refused
-    )
+    stages = {} if skipped else record.stages
+    return Entry(number, record.run_id, outcome(record, skipped), wall_s, skipped, stages, record.refused)
 
 
 def note(folder: Path, entry: Entry) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import traceback
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -18,14 +17,14 @@ from harness.runs import identity
 from harness.runs.checks import device_of
 from harness.runs.moved import moved, stamped
 from harness.runs.run import run
-from harness.utils.errors import Refusal, one_line
+from harness.utils.errors import Refusal, one_line, trace
 from harness.utils.files import first_missing, remove_empty
 from harness.utils.progress import Track, silent
 
 Json = dict[str, Any]
 
 
-def execute_run(raw: Json, track: Track = silent, show_traceback: bool = False) -> tuple[Record, bool]:
+def execute_run(raw: Json, track: Track = silent) -> tuple[Record, bool]:
     """Run the resolved configuration `raw`, unless there is a record of the same run by the same code.
 
     A run whose code has changed is repeated (`stale=keep` keeps it). If the repetition gives the same bits, the earlier
@@ -45,8 +44,7 @@ def execute_run(raw: Json, track: Track = silent, show_traceback: bool = False) 
     except Exception as error:  # a sweep continues: every error is the result of its run
         refused = isinstance(error, Refusal)
         finished = replace(record, status="failed", error=one_line(error), refused=refused), False
-        if show_traceback:
-            traceback.print_exc()
+        trace()
     finally:
         gc.collect()
     if finished[0].refused:
@@ -84,7 +82,7 @@ def _compared(earlier: Record, now: Record) -> Record:
     """The record to store after a run was repeated because its code had changed."""
     changes = moved(earlier, now)
     if not changes:
-        return stamped(earlier, now)
+        return replace(stamped(earlier, now), unsaved=now.unsaved)
     now.warnings.append(f"repeated because its code has changed; this changed {', '.join(changes)}")
     return now
 

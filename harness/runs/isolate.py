@@ -45,15 +45,13 @@ class Place(NamedTuple):
     environment: dict[str, str]
 
 
-def execute_isolated(
-    raw: Json, limits: LimitsConfig, track: Track = silent, show_traceback: bool = False
-) -> tuple[Record, bool]:
+def execute_isolated(raw: Json, limits: LimitsConfig, track: Track = silent) -> tuple[Record, bool]:
     """Like `execute_run`, in a new process, which is ended if it exceeds `limits`.
 
     Returns: the record, and whether the run had finished before. If the process dies, the record is a failed one that
     says how.
     """
-    process, events, lifeline = _start(raw, show_traceback)
+    process, events, lifeline = _start(raw)
     watch = _Watch(process.pid or 0, limits, track)
     try:
         finished = watch.follow(events)
@@ -67,7 +65,7 @@ def execute_isolated(
     return failed_run(raw, watch.reason or _cause_of_death(process.exitcode, watch)), False
 
 
-def _start(raw: Json, show_traceback: bool) -> tuple[BaseProcess, Connection, Connection]:
+def _start(raw: Json) -> tuple[BaseProcess, Connection, Connection]:
     """Start the process of a run.
 
     Returns: the process; the connection from which its events are read; and a connection that this process keeps open:
@@ -82,7 +80,7 @@ def _start(raw: Json, show_traceback: bool) -> tuple[BaseProcess, Connection, Co
     events, sender = context.Pipe(duplex=False)
     receiver, lifeline = context.Pipe(duplex=False)
     place = Place(os.getcwd(), dict(os.environ))  # noqa: PTH109 - a string is sent to the other process
-    process = context.Process(target=_work, args=(sender, receiver, place, raw, show_traceback))
+    process = context.Process(target=_work, args=(sender, receiver, place, raw))
     process.start()
     sender.close()
     receiver.close()
@@ -184,7 +182,7 @@ def _cause_of_death(code: int | None, watch: _Watch) -> str:
     return f"the run's process ended by itself with exit code {code} {where}; isolate=false shows more"
 
 
-def _work(events: Connection, lifeline: Connection, place: Place, raw: Json, show_traceback: bool) -> None:
+def _work(events: Connection, lifeline: Connection, place: Place, raw: Json) -> None:
     """The main function of the new process: execute the run, and send its progress and its record."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C interrupts the sweep, which then ends this process
     threading.Thread(target=_exit_after, args=(lifeline,), daemon=True).start()
@@ -193,7 +191,7 @@ def _work(events: Connection, lifeline: Connection, place: Place, raw: Json, sho
     os.environ.update(place.environment)
     with suppress(OSError):  # only Linux has it
         Path("/proc/self/oom_score_adj").write_text(_OOM_SCORE)
-    record, skipped = execute_run(raw, _Reporter(events), show_traceback)
+    record, skipped = execute_run(raw, _Reporter(events))
     events.send(("done", record, skipped))
 
 

@@ -23,6 +23,7 @@ from harness.runs.analysis import Analyser
 from harness.runs.checks import check, device_of
 from harness.utils.determinism import repeatable
 from harness.utils.disk_cache import DiskCache, cache_dir
+from harness.utils.errors import one_line, trace
 from harness.utils.progress import Track, silent
 
 
@@ -100,14 +101,24 @@ def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, 
     with stage(record, "quantize"):
         result = quantization.quantize(decoder, cfg, tokens, track, cache, widths)
     _add_format(cfg, record, decoder.model, result)
-    if cfg.save is not None and cfg.scheme is not None:
-        native.save(decoder.model, result.weights, cfg.scheme, source.provenance(decoder.model), Path(cfg.save))
-        result.weights.clear()
+    _save(cfg, source, decoder.model, result, record)
     if cfg.steps and not uncertain and not cfg.analyses:
         record.metrics["quantize_peak_mib"] = peak_memory_mib(device)
     if cfg.analyses:
         with optional(record.warnings, "analyse", "sensitivity and outliers"), stage(record, "analyse"):
             record.analysis = replace(analyser.analyse(result), mixed=record.analysis.mixed)
+
+
+def _save(cfg: RunConfig, source: Source, model: nn.Module, result: quantization.Result, record: Record) -> None:
+    """Save the quantized model if the run has a folder for it. After an error the run goes on."""
+    if cfg.save is None or cfg.scheme is None:
+        return
+    try:
+        native.save(model, result.weights, cfg.scheme, source.provenance(model), Path(cfg.save))
+    except Exception as error:  # whatever fails here, the model can still be evaluated
+        trace()
+        record.unsaved = one_line(error)
+    result.weights.clear()
 
 
 def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quantization.Result) -> None:

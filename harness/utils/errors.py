@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import os
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 LIMIT = 200  # characters of a message
+TRACEBACK = "PTQBENCH_TRACEBACK"  # environment variable that tells every process of a sweep to print tracebacks
 _LISTED = 70  # characters of a list of choices
 _SUGGESTED = 2
 
@@ -37,6 +40,12 @@ def one_line(error: BaseException) -> str:
     if isinstance(error, ValueError):
         return message
     return f"{type(error).__name__}: {message}; HYDRA_FULL_ERROR=1 shows the traceback"
+
+
+def trace() -> None:
+    """Print the traceback of the error that is being handled, if HYDRA_FULL_ERROR=1 asks for it."""
+    if os.environ.get(TRACEBACK, os.environ.get("HYDRA_FULL_ERROR", "")) not in ("", "0"):
+        traceback.print_exc()
 
 
 def choices(word: str, names: Sequence[str], see: str = "") -> str:

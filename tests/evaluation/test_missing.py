@@ -169,6 +169,16 @@ def test_no_memory_is_recognized_whatever_raises_it() -> None:
         assert warnings[0].endswith(missing._NO_MEMORY) == short
 
 
+def test_the_traceback_of_a_missing_metric_on_request(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for value, count in (("", 0), ("1", 1)):
+        monkeypatch.setenv("PTQBENCH_TRACEBACK", value)
+        with optional([], "measure", "kl"):
+            raise RuntimeError("shape")
+        assert capsys.readouterr().err.count("Traceback") == count
+
+
 def test_an_interruption_is_no_missing_metric() -> None:
     with pytest.raises(KeyboardInterrupt), optional([], "measure", "kl"):
         raise KeyboardInterrupt

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 
 from harness import data, models
 from harness.config import build_run
 from harness.evaluation import perplexity
 from harness.models import logits
 from harness.models.exchange import native
-from harness.records import Record
+from harness.records import Record, store, sweep
 from harness.runs import execute_run
 from tests.conftest import resolve
 
@@ -77,11 +81,52 @@ def test_a_finished_run_runs_again_to_save_and_nothing_is_overwritten(tmp_path: 
     assert (tmp_path / "other/model.safetensors").read_bytes() == before
 
 
-def test_weights_that_the_file_cannot_store_are_refused(tmp_path: Path) -> None:
+def test_weights_that_the_file_cannot_store_are_evaluated_but_not_saved(tmp_path: Path) -> None:
     record, folder = saved(tmp_path, "method=gptq", "scheme=group64", "method.gptq.static_groups=false")
-    assert record.status == "failed"
-    assert "is a PermutedQTensor; expected integer codes with scale and zero point" in str(record.error)
+    assert (record.status, record.error) == ("ok", None)
+    assert record.metrics["nll"] > 0
+    assert "is a PermutedQTensor; expected integer codes with scale and zero point" in str(record.unsaved)
     assert not folder.exists()
+
+
+def test_a_folder_that_cannot_be_written_is_an_error_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(models.Source, "load", lambda *_: pytest.fail("the model was loaded"))
+    (tmp_path / "file").touch()
+    raw = resolve("model=tiny", *LONG, f"results_dir={tmp_path}", f"save={tmp_path}/file/new")
+    record, _ = execute_run(raw)
+    assert record.status == "failed"
+    assert str(record.error).startswith(f"save={tmp_path}/file/new cannot be written, because of ")
+    assert str(record.error).endswith("/file; choose another folder")
+
+
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), SafetensorError("I/O error")])
+def test_a_model_that_cannot_be_saved_loses_no_result(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., Any]
+) -> None:
+    complete, _ = saved(tmp_path, "scheme=group64")
+    earlier = store.path_of(tmp_path / "runs", complete.run_id)
+    store.write(replace(complete, code="that of earlier code"), earlier.parent)
+
+    def full(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(native, "save_file", full)
+    folder = tmp_path / "full"
+    line = ("model=tiny", *LONG, "scheme=group64", "scheme.weight.group_size=16", f"save={folder}")
+    done = command(*line, f"results_dir={tmp_path}/runs")
+    assert done.returncode == 1
+    record = store.read(earlier)
+    assert record.status == "ok"
+    assert record.unsaved == f"save={folder} cannot be written ({error}); free disk space or choose another folder"
+    assert record.metrics["nll"] == complete.metrics["nll"]
+    (shown,) = [text for text in done.stderr.splitlines() if text.startswith("error: ")]
+    assert shown.endswith(f": the model was not saved: {record.unsaved}")
+    assert not (folder / "model.safetensors").exists()
+    assert [sweep.entry_of(0, record, skipped, 1.0).status for skipped in (False, True)] == ["failed", "ok"]
+    assert command(*line[:-1], f"results_dir={tmp_path}/runs").returncode == 0
+    assert store.read(earlier).unsaved is None
 
 
 def test_an_empty_folder_and_a_model_that_does_not_fit_are_refused(tmp_path: Path) -> None:

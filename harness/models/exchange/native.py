@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from harness.config import build
 from harness.core import IntQTensor, QTensor, Scheme
 from harness.core.formats import InputQuantizer
 from harness.nn import QuantLinear, replace
+from harness.utils.errors import short
 from harness.utils.files import replacing
 
 VERSION = 1
@@ -27,9 +30,12 @@ _WEIGHTS, _METADATA = "model.safetensors", "quantized.json"
 
 
 def check(folder: Path) -> None:
-    """Raises: ValueError if the folder already contains a model, which is never overwritten."""
+    """Raises: ValueError if the folder cannot be written, or already contains a model, which is never overwritten."""
     if (folder / _WEIGHTS).exists():
         raise ValueError(f"save={folder} already contains a model; choose another folder, or delete it")
+    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ValueError(f"save={folder} cannot be written, because of {short(parent)}; choose another folder")
 
 
 def save(model: nn.Module, weights: dict[str, QTensor], scheme: Scheme, source: dict[str, Any], folder: Path) -> None:
@@ -57,7 +63,7 @@ def save(model: nn.Module, weights: dict[str, QTensor], scheme: Scheme, source: 
         with replacing(folder / _WEIGHTS) as part:
             save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
             (folder / _METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         raise ValueError(
             f"save={folder} cannot be written ({error}); free disk space or choose another folder"
         ) from error

@@ -47,6 +47,8 @@ _MESSAGES = (
     (r"Interpolation key '(?P<text>[^']+)' not found", "${{{text}}} is no key of the configuration (--help lists all)"),
     (r"Error locating target '(?P<text>[^']+)'", "_target_={text} cannot be imported; expected module.Class"),
 )  # fmt: skip
+# Messages of OmegaConf and of Python about a key in a list; the word in quotes is the part of the key that is no index.
+_INDEX = re.compile(r"(?:invalid literal for int\(\) with base 10:|\bIndex) '(?P<word>[^']+)'|list index out of range")
 
 
 def one_line(error: BaseException, arguments: tuple[str, ...] = ()) -> str:
@@ -67,6 +69,8 @@ def one_line(error: BaseException, arguments: tuple[str, ...] = ()) -> str:
         return _unknown_key(message, error.__cause__)
     if "Config group override" in message or "must be a string or a list" in message:
         return _no_name(arguments)
+    if inside := _inside_a_list(f"{message} {error.__cause__}", arguments):
+        return inside
     for pattern, words in _MESSAGES:
         if found := re.search(pattern, message):
             return words.format(**{name: short(text) for name, text in found.groupdict().items()})
@@ -104,6 +108,17 @@ def _no_name(arguments: tuple[str, ...]) -> str:
             names = sorted(path.stem for path in folder.glob("*.yaml"))
             return f"{short(argument)} is no name; {errors.choices(value, names)}"
     return "an axis has a value that is no name; expected AXIS=NAME (--help lists the names)"
+
+
+def _inside_a_list(message: str, arguments: tuple[str, ...]) -> str | None:
+    """The message for a list that is written like a mapping, such as skip.a=3; None if `message` is not about one."""
+    found = _INDEX.search(message)
+    word = re.escape(found["word"]) if found and found["word"] else r"\d+"
+    for argument in arguments if found else ():
+        if key := re.match(rf"[+~]*(?P<list>[^=]+?)\.{word}(?=[.=]|$)", argument):
+            name, value = key["list"], argument.partition("=")[2].strip("[]")
+            return f"{short(argument)}: {name} is a list, set as a whole; expected '{name}=[{short(value) or 'VALUE'}]'"
+    return None
 
 
 def _unknown_key(message: str, cause: ConfigAttributeError | ConfigKeyError) -> str:

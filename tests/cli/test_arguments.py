@@ -69,6 +69,13 @@ def test_flags_stand_anywhere(words: list[str], expected: list[str]) -> None:
         (["model@x=tiny"], "model@x is an unknown axis; did you mean model?"),
         (["model.path=/nowhere/model"], "model.path=/nowhere/model has no config.json; expected a transformers folder"),
         (["hydra/launcher=workerz"], "hydra/launcher=workerz is unknown; did you mean workers?"),
+        (["skip.a=3"], "skip.a=3: skip is a list, set as a whole; expected 'skip=[3]'"),
+        (["+skip.a=3"], "+skip.a=3: skip is a list, set as a whole; expected 'skip=[3]'"),
+        (["skip.a.b=3"], "skip.a.b=3: skip is a list, set as a whole; expected 'skip=[3]'"),
+        (["skip.0=*.head"], "skip.0=*.head: skip is a list, set as a whole; expected 'skip=[*.head]'"),
+        (["seed=1", "~skip.a"], "~skip.a: skip is a list, set as a whole; expected 'skip=[VALUE]'"),
+        (["bits=3", "analysis.outliers.a=[x,y]"], "a list, set as a whole; expected 'analysis.outliers=[x,y]'"),
+        (["skip.a=3,4", "-m"], "skip.a=3: skip is a list, set as a whole; expected 'skip=[3]'"),
         (["bits=nine"], "scheme.weight.bits='nine' has type str; expected int"),
     ],
 )

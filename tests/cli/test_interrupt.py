@@ -46,6 +46,11 @@ def _command(process: psutil.Process | None) -> list[str]:
         return []
 
 
+def _heed_interrupts() -> None:
+    """A shell lets its background processes ignore SIGINT; if the tests run in one, their children inherit this."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
     """Starts a command in a process group of its own, as a terminal does; all that remains of it ends with the test."""
@@ -55,7 +60,13 @@ def start(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen[bytes]]]:
         env = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
         command = [sys.executable, "-m", "harness", *arguments]
         process = subprocess.Popen(
-            command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+            command,
+            cwd=tmp_path,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,
+            preexec_fn=_heed_interrupts,
         )
         processes.append(process)
         return process
@@ -78,7 +89,7 @@ def interrupted(process: subprocess.Popen[bytes]) -> list[str]:
 def test_ctrl_c_is_one_line_and_leaves_nothing(
     moment: Callable[[subprocess.Popen[bytes]], bool], start: Callable[..., subprocess.Popen[bytes]], tmp_path: Path
 ) -> None:
-    sizes = ("data.num_samples=128", "data.calibration_seq_len=2048")  # a run that lasts
+    sizes = ("data.num_samples=64", "data.calibration_seq_len=2048")  # a run that lasts
     process = start("-m", *TINY, *sizes, "results_dir=new/runs", "method=gptq", "bits=3,4", "measure=off")
     until(lambda: process.poll() is not None or moment(process))
     children = descendants(process)

@@ -1,4 +1,4 @@
-"""Two new processes give the same bits; on a GPU, the settings for this are made, and restored afterwards."""
+"""Two processes give the same bits; on a GPU, the settings for this are made, and restored afterwards."""
 
 from __future__ import annotations
 
@@ -56,18 +56,23 @@ def results(folder: str, overrides: tuple[str, ...]) -> dict[str, Any]:
     }
 
 
-def in_new_process(folder: Path) -> dict[str, dict[str, Any]]:
+def all_results(folder: str) -> str:
+    """The results of all methods, as JSON."""
+    return json.dumps({name: results(folder, overrides) for name, overrides in METHODS.items()})
+
+
+def in_new_process(folder: Path) -> str:
     """The results of all methods, from a new process."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "random"}
     command = [sys.executable, "-m", "tests.runs.test_determinism", str(folder)]
     process = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
     assert process.returncode == 0, process.stderr
-    by_method: dict[str, dict[str, Any]] = json.loads(process.stdout)
-    return by_method
+    return process.stdout
 
 
 def test_two_processes_give_the_same_bits(tmp_path: Path) -> None:
-    first, second = (in_new_process(tmp_path / name) for name in ("first", "second"))
+    first = json.loads(in_new_process(tmp_path / "first"))
+    second = json.loads(all_results(f"{tmp_path}/second"))
     assert list(first) == list(METHODS)
     differing = [
         f"{method}.{key}" for method in METHODS for key in first[method] if first[method][key] != second[method][key]
@@ -106,4 +111,4 @@ def test_settings_are_restored_after_an_error(monkeypatch: pytest.MonkeyPatch) -
 
 
 if __name__ == "__main__":
-    json.dump({name: results(sys.argv[1], overrides) for name, overrides in METHODS.items()}, sys.stdout)
+    sys.stdout.write(all_results(sys.argv[1]))

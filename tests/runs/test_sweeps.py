@@ -24,7 +24,7 @@ from harness.records import Record, store, sweep
 from harness.reports import sweeps_sheet
 from harness.runs import execute_isolated, execute_run
 from harness.utils.progress import text
-from tests.conftest import ROOT, TINY, harness, resolve
+from tests.conftest import ROOT, TINY, Done, harness, resolve
 from tests.support.waiting import ended, until
 
 Tiny = Callable[..., dict[str, Any]]
@@ -110,10 +110,12 @@ def test_a_run_that_dies_is_a_row_with_its_reason_and_the_sweep_continues(bad: P
     assert summary["own_share"] == pytest.approx(1 - work_s / summary["wall_s"], rel=0.01)
 
 
-def test_the_run_of_a_killed_sweep_ends_too_and_the_sweep_can_be_continued(bad: Path) -> None:
-    command = [sys.executable, "-m", "harness", "--config-dir", "conf", "-m", *SMALL, "results_dir=runs"]
+def test_the_run_of_a_killed_sweep_ends_too_and_the_sweep_can_be_continued(
+    bad: Path, command: Callable[..., Done]
+) -> None:
+    sweep_run = [sys.executable, "-m", "harness", "--config-dir", "conf", "-m", *SMALL, "results_dir=runs"]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([*command, "method=rtn,wait"], cwd=bad, env=env, stdout=-3, stderr=-3)
+    process = subprocess.Popen([*sweep_run, "method=rtn,wait"], cwd=bad, env=env, stdout=-3, stderr=-3)
     pid_file = bad / "wait.pid"
     until(lambda: process.poll() is not None or (pid_file.exists() and pid_file.read_text()))
     run = psutil.Process(int(pid_file.read_text()))
@@ -125,7 +127,7 @@ def test_the_run_of_a_killed_sweep_ends_too_and_the_sweep_can_be_continued(bad: 
         with suppress(psutil.NoSuchProcess):
             run.kill()
     assert [record["status"] for record in records(bad / "runs")] == ["ok"]
-    again = harness("-m", *SMALL, "results_dir=runs", "method=rtn,hqq", cwd=bad)
+    again = command("-m", *SMALL, f"results_dir={bad}/runs", "method=rtn,hqq", "isolate=false")
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("skip  tiny") == 1
     assert len(records(bad / "runs")) == 2
@@ -261,10 +263,12 @@ def test_entries_and_their_summary(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize("launcher", ["workers", "submitit_local", "ray_cluster"])
-def test_every_record_of_a_launcher_arrives_once(launcher: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("launcher", "isolate"), [("workers", True), ("submitit_local", False), ("ray_cluster", False)]
+)
+def test_every_record_of_a_launcher_arrives_once(launcher: str, isolate: bool, tmp_path: Path) -> None:
     output = harness(
-        *("-m", *SMALL, f"hydra/launcher={launcher}", f"results_dir={tmp_path}", "method=rtn"),
+        *("-m", *SMALL, f"hydra/launcher={launcher}", f"isolate={isolate}", f"results_dir={tmp_path}", "method=rtn"),
         *("scheme=group32", "scheme.weight.group_size=32,96,64"),
         RAY_AUTH_MODE="disabled",
     )
@@ -301,7 +305,7 @@ def resolve_hydra(*overrides: str) -> dict[str, Any]:
 
 def test_optuna_finds_the_pareto_front_of_two_metrics(tmp_path: Path) -> None:
     output = harness(
-        *("experiment=pareto", *SMALL[:-1], f"results_dir={tmp_path}", "hydra.sweeper.n_trials=6"),
+        *("experiment=pareto", *SMALL[:-1], f"results_dir={tmp_path}", "hydra.sweeper.n_trials=6", "isolate=false"),
         "hydra.sweeper.params={method:rtn,scheme:'choice(channel,group32)',bits:'choice(2,4,9)'}",
     )
     ok = [record for record in records(tmp_path) if record["status"] == "ok"]
@@ -317,8 +321,8 @@ def test_optuna_finds_the_pareto_front_of_two_metrics(tmp_path: Path) -> None:
     assert summary_of(tmp_path)["runs"] == 6
 
 
-def test_an_unknown_launcher_names_the_extra() -> None:
-    output = harness("-m", *SMALL, "hydra/launcher=kubernetes")
+def test_an_unknown_launcher_names_the_extra(command: Callable[..., Done]) -> None:
+    output = command("-m", *SMALL, "hydra/launcher=kubernetes")
     assert output.returncode == 1
     assert output.stderr.startswith("error: hydra/launcher=kubernetes is unknown; ")
     assert "pip install 'ptqbench[sweeps]'" in output.stderr

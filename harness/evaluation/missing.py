@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from harness.nn import is_memory, reason
 from harness.utils.errors import trace
+from harness.utils.explain import fitted, is_memory, reason
 
-_LONGEST = 200  # characters of a warning
 _NO_MEMORY = "; free memory and use force=true"
 
 
@@ -27,8 +26,5 @@ def optional(warnings: list[str], stage: str, metrics: str) -> Iterator[None]:
 
 def _warning(error: Exception, stage: str, metrics: str) -> str:
     end = f"; {metrics} not measured{_NO_MEMORY if is_memory(error) else ''}"
-    text = " ".join(str(error).split())
-    length = _LONGEST - len(stage) - 2 - len(end)
-    if type(error) is not ValueError or len(text) > length:
-        text = reason(error, length)
-    return f"{stage}: {text}{end}"
+    text = " ".join(str(error).split()) if type(error) is ValueError else reason(error)
+    return fitted(f"{stage}: ", text, end)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -15,7 +15,7 @@ import torch
 
 from harness.utils.digests import file_sha256
 from harness.utils.errors import Refusal
-from harness.utils.explain import OneLineError, explain, reason
+from harness.utils.explain import OneLineError, explain, is_memory, reason
 
 CONFIG = "config.json"
 _ADAPTER = "adapter_config.json"
@@ -60,9 +60,9 @@ def reading(subject: str, remedy: str, passing: tuple[type[Exception], ...] = ()
         raise
     except CheckpointError as error:
         raise explain(subject, error.problem, error.detail, error.remedy) from error
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        raise explain(subject, "does not fit into memory", reason(error), "use a smaller model.dtype") from error
     except Exception as error:  # libraries raise many classes of exceptions, and all of them mean the same here
+        if is_memory(error):
+            raise explain(subject, "does not fit into memory", reason(error), "use a smaller model.dtype") from error
         detail = reason(error).replace(f"{subject.partition('=')[2]}/", "")
         if "trust_remote_code" in detail:
             detail = "it needs custom code, which is never run"
@@ -124,12 +124,14 @@ def tensors(folder: Path, partial: bool = False) -> dict[str, Stored]:
             absent = sum(not file.is_file() for file in files)
             detail = f"{file.name} is missing, {absent} of the {len(files)} weight files are"
             raise CheckpointError("cannot be read", detail, DOWNLOAD)
-        stored |= _header(file)
+        stat = file.stat()
+        stored |= _header(file, stat.st_size, stat.st_mtime_ns)
     return stored
 
 
-def _header(file: Path) -> dict[str, Stored]:
-    """The tensors in one file; the weights are not read."""
+@cache
+def _header(file: Path, _size: int, _time: int) -> Mapping[str, Stored]:
+    """The tensors in one file; the weights are not read. Cached, and read again when its size or time changes."""
     with file.open("rb") as stream:
         start = stream.read(len(_LFS))
     if start == _LFS:

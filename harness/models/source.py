@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,14 +14,11 @@ from torch import Tensor, nn
 
 from harness.config import Dtype, ModelConfig, folder_name
 from harness.models import checkpoint, gguf, loading, prequantized, random
-from harness.models.checkpoint import CONFIG, DOWNLOAD, reading
+from harness.models.checkpoint import DOWNLOAD, reading
+from harness.models.files import INCORRECT, Files, quiet
 from harness.models.tokenizer import Tokenizer, byte_tokenizer, check_files, pretrained_tokenizer
-from harness.utils.errors import Refusal, short
+from harness.utils.errors import short
 from harness.utils.explain import explain
-from harness.utils.hub import reach
-
-_CORRECT = "expected a transformers folder, correct config.json"
-_NO_HUB = "use model=smollm2, which is embedded and needs no hub, or a local folder as model.path=FOLDER"
 
 
 def open(cfg: ModelConfig, seed: int) -> Source:
@@ -51,22 +47,26 @@ class Source:
         return folder_name(self.cfg.path) if self.cfg.path is not None else self.cfg.name
 
     @functools.cached_property
+    def _files(self) -> Files:
+        return Files(self.cfg, self.key_value)
+
+    @functools.cached_property
     def shape(self) -> Any:
         """The transformers config of the model.
 
         Raises: ValueError if transformers cannot read it, it is no causal language model, or it is quantized already.
         """
         if self.cfg.source == "architecture":
-            _quiet()
+            quiet()
             return random.shape_of(self.cfg.architecture or {})
         from transformers import AutoConfig
 
-        with reading(self.key_value, _CORRECT):
-            prequantized.check_folder(self._config, self._folder)
-            checkpoint.check_merged(self._folder)
-            loading.config_class(self._config)
-            shape = self._from_pretrained(AutoConfig, _CORRECT)
-            loading.check_causal(shape, self._config)
+        with reading(self.key_value, INCORRECT):
+            prequantized.check_folder(self._files.config, self._files.folder)
+            checkpoint.check_merged(self._files.folder)
+            loading.config_class(self._files.config)
+            shape = self._files.read(AutoConfig, INCORRECT)
+            loading.check_causal(shape, self._files.config)
         return shape
 
     @functools.cached_property
@@ -80,7 +80,7 @@ class Source:
             return f"random:{hashlib.sha256(canonical.encode()).hexdigest()[:16]}"
         if self.cfg.source == "path":
             with reading(self.key_value, "make the folder's files readable"):
-                return checkpoint.fingerprint(self._folder)
+                return checkpoint.fingerprint(self._files.folder)
         if self.cfg.source == "package":
             seed = self.cfg.factor_seed
             return str(self.cfg.package) + ("" if seed is None else f"+factors{seed}")
@@ -95,8 +95,8 @@ class Source:
 
         remedy = "expected tokenizer.json or the files of a tokenizer class of transformers"
         with reading(self.key_value, remedy):
-            tokenizer = self._from_pretrained(AutoTokenizer, remedy)
-            check_files(tokenizer, self._folder)
+            tokenizer = self._files.read(AutoTokenizer, remedy)
+            check_files(tokenizer, self._files.folder)
         return pretrained_tokenizer(tokenizer)
 
     @functools.cached_property
@@ -127,8 +127,9 @@ class Source:
 
     def skeleton(self) -> nn.Module:
         """The model without weights (on the meta device), to check a configuration against its modules."""
-        attention = next((key for key in ("_attn_implementation", "attn_implementation") if key in self._config), None)
-        remedy = f"remove {attention} from config.json, or install its package" if attention else _CORRECT
+        config = self._files.config
+        attention = next((key for key in ("_attn_implementation", "attn_implementation") if key in config), None)
+        remedy = f"remove {attention} from config.json, or install its package" if attention else INCORRECT
         with reading(self.key_value, remedy):
             return loading.skeleton(self.shape)
 
@@ -139,8 +140,7 @@ class Source:
         """
         _ = self.shape
         if self.cfg.source != "architecture":
-            with reading(self.key_value, DOWNLOAD):
-                prequantized.check_tensors(checkpoint.tensors(self._folder, partial=self.cfg.source == "id"))
+            self._files.tensors()
 
     def load(self, dtype: torch.dtype, device: torch.device, warn: Callable[[str], object] = str) -> nn.Module:
         """The model in eval mode on `device`, with its weights in memory (not mapped from a file).
@@ -169,7 +169,7 @@ class Source:
         """Provenance of the weights of the loaded `model`: the fields of the section `model` of the record."""
         fields: dict[str, Any] = {"name": self.name, "source": self.cfg.source, "fingerprint": self.fingerprint}
         if self.cfg.source == "package":
-            converted = gguf.manifest(self._folder)
+            converted = gguf.manifest(self._files.folder)
             fields |= {"note": gguf.note(converted), "gguf_sha256": converted["gguf_sha256"]}
         elif self.cfg.source == "id":
             fields["commit"] = getattr(model.config, "_commit_hash", None)
@@ -181,61 +181,15 @@ class Source:
         from transformers import AutoModelForCausalLM
 
         self.check()
+        load = functools.partial(self._files.read, AutoModelForCausalLM, DOWNLOAD, dtype=dtype)
         with reading(self.key_value, DOWNLOAD):
-            names = checkpoint.tensors(self._folder, partial=self.cfg.source == "id")
-            load = functools.partial(self._from_pretrained, AutoModelForCausalLM, DOWNLOAD, dtype=dtype)
-            loaded = loading.pretrained(load, names)
-        self.check()  # again: the files of a hub are here only now
+            loaded = loading.pretrained(load, self._files.tensors())
+        self._files.tensors()  # again: the files of a hub are here only now
         for warning in loaded.warnings:
             warn(f"model={self.name}: {warning}")
-        if code := loading.custom_code(self._config):
+        if code := loading.custom_code(self._files.config):
             warn(f"model={self.name}: its custom code, {code}, is not run; transformers' own class is used")
         return loaded.model
-
-    def _from_pretrained(self, auto: Any, remedy: str, **options: Any) -> Any:
-        """What a class of transformers reads from the source; `remedy` is for errors that are not the hub's."""
-        _quiet()
-        options["trust_remote_code"] = False
-        if self.cfg.source != "id":
-            return auto.from_pretrained(self._folder, **options)
-
-        def load() -> Any:
-            with reading(self.key_value, remedy, passing=(OSError,)):  # the hub's errors
-                return auto.from_pretrained(self.cfg.id, revision=self.cfg.revision, **options)
-
-        return reach(load, self.key_value, _NO_HUB)
-
-    @functools.cached_property
-    def _config(self) -> dict[str, Any]:
-        """The content of config.json; empty for random weights."""
-        return {} if self.cfg.source == "architecture" else checkpoint.read_json(self._folder / CONFIG)
-
-    @functools.cached_property
-    def _folder(self) -> Path:
-        """The folder in transformers' format: a local folder, a snapshot of a hub, or the conversion of a GGUF file."""
-        if self.cfg.source == "package":
-            return gguf.folder(str(self.cfg.package), self.cfg.factor_seed)
-        if self.cfg.source == "id":
-            return self._snapshot()
-        folder = Path(str(self.cfg.path)).expanduser()
-        if (folder / CONFIG).is_file():
-            return folder
-        with reading(self.key_value, _CORRECT):
-            prequantized.check_folder({}, folder)
-            checkpoint.check_merged(folder)
-        detail = "" if folder.is_absolute() else f"the folder is {folder.absolute()}"
-        error = explain(self.key_value, f"has no {CONFIG}", detail, "expected a transformers folder")
-        raise error if folder.is_dir() else Refusal(str(error))  # a mistyped folder leaves no record
-
-    def _snapshot(self) -> Path:
-        """The folder of a hub's cache, with config.json; the other files are added to it when they are needed."""
-        from transformers.utils.hub import cached_file
-
-        _quiet()
-        if Path(str(self.cfg.id)).is_dir():
-            raise explain(self.key_value, "is a local folder", "", f"use model.path={self.cfg.id}")
-        find = functools.partial(cached_file, str(self.cfg.id), CONFIG, revision=self.cfg.revision)
-        return Path(str(reach(find, self.key_value, _NO_HUB))).parent
 
 
 def _in_float64(model: Any, dtype: torch.dtype) -> nn.Module:
@@ -244,11 +198,3 @@ def _in_float64(model: Any, dtype: torch.dtype) -> nn.Module:
         model.set_experts_implementation("eager")
     checked: nn.Module = model
     return checked
-
-
-def _quiet() -> None:
-    """Turn off progress bars and warnings of transformers; this project shows its own progress."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
-    logging.set_verbosity_error()

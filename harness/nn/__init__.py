@@ -6,9 +6,7 @@ The functions of caches are called through their module: `kvcache.maker`, `kvcac
 
 from harness.nn.calls import accepted as accepted
 from harness.nn.calls import cache_of as cache_of
-from harness.nn.calls import is_memory as is_memory
 from harness.nn.calls import one_line_errors as one_line_errors
-from harness.nn.calls import reason as reason
 from harness.nn.hooks import first_of as first_of
 from harness.nn.hooks import hooked as hooked
 from harness.nn.hooks import standing_in as standing_in
@@ -20,3 +18,4 @@ from harness.nn.linear import resident_bytes as resident_bytes
 from harness.nn.linear import stored_bytes as stored_bytes
 from harness.nn.linear import swapped as swapped
 from harness.nn.positions import positions as positions
+from harness.utils.explain import reason as reason

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
-_LONGEST = 200  # characters of a message
+from harness.utils.explain import fitted, is_memory, reason
+
 # What a model's code raises if it cannot run; a ValueError has a message for the user already.
 _ERRORS = (
     ArithmeticError,
@@ -55,16 +55,4 @@ def _message(model: nn.Module, setting: str, error: Exception, remedy: str) -> s
         remedy = "it has fewer positions or token ids, use a smaller data.seq_len"
     elif is_memory(error):
         remedy = "free memory, or use a smaller data.seq_len or data.batch_size"
-    start, end = f"{setting}: the forward of {type(model).__name__} failed (", f"); {remedy}"
-    return f"{start}{reason(error, _LONGEST - len(start) - len(end))}{end}"
-
-
-def is_memory(error: Exception) -> bool:
-    """Whether the machine had too little memory; the CPU allocator of torch raises a plain RuntimeError."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
-
-
-def reason(error: BaseException, length: int = 100) -> str:
-    """The class and message of an error in one line of at most `length` characters."""
-    text = " ".join(f"{type(error).__name__}: {error}".split())
-    return text if len(text) <= length else f"{text[: max(0, length - 3)]}..."
+    return fitted(f"{setting}: the forward of {type(model).__name__} failed (", reason(error), f"); {remedy}")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+import torch
+
 from harness.utils.errors import LIMIT, short
 
 _LEAST, _MOST = 45, 70  # characters of a long key with its value: more if the detail is short
@@ -26,10 +28,24 @@ def explain(subject: str, problem: str, detail: str, remedy: str) -> OneLineErro
     return OneLineError(f"{subject} {problem}{f' ({detail})' if detail else ''}; {remedy}")
 
 
-def reason(error: BaseException) -> str:
-    """What an exception of a library says, without the names of classes, unless the message alone says little."""
+def reason(error: BaseException, length: int = LIMIT) -> str:
+    """What an exception of a library says in one line of at most `length` characters.
+
+    The names of classes are left out, unless the message alone says little.
+    """
     message = " ".join(str(error).split()).rpartition("Error: ")[2]
-    return message if len(message.split()) > 2 else f"{type(error).__name__}: {message}".removesuffix(": ")
+    named = f"{type(error).__name__}: {message}".removesuffix(": ")
+    return cut(message if len(message.split()) > 2 else named, length)
+
+
+def is_memory(error: BaseException) -> bool:
+    """Whether the machine had too little memory; the CPU allocator of torch raises a plain RuntimeError."""
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def fitted(start: str, text: str, end: str) -> str:
+    """The three texts as one message of at most `LIMIT` characters: a long `text` loses those at its end."""
+    return f"{start}{cut(text, LIMIT - len(start) - len(end))}{end}"
 
 
 def cut(text: str, length: int) -> str:

@@ -12,6 +12,7 @@ from harness import data, models
 from harness.config import ModelConfig, build, build_run
 from harness.core import round_to_nearest
 from harness.models import packaged
+from harness.models.files import Files
 from harness.runs import execute_run
 from tests.conftest import resolve
 from tests.support.reference import naive_perplexity
@@ -57,7 +58,7 @@ def test_it_is_the_published_model_off_its_grid() -> None:
 
 
 def test_other_programs_find_the_embedding_by_its_name() -> None:
-    folder = models.open(CFG, 0)._folder
+    folder = Files(CFG, "").folder
     with safe_open(folder / "model.safetensors", "pt") as file:
         assert "model.embed_tokens.weight" in file.keys()  # noqa: SIM118
         assert "lm_head.weight" not in file.keys()  # noqa: SIM118

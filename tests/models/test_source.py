@@ -17,6 +17,7 @@ import torch
 
 from harness import models
 from harness.config import ModelConfig, build
+from harness.models import checkpoint
 from harness.models import gguf as converter
 from harness.models.packaged import Packaged
 from harness.utils import hub
@@ -75,6 +76,22 @@ def test_fingerprint_of_a_folder_depends_on_its_files(folder: Path) -> None:
     assert models.open(cfg, 0).fingerprint != before
     (folder / ".DS_Store").write_text("")
     assert models.open(cfg, 0).name == "saved"
+
+
+def test_the_header_of_a_file_is_read_once_and_again_when_the_file_changes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = checkpoint._safetensors_header
+    files: list[str] = []
+    monkeypatch.setattr(checkpoint, "_safetensors_header", lambda file: files.append(file.name) or read(file))
+    source = models.open(ModelConfig(name="x", path=str(folder)), 0)
+    for _ in range(2):
+        source.check()
+        source.load(torch.float32, CPU)
+    assert files == ["model.safetensors"]
+    os.utime(folder / "model.safetensors", ns=(0, 0))
+    source.check()
+    assert files == ["model.safetensors"] * 2
 
 
 def test_nan_weights_are_named(folder: Path) -> None:

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.models.decoder import kind_of
 from harness.records import Record
+from harness.utils.names import kind_of
 
 GROUP = 32  # inputs that share a scale, as in scheme=group32
 _SAME_PERPLEXITY = 1e-6  # relative error of the float model's perplexity

@@ -10,9 +10,9 @@ from harness.models.architecture import matching as matching
 from harness.models.architecture import split_skipped as split_skipped
 from harness.models.architecture import weight_of as weight_of
 from harness.models.decoder import Decoder as Decoder
-from harness.models.decoder import kind_of as kind_of
 from harness.models.loading import skeleton as skeleton
 from harness.models.probe import logits as logits
+from harness.models.probe import probe_tokens as probe_tokens
 from harness.models.source import Source as Source
 from harness.models.source import open as open
 from harness.models.tokenizer import Tokenizer as Tokenizer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 
 from torch import nn
@@ -10,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 
 from harness.models.architecture import is_linear
 from harness.models.probe import NOT_RUN, Probe
+from harness.utils.names import kind_of
 
 
 class Decoder:
@@ -103,11 +103,6 @@ class Decoder:
         return [
             f"{names[0] if len(names) == 1 else kind} stays float: {reason}" for (kind, reason), names in kinds.items()
         ]
-
-
-def kind_of(name: str) -> str:
-    """The name of a module or parameter with `*` for each number: that of all its siblings in other blocks."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _is_skeleton(model: nn.Module) -> bool:

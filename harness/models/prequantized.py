@@ -89,19 +89,26 @@ def _method(section: Any) -> str:
     """The method and number of bits of a section of config.json, with the values it has: "bitsandbytes, 8 bits"."""
     if not isinstance(section, Mapping):
         return str(section)
-    bits = next((section[key] for key in _BITS if section.get(key)), None)
-    bits = 8 if section.get("load_in_8bit") else 4 if section.get("load_in_4bit") else bits or _nested_bits(section)
+    bits = 8 if section.get("load_in_8bit") else 4 if section.get("load_in_4bit") else None
     named = section.get("quant_method") or section.get("quant_type")
     named = named or ("bitsandbytes" if "load_in_8bit" in section else "a method without a name")
-    return f"{named}, {bits} bits" if bits else str(named)
+    return _with_bits(str(named), bits or _bits(section) or _nested_bits(section))
 
 
 def _nested_bits(section: Mapping[str, Any]) -> Any:
     """The bits of the first group of compressed-tensors."""
     groups = section.get("config_groups")
     first = next(iter(groups.values()), None) if isinstance(groups, Mapping) else None
-    weights = first.get("weights") if isinstance(first, Mapping) else None
-    return weights.get("num_bits") if isinstance(weights, Mapping) else None
+    return _bits(first.get("weights")) if isinstance(first, Mapping) else None
+
+
+def _bits(section: Any) -> Any:
+    """The number of bits that a section of a JSON file names; None if it names none."""
+    return next((section[key] for key in _BITS if section.get(key)), None) if isinstance(section, Mapping) else None
+
+
+def _with_bits(kind: str, bits: Any) -> str:
+    return f"{kind}, {bits} bits" if bits else kind
 
 
 def _described(kind: str, file: Path) -> str:
@@ -110,6 +117,4 @@ def _described(kind: str, file: Path) -> str:
         content = read_json(file)
     except CheckpointError:
         return kind
-    section = content.get("quantization", content)
-    bits = next((section[key] for key in _BITS if section.get(key)), None) if isinstance(section, Mapping) else None
-    return f"{kind}, {bits} bits" if bits else kind
+    return _with_bits(kind, _bits(content.get("quantization", content)))

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.pytorch_utils import Conv1D
 
 from harness.models.architecture import is_linear, weight_of
-from harness.nn import accepted, hooked, tensors_of
+from harness.nn import accepted, hooked, positions, tensors_of
 
 _TOKENS = 32  # enough to reach most experts of a small mixture, and cheap
 _ROWS = 4  # tokens on which the output of a linear is compared
@@ -113,8 +113,8 @@ def probe_tokens(model: nn.Module) -> Tensor:
     named = {**config.to_dict(), **text.to_dict()} if config is not None and text is not None else {}
     special = {id_ for key, value in named.items() if key.endswith("_token_id") for id_ in _integers(value)}
     ids = [id_ for id_ in range(count) if id_ not in special] or [0]
-    positions = getattr(text, "max_position_embeddings", None)
-    length = min(_TOKENS, len(ids), positions if isinstance(positions, int) and positions > 0 else _TOKENS)
+    limit = None if config is None else positions(config, model)
+    length = min(_TOKENS, len(ids), limit or _TOKENS)
     return torch.tensor([[ids[i * len(ids) // length] for i in range(length)]])
 
 

@@ -9,6 +9,8 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import parquet
 
+from harness.utils.names import kind_of
+
 Row = dict[str, Any]
 
 
@@ -36,7 +38,7 @@ def summary(rows: Sequence[Row]) -> list[Row]:
     """
     kinds: dict[str, list[Row]] = {}
     for row in rows:
-        kinds.setdefault(".".join("*" if part.isdigit() else part for part in row["name"].split(".")), []).append(row)
+        kinds.setdefault(kind_of(row["name"]), []).append(row)
     return [{"name": name, "linears": len(members)} | _figures(members) for name, members in kinds.items()]
 
 

@@ -1,4 +1,4 @@
-"""Small helpers that every other package may use: progress, digests, files, the disk cache, errors, access to hubs.
+"""Small helpers that every other package may use: progress, digests, files, the disk cache, errors, names, hubs.
 
 They contain nothing about models, methods or runs. Each module is imported by its name.
 """

@@ -14,9 +14,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from harness.calibration import Stream, verify
 from harness.config import build_run
-from harness.models import Decoder, kind_of
+from harness.models import Decoder
 from harness.models.probe import probe_tokens
 from harness.quantization import Result, check
+from harness.utils.names import kind_of
 from tests.support.blocks import TOKENS, logits, relative
 from tests.support.decoders import quantize
 

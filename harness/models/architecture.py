@@ -58,20 +58,20 @@ def matching(names: list[str], patterns: tuple[str, ...], key: str) -> list[str]
 
 
 def input_groups(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
-    """Names of modules, grouped by the tensor object that they read, in the order in which `run` executes them.
+    """Names of modules, grouped by the tensor objects that they read, in the order in which `run` executes them.
 
-    Each linear that did not run (an expert that received no token) is a separate group at the end.
+    The modules of a group read the same tensors in all their calls: one that is called again with another tensor
+    belongs to no group of modules that are called once. Each module that did not run (an expert that received no
+    token) is a separate group at the end.
     """
-    calls: list[tuple[str, Tensor]] = []
+    inputs: dict[str, list[Tensor]] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, args: calls.append((name, args[0]))
+        return lambda _module, args: inputs.setdefault(name, []).append(args[0])
 
     with hooked(module.register_forward_pre_hook(recorder(name)) for name, module in modules.items()):
         run()
-    groups: dict[int, list[str]] = {}
-    for name, inputs in calls:  # `calls` keeps every input alive, so no two inputs have the same id
-        members = groups.setdefault(id(inputs), [])
-        members += [name] if name not in members else []
-    executed = {name for members in groups.values() for name in members}
-    return [*groups.values(), *([name] for name in modules if name not in executed)]
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, tensors in inputs.items():  # `inputs` keeps every tensor alive, so no two have the same id
+        groups.setdefault(tuple(map(id, tensors)), []).append(name)
+    return [*groups.values(), *([name] for name in modules if name not in inputs)]

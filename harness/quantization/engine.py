@@ -22,6 +22,7 @@ from harness.quantization.passes import Pass, same_function
 from harness.quantization.residual_stream import discover, untied
 from harness.quantization.result import Result, sizes
 from harness.utils.disk_cache import DiskCache
+from harness.utils.explain import fitted
 from harness.utils.progress import Track, silent
 
 _NO_CACHE = DiskCache(Path(), 0)
@@ -130,7 +131,8 @@ def _rotate(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: l
     try:
         residual = discover(decoder, probe)
     except ValueError as error:
-        raise ValueError(f"method.{label}: {error}") from error
+        start = f"method.{label}: the model cannot be rotated: "
+        raise ValueError(fitted(start, str(error), "; use a method without rotation, such as gptq")) from error
     with recorded(f"method.{label}", notes):
         step.rotate(residual)
     untied(model)

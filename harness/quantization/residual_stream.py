@@ -25,7 +25,7 @@ _EXACT = 1e-5  # relative error of a norm to its formula; many norms compute in 
 def discover(decoder: Decoder, tokens: Tensor) -> Residual:
     """The residual stream of a model, from one forward on `tokens` (1, T).
 
-    Raises: ValueError that names the reason why it cannot be rotated.
+    Raises: ValueError that says only why it cannot be rotated; the caller adds the method and what to do.
     """
     flow = Flow(decoder)
     with flow.watching():
@@ -83,7 +83,7 @@ class _Builder:
         """Makers of every sum that norms read for linears, and of all sums that share a maker with them."""
         sums = {value for norm in reader_norms for value in self.flow.inputs[norm]}
         if not sums:
-            raise _refused("no linear reads the output of a norm of its residual stream")
+            raise ValueError("no linear reads the output of a norm of its residual stream")
         others = set(chain.from_iterable(self.flow.inputs.values())) | set().union(*self.flow.bare.values())
         makers: frozenset[str] = frozenset().union(*(value.makers for value in sums))
         while overlapping := [value for value in others if value.makers & makers and not value.makers <= makers]:
@@ -96,15 +96,13 @@ class _Builder:
     def _check_uses(self) -> None:
         idle = [name for name in sorted(self.inside) if name not in self.flow.ran]
         if idle:
-            raise _refused(f"{idle[0]} did not run on the probe tokens")
+            raise ValueError(f"{idle[0]} did not run on the probe tokens")
         for use in self.flow.uses:
             where = use.where or "the model itself"
             if isinstance(use.value, Normed) and self._flows(use.value.of):
-                why = f"the norm {use.value.norm} is read by {use.what} in {where}"
-                raise _refused(why)
+                raise ValueError(f"the norm {use.value.norm} is read by {use.what} in {where}")
             if isinstance(use.value, Sum) and self._flows(use.value):
-                why = f"its residual stream is read by {use.what} in {where}"
-                raise _refused(why)
+                raise ValueError(f"its residual stream is read by {use.what} in {where}")
 
     def _check(self, residual: Residual) -> None:
         """Check that the arithmetic of a Residual holds for its norms, readers and writers."""
@@ -112,31 +110,31 @@ class _Builder:
         embedding_norms = set(self.flow.lone.values())
         shared = next((name for name, read in self.flow.normed.items() if read & embedding_norms), None)
         if shared is not None:
-            raise _refused(f"{shared} reads a norm's output that is also added to the residual stream")
+            raise ValueError(f"{shared} reads a norm's output that is also added to the residual stream")
         widths = [norm.gain.shape[0] for norm in norms] + [table.weight.shape[1] for table in residual.tables]
         widths += [port.weight.shape[0] for port in writers] + [port.weight.shape[1] for port in readers]
         if set(widths) != {residual.width}:
-            raise _refused(f"its residual stream has several widths, {sorted(set(widths))}")
+            raise ValueError(f"its residual stream has several widths, {sorted(set(widths))}")
         names = [port.name for port in readers]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise _refused(f"{twice} reads the residual stream through several norms")
+            raise ValueError(f"{twice} reads the residual stream through several norms")
         if any(norm.centred for norm in norms) and (residual.bare or not all(norm.centred for norm in norms)):
-            raise _refused("some norms of its residual stream subtract the mean and some do not")
+            raise ValueError("some norms of its residual stream subtract the mean and some do not")
         tables = [id(table.weight) for table in residual.tables]
         weights = {port.name: id(port.module.weight) for port in (*writers, *readers)}
         untied = [weight for weight in weights.values() if weight not in tables]
         if len(set(untied)) < len(untied) or len(set(tables)) < len(tables):
-            raise _refused("modules that read or write its residual stream share weights")
+            raise ValueError("modules that read or write its residual stream share weights")
         ends = {id(port.module) for port in (*writers, *readers)} | {id(table.module) for table in residual.tables}
         for name, module in self.model.named_modules():
             if id(module) not in ends and id(getattr(module, "weight", None)) in {*tables, *weights.values()}:
-                raise _refused(f"{name} shares a weight with a module of its residual stream, but is none of them")
+                raise ValueError(f"{name} shares a weight with a module of its residual stream, but is none of them")
 
     def _norm(self, name: str) -> Norm:
         norm = measured(name, self.flow.norms[name])
         if norm is None:
-            raise _refused(f"{name} is neither RMSNorm nor LayerNorm, as measured")
+            raise ValueError(f"{name} is neither RMSNorm nor LayerNorm, as measured")
         return norm
 
 
@@ -173,8 +171,3 @@ def _eps(norm: Norm, values: Tensor) -> float:
 
 def _same(outputs: Tensor, expected: Tensor) -> bool:
     return bool((outputs - expected).norm() <= _EXACT * expected.norm())
-
-
-def _refused(why: str) -> ValueError:
-    """The error that says why the residual stream of a model cannot be rotated."""
-    return ValueError(f"the model cannot be rotated: {why}; use a method without rotation, such as gptq")

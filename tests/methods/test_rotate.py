@@ -195,8 +195,28 @@ class Toy(nn.Module):
     ],
 )
 def test_a_stream_that_cannot_be_turned_is_refused(how: str, message: str) -> None:
-    with pytest.raises(ValueError, match=f"the model cannot be rotated: {message}"):
+    with pytest.raises(ValueError, match=f"^{message}"):
         residual_of(Toy(lambda: nn.LayerNorm(8), how))
+
+
+class Named(nn.Module):
+    """A model inside a module with a long name."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.add_module("name" * 40, model)
+
+    def forward(self, input_ids: Tensor, use_cache: bool = False) -> Any:
+        (model,) = self.children()
+        return model(input_ids, use_cache)
+
+
+def test_a_refusal_with_long_names_has_200_characters(tiny: Tiny) -> None:
+    model = Named(Toy(lambda: nn.LayerNorm(8), "relu"))
+    message = r"^method.rotate: the model cannot be rotated: .* by relu in name.*\.\.\.; use a method without rotation"
+    with pytest.raises(ValueError, match=message) as caught:
+        quantize(model, build_run(tiny("method=rotate", "scheme=channel")), TOKENS)
+    assert len(str(caught.value)) == 200
 
 
 def test_a_folded_layernorm_is_the_formulas() -> None:
@@ -416,7 +436,7 @@ def test_a_module_that_is_not_a_norm_is_refused() -> None:
             return F.softmax(values, -1) * self.weight
 
     assert measured("scale", Scale()) is None
-    with pytest.raises(ValueError, match="the model cannot be rotated: layers.0.norm is neither RMSNorm nor LayerNorm"):
+    with pytest.raises(ValueError, match="^layers.0.norm is neither RMSNorm nor LayerNorm"):
         residual_of(Toy(Scale))
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.config import build_run
@@ -45,6 +46,47 @@ def test_groups_of_the_first_block(family: str) -> None:
     else:
         assert sorted(names) == sorted(GROUPS[family])
     assert all(isinstance(module, nn.Module) for module in linears(model).values())
+
+
+class Twice(nn.Module):
+    """A block that calls one of three linears with the inputs of the others, and again with other inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(8)
+        self.first, self.twice, self.last = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, states: Tensor) -> Tensor:
+        normed = self.norm(states)
+        mixed = self.first(normed) * self.twice(normed) * self.last(normed)
+        return states + mixed + self.twice(mixed)
+
+
+class TwiceModel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(128, 8), nn.Linear(8, 128)
+        self.blocks = nn.ModuleList(Twice() for _ in range(2))
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        states = self.embed(input_ids)
+        for block in self.blocks:
+            states = block(states)
+        return SimpleNamespace(logits=self.head(states))
+
+
+def test_a_linear_that_is_called_again_with_other_inputs_is_a_group_of_its_own() -> None:
+    block, states = Twice(), torch.randn(1, 4, 8)
+    modules = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    assert input_groups(modules, lambda: block(states)) == [["first", "last"], ["twice"]]
+
+
+@pytest.mark.parametrize("method", ["gptq", "awq", "smoothquant"])
+def test_a_linear_that_is_called_twice_is_quantized_once(method: str, tiny: Callable[..., dict[str, Any]]) -> None:
+    model = TwiceModel()
+    result = quantize(model, build_run(tiny(f"method={method}", "scheme=channel", "bits=4")), TOKENS)
+    names = [row["name"].removeprefix("blocks.") for row in result.layers]
+    assert names == [f"{i}.{name}" for i in range(2) for name in ("first", "last", "twice")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

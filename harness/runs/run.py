@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harness import data, quantization
 from harness.config import RunConfig
-from harness.evaluation import Assessment, optional, peak_memory_mib, reset_peak_memory
+from harness.evaluation import Assessment, optional, peak_memory_mib, reset_peak_memory, warn_of_lookahead
 from harness.models import Decoder, Source
 from harness.models.exchange import native
 from harness.nn import kvcache, resident_bytes, stored_bytes
@@ -44,6 +44,7 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
     with stage(record, "load", track):
         model = source.load(dtype, device, record.warnings.append)
         record.model = Weights(**source.provenance(model))
+        record.warnings += warn_of_lookahead(model, source.name) if cfg.model.scored else []
     if cfg.kv is not None:
         kvcache.prove(model, cfg.kv)
     with repeatable(device):

@@ -9,6 +9,7 @@ os.environ.setdefault("TRITON_INTERPRET", "1")
 # Each worker of pytest-xdist has one core: with more threads, the workers spend most of their time waiting.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import subprocess
 import sys
 from collections.abc import Callable
@@ -36,6 +37,16 @@ interpreter.mend()
 # One seed and no deadline: the same examples on every machine, fast or slow.
 settings.register_profile("ptqbench", deadline=None, derandomize=True, max_examples=60)
 settings.load_profile("ptqbench")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _frozen() -> None:
+    """Take the objects of libraries and caches out of later collections.
+
+    Each run collects garbage several times, and scanning them took longer than all else in a run of the tiny model.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -134,8 +134,8 @@ class MeasureConfig:
 
     latency         whether prefill and decode are timed
     divergence      whether the next-token distributions are compared with those of the float model, token by token
-    divergence_gib  maximum disk space in GiB for the hidden states that divergence keeps of either model; does not
-                    change a result
+    divergence_gib  maximum disk space in GiB for the hidden states that divergence keeps of either model, and for the
+                    float model's predictions; does not change a result
     batch_size      sequences that are timed together
     prompt_len      tokens of a timed prefill, and of the prompt before the timed decode
     decode_tokens   tokens that are decoded, one at a time

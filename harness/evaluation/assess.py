@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ast
 import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,16 +16,15 @@ from harness.calibration import SAME_NLL
 from harness.config import RunConfig
 from harness.evaluation import divergence, perplexity
 from harness.evaluation.energy import energy, meter
-from harness.evaluation.hidden_states import FloatStates, Spool, spool
+from harness.evaluation.hidden_states import Spool
 from harness.evaluation.latency import latency, prefill
 from harness.evaluation.memory import peak_memory_mib, reset_peak_memory
 from harness.evaluation.missing import optional
+from harness.evaluation.shared import Shared
 from harness.evaluation.stages import Diverged, Scores, Timing
 from harness.models import Source
 from harness.nn import kvcache, one_line_errors
-from harness.utils.disk_cache import DiskCache, cache_dir
 from harness.utils.progress import Track
-from harness.utils.syntax import code_digest
 
 
 @dataclass
@@ -51,6 +47,7 @@ class Assessment:
 
     def __post_init__(self) -> None:
         self._stack = ExitStack()
+        self._shared = Shared(self.cfg, self.source, self.windows, self.tokens_sha256, self._device)
         self._states: Spool | None = None
         self._baseline: nn.Module | None = None
         self._scorer: perplexity.Scorer
@@ -58,7 +55,7 @@ class Assessment:
 
     def __enter__(self) -> Assessment:
         if self.diverges:
-            self._states = self._stack.enter_context(self._spool())
+            self._states = self._stack.enter_context(self._shared.spool())
         return self
 
     def __exit__(
@@ -132,10 +129,10 @@ class Assessment:
         If nothing is timed, its hidden states are stored and `model` has the same tail, `model` is used instead.
         """
         untimed = not self.times and self._same_dtype
-        if self.is_baseline or (untimed and self._shared().vouch_for(self._scorer.tail)):
+        if self.is_baseline or (untimed and self._shared.states.vouch_for(self._scorer.tail)):
             self._baseline = self.model
         else:
-            self._baseline = self.source.load(self._baseline_dtype, self._device)
+            self._baseline = self.source.load(self._shared.dtype, self._device)
 
     def diverge(self) -> Diverged:
         """Measure divergence from the float model by the last hidden states of both, and score the model's windows.
@@ -146,10 +143,10 @@ class Assessment:
         assert self._baseline is not None
         if self.is_baseline:
             return self._publish_own()
-        shared = self._shared()
+        shared = self._shared.states
         same = self._baseline is self.model
         reference = self._scorer if same else perplexity.scorer(self._baseline, self.windows)
-        with self._spool() as float_states:
+        with self._shared.spool() as float_states:
             shared.fill(float_states, partial(self._float_pass, float_states, reference))
             refused = self._states.refused or float_states.refused
             if refused:
@@ -158,7 +155,8 @@ class Assessment:
                 with torch.inference_mode():
                     shared.publish(float_states, reference.tail)
             pair = (reference, float_states), (self._scorer, self._states)
-            result = divergence.compare(*pair, self.windows, self.track, self.cfg.data.unscored)
+            head = self._shared.head(reference, float_states[0].to(self._device))
+            result = divergence.compare(*pair, self.windows, self.track, self.cfg.data.unscored, head)
         expected = self._window_nll[0]
         if expected is None or not math.isclose(result.window_nll[0], expected, rel_tol=SAME_NLL):
             raise ValueError(f"nll={result.window_nll[0]} of window 0 is not the nll={expected} of the model alone")
@@ -200,7 +198,7 @@ class Assessment:
         if self._states.refused:
             return Diverged(warnings=[self._not_stored(self._states.refused)])
         with torch.inference_mode():
-            self._shared().publish(self._states, self._scorer.tail)
+            self._shared.states.publish(self._states, self._scorer.tail)
         result = divergence.of_itself(self.windows, self.cfg.data.unscored)
         return Diverged(result.window_kl, result.metrics)
 
@@ -221,38 +219,10 @@ class Assessment:
             "so no divergence is measured; free disk space, raise the limit or lower data.max_windows"
         )
 
-    def _shared(self) -> FloatStates:
-        """The float model's states for these windows, shared by all runs."""
-        cache = DiskCache(cache_dir() / "float_states", self._limit)
-        return FloatStates(cache, self._float_identity(), len(self.windows))
-
-    def _float_identity(self) -> list[str]:
-        """Everything that determines the float model's states, except the machine."""
-        data = self.cfg.data
-        names = [self.source.fingerprint, self.tokens_sha256, str(data.seq_len), _name(self._baseline_dtype)]
-        code = code_digest(ast.parse(Path(perplexity.__file__).read_bytes()))
-        return [*names, str(self._device), str(data.batch_size), code]
-
-    def _spool(self) -> AbstractContextManager[Spool]:
-        return spool(cache_dir() / "spool", self._limit)
-
-    @property
-    def _limit(self) -> int:
-        """Bytes of disk that hidden states may take."""
-        return int(self.cfg.measure.divergence_gib * 2**30)
-
     @property
     def _device(self) -> torch.device:
         return next(self.model.parameters()).device
 
     @property
-    def _baseline_dtype(self) -> torch.dtype:
-        return self.source.dtype(self.cfg.model.baseline_dtype)
-
-    @property
     def _same_dtype(self) -> bool:
-        return self.source.dtype(self.cfg.model.dtype) == self._baseline_dtype
-
-
-def _name(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
+        return self.source.dtype(self.cfg.model.dtype) == self._shared.dtype

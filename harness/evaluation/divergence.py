@@ -1,24 +1,24 @@
 """Divergence of a quantized model from the float model: KL and agreement of next-token distributions, token by token.
 
-The float model's last hidden states are stored, not its logits: they take a hundredth of the space. Its head computes
-the logits again, in float, when the quantized model's head computes its logits. So nothing is rounded in between, and
-disk space stays bounded for any vocabulary. The quantized model's nll comes from the same logits: its head runs once.
+The last hidden states of both models are stored, not their logits: they take a hundredth of the space, so disk space
+stays bounded for any vocabulary. Each head computes its logits from them, in float, when both are compared, so nothing
+is rounded in between. The float model's log probabilities are stored too where they fit, and its head then runs once
+for many runs. The quantized model's nll comes from the same logits: its head runs once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from harness.evaluation.float_head import NOTHING_STORED, ROWS, Expected, FloatHead, likeliest, log_softmax
 from harness.evaluation.perplexity import Scorer
 from harness.utils.progress import Track, silent
-
-_TOP = 5
-_ROWS = 64  # positions that are compared at once: 12 MiB of logits for a vocabulary of 49152
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def token_kl(reference: Tensor, quantized: Tensor) -> Tensor:
 
     Log probabilities are float32, or float64 if the logits are float64.
     """
-    return _kl(*(_log_softmax(logits) for logits in (reference, quantized)))
+    return _kl(log_softmax(reference), log_softmax(quantized))
 
 
 def _kl(log_P: Tensor, log_Q: Tensor) -> Tensor:
@@ -59,13 +59,8 @@ def _kl(log_P: Tensor, log_Q: Tensor) -> Tensor:
     return (log_P - log_Q).mul_(log_P.exp()).sum(-1)
 
 
-def _log_softmax(logits: Tensor) -> Tensor:
-    return F.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
-
-
-def agreement(reference: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor]:
-    """Of logits (n, V): whether the likeliest tokens agree (n,), and the share of the five likeliest that do (n,)."""
-    top_P, top_Q = (logits.topk(min(_TOP, logits.shape[-1]), dim=-1).indices for logits in (reference, quantized))
+def agreement(top_P: Tensor, top_Q: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the likeliest tokens (n, 5): whether the first agrees (n,), and the share of the five that agree (n,)."""
     shared = (top_P[:, :, None] == top_Q[:, None, :]).any(-1).double().mean(-1)
     return (top_P[:, 0] == top_Q[:, 0]).double(), shared
 
@@ -77,11 +72,13 @@ def compare(
     windows: Tensor,
     track: Track = silent,
     unscored: int = 0,
+    head: FloatHead = NOTHING_STORED,
 ) -> Divergence:
     """Compare the float model with a quantized one by their last hidden states for each window of `windows` (W, T).
 
     `reference` (the float model) and `quantized` are pairs: the scorer that turns states into logits, and the states
-    (T, D) of each window. The scored positions are those of perplexity: T - 1, without the first `unscored`.
+    (T, D) of each window. The scored positions are those of perplexity: T - 1, without the first `unscored`. Where
+    `head` has the float model's predictions stored, its scorer is not called.
     Raises: ValueError if a divergence is not finite.
     """
     columns: tuple[list[Tensor], ...] = [], [], []
@@ -89,10 +86,11 @@ def compare(
     scorers = reference[0], quantized[0]
     device = next(quantized[0].model.parameters()).device
     triples = zip(reference[1], quantized[1], windows, strict=True)
-    for triple in track(triples, "divergence", len(windows)):
+    for i, triple in enumerate(track(triples, "divergence", len(windows))):
         reference_states, quantized_states, tokens = (tensor.to(device) for tensor in triple)
         total = torch.zeros((), dtype=torch.float64, device=device)
-        slices = [*_slices(scorers, (reference_states, quantized_states), tokens, unscored)]
+        expected = partial(_expected, head, i, scorers[0], reference_states[unscored:-1])
+        slices = [*_slices(expected, scorers[1].slices(quantized_states, tokens, unscored))]
         for column, values in zip(columns, [*zip(*slices, strict=True)][:3], strict=True):
             column.append(torch.cat(values).double().cpu())
         for *_, nll in slices:
@@ -112,20 +110,28 @@ def of_itself(windows: Tensor, unscored: int = 0) -> Divergence:
     return Divergence(torch.zeros_like(same), same, same, [], [0.0] * len(windows))
 
 
+def _expected(head: FloatHead, window: int, reference: Scorer, states: Tensor, number: int, rows: slice) -> Expected:
+    """The float model's predictions for a slice of a window, from its `states` (T, D) at the scored positions."""
+    return head.expected((window, number), lambda: Expected.of(reference.logits(states[rows])))
+
+
 def _slices(
-    scorers: tuple[Scorer, Scorer], states: tuple[Tensor, Tensor], tokens: Tensor, unscored: int
+    expected: Callable[[int, slice], Expected], slices: Iterable[tuple[Tensor, Tensor]]
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """KL, agreements and summed nll of one window, one slice of positions at a time."""
-    logits = (scorer.slices(hidden, tokens, unscored) for scorer, hidden in zip(scorers, states, strict=True))
-    for (P, _), (Q, targets) in zip(*logits, strict=True):
-        parts = [_compared(*part) for part in zip(*(each.split(_ROWS) for each in (P, Q, targets)), strict=True)]
-        kl, top1, top5, log_likelihood = (torch.cat(values) for values in zip(*parts, strict=True))
+    start = 0
+    for number, (Q, targets) in enumerate(slices):
+        rows = slice(start, start := start + len(Q))
+        parts = zip(expected(number, rows).split(), Q.split(ROWS), targets.split(ROWS), strict=True)
+        columns = zip(*[_compared(*part) for part in parts], strict=True)
+        kl, top1, top5, log_likelihood = (torch.cat(values) for values in columns)
         # The sum of F.cross_entropy, to the bit: it adds the same numbers in the same order.
         nll = F.nll_loss(log_likelihood[:, None], torch.zeros_like(targets), reduction="sum")
         yield kl, top1, top5, nll
 
 
-def _compared(P: Tensor, Q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """KL, agreements and log likelihoods under Q of the targets, (n,) each, of few logits: they stay in the cache."""
-    log_P, log_Q = _log_softmax(P), _log_softmax(Q)
-    return _kl(log_P, log_Q), *agreement(P, Q), log_Q.gather(-1, targets[:, None])[:, 0]
+def _compared(expected: Expected, Q: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """KL, agreements and log likelihoods under Q of the targets, (n,) each, of few logits Q (n, V)."""
+    log_Q = log_softmax(Q)
+    kl = _kl(expected.log_probs, log_Q)
+    return kl, *agreement(expected.top, likeliest(Q)), log_Q.gather(-1, targets[:, None])[:, 0]

@@ -76,8 +76,12 @@ class Scorer:
         states, targets = states[unscored:-1], tokens[unscored + 1 :]
         size = max(1, _LOGIT_ELEMENTS // self.tail(states[:1]).shape[-1])
         for states_slice, targets_slice in zip(states.split(size), targets.split(size), strict=True):
-            logits = self.tail(states_slice)
-            yield logits.to(torch.promote_types(logits.dtype, torch.float32)), targets_slice
+            yield self.logits(states_slice), targets_slice
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Logits (n, V), at least float32, of states (n, D)."""
+        logits = self.tail(states)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def _states(self, body: nn.Module, tokens: Tensor) -> Tensor:
         """The states (B, T, D) that `body` returns; the model's forward ends there."""

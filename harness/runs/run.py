@@ -22,6 +22,7 @@ from harness.records.record import Execution, Record, Text, Texts, Weights
 from harness.runs.analysis import Analyser
 from harness.runs.checks import check, device_of
 from harness.utils.determinism import repeatable
+from harness.utils.allocator import keep_freed_memory
 from harness.utils.disk_cache import DiskCache, cache_dir
 from harness.utils.errors import one_line, trace
 from harness.utils.progress import Track, silent
@@ -32,6 +33,7 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
 
     Raises: ValueError, in one line, if the configuration, the text or the weights do not allow the run.
     """
+    keep_freed_memory()
     if cfg.save is not None:
         native.check(Path(cfg.save))
     with stage(record, "load", track):  # the first run converts the embedded model here

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.evaluation import divergence, hidden_states, perplexity
+from harness.evaluation import divergence, float_head, hidden_states, perplexity
 from harness.models import Source
 from harness.runs import execute_run
 from harness.utils.disk_cache import DiskCache
@@ -108,7 +108,7 @@ def test_a_model_does_not_diverge_from_itself() -> None:
 def test_agreement_of_the_five_likeliest_counts_the_shared_ones() -> None:
     reference = torch.tensor([[9.0, 8, 7, 6, 5, 0, 0, 0]])
     quantized = torch.tensor([[8.0, 9, 0, 0, 5, 7, 6, 0]])
-    top1, top5 = divergence.agreement(reference, quantized)
+    top1, top5 = divergence.agreement(*map(float_head.likeliest, (reference, quantized)))
     assert (float(top1), float(top5)) == (0.0, pytest.approx(3 / 5))
 
 
@@ -205,6 +205,32 @@ def test_each_head_runs_once_for_each_window(tiny: Tiny, monkeypatch: pytest.Mon
     rows.clear()
     execute_run(tiny("bits=3"))
     assert rows.count(63) == 1 + 2 * 2, "the first window, and both models in the divergence pass"
+
+
+def test_the_float_head_runs_once_for_all_runs(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Later runs read its predictions, to the bit; if these do not fit beside the states, each run computes them."""
+    states = 2 * 64 * 64 * 4  # of two windows, in bytes
+    too_small = f"measure.divergence_gib={(states + 2 * 63 * 256 * 4 - 1) / 2**30}"
+    rows: list[int] = []
+    original = float_head.Expected.of
+    monkeypatch.setattr(
+        float_head.Expected, "of", classmethod(lambda _, logits: rows.append(len(logits)) or original(logits))
+    )
+    computed = execute_run(tiny("bits=3", too_small))[0]
+    assert execute_run(tiny("bits=4", too_small))[0].status == "ok"
+    assert rows == [63] * 4, "nothing is stored: both windows in both runs"
+    first = execute_run(tiny("bits=3", "force=true"))[0]
+    read = execute_run(tiny("bits=3", "force=true"))[0]
+    assert rows == [63] * 6, "the second of these runs reads both windows"
+    kept = [(run.window_kl, run.window_nll, run.metrics["top5_agreement"]) for run in (computed, first, read)]
+    assert kept[0] == kept[1] == kept[2]
+
+
+def test_predictions_of_another_stride_are_others(tiny: Tiny) -> None:
+    strided = ("data.protocol=strided", "data.stride=16", "bits=3")
+    alone = execute_run(tiny(*strided, "force=true"))[0]
+    execute_run(tiny("data.protocol=strided", "data.stride=32", "bits=3"))
+    assert execute_run(tiny(*strided, "force=true"))[0].window_kl == alone.window_kl
 
 
 def test_a_pass_that_disagrees_leaves_the_perplexity(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,8 +21,8 @@ from harness.quantization import mixed
 from harness.records.record import Execution, Record, Text, Texts, Weights
 from harness.runs.analysis import Analyser
 from harness.runs.checks import check, device_of
-from harness.utils.determinism import repeatable
 from harness.utils.allocator import keep_freed_memory
+from harness.utils.determinism import repeatable
 from harness.utils.disk_cache import DiskCache, cache_dir
 from harness.utils.errors import one_line, trace
 from harness.utils.progress import Track, silent

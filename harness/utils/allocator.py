@@ -1,4 +1,4 @@
-"""The C library's allocator: memory of freed tensors is kept for the next ones, not returned to the system each time."""
+"""The allocator of the C library: memory of freed tensors is kept for the next ones, not returned to the system."""
 
 from __future__ import annotations
 

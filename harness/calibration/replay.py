@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -33,6 +34,7 @@ class Stream:
         """
         model, self.blocks = decoder.model, decoder.blocks
         self.position = 0
+        self._count = decoder.count
         _check_calls(decoder)
         calls = calls_of(partial(logits, model, tokens[:1]), self.blocks, lambda *call: call)
         self.calls = [without_states(*call) for call in calls]
@@ -106,8 +108,9 @@ class Stream:
         new = [cut for cut in self.shortcuts if cut.linear in watchers and not cut.inputs]
         inputs_of: list[list[Tensor]] = [[] for _ in new]
         for i, states in enumerate(self.states):
+            waiting = Counter[nn.Module]() if keep else Counter({each: self._count(each) for each in watchers})
             recorders = {cut.linear: inputs.append for cut, inputs in zip(new, inputs_of, strict=True)}
-            with self._shortened(i), _watched(watchers, recorders, stop=not keep):
+            with self._shortened(i), _watched(watchers, recorders, waiting):
                 try:
                     output = self.run(states)
                 except Enough:
@@ -149,6 +152,10 @@ def verify(decoder: Decoder, tokens: Tensor) -> None:
     Raises: ValueError with the measured error if it does not.
     """
     model, stream = decoder.model, Stream(decoder, tokens)
+    other = Stream(decoder, tokens[:, :1].expand_as(tokens))
+    for name, *calls in zip(decoder.names, stream.calls, other.calls, strict=True):
+        if not equal(*calls):  # a later block may read what an earlier one computed besides the hidden states
+            raise _refused(model, f"passes {name} token-dependent arguments besides the hidden states")
     for _ in stream.blocks:
         stream.advance()
     expected = logits(model, tokens)
@@ -198,16 +205,19 @@ def _refused(model: nn.Module, why: str) -> ValueError:
 
 @contextmanager
 def _watched(
-    watchers: Mapping[nn.Module, Watcher], recorders: Mapping[nn.Module, Watcher], stop: bool
+    watchers: Mapping[nn.Module, Watcher], recorders: Mapping[nn.Module, Watcher], waiting: Counter[nn.Module]
 ) -> Iterator[None]:
-    waiting = set(watchers)
+    """Pass inputs to the watchers, and end the run after as many calls as `waiting` has, if it is not empty."""
+    left = ends = waiting.total()
 
     def hook(module: nn.Module, args: Any) -> None:
         watchers[module](args[0])
         if module in recorders:
             recorders[module](args[0])
-        waiting.discard(module)
-        if stop and not waiting:
+        nonlocal left
+        left -= waiting[module] > 0
+        waiting[module] -= 1
+        if ends and not left:
             raise Enough
 
     with hooked(module.register_forward_pre_hook(hook) for module in watchers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import nn
@@ -46,7 +47,8 @@ class Decoder:
             items = _in_order(items, probe)
         self.names = [name for name, _ in items]
         self.blocks: list[nn.Module] = [block for _, block in items]
-        self.calls = [probe.calls[block] if probe else 1 for block in self.blocks]
+        self._calls = Counter[nn.Module]() if probe is None else probe.calls
+        self.calls = [self._calls[block] if probe else 1 for block in self.blocks]
         if not items and not self.missing:
             self.missing = "has no list of decoder blocks that runs on tokens"
         named = {name: module for name, module in model.named_modules() if is_linear(module)}
@@ -65,6 +67,10 @@ class Decoder:
     def is_linear(self, module: nn.Module) -> bool:
         """Whether a module of the model is a linear that was proved; also for linears outside the blocks."""
         return module in self._linears
+
+    def count(self, module: nn.Module) -> int:
+        """How often a module was called in the forward that showed the blocks; at least 1."""
+        return self._calls[module] or 1
 
     def linears(self, index: int | None = None) -> dict[str, nn.Module]:
         """The linears of one block, or of all blocks, by full name in module order; without embedding and head.

@@ -54,6 +54,7 @@ class Toy(nn.Module):
             if self.defect == "between" and block is self.blocks[1]:
                 states = states + 0.1
             states = block(hidden_states=states, extra=extra)
+            extra = states.mean() if self.defect == "later tokens" else extra
             states = states.states if isinstance(states, Named) else states
         if self.defect == "twice":
             states = self.blocks[1](hidden_states=self.blocks[0](hidden_states=states, extra=extra), extra=extra)
@@ -153,6 +154,11 @@ def test_inputs_that_depend_on_the_tokens_are_refused() -> None:
         stream_of(Toy("tokens"), TOKENS)
 
 
+def test_a_model_that_passes_states_of_one_block_to_the_next_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"passes blocks\.1 token-dependent arguments besides the hidden states; it"):
+        verify(Toy("later tokens"), TOKENS[:1])
+
+
 @pytest.mark.parametrize(("defect", "block", "count"), [("skips", 1, 0), ("twice", 0, 2)])
 def test_a_model_that_calls_a_block_not_once_is_refused(defect: str, block: int, count: int) -> None:
     with pytest.raises(ValueError, match=rf"Toy calls blocks\.{block} {count} times in a forward, expected each block"):
@@ -180,6 +186,15 @@ def test_a_forward_ends_after_all_watched_linears_were_called() -> None:
     assert len(inputs) == 8
     assert len(calls) == len(outputs) == 4
     assert torch.equal(outputs[2], stream.run(stream.states[2]))
+
+
+def test_a_linear_that_is_called_twice_is_observed_twice() -> None:
+    model = Toy("")
+    linear = model.blocks[0].linear
+    model.blocks[0].register_forward_hook(lambda _block, _args, states: linear(states))
+    stream, inputs = stream_of(model, TOKENS), list[Tensor]()
+    assert stream.outputs({linear: inputs.append}, keep=False) == []
+    assert len(inputs) == 2 * len(TOKENS)
 
 
 def test_reading_states_runs_the_blocks_in_their_present_state() -> None:

@@ -23,12 +23,12 @@ INTERRUPTED = "error: interrupted; finished runs are kept and will be skipped ne
 
 def server(process: subprocess.Popen[bytes]) -> bool:
     """Whether the server that the processes of runs are forked from has started; it still imports its libraries."""
-    return any("forkserver" in " ".join(_command(child)) for child in descendants(process))
+    return _from_server(process) >= 1
 
 
 def run(process: subprocess.Popen[bytes]) -> bool:
-    """Whether the process of a run has started: a child of the server."""
-    return any("forkserver" in " ".join(_command(child.parent())) for child in descendants(process))
+    """Whether the process of a run has started: it is forked from the server, and has its command line."""
+    return _from_server(process) >= 2
 
 
 def imports(process: subprocess.Popen[bytes]) -> bool:
@@ -39,10 +39,15 @@ def imports(process: subprocess.Popen[bytes]) -> bool:
         return False
 
 
-def _command(process: psutil.Process | None) -> list[str]:
+def _from_server(process: subprocess.Popen[bytes]) -> int:
+    """The number of processes that have the command line of the server."""
+    return sum("forkserver" in " ".join(_command(child)) for child in descendants(process))
+
+
+def _command(process: psutil.Process) -> list[str]:
     try:
-        return process.cmdline() if process is not None else []
-    except psutil.Error:
+        return process.cmdline()
+    except psutil.Error:  # it has ended
         return []
 
 

@@ -15,7 +15,8 @@ from harness.calibration.calls import INSTEAD, Enough, calls_of, cast, equal, sp
 from harness.calibration.proofs import SAME_LOGITS, relative_error, within
 from harness.calibration.shortcut import Shortcut
 from harness.models import Decoder, logits
-from harness.nn import first_of, hooked, reason
+from harness.nn import first_of, hooked
+from harness.utils.explain import reason
 
 Watcher = Callable[[Tensor], None]
 

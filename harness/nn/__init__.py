@@ -18,4 +18,3 @@ from harness.nn.linear import resident_bytes as resident_bytes
 from harness.nn.linear import stored_bytes as stored_bytes
 from harness.nn.linear import swapped as swapped
 from harness.nn.positions import positions as positions
-from harness.utils.explain import reason as reason

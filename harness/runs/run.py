@@ -21,7 +21,6 @@ from harness.quantization import mixed
 from harness.records.record import Execution, Record, Text, Texts, Weights
 from harness.runs.analysis import Analyser
 from harness.runs.checks import check, device_of
-from harness.utils.allocator import keep_freed_memory
 from harness.utils.determinism import repeatable
 from harness.utils.disk_cache import DiskCache, cache_dir
 from harness.utils.errors import one_line, trace
@@ -33,7 +32,6 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
 
     Raises: ValueError, in one line, if the configuration, the text or the weights do not allow the run.
     """
-    keep_freed_memory()
     if cfg.save is not None:
         native.check(Path(cfg.save))
     with stage(record, "load", track):  # the first run converts the embedded model here

@@ -53,7 +53,7 @@ readme: $(STAMP) ## Write the tables and the plot of results/reference into READ
 	  $(BIN)/python -m harness.table runs=results/reference table=$$name into=docs/results.md mark=$$name; done
 	$(BIN)/python -m harness.report runs=results/reference table=bench png=results/pareto.png
 
-reference: $(STAMP) ## Run the reference rows again and write the tables that show them
+reference: $(STAMP) models ## Run the reference rows again, those of Gemma too, and write the tables that show them
 	$(REFERENCE_RUN) experiment=bench force=true engine.cache_gib=0
 	$(REFERENCE_RUN) experiment=packed force=true
 	$(REFERENCE_RUN) experiment=low_bits force=true engine.cache_gib=0
@@ -63,6 +63,8 @@ reference: $(STAMP) ## Run the reference rows again and write the tables that sh
 	$(REFERENCE_RUN) experiment=mixed force=true
 	$(REFERENCE_RUN) experiment=kv force=true
 	$(REFERENCE_RUN) experiment=pareto
+	$(REFERENCE_RUN) experiment=ladder model=smollm2,smollm2_raw,gemma3_270m force=true
+	$(REFERENCE_RUN) experiment=bench model=gemma3_270m force=true engine.cache_gib=0
 	$(MAKE) readme
 
 reproduce: $(STAMP) ## Run committed records again and judge each figure (REFERENCE=FOLDER for another folder, ONLY=PATTERN for some)

@@ -17,7 +17,8 @@ from harness.runs import identity
 from harness.runs.checks import device_of
 from harness.runs.moved import moved, stamped
 from harness.runs.run import run
-from harness.utils.errors import Refusal, one_line, trace
+from harness.utils.errors import LIMIT, Refusal, one_line, trace
+from harness.utils.explain import cut, fitted
 from harness.utils.files import first_missing, remove_empty
 from harness.utils.progress import Track, silent
 
@@ -43,7 +44,7 @@ def execute_run(raw: Json, track: Track = silent) -> tuple[Record, bool]:
         finished = _run(cfg, record, folder, track)
     except Exception as error:  # a sweep continues: every error is the result of its run
         refused = isinstance(error, Refusal)
-        finished = replace(record, status="failed", error=one_line(error), refused=refused), False
+        finished = replace(record, status="failed", error=_line(error), refused=refused), False
         trace()
     finally:
         gc.collect()
@@ -85,6 +86,18 @@ def _compared(earlier: Record, now: Record) -> Record:
         return replace(stamped(earlier, now), unsaved=now.unsaved)
     now.warnings.append(f"repeated because its code has changed; this changed {', '.join(changes)}")
     return now
+
+
+def _line(error: Exception) -> str:
+    """`error` in one line. That of a user has at most `LIMIT` characters: its problem loses its end, its remedy stays.
+
+    The parts come from different places: the engine puts the method before the reason of a model of any class name.
+    """
+    line = one_line(error)
+    if not isinstance(error, ValueError):
+        return line  # a bug is shown whole
+    problem, mark, remedy = line.rpartition("; ")
+    return fitted("", problem, f"{mark}{remedy}") if mark else cut(line, LIMIT)
 
 
 def failed_run(raw: Json, error: str) -> Record:

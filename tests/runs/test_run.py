@@ -233,6 +233,21 @@ def test_the_error_of_a_bug_is_one_line_with_its_class(tiny: Tiny, monkeypatch: 
     assert record.error == "KeyError: 'gone'; HYDRA_FULL_ERROR=1 shows the traceback"
 
 
+@pytest.mark.parametrize("message", ["model={}: its blocks are called twice; use rtn", "model={} is unknown"])
+def test_the_error_of_a_user_has_200_characters_and_its_remedy(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, message: str
+) -> None:
+    def refuse(*_args: Any) -> None:
+        raise ValueError(message.format("A" * 200))
+
+    monkeypatch.setattr(Source, "load", refuse)
+    record = execute_run(tiny())[0]
+    assert record.error is not None
+    assert len(record.error) == 200
+    assert record.error.startswith("model=AAA")
+    assert record.error.endswith("...; use rtn" if ";" in message else "A...")
+
+
 def test_the_record_of_an_early_failure_is_removed_once_the_run_succeeds(tiny: Tiny, tmp_path: Path) -> None:
     text = tmp_path / "late.txt"
     raw = tiny(f"data.path={text}", f"results_dir={tmp_path}/runs")

@@ -22,11 +22,12 @@ from harness.config import build
 from harness.core import IntQTensor, QTensor, Scheme
 from harness.core.formats import InputQuantizer
 from harness.nn import QuantLinear, replace
-from harness.utils.errors import short
+from harness.utils.errors import LIMIT, short
 from harness.utils.files import replacing
 
 VERSION = 1
 _WEIGHTS, _METADATA = "model.safetensors", "quantized.json"
+_LEAST = 20  # characters of a path in a message
 
 
 def check(folder: Path) -> None:
@@ -35,7 +36,8 @@ def check(folder: Path) -> None:
         raise ValueError(f"save={folder} already contains a model; choose another folder, or delete it")
     parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise ValueError(f"save={folder} cannot be written, because of {short(parent)}; choose another folder")
+        start, end = f"save={folder} cannot be written, because of ", "; choose another folder"
+        raise ValueError(f"{start}{short(parent, max(LIMIT - len(start) - len(end), _LEAST))}{end}")
 
 
 def save(model: nn.Module, weights: dict[str, QTensor], scheme: Scheme, source: dict[str, Any], folder: Path) -> None:

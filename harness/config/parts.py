@@ -133,6 +133,8 @@ class MeasureConfig:
     """What is measured in addition to perplexity: divergence from the float model, and latency.
 
     latency         whether prefill and decode are timed
+    runtime         how both models are timed. eager: operator by operator; compiled: by torch.compile with a static KV
+                    cache, on a GPU also as CUDA graphs
     divergence      whether the next-token distributions are compared with those of the float model, token by token
     divergence_gib  maximum disk space in GiB for the hidden states that divergence keeps of either model, and for the
                     float model's predictions; does not change a result
@@ -144,6 +146,7 @@ class MeasureConfig:
     """
 
     latency: bool = field(default=True, metadata=ALWAYS)
+    runtime: Literal["eager", "compiled"] = field(default="eager", metadata=CHANGED)
     divergence: bool = field(default=True, metadata=ALWAYS)
     divergence_gib: float = field(default=8.0, metadata=NEVER)
     batch_size: int = field(default=1, metadata=ALWAYS)
@@ -155,6 +158,8 @@ class MeasureConfig:
     def __post_init__(self) -> None:
         at_least(self, 1, "batch_size", "prompt_len", "decode_tokens", "repeats")
         at_least(self, 0, "warmup", "divergence_gib")
+        if self.runtime != "eager" and not self.latency:
+            raise ValueError(f"runtime={self.runtime} has no use with latency=False; use eager, or latency=true")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -94,6 +94,11 @@ class RunConfig:
                 f"save={self.save} cannot keep the changes that method.{rotating} makes to modules other than linears; "
                 "expected save=null, or a method that rotates nothing"
             )
+        if self.kv is not None and self.measure.runtime == "compiled":
+            raise Conflict(
+                f"measure.runtime=compiled with kv={self.kv.name}: a compiled model needs a static cache, and a "
+                "quantized one grows; expected kv=none, or measure.runtime=eager"
+            )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is out of range; expected 0 to 2^63 - 1")
         self._check_analysis()

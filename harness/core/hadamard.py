@@ -16,11 +16,12 @@ signs, make weights and Hessians incoherent).
 
 from __future__ import annotations
 
-import functools
 import math
 
 import torch
 from torch import Tensor
+
+from harness.core.constants import constant
 
 _LARGEST_PALEY = 512  # limit of the cost, because a factor is applied as a dense matrix
 _CHUNK = 6  # largest Sylvester factor 2^6: small enough to be cheap, large enough for an efficient matmul
@@ -64,7 +65,7 @@ def factors(size: int) -> tuple[Tensor, ...]:
     return tuple(matrices) or (torch.ones(1, 1, dtype=torch.float64),)
 
 
-@functools.lru_cache(maxsize=64)
+@constant
 def _factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(factor.to(device, dtype) for factor in factors(size))
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from harness.calibration import SAME_NLL
 from harness.config import RunConfig
-from harness.evaluation import divergence, perplexity
+from harness.evaluation import compiled, divergence, perplexity
 from harness.evaluation.energy import energy, meter
 from harness.evaluation.hidden_states import Spool
 from harness.evaluation.latency import latency, prefill
@@ -22,6 +22,7 @@ from harness.evaluation.memory import peak_memory_mib, reset_peak_memory
 from harness.evaluation.missing import optional
 from harness.evaluation.shared import Shared
 from harness.evaluation.stages import Diverged, Scores, Timing
+from harness.evaluation.workload import Eager, Pair, random_tokens
 from harness.models import Source
 from harness.nn import kvcache, one_line_errors
 from harness.utils.progress import Track
@@ -165,15 +166,22 @@ class Assessment:
 
     def time(self) -> Timing:
         """Measure latency, the memory of the KV cache, and joules if the machine has a readable energy counter."""
-        assert self._baseline is not None
-        cache, counter = kvcache.maker(self.cfg.kv), meter(self._device)
-        pair = (self.model, self._baseline)
-        timed = latency(pair, self.cfg.measure, self.cfg.seed, self.track, cache)
+        pair, counter = self._workloads(), meter(self._device)
+        timed = latency(pair, self.cfg.measure, self.track)
         joules, warnings = dict[str, float](), list(timed.warnings)
         if counter is not None:
             with optional(warnings, "measure", "energy"):
-                joules = energy(pair, self.cfg.measure, self.cfg.seed, counter, cache)
+                joules = energy(pair, counter)
         return Timing(timed.metrics | joules, counter.source if joules and counter else None, warnings)
+
+    def _workloads(self) -> Pair:
+        """The timed calls of the model and of its baseline, in the runtime of the configuration."""
+        assert self._baseline is not None
+        prompt, decoded = random_tokens(self.model, self.cfg.measure, self.cfg.seed)
+        if self.cfg.measure.runtime == "compiled":
+            return compiled.prepare((self.model, self._baseline), prompt, decoded)
+        cache = kvcache.maker(self.cfg.kv)
+        return Eager(self.model, prompt, decoded, cache), Eager(self._baseline, prompt, decoded)
 
     def _run_windows(self) -> None:
         """Run the model on all windows; score the first, and those whose states `diverge` cannot use."""

@@ -16,11 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from harness.config import MeasureConfig
-from harness.evaluation.workload import Pair, decode_call, milliseconds, prefill_call, random_tokens, synchronize
-from harness.nn import MakeCache
+from harness.evaluation.workload import Pair, Workload, milliseconds, synchronize
 
 POWERCAP = Path("/sys/class/powercap")
 _BLOCK_S = 0.5
@@ -49,28 +46,27 @@ def meter(device: torch.device, powercap: Path = POWERCAP) -> Meter | None:
 
 
 @torch.inference_mode()
-def energy(
-    models: Pair, cfg: MeasureConfig, seed: int, meter: Meter, cache: MakeCache | None = None
-) -> dict[str, float]:
+def energy(pair: Pair, meter: Meter) -> dict[str, float]:
     """Joules of a prefill and of one decoded token (of one sequence), for the model and for the baseline.
 
     Counters are too slow for single calls: a block of calls lasts `_BLOCK_S` seconds or longer, and each metric is the
     median of `_BLOCKS` blocks. The caches of decode blocks are filled before the block starts. A model that returns no
     cache has no decode metrics.
     """
-    prompt, decoded = random_tokens(models[0], cfg, seed)
     metrics: dict[str, float] = {}
-    for prefix, model, make in zip(("", "baseline_"), models, (cache, None), strict=True):
-        fill = prefill_call(model, prompt, make)
-
-        def decode(model: nn.Module = model, fill: Callable[[], Any] = fill) -> Callable[[], Any]:
-            step = decode_call(model, fill(), decoded)
-            return lambda: [step() for _ in range(decoded.shape[1])]
-
-        metrics[f"{prefix}prefill_j"] = _joules(meter, lambda fill=fill: fill, prompt.device)  # type: ignore[misc]
-        if fill() is not None:
-            metrics[f"{prefix}decode_j_per_token"] = _joules(meter, decode, prompt.device) / decoded.numel()
+    for prefix, workload in zip(("", "baseline_"), pair, strict=True):
+        device, tokens = workload.prompt.device, workload.decoded.numel()
+        metrics[f"{prefix}prefill_j"] = _joules(meter, lambda: workload.prefill, device)  # noqa: B023
+        if workload.prefill() is not None:
+            joules = _joules(meter, lambda: _all_steps(workload), device)  # noqa: B023
+            metrics[f"{prefix}decode_j_per_token"] = joules / tokens
     return metrics
+
+
+def _all_steps(workload: Workload) -> Callable[[], Any]:
+    """All decode steps after a prefill, which runs now, as one call."""
+    step = workload.decode(workload.prefill())
+    return lambda: [step() for _ in range(workload.decoded.shape[1])]
 
 
 def _joules(meter: Meter, prepare: Callable[[], Callable[[], Any]], device: torch.device) -> float:

@@ -12,7 +12,7 @@ from torch import nn
 
 from harness.config import MeasureConfig
 from harness.evaluation.missing import optional
-from harness.evaluation.workload import Pair, decode_call, milliseconds, prefill_call, random_tokens
+from harness.evaluation.workload import Eager, Pair, milliseconds, random_tokens
 from harness.nn import MakeCache, kvcache
 from harness.utils.progress import Track, silent
 
@@ -28,30 +28,26 @@ class Latency:
 
 
 @torch.inference_mode()
-def latency(
-    models: Pair, cfg: MeasureConfig, seed: int, track: Track = silent, cache: MakeCache | None = None
-) -> Latency:
+def latency(pair: Pair, cfg: MeasureConfig, track: Track = silent) -> Latency:
     """Time prefill and decode of a model; each repetition is paired with one of the baseline.
 
-    A prefill reads `prompt_len` tokens of `batch_size` sequences into a new KV cache and computes the last logits.
-    Decode then adds one token per step to that cache. The calls of a pair run back to back in alternating order; a
-    speedup is the median of the pairs' ratios. The model's cache is `cache()`, the baseline's cache is float. A model
-    that returns no cache has no decode metrics, but a warning.
+    A prefill reads the prompt into an empty KV cache and computes the last logits. Decode then adds one token per step
+    to that cache. The calls of a pair run back to back in alternating order; a speedup is the median of the pairs'
+    ratios. A model that returns no cache has no decode metrics, but a warning.
 
     Returns: p50, p10 and p90 of the model and p50 of the baseline in milliseconds, the speedups, and the size of the
     model's cache at the end in MiB.
     """
-    device = next(models[0].parameters()).device
-    prompt, decoded = random_tokens(models[0], cfg, seed)
+    device = pair[0].prompt.device
     result = Latency()
     caches: list[Any] = []
     with optional(result.warnings, "measure", "latency"):
-        prefills = [prefill_call(model, prompt, make) for model, make in zip(models, (cache, None), strict=True)]
+        prefills = [workload.prefill for workload in pair]
         result.metrics.update(_summary("prefill", _interleave(prefills, cfg.warmup, cfg.repeats, device, track)))
         caches += [prefill() for prefill in prefills]
     if caches:
         with optional(result.warnings, "measure", "decode latency"):
-            steps = [decode_call(model, filled, decoded) for model, filled in zip(models, caches, strict=True)]
+            steps = [workload.decode(filled) for workload, filled in zip(pair, caches, strict=True)]
             result.metrics.update(_summary("decode", _interleave(steps, cfg.warmup, cfg.decode_tokens, device, track)))
             size = kvcache.held_bytes(caches[0])
             result.metrics.update({} if size is None else {"kv_mib": size / _MIB})
@@ -61,7 +57,7 @@ def latency(
 @torch.inference_mode()
 def prefill(model: nn.Module, cfg: MeasureConfig, seed: int, cache: MakeCache | None = None) -> None:
     """Run one prefill, the same as `latency` times, without timing it."""
-    prefill_call(model, random_tokens(model, cfg, seed)[0], cache)()
+    Eager(model, *random_tokens(model, cfg, seed), cache).prefill()
 
 
 def _interleave(

@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,53 @@ from torch import Tensor, nn
 from harness.config import MeasureConfig
 from harness.nn import MakeCache, accepted, cache_of
 
-Pair = tuple[nn.Module, nn.Module]  # the quantized model, and its float baseline
+
+class Workload(Protocol):
+    """The timed calls of one model: a prompt (B, P), and the tokens (B, steps) that are decoded after it."""
+
+    @property
+    def prompt(self) -> Tensor: ...
+
+    @property
+    def decoded(self) -> Tensor: ...
+
+    def prefill(self) -> Any:
+        """Read the prompt into an empty cache, compute its last logits, and return the cache; None if there is none."""
+
+    def decode(self, cache: Any) -> Callable[[], Any]:
+        """A decode step after a prefill that returned `cache`: each call adds the next of the decoded tokens.
+
+        Raises: ValueError if `cache` is None.
+        """
+
+
+Pair = tuple[Workload, Workload]  # of the quantized model, and of its float baseline
+
+
+@dataclass(frozen=True)
+class Eager:
+    """The calls as the model's forward runs them, operator by operator, with a cache that grows."""
+
+    model: nn.Module
+    prompt: Tensor
+    decoded: Tensor
+    cache: MakeCache | None = None  # None: the model makes a float cache
+
+    def prefill(self) -> Any:
+        made = {"past_key_values": self.cache()} if self.cache else {}
+        options = accepted(self.model, use_cache=True)
+        return cache_of(self.model(input_ids=self.prompt, **options, **made, **last_logits(self.model)))
+
+    def decode(self, cache: Any) -> Callable[[], Any]:
+        if cache is None:
+            raise ValueError(f"{type(self.model).__name__} returns no past_key_values")
+        columns = iter(self.decoded.split(1, dim=1))
+        return lambda: self.model(input_ids=next(columns), past_key_values=cache, use_cache=True)
+
+
+def last_logits(model: nn.Module) -> dict[str, int]:
+    """The option with which the model computes the logits of the last token alone; empty if it has no such option."""
+    return {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
 
 def random_tokens(model: nn.Module, cfg: MeasureConfig, seed: int) -> tuple[Tensor, Tensor]:
@@ -22,33 +69,6 @@ def random_tokens(model: nn.Module, cfg: MeasureConfig, seed: int) -> tuple[Tens
     tokens = torch.randint(_vocabulary(model), shape, generator=torch.Generator().manual_seed(seed))
     prompt, decoded = tokens.to(next(model.parameters()).device).tensor_split([cfg.prompt_len], dim=1)
     return prompt, decoded
-
-
-def prefill_call(model: nn.Module, prompt: Tensor, cache: MakeCache | None) -> Callable[[], Any]:
-    """A prefill into a new cache, which it returns; only the last logits are computed where the model allows that.
-
-    The call returns None if the model's output has no cache.
-    """
-    options = accepted(model, use_cache=True)
-    if "logits_to_keep" in inspect.signature(model.forward).parameters:
-        options["logits_to_keep"] = 1
-
-    def call() -> Any:
-        made = {"past_key_values": cache()} if cache else {}  # without it, the model makes a float cache
-        return cache_of(model(input_ids=prompt, **options, **made))
-
-    return call
-
-
-def decode_call(model: nn.Module, cache: Any, tokens: Tensor) -> Callable[[], Any]:
-    """A decode step: each call adds the next column of `tokens` (B, steps) to the cache.
-
-    Raises: ValueError if `cache` is None.
-    """
-    if cache is None:
-        raise ValueError(f"{type(model).__name__} returns no past_key_values")
-    columns = iter(tokens.split(1, dim=1))
-    return lambda: model(input_ids=next(columns), past_key_values=cache, use_cache=True)
 
 
 def milliseconds(call: Callable[[], Any], device: torch.device) -> float:

@@ -12,7 +12,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import (
+    Cache,
+    CacheLayerMixin,
+    DynamicCache,
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    StaticLayer,
+)
 
 from harness.core import KVFormat
 from harness.core.formats import States
@@ -56,6 +63,39 @@ class CodedLayer(CacheLayerMixin):
 
     def get_max_length(self) -> int:
         return -1
+
+
+class FixedLayer(StaticLayer):
+    """Float keys and values of one layer, in memory for `length` tokens that is allocated once and stays in place.
+
+    New tokens go to the positions from `start` (a scalar int64 tensor that all layers share) on. The caller sets it
+    before each forward, so that the forward of every position is the same sequence of operations on the same memory.
+    Tokens after the new ones are masked, and so are those outside a sliding window.
+    """
+
+    def __init__(self, length: int, start: Tensor) -> None:
+        super().__init__(max_cache_len=length)
+        self.cumulative_length = start
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_args: Any, **_options: Any) -> tuple[Tensor, Tensor]:
+        """Store the keys and values of one call, (B, heads, T, head_dim); returns the whole memory, `length` tokens."""
+        assert self.keys is not None
+        assert self.values is not None
+        places = torch.arange(key_states.shape[2], device=key_states.device) + self.cumulative_length
+        return self.keys.index_copy_(2, places, key_states), self.values.index_copy_(2, places, value_states)
+
+
+def fixed(model: nn.Module, cache: Any, length: int, start: Tensor) -> Any:
+    """An empty cache for `length` tokens, with layers as those of `cache`, which the model has returned and filled.
+
+    The next forward puts its tokens at the positions from `start` (a scalar int64 tensor) on.
+    Raises: ValueError if the model returns no cache, or its layers store anything but keys and values.
+    """
+    layers = []
+    for filled in _checked(model, cache).layers:
+        layers.append(FixedLayer(length, start))
+        layers[-1].lazy_initialization(filled.keys, filled.values)
+    return Cache(layers=[*layers])
 
 
 def maker(fmt: KVFormat | None) -> MakeCache | None:
@@ -102,7 +142,7 @@ def check(fmt: KVFormat, shape: Any, seq_len: int, name: str) -> str | None:
 
 def _others(cache: Any) -> list[Any]:
     """Layers of a cache that store anything but keys and values; the cache itself if its class has no layers."""
-    supported = (DynamicLayer, DynamicSlidingWindowLayer, CodedLayer)
+    supported = (DynamicLayer, DynamicSlidingWindowLayer, CodedLayer, FixedLayer)
     return [layer for layer in getattr(cache, "layers", [cache]) if type(layer) not in supported]
 
 

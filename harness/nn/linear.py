@@ -49,6 +49,11 @@ class QuantLinear(nn.Module):
         assert self.packed is not None
         return self.packed.name if isinstance(self.packed, Kernel) else self.packed.kernel
 
+    @property
+    def quantizes_inputs(self) -> bool:
+        """Whether it computes with inputs that are rounded to codes."""
+        return self.input_quantizer is not None or (self.packed is not None and self.packed.quantizes_inputs)
+
     def refresh(self) -> None:
         """Recompute stored bits and decoded weight after the QTensor's floats changed; before `pack` or `simulate`."""
         assert isinstance(self.packed, QTensor)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 import pandas as pd
 
 from harness.records.metrics import Metric
-from harness.reports.describe import SETTING
+from harness.reports.describe import EAGER, SETTING
 from harness.reports.frame import measured
 
 Columns = Literal["short", "all"]
@@ -105,6 +105,8 @@ def in_common(frame: pd.DataFrame) -> str:
         values = frame[name].dropna().unique()
         if len(values) == 1:
             parts.append(f"{name} {text(values[0])}")
+    if list(frame["runtime"].unique()) not in ([], [EAGER]) and frame["runtime"].nunique() == 1:
+        parts.append(f"runtime {frame['runtime'].iloc[0]}")
     return ", ".join(parts)
 
 

@@ -10,7 +10,9 @@ from harness.records import Record, Text
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # The columns in which runs of one model and text may differ, in the order of tables.
-SETTING = ("method", "scheme", "bits", "options", "calibration", "kv", "dtype", "execution")
+SETTING = ("method", "scheme", "bits", "options", "calibration", "kv", "dtype", "execution", "runtime")
+
+EAGER = "eager"  # how calls are timed unless a run says otherwise
 
 # What the schemes of this project have, unless their name says otherwise.
 _GRID = {False: "full", True: "narrow"}  # of symmetric weights: without and with quantized activations
@@ -38,6 +40,7 @@ def describe(record: Record) -> Json:
         "baseline_dtype": execution.baseline_dtype,
         "execution": execution.mode,
         "kernel": execution.kernel,
+        "runtime": str(at(config, "measure", "runtime") or EAGER),
         "device": execution.device,
         "data": text.source or _configured_text(config),
         "protocol": record.data.protocol,
@@ -62,7 +65,7 @@ def label(record: Record) -> str:
     row = describe(record)
     parts = [row["model"], row["method"], row["scheme"], f"bits={row['bits']}" if row["bits"] else ""]
     parts += [row["options"], f"kv={row['kv']}" if row["kv"] != "none" else "", row["dtype"]]
-    parts += ["simulated" if row["execution"] == "simulated" else ""]
+    parts += ["simulated" if row["execution"] == "simulated" else "", row["runtime"] if row["runtime"] != EAGER else ""]
     return " ".join(str(part) for part in parts if part)
 
 

@@ -14,6 +14,7 @@ import torch
 from harness.config import MeasureConfig
 from harness.evaluation import energy
 from harness.evaluation.energy import Meter
+from harness.evaluation.workload import Eager, random_tokens
 from harness.runs import execute_run
 from tests.support.families import build
 
@@ -130,7 +131,8 @@ def test_joules_count_the_calls_of_a_block(monkeypatch: pytest.MonkeyPatch) -> N
         return llama
 
     meter = Meter("fake", lambda: [joules], (0,), 1.0)
-    metrics = energy.energy((model(2), model(3)), cfg, 0, meter)
+    tokens = random_tokens(model(0), cfg, 0)
+    metrics = energy.energy((Eager(model(2), *tokens), Eager(model(3), *tokens)), meter)
     assert metrics == {
         "prefill_j": 2 * 3 * 5,
         "decode_j_per_token": 2,

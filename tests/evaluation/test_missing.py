@@ -11,8 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from harness.config import MeasureConfig
 from harness.evaluation import Assessment, missing, optional, perplexity
 from harness.evaluation.latency import latency
+from harness.evaluation.workload import Eager, random_tokens
 from harness.nn import accepted, kvcache, one_line_errors
 from harness.runs import execute_run
 from tests.support.families import FAMILIES, build
@@ -129,8 +131,9 @@ def test_a_decode_that_fails_leaves_the_prefill(tiny: Tiny) -> None:
         return forward(input_ids=input_ids, use_cache=use_cache)
 
     model.forward = refuses
-    cfg = type("Cfg", (), {"batch_size": 1, "prompt_len": 4, "warmup": 1, "decode_tokens": 2, "repeats": 1})
-    result = latency((model, model), cfg, 0)  # type: ignore[arg-type]
+    cfg = MeasureConfig(prompt_len=4, warmup=1, decode_tokens=2, repeats=1)
+    workload = Eager(model, *random_tokens(model, cfg, 0))
+    result = latency((workload, workload), cfg)
     assert result.metrics["prefill_ms_p50"] > 0
     assert "decode_ms_p50" not in result.metrics
     assert result.warnings == ["measure: NotImplementedError: no decode; decode latency not measured"]

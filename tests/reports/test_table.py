@@ -235,6 +235,19 @@ def test_times_are_speedups_in_the_short_table() -> None:
     assert "rank" not in display(frame)
 
 
+def test_compiled_and_eager_times_are_told_apart() -> None:
+    eager, slow = make("a", 20.0), make("b", 20.0, method="gptq")
+    fast = make("c", 20.0)
+    fast.config["measure"] = {"runtime": "compiled"}
+    shown = display(to_frame([eager, slow, fast]))
+    assert list(shown["runtime"]) == ["eager", "eager", "compiled"]
+    for alone, expected in ((fast, ", runtime compiled;"), (eager, "")):
+        sheet = table.to_sheet(to_frame([alone]))
+        assert "runtime" not in sheet.shown
+        assert expected in sheet.head[0]
+        assert ("runtime" in sheet.head[0]) == bool(expected)
+
+
 def test_the_head_is_wrapped_and_the_table_is_not() -> None:
     text = table.to_markdown(to_frame(realistic()))
     head, rows, *_ = text.split("\n\n")

@@ -27,6 +27,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from harness.core.constants import constant
+
 WIDTH = 8  # coordinates of a point
 SHIFT = 0.25
 _COMPLETE, _PATTERNS = 227, 256  # patterns of squared norm up to 10 (every arrangement exists), and all patterns
@@ -43,7 +45,7 @@ def patterns(device: torch.device) -> Tensor:
     return torch.tensor(complete + padding[: _PATTERNS - _COMPLETE], device=device)
 
 
-@functools.lru_cache(maxsize=8)
+@constant
 def table(device: torch.device) -> Tensor:
     """All E8P points in the order of their codes, (65536, 8) int8, in units of 1/4: every entry is odd."""
     codes = torch.arange(1 << 16, device=device)
@@ -56,7 +58,7 @@ def table(device: torch.device) -> Tensor:
     return (points * 4).to(torch.int8)
 
 
-@functools.lru_cache(maxsize=8)
+@constant
 def small_table(device: torch.device) -> Tensor:
     """The points of the small codebook, (256, 8) int8, in units of 1/2."""
     whole = [p for p in itertools.product((-2, 0, 2), repeat=WIDTH) if sum(map(abs, p)) == 4]

@@ -21,7 +21,7 @@ TIMES = "\u00d7"
 FLOAT_ROOM = 1.4  # float models that cost more than this times the dearest other run are lines and no points
 STACKED = 0.95  # points at an edge that would hide each other are drawn this far apart
 # Columns that may tell two runs apart that agree in method, scheme, bits and options.
-_DISTINCTIVE = ("model", "data", "dtype", "execution", "kernel", "calibration", "device", "seed", "run_id")
+_DISTINCTIVE = ("model", "data", "dtype", "execution", "kernel", "runtime", "calibration", "device", "seed", "run_id")
 
 
 @dataclass(frozen=True)

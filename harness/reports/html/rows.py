@@ -16,7 +16,7 @@ from harness.reports.html.pareto import TIMES
 # Columns that describe a run: those that are always shown, and those shown where rows differ, before and after metrics.
 ALWAYS = ("method", "scheme", "bits")
 FIRST = "perplexity"  # the metric that follows them, so that a phone shows it
-BEFORE = ("options", "kv", "dtype", "execution")
+BEFORE = ("options", "kv", "dtype", "execution", "runtime")
 AFTER = ("calibration", "model", "data", "windows", "device", "seed", "protocol_class", "environment_class")
 
 

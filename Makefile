@@ -16,7 +16,7 @@ help: ## Show this list
 
 setup: $(STAMP) ## Create .venv and install the pinned requirements, once
 
-$(STAMP): requirements.txt pyproject.toml setup.py
+$(STAMP): requirements.txt pyproject.toml setup.py $(wildcard harness/kernels/native/*.cpp harness/kernels/native/*.h)
 	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else f"error: PYTHON=$(PYTHON) is Python {sys.version.split()[0]}; expected 3.11 or newer, run make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement requirements.txt

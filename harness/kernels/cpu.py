@@ -1,27 +1,35 @@
-"""The kernel rules for CPUs; `harness.kernels.table` tries them in order."""
+"""The kernel rules for CPUs; `harness.kernels.table` tries them in order.
+
+Where the native library is not built, torch's kernels run.
+"""
 
 from __future__ import annotations
 
 import torch
 
-from harness.core import IntQTensor
+from harness.core import IntQTensor, QTensor
 from harness.core.formats import InputQuantizer
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
+from harness.kernels.native import grouped
 
 
-def _w8a8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    if inputs is None or not cpu_w8a8.supports(weight, inputs, dtype):
+def _w8a8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    if inputs is None or not isinstance(weight, IntQTensor) or not cpu_w8a8.supports(weight, inputs, dtype):
         return None
     return cpu_w8a8.build(weight, inputs)
 
 
-def _int8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    return cpu_int8.CpuInt8(weight) if cpu_int8.supports(weight, dtype) else None
+def _native(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    return grouped.build(weight) if grouped.supports(weight, dtype) else None
 
 
-def _int4(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    return cpu_int4.CpuInt4(weight) if cpu_int4.supports(weight, dtype) else None
+def _int8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    return cpu_int8.CpuInt8(weight) if isinstance(weight, IntQTensor) and cpu_int8.supports(weight, dtype) else None
 
 
-RULES = (_w8a8, _int8, _int4)
+def _int4(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    return cpu_int4.CpuInt4(weight) if isinstance(weight, IntQTensor) and cpu_int4.supports(weight, dtype) else None
+
+
+RULES = (_w8a8, _native, _int8, _int4)

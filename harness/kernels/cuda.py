@@ -6,21 +6,23 @@ import importlib.util
 
 import torch
 
-from harness.core import IntQTensor
+from harness.core import IntQTensor, QTensor
 from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 
 
-def _w8a8(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+def _w8a8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
     from harness.kernels.triton import w8a8
 
-    return w8a8.TritonW8A8(weight, inputs, dtype) if inputs and w8a8.supports(weight, inputs, dtype) else None
+    if inputs is None or not isinstance(weight, IntQTensor) or not w8a8.supports(weight, inputs, dtype):
+        return None
+    return w8a8.TritonW8A8(weight, inputs, dtype)
 
 
-def _weight_only(weight: IntQTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+def _weight_only(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
     from harness.kernels.triton import w4a16
 
-    return w4a16.TritonInt(weight, dtype) if w4a16.supports(weight, dtype) else None
+    return w4a16.TritonInt(weight, dtype) if isinstance(weight, IntQTensor) and w4a16.supports(weight, dtype) else None
 
 
 RULES = (_w8a8, _weight_only) if importlib.util.find_spec("triton") else ()

@@ -9,6 +9,9 @@ groups or the dtype of the weight; then the next rule is tried. If no rule appli
     cuda    8       float16, bfloat16 triton_w8a16     likewise
     cuda    8       int8              triton_w8a8      few: split-K; many: tensor cores
     cuda    8       int8, outliers    triton_llm_int8  likewise
+    cpu     2 to 8  float32, bfloat16 native_int*      few: decoded in registers; many: in tiles in the cache
+    cpu     levels  float32, bfloat16 native_levels    likewise (NF4, FP4)
+            without the native library:
     cpu     4       bfloat16          cpu_w4a16        few: torch's int4 kernel; many: decode and matmul
     cpu     8       bfloat16          cpu_w8a16        few: torch's int8 kernel; many: cast and matmul
     cpu     8       int8              cpu_w8a8         (small weights: torch's int8 product; large: oneDNN's)
@@ -25,12 +28,12 @@ from collections.abc import Callable
 
 import torch
 
-from harness.core import IntQTensor, QTensor
+from harness.core import QTensor
 from harness.core.formats import InputQuantizer, PermutedQTensor
 from harness.kernels.base import Kernel
 from harness.kernels.reordered import Reordered
 
-Make = Callable[[IntQTensor, InputQuantizer | None, torch.dtype], Kernel | None]
+Make = Callable[[QTensor, InputQuantizer | None, torch.dtype], Kernel | None]
 
 
 def choose(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype, device: torch.device) -> Kernel | None:
@@ -41,8 +44,6 @@ def choose(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype, d
     if isinstance(weight, PermutedQTensor):
         base = choose(weight.base, inputs, dtype, device)
         return None if base is None else Reordered(base, weight.order)
-    if not isinstance(weight, IntQTensor):
-        return None
     kernels = (make(weight, inputs, dtype) for make in rules(device.type))
     return next((kernel for kernel in kernels if kernel is not None), None)
 

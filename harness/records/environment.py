@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from harness.kernels.native import library
 from harness.records.record import Environment
 
 _PACKAGES = (
@@ -34,6 +35,7 @@ def environment() -> Environment:
         platform=platform.platform(),
         cpu=_cpu_name(),
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        native=library.description(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
         commit=_commit(),

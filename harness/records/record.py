@@ -87,13 +87,17 @@ class Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class Environment:
-    """The properties in which two machines may differ: versions, processor, threads, commit."""
+    """The properties in which two machines may differ: versions, processor, threads, commit.
+
+    native  the processor features that the native kernels use, or why there are none
+    """
 
     python: str | None = None
     packages: dict[str, str | None] = field(default_factory=dict)
     platform: str | None = None
     cpu: str | None = None
     cpu_capability: str | None = None
+    native: str | None = None
     cores: int | None = None
     threads: int | None = None
     commit: str | None = None

@@ -1,4 +1,4 @@
-"""CPU kernels against float64 arithmetic on their QTensor, and the table that chooses them."""
+"""Torch's CPU kernels, which run without the native library, against float64 arithmetic, and the table of kernels."""
 
 from __future__ import annotations
 
@@ -12,13 +12,19 @@ from harness.core import ActivationFormat, IntQTensor, WeightFormat, round_to_ne
 from harness.core.formats import InputQuantizer, PermutedQTensor
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
+from harness.kernels.native import library
 from harness.kernels.table import choose
 from harness.nn import QuantLinear, resident_bytes
 
 CPU = torch.device("cpu")
 INT8_ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow")
-ROWS = (1, 3, 65, 130)  # of inputs: below and above the limits at which the kernels change their path
 vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")
+ROWS = (1, 3, 65, 130)  # of inputs: below and above the limits at which the kernels change their path
+
+
+@pytest.fixture(autouse=True)
+def _without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "available", lambda: False)
 
 
 def weights(rows: int, columns: int, fmt: WeightFormat) -> IntQTensor:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from harness.core import ActivationFormat, WeightFormat, round_to_nearest
 from harness.core.formats import InputQuantizer
+from harness.kernels.native import library
 from harness.nn import QuantLinear, stored_bytes
 from harness.nn.described import Described
 
@@ -99,7 +100,7 @@ def test_a_weight_kernel_gets_quantized_inputs() -> None:
     quantized = round_to_nearest(torch.randn(64, 128), fmt)
     packed = QuantLinear(quantized, None, torch.bfloat16, input_quantizer).pack()
     inputs = torch.randn(3, 5, 128).bfloat16()
-    assert packed.kernel == "cpu_w4a16"
+    assert packed.kernel == ("native_int4" if library.available() else "cpu_w4a16")
     expected = input_quantizer(inputs).double() @ quantized.dequantize().double().T
     assert (packed(inputs) - expected).norm() < 0.02 * expected.norm()
     assert (packed(inputs) - inputs.double() @ quantized.dequantize().double().T).norm() > 0.05 * expected.norm()

@@ -15,6 +15,7 @@ from hydra.errors import MissingConfigException
 
 from harness import models
 from harness.config import build_run
+from harness.kernels.native import library
 from harness.models import Source
 from harness.records import store
 from harness.runs import execute_run
@@ -26,13 +27,18 @@ Command = Callable[..., Done]
 SWEEP = [*TINY, "measure=off"]
 
 
+def native(name: str, other: str) -> str:
+    """The name of the kernel that runs: of the native library where it is built, otherwise of torch."""
+    return name if library.available() else other
+
+
 def test_record_of_a_run(tiny: Tiny, tmp_path: Path) -> None:
     record, skipped = execute_run(tiny("bits=3", "measure=quick", "measure.prompt_len=8", "measure.repeats=2"))
     assert (record.status, record.error, skipped) == ("ok", None, False)
     assert store.read(tmp_path / f"{record.run_id}.json") == record
     assert record.config["scheme"]["weight"]["bits"] == 3
     assert record.execution.mode == "packed"
-    assert record.execution.kernel == "reference"
+    assert record.execution.kernel == native("native_int3", "reference")
     assert record.data.protocol == "gptq-64"
     assert len(record.data.evaluation.tokens_sha256) == 64
     assert len(record.window_nll) == record.data.evaluation.num_windows == 2
@@ -64,15 +70,18 @@ def test_simulated_runs_claim_no_speed_and_no_memory(tiny: Tiny) -> None:
 @pytest.mark.parametrize(
     ("options", "kernel"),
     [
-        (("scheme=group32", "model.dtype=bfloat16"), "cpu_w4a16"),
-        (("scheme=group32_sym", "model.dtype=bfloat16"), "cpu_w4a16"),
-        (("scheme=channel", "bits=8", "model.dtype=bfloat16"), "cpu_w8a16"),
-        (("scheme=group64", "bits=3", "model.dtype=bfloat16"), "reference"),
+        (("scheme=group32", "model.dtype=bfloat16"), native("native_int4", "cpu_w4a16")),
+        (("scheme=group32_sym", "model.dtype=bfloat16"), native("native_int4", "cpu_w4a16")),
+        (("scheme=channel", "bits=8", "model.dtype=bfloat16"), native("native_int8", "cpu_w8a16")),
+        (("scheme=group64", "bits=3", "model.dtype=bfloat16"), native("native_int3", "reference")),
         (("scheme=w8a8_token",), "cpu_w8a8"),
         (("scheme=w8a8_tensor",), "cpu_w8a8"),
         (("scheme=w8a8_static",), "cpu_w8a8"),
         (("method=llm_int8", "scheme.activation.threshold=2"), "cpu_llm_int8"),
-        (("method=gptq", "scheme=group32", "method.gptq.static_groups=false", "model.dtype=bfloat16"), "cpu_w4a16"),
+        (
+            ("method=gptq", "scheme=group32", "method.gptq.static_groups=false", "model.dtype=bfloat16"),
+            native("native_int4", "cpu_w4a16"),
+        ),
     ],
 )
 def test_packed_and_simulated_runs_agree(tiny: Tiny, options: tuple[str, ...], kernel: str) -> None:

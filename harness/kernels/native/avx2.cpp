@@ -1,0 +1,102 @@
+// The kernels for AVX2, FMA and F16C: a vector is two registers.
+#include <cstdint>
+#include <cstring>
+
+#include "weight.h"
+
+#pragma GCC target("avx2,fma,f16c")
+#include <immintrin.h>
+
+namespace ptqbench {
+namespace {
+#include "common.h"
+
+struct V {
+  static constexpr bool registers = true;  // whether several sums stay in registers
+  struct F {
+    __m256 a, b;
+  };
+  struct I {
+    __m256i a, b;
+  };
+  static ALWAYS_INLINE __m256i words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+  static ALWAYS_INLINE __m128i shorts(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static ALWAYS_INLINE I load(const uint8_t* p) { return {words(p), words(p + 32)}; }
+  static ALWAYS_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
+  static ALWAYS_INLINE F load_half(const uint16_t* p) {
+    return {_mm256_cvtph_ps(shorts(p)), _mm256_cvtph_ps(shorts(p + 8))};
+  }
+  static ALWAYS_INLINE __m256 bfloat(__m128i p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(p), 16));
+  }
+  static ALWAYS_INLINE F load_bfloat(const uint16_t* p) { return {bfloat(shorts(p)), bfloat(shorts(p + 8))}; }
+  static ALWAYS_INLINE void store(float* p, F x) {
+    _mm256_storeu_ps(p, x.a);
+    _mm256_storeu_ps(p + 8, x.b);
+  }
+  static ALWAYS_INLINE void store(float* p, F x, int64_t count) {
+    float lanes[16];
+    store(lanes, x);
+    std::memcpy(p, lanes, static_cast<size_t>(4 * count));
+  }
+  static ALWAYS_INLINE void store(uint16_t* p, F x, int64_t count) {
+    uint16_t lanes[16];
+    store(lanes, x);
+    std::memcpy(p, lanes, static_cast<size_t>(2 * count));
+  }
+  static ALWAYS_INLINE F load(const float* p, int64_t count) {
+    float lanes[16] = {};
+    std::memcpy(lanes, p, static_cast<size_t>(4 * count));
+    return load(lanes);
+  }
+  static ALWAYS_INLINE __m256i rounded(__m256 x) {  // the bits of bfloat16, to nearest even, in the low half of a word
+    const __m256i bits = _mm256_castps_si256(x);
+    const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+    return _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7FFF))), 16);
+  }
+  static ALWAYS_INLINE void store(uint16_t* p, F x) {
+    const __m256i packed = _mm256_packus_epi32(rounded(x.a), rounded(x.b));  // by halves of registers: a b a b
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
+  }
+  template <int s>
+  static ALWAYS_INLINE I right(I x) { return {_mm256_srli_epi32(x.a, s), _mm256_srli_epi32(x.b, s)}; }
+  template <int s>
+  static ALWAYS_INLINE I left(I x) { return {_mm256_slli_epi32(x.a, s), _mm256_slli_epi32(x.b, s)}; }
+  template <int s>
+  static ALWAYS_INLINE I arithmetic(I x) { return {_mm256_srai_epi32(x.a, s), _mm256_srai_epi32(x.b, s)}; }
+  static ALWAYS_INLINE I either(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  static ALWAYS_INLINE __m256 choose(__m256 low, __m256 high, __m256i index, int bit) {
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 31 - bit)));
+  }
+  static ALWAYS_INLINE __m256 of_16(F table, __m256i index) {
+    return choose(_mm256_permutevar8x32_ps(table.a, index), _mm256_permutevar8x32_ps(table.b, index), index, 3);
+  }
+  static ALWAYS_INLINE F lookup(F table, I index) { return {of_16(table, index.a), of_16(table, index.b)}; }
+  static ALWAYS_INLINE F lookup(F low, F high, I index) {
+    return {choose(of_16(low, index.a), of_16(high, index.a), index.a, 4),
+            choose(of_16(low, index.b), of_16(high, index.b), index.b, 4)};
+  }
+  static ALWAYS_INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  static ALWAYS_INLINE F zero() { return broadcast(0); }
+  static ALWAYS_INLINE F broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
+  static ALWAYS_INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F sub(F x, F y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F mul(F x, F y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F fma(F x, F y, F z) { return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)}; }
+  static ALWAYS_INLINE F fnma(F x, F y, F z) {
+    return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
+  }
+};
+
+#include "codes.h"
+#include "output.h"
+#include "few.h"
+#include "decode.h"
+}  // namespace
+
+const Level& avx2_level() {
+  static const Level level{"avx2", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>};
+  return level;
+}
+
+}  // namespace ptqbench

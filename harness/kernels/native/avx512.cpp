@@ -1,0 +1,26 @@
+// The kernels for AVX-512 (F, BW, DQ, VL).
+#include <cstdint>
+
+#include "weight.h"
+
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include <immintrin.h>
+
+namespace ptqbench {
+namespace {
+#include "common.h"
+#include "vector_avx512.h"
+#include "codes.h"
+#include "output.h"
+#include "few.h"
+#include "decode.h"
+#include "product.h"
+#include "product_float.h"
+}  // namespace
+
+const Level& avx512_level() {
+  static const Level level{"avx512", few<V>, many<FloatProduct>, nullptr, decode<V, float>, decode<V, uint16_t>};
+  return level;
+}
+
+}  // namespace ptqbench

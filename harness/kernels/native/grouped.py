@@ -1,0 +1,106 @@
+"""Weights of 2 to 8 bits with a scale for each group of inputs, and optionally a zero point: integer grids, NF4, FP4.
+
+A code of up to 5 bits selects one of 2^bits levels, so that integer grids and tables differ in the levels alone; wider
+codes are integers. Inputs are float32 or bfloat16 and are not rounded; sums are in float32.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.core import IntQTensor, QTensor
+from harness.core.formats import LevelsQTensor
+from harness.kernels.base import Kernel
+from harness.kernels.native import library
+from harness.kernels.native.panels import HALF, pack_groups, pack_panels
+
+_TABLE_BITS = 5  # the widest code whose levels fit into registers
+_LEVELS_BITS = 4  # of LevelsQTensor
+_TABLE = 32  # entries of `levels`: a table of fewer repeats
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+def supports(weight: QTensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs this weight: inputs in float32 or bfloat16, groups of 16, 32, 48, ... or whole rows."""
+    if dtype not in _DTYPES or not library.available():
+        return False
+    if isinstance(weight, IntQTensor):
+        return _aligned(weight.shape[1], weight.scale.shape[1])
+    return (
+        isinstance(weight, LevelsQTensor) and weight.shape[1] % weight.block_size == 0 and weight.block_size % HALF == 0
+    )
+
+
+def build(weight: QTensor) -> GroupedLinear:
+    """The kernel of a weight that is supported."""
+    if isinstance(weight, IntQTensor):
+        return _of_integers(weight)
+    assert isinstance(weight, LevelsQTensor)
+    scale = weight.scales().view(weight.shape[0], -1)
+    return GroupedLinear("native_levels", Codes(weight.codes, _LEVELS_BITS, weight.levels), scale, None)
+
+
+def _of_integers(weight: IntQTensor) -> GroupedLinear:
+    """An integer grid; codes and zero points are moved so that 0 is in the middle, which keeps sums small."""
+    fmt, scale = weight.fmt, weight.scale
+    bits = 8 if fmt.bits == 7 else fmt.bits
+    table, float_zero = bits <= _TABLE_BITS, not fmt.symmetric and fmt.zero_point == "float"
+    middle = 0 if table and float_zero else fmt.mid_code  # a float zero point is not exact after a move
+    levels = torch.arange(1 << bits, dtype=torch.float32) - middle if table else None
+    codes = Codes(weight.codes if table else weight.codes.int() - middle, bits, levels)
+    if float_zero and not table:
+        scale = scale.float()
+    zero_point = None if fmt.symmetric else (weight.zero_points() - middle).to(scale.dtype)
+    return GroupedLinear(f"native_int{fmt.bits}", codes, scale, zero_point)
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Codes (N, K) of `bits` bits that select from `levels` (2^bits,); otherwise signed integers of 6 or 8 bits."""
+
+    values: Tensor
+    bits: int
+    levels: Tensor | None
+
+    def table(self) -> Tensor:
+        """The levels, repeated (32,), so that bits above a code do not matter; zeros if there are none."""
+        return torch.zeros(_TABLE) if self.levels is None else self.levels.float().repeat(_TABLE // len(self.levels))
+
+
+class GroupedLinear(Kernel):
+    """One weight (N, K) in panels of 16 rows, see `harness.kernels.native.panels`.
+
+    qweight     (panels, blocks, bits, 16) int32
+    levels      (32,) float32, the value of each code, if it has at most 5 bits
+    scale       (panels, G, 16)
+    zero_point  likewise, in units of levels; None if there is none
+    """
+
+    qweight: Tensor
+    levels: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, name: str, codes: Codes, scale: Tensor, zero_point: Tensor | None) -> None:
+        """`scale` and `zero_point` are (N, G), or (1, 1)."""
+        rows, columns = codes.values.shape
+        super().__init__((rows, columns))
+        self.name = name
+        self.register_buffer("qweight", pack_panels(codes.values, codes.bits))
+        self.register_buffer("levels", codes.table())
+        self.register_buffer("scale", pack_groups(scale, rows))
+        self.register_buffer("zero_point", None if zero_point is None else pack_groups(zero_point, rows))
+
+    def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        outputs: Tensor = torch.ops.ptqbench_native.grouped_linear(
+            inputs, self.qweight, self.levels, self.scale, self.zero_point, bias, self.shape[0]
+        )
+        return outputs
+
+
+def _aligned(columns: int, groups: int) -> bool:
+    """Whether groups are multiples of the inputs that are decoded together; a whole row may have any length."""
+    return groups == 1 or columns // groups % HALF == 0

@@ -1,0 +1,56 @@
+"""The native library: torch operators in C++, which setup.py builds where a compiler is.
+
+Where it was not built, or was built for another torch, `available` is false and the kernels of torch run instead; the
+record of a run names its kernels and says why there is no library.
+"""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_FILE = "_native.so"
+
+
+def available() -> bool:
+    """Whether the operators `torch.ops.ptqbench_native` can be called."""
+    return problem() is None
+
+
+@functools.cache
+def problem() -> str | None:
+    """Load the library, once per process. Returns: why it cannot be used, in one line, or None."""
+    file = Path(__file__).with_name(_FILE)
+    if not file.exists():
+        return "not built; run make setup where a C++17 compiler is installed"
+    try:
+        torch.ops.load_library(str(file))
+    except OSError as reason:
+        return f"built for another torch ({str(reason).splitlines()[0][:100]}); run make setup again"
+    _register_fakes()
+    return None
+
+
+def set_level(name: str) -> str:
+    """Use the processor features of this level at most ("" is all): plain, avx2, avx512, avx512_bf16.
+
+    Returns: the level that runs, which is a lower one if the processor lacks the features.
+    """
+    level: str = torch.ops.ptqbench_native.set_level(name)
+    return level
+
+
+def description() -> str:
+    """The level of processor features that runs, or why the library cannot be used; for the record of a run."""
+    return problem() or set_level("")
+
+
+def _register_fakes() -> None:
+    @torch.library.register_fake("ptqbench_native::grouped_linear")  # type: ignore[untyped-decorator]
+    def grouped_linear(x: Tensor, *weight: Any) -> Tensor:
+        *_, rows = weight
+        return x.new_empty(*x.shape[:-1], rows)

@@ -1,0 +1,188 @@
+// The torch operators: they check tensors, prepare the inputs, and share the panels among torch's threads.
+#include <ATen/ATen.h>
+#include <ATen/Parallel.h>
+#include <ATen/cpu/Utils.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <vector>
+
+#include "level.h"
+#include "weight.h"
+
+namespace ptqbench {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t kAlias = 2048;         // rows apart by multiples of so many bytes meet in few sets of the cache
+constexpr int64_t kRowBytes = 1 << 20;   // most bytes of rows of x that are multiplied at once
+constexpr int64_t kSlab = 32;  // panels of a slab: 4 MiB of float32 at K = 2048
+
+Scale scale_type(const Tensor& scale) {
+  switch (scale.scalar_type()) {
+    case at::kFloat: return Scale::float32;
+    case at::kHalf: return Scale::float16;
+    case at::kBFloat16: return Scale::bfloat16;
+    default: TORCH_CHECK(false, "scale has dtype ", scale.scalar_type(), "; expected float32, float16 or bfloat16");
+  }
+}
+
+Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale, const optional<Tensor>& zero,
+                 int64_t rows, int64_t inputs) {
+  TORCH_CHECK(codes.dim() == 4 && codes.is_contiguous() && codes.scalar_type() == at::kInt && codes.size(3) == kPanel,
+              "codes have shape ", codes.sizes(), " ", codes.scalar_type(), "; expected (panels, blocks, bits, 16) int32");
+  TORCH_CHECK(scale.dim() == 3 && scale.is_contiguous() && scale.size(0) == codes.size(0) && scale.size(2) == kPanel,
+              "scale has shape ", scale.sizes(), "; expected (panels, groups, 16)");
+  TORCH_CHECK(!zero || (zero->sizes() == scale.sizes() && zero->is_contiguous() && zero->scalar_type() == scale.scalar_type()),
+              "zero must have the shape and dtype of scale");
+  const int bits = static_cast<int>(codes.size(2));
+  TORCH_CHECK(bits >= 2 && bits <= 8 && bits != 7, "codes have ", bits, " bits; expected 2 to 6, or 8");
+  TORCH_CHECK(levels.scalar_type() == at::kFloat && levels.is_contiguous() && levels.numel() >= (bits == 5 ? 32 : 16),
+              "levels must be 16 float32, or 32 for 5 bits");
+  Weight w{reinterpret_cast<const uint8_t*>(codes.const_data_ptr<int>()), levels.const_data_ptr<float>(), scale.const_data_ptr(), zero ? zero->const_data_ptr() : nullptr,
+           scale_type(scale), bits, rows, inputs, scale.size(1), 0};
+  TORCH_CHECK(w.panels() == codes.size(0) && w.blocks() == codes.size(1), "codes of shape ", codes.sizes(),
+              " do not hold a weight of ", rows, " x ", inputs);
+  w.group = w.groups == 1 ? w.halves() * kHalf : inputs / w.groups;
+  TORCH_CHECK(w.group % kHalf == 0 && (w.groups == 1 || w.group * w.groups == inputs), "groups of ", w.group,
+              " inputs; expected a multiple of 16 that divides ", inputs);
+  return w;
+}
+
+// Memory that calls on this thread share: fresh memory of the size of x would cost page faults at every call.
+template <class T>
+T* scratch(int64_t count) {
+  static thread_local std::vector<T> memory;
+  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
+  return memory.data();
+}
+
+void widen_row(const uint16_t* bfloats, int64_t count, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(bfloats[i]) << 16;
+    std::memcpy(out + i, &bits, 4);
+  }
+}
+
+// Rows [row, row + count) of x (M, K) in words, with zeros up to a multiple of 16 inputs: in place where possible, otherwise
+// in memory of this thread. `spread` copies rows whose stride would make them meet in few sets of the cache.
+template <class Word>
+Rows<Word> rows_of(const Tensor& x, int64_t row, int64_t count, bool spread) {
+  const int64_t inputs = x.size(1), padded = (inputs + kHalf - 1) / kHalf * kHalf;
+  const bool widen = sizeof(Word) == 4 && std::is_same_v<Word, float> && x.scalar_type() == at::kBFloat16;
+  const int64_t bytes = inputs * x.element_size(), words = padded * (widen ? 4 : x.element_size()) / sizeof(Word);
+  const char* source = static_cast<const char*>(x.const_data_ptr()) + row * bytes;
+  if (!widen && padded == inputs && !(spread && bytes % kAlias == 0))
+    return {reinterpret_cast<const Word*>(source), count, words};
+  const int64_t stride = words + (spread ? kPanel : 0);
+  Word* rows = scratch<Word>(count * stride);
+  for (int64_t m = 0; m < count; ++m) {
+    char* out = reinterpret_cast<char*>(rows + m * stride);
+    std::memset(out, 0, words * sizeof(Word));
+    if (widen) widen_row(reinterpret_cast<const uint16_t*>(source + m * bytes), inputs, reinterpret_cast<float*>(out));
+    else std::memcpy(out, source + m * bytes, bytes);
+  }
+  return {rows, count, stride};
+}
+
+// Sums of x over the groups of w, (rows, groups).
+std::vector<float> group_sums(const Weight& w, const Rows<float>& x) {
+  std::vector<float> sums(x.count * w.groups);
+  for (int64_t i = 0; i < x.count * w.groups; ++i) {
+    const float* values = x.values + i / w.groups * x.stride + i % w.groups * w.group;
+    float lanes[kHalf] = {};
+    for (int64_t k = 0; k < w.group; k += kHalf)
+      for (int lane = 0; lane < kHalf; ++lane) lanes[lane] += values[k + lane];
+    for (float lane : lanes) sums[i] += lane;
+  }
+  return sums;
+}
+
+// Few rows of x: codes are decoded in registers.
+void by_registers(const Level& level, const Weight& w, const Tensor& x, const Output& y) {
+  const Rows<float> rows = rows_of<float>(x, 0, x.size(0), false);
+  const std::vector<float> sums = w.zero ? group_sums(w, rows) : std::vector<float>();
+  at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) {
+    level.few(w, rows, sums.data(), y, first, last);
+  });
+}
+
+// Many rows of x: tiles of the weight are decoded into the cache and multiplied, some rows at a time.
+template <class Word, class Many>
+void by_tiles(Many many, const Weight& w, const Tensor& x, const Output& y) {
+  const int64_t most = std::clamp(kRowBytes / (w.inputs * x.element_size()), kTall, kMany);
+  const int64_t parts = (x.size(0) + most - 1) / most;
+  at::parallel_for(0, (w.panels() + 1) / 2, 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = 0; part < parts; ++part) {
+      const int64_t row = part * x.size(0) / parts, end = (part + 1) * x.size(0) / parts;
+      many(w, rows_of<Word>(x, row, end - row, true), y.from(row), first, last);
+    }
+  });
+}
+
+template <class T, class Decode>
+void decode_slab(Decode decode, const Weight& w, int64_t first, int64_t last, const Tensor& slab) {
+  T* values = static_cast<T*>(slab.mutable_data_ptr());
+  at::parallel_for(first, last, 1, [&](int64_t from, int64_t to) {
+    decode(w, from, to, Slab<T>{values + (from - first) * kPanel, slab.size(1)});
+  });
+}
+
+// Whether this processor multiplies bfloat16 matrices in an engine (AMX), which torch's product uses.
+bool matrix_engine() {
+  static const bool found = at::cpu::init_amx();
+  return found;
+}
+
+// Many rows of x where torch's product is the faster one: slabs of W^T are decoded in the dtype of x.
+Tensor by_slabs(const Level& level, const Weight& w, const Tensor& x, const optional<Tensor>& bias) {
+  Tensor y = at::empty({x.size(0), w.panels() * kPanel}, x.options());
+  for (int64_t first = 0; first < w.panels(); first += kSlab) {
+    const int64_t last = std::min(first + kSlab, w.panels());
+    Tensor slab = at::empty({w.inputs, (last - first) * kPanel}, x.options());
+    if (x.scalar_type() == at::kFloat) decode_slab<float>(level.decode, w, first, last, slab);
+    else decode_slab<uint16_t>(level.decode_bf16, w, first, last, slab);
+    Tensor part = y.slice(1, first * kPanel, last * kPanel);
+    at::mm_out(part, x, slab);
+  }
+  y = y.slice(1, 0, w.rows);
+  return bias ? y + *bias : y.contiguous();
+}
+
+Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& levels, const Tensor& scale,
+              const optional<Tensor>& zero, const optional<Tensor>& bias, int64_t rows) {
+  const bool bfloat = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(bfloat || x.scalar_type() == at::kFloat, "x has dtype ", x.scalar_type(), "; expected float32 or bfloat16");
+  const Weight w = weight_of(codes, levels, scale, zero, rows, x.size(-1));
+  const Level& level = current_level();
+  const Tensor flat = x.reshape({-1, x.size(-1)}).contiguous();
+  auto shape = x.sizes().vec();
+  shape.back() = rows;
+  const bool few = flat.size(0) <= kFew;
+  if (!few && (!level.many || (bfloat && matrix_engine()))) return by_slabs(level, w, flat, bias).view(shape);
+  const Tensor floats = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  Tensor y = at::empty(shape, x.options());
+  const Output out{y.mutable_data_ptr(), rows, bias ? floats.const_data_ptr<float>() : nullptr, bfloat};
+  if (few) by_registers(level, w, flat, out);
+  else if (bfloat && level.many_bf16) by_tiles<uint32_t>(level.many_bf16, w, flat, out);
+  else by_tiles<float>(level.many, w, flat, out);
+  return y;
+}
+
+std::string set_level(const std::string& name) {
+  limit_level(name);
+  return current_level().name;
+}
+
+}  // namespace
+}  // namespace ptqbench
+
+TORCH_LIBRARY(ptqbench_native, m) {
+  m.def("grouped_linear(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? zero, Tensor? bias, int rows) -> Tensor");
+  m.def("set_level(str name) -> str", &ptqbench::set_level);
+}
+
+TORCH_LIBRARY_IMPL(ptqbench_native, CPU, m) { m.impl("grouped_linear", &ptqbench::linear); }

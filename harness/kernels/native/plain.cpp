@@ -1,0 +1,103 @@
+// The kernels for any processor: a vector is an array.
+#include <cstdint>
+#include <cstring>
+
+#include "weight.h"
+
+#define ALWAYS_INLINE inline  // arrays of 16 lanes, unrolled 16 times, would be slow to compile
+
+namespace ptqbench {
+namespace {
+#include "common.h"
+
+struct V {
+  static constexpr bool registers = false;  // whether several sums stay in registers
+  struct F {
+    float lane[16];
+  };
+  struct I {
+    uint32_t lane[16];
+  };
+  template <class R, class Function>
+  static ALWAYS_INLINE R lanes(Function&& function) {
+    R result;
+    for (int i = 0; i < 16; ++i) result.lane[i] = function(i);
+    return result;
+  }
+  static float float_of(uint32_t bits) {
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+  }
+  static uint32_t bits_of(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    return bits;
+  }
+  static float half_of(uint32_t half) {  // exact: the exponent is corrected by a product with 2^112
+    const float magnitude = float_of((half & 0x7FFF) << 13) * 0x1p112f;
+    return half & 0x8000 ? -magnitude : magnitude;
+  }
+  static I load(const uint8_t* p) {
+    I a;
+    std::memcpy(a.lane, p, 64);
+    return a;
+  }
+  static F load(const float* p) { return lanes<F>([&](int i) { return p[i]; }); }
+  static F load_half(const uint16_t* p) { return lanes<F>([&](int i) { return half_of(p[i]); }); }
+  static F load_bfloat(const uint16_t* p) {
+    return lanes<F>([&](int i) { return float_of(static_cast<uint32_t>(p[i]) << 16); });
+  }
+  static void store(float* p, F a) { std::memcpy(p, a.lane, 64); }
+  static void store(float* p, F a, int64_t count) { std::memcpy(p, a.lane, static_cast<size_t>(4 * count)); }
+  static F load(const float* p, int64_t count) {
+    F a = zero();
+    std::memcpy(a.lane, p, static_cast<size_t>(4 * count));
+    return a;
+  }
+  static void store(uint16_t* p, F a, int64_t count) {
+    uint16_t lanes[16];
+    store(lanes, a);
+    std::memcpy(p, lanes, static_cast<size_t>(2 * count));
+  }
+  static void store(uint16_t* p, F a) {  // rounds to bfloat16, to nearest even
+    for (int i = 0; i < 16; ++i) {
+      const uint32_t bits = bits_of(a.lane[i]);
+      p[i] = static_cast<uint16_t>((bits + 0x7FFF + (bits >> 16 & 1)) >> 16);
+    }
+  }
+  template <int s>
+  static I right(I a) { return lanes<I>([&](int i) { return a.lane[i] >> s; }); }
+  template <int s>
+  static I left(I a) { return lanes<I>([&](int i) { return a.lane[i] << s; }); }
+  template <int s>
+  static I arithmetic(I a) {
+    return lanes<I>([&](int i) { return static_cast<uint32_t>(static_cast<int32_t>(a.lane[i]) >> s); });
+  }
+  static I either(I a, I b) { return lanes<I>([&](int i) { return a.lane[i] | b.lane[i]; }); }
+  static F lookup(F table, I index) { return lanes<F>([&](int i) { return table.lane[index.lane[i] & 15]; }); }
+  static F lookup(F low, F high, I index) {
+    return lanes<F>([&](int i) { return (index.lane[i] & 16 ? high : low).lane[index.lane[i] & 15]; });
+  }
+  static F to_float(I a) { return lanes<F>([&](int i) { return static_cast<float>(static_cast<int32_t>(a.lane[i])); }); }
+  static F zero() { return broadcast(0); }
+  static F broadcast(float a) { return lanes<F>([&](int) { return a; }); }
+  static F add(F a, F b) { return lanes<F>([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  static F sub(F a, F b) { return lanes<F>([&](int i) { return a.lane[i] - b.lane[i]; }); }
+  static F mul(F a, F b) { return lanes<F>([&](int i) { return a.lane[i] * b.lane[i]; }); }
+  static F fma(F a, F b, F c) { return lanes<F>([&](int i) { return c.lane[i] + a.lane[i] * b.lane[i]; }); }
+  static F fnma(F a, F b, F c) { return lanes<F>([&](int i) { return c.lane[i] - a.lane[i] * b.lane[i]; }); }
+};
+
+#include "codes.h"
+#include "output.h"
+#include "few.h"
+#include "decode.h"
+}  // namespace
+
+const Level& plain_level() {
+  static const Level level{"plain", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>};
+  return level;
+}
+
+}  // namespace ptqbench

@@ -1,0 +1,80 @@
+// y = x W^T for many rows of x: a tile of W^T (two panels, some inputs) lies in the first-level cache and is multiplied by
+// all rows of x; bound by arithmetic.
+//
+// A product type P says how many neighbouring inputs one word of a lane holds (`pack`): one float32, two bfloat16 or four
+// bytes. Sum is a register of 16 sums, and dot adds the products of a word to them.
+#pragma once
+
+constexpr int64_t kSteps = 128;  // words of a tile, 16 KiB for two panels
+
+// The sums of M rows of x and two panels of 16 rows, 64 bytes a step each; added to
+// y (M, 2) unless they are the first.
+template <class P, int M>
+void multiply(const uint8_t* low, const uint8_t* high, int64_t steps, const typename P::Word* x, int64_t stride,
+              typename P::Sum* y, bool first) {
+  typename P::Sum sums[M][2];
+  UNROLL for (int m = 0; m < M; ++m) sums[m][0] = sums[m][1] = P::zero();
+  for (int64_t k = 0; k < steps; ++k) {
+    const typename P::Sum left = P::load(low + 64 * k), right = P::load(high + 64 * k);
+    UNROLL for (int m = 0; m < M; ++m) {
+      const typename P::Sum value = P::broadcast(x[m * stride + k]);
+      sums[m][0] = P::dot(sums[m][0], left, value);
+      sums[m][1] = P::dot(sums[m][1], right, value);
+    }
+  }
+  UNROLL for (int m = 0; m < M; ++m) {
+    y[2 * m] = first ? sums[m][0] : P::add(y[2 * m], sums[m][0]);
+    y[2 * m + 1] = first ? sums[m][1] : P::add(y[2 * m + 1], sums[m][1]);
+  }
+}
+
+template <class P>
+using Multiply = void (*)(const uint8_t*, const uint8_t*, int64_t, const typename P::Word*, int64_t, typename P::Sum*,
+                          bool);
+
+template <class P>
+Multiply<P> multiply_rows(int64_t rows) {
+  static constexpr Multiply<P> functions[kTall] = {
+      multiply<P, 1>, multiply<P, 2>, multiply<P, 3>, multiply<P, 4>,  multiply<P, 5>,  multiply<P, 6>,
+      multiply<P, 7>, multiply<P, 8>, multiply<P, 9>, multiply<P, 10>, multiply<P, 11>, multiply<P, 12>};
+  return functions[rows - 1];
+}
+
+// Multiplies a tile, whose first step is step k, by all rows of x, in stacks of about equal height: sums (rows, 2) of 16 lanes.
+template <class P>
+ALWAYS_INLINE void multiply_all(const uint8_t* low, const uint8_t* high, int64_t k, int64_t steps,
+                                const Rows<typename P::Word>& x, typename P::Sum* sums) {
+  const int64_t stacks = (x.count + kTall - 1) / kTall;
+  for (int64_t stack = 0; stack < stacks; ++stack) {
+    const int64_t m = stack * x.count / stacks, end = (stack + 1) * x.count / stacks;
+    multiply_rows<P>(end - m)(low, high, steps, x.values + m * x.stride + k, x.stride, sums + 2 * m, k == 0);
+  }
+}
+
+template <class P, int bits>
+void many_bits(const Weight& w, const Rows<typename P::Word>& x, const Output& y, int64_t first, int64_t last) {
+  alignas(64) uint8_t tile[2][64 * kSteps];
+  typename P::Sum sums[2 * kMany];
+  const int64_t inputs = w.halves() * kHalf;
+  for (int64_t pair = first; pair < last; ++pair) {
+    for (int64_t k = 0; k < inputs; k += kSteps * P::pack) {
+      const int64_t end = min(k + kSteps * P::pack, inputs);
+      for (int i = 0; i < 2; ++i) P::template decode<bits>(w, min(2 * pair + i, w.panels() - 1), k, end, tile[i]);
+      multiply_all<P>(tile[0], tile[1], k / P::pack, (end - k) / P::pack, x, sums);
+    }
+    for (int64_t m = 0; m < x.count; ++m)
+      for (int i = 0; i < 2; ++i) write<V>(y, w.rows, m, 2 * pair + i, sums[2 * m + i]);
+  }
+}
+
+template <class P>
+void many(const Weight& w, const Rows<typename P::Word>& x, const Output& y, int64_t first, int64_t last) {
+  switch (w.bits) {
+    case 2: return many_bits<P, 2>(w, x, y, first, last);
+    case 3: return many_bits<P, 3>(w, x, y, first, last);
+    case 4: return many_bits<P, 4>(w, x, y, first, last);
+    case 5: return many_bits<P, 5>(w, x, y, first, last);
+    case 6: return many_bits<P, 6>(w, x, y, first, last);
+    default: return many_bits<P, 8>(w, x, y, first, last);
+  }
+}

@@ -1,0 +1,52 @@
+// A vector of 16 lanes in one AVX-512 register.
+#pragma once
+
+struct V {
+  static constexpr bool registers = true;  // whether several sums stay in registers
+  using F = __m512;
+  using I = __m512i;
+  static ALWAYS_INLINE I load(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static ALWAYS_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
+  static ALWAYS_INLINE F load_half(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static ALWAYS_INLINE F load_bfloat(const uint16_t* p) {
+    const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+  }
+  static ALWAYS_INLINE F load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(mask(count), p); }
+  static ALWAYS_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
+  static ALWAYS_INLINE void store(float* p, F a, int64_t count) {
+    _mm512_mask_storeu_ps(p, mask(count), a);
+  }
+  static ALWAYS_INLINE __mmask16 mask(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
+  static ALWAYS_INLINE __m256i bfloat(F a) {  // rounded to nearest even
+    const I bits = _mm512_castps_si512(a);
+    const I odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+    const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
+    return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
+  }
+  static ALWAYS_INLINE void store(uint16_t* p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat(a));
+  }
+  static ALWAYS_INLINE void store(uint16_t* p, F a, int64_t count) {
+    _mm256_mask_storeu_epi16(p, mask(count), bfloat(a));
+  }
+  template <int s>
+  static ALWAYS_INLINE I right(I a) { return s ? _mm512_srli_epi32(a, s) : a; }
+  template <int s>
+  static ALWAYS_INLINE I left(I a) { return s ? _mm512_slli_epi32(a, s) : a; }
+  template <int s>
+  static ALWAYS_INLINE I arithmetic(I a) { return _mm512_srai_epi32(a, s); }
+  static ALWAYS_INLINE I either(I a, I b) { return _mm512_or_si512(a, b); }
+  static ALWAYS_INLINE F lookup(F table, I index) { return _mm512_permutexvar_ps(index, table); }
+  static ALWAYS_INLINE F lookup(F low, F high, I index) { return _mm512_permutex2var_ps(low, index, high); }
+  static ALWAYS_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  static ALWAYS_INLINE F zero() { return _mm512_setzero_ps(); }
+  static ALWAYS_INLINE F broadcast(float a) { return _mm512_set1_ps(a); }
+  static ALWAYS_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static ALWAYS_INLINE F sub(F a, F b) { return _mm512_sub_ps(a, b); }
+  static ALWAYS_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static ALWAYS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static ALWAYS_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+};

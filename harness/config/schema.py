@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from harness.config.options import ALWAYS, ANALYSED, CALIBRATED, MIXED, NEVER, QUANTIZED
+from harness.config.options import ALWAYS, ANALYSED, CALIBRATED, CHANGED, MIXED, NEVER, QUANTIZED
 from harness.config.parts import (
     AnalysisConfig,
     DataConfig,
@@ -50,6 +50,7 @@ class RunConfig:
     engine       how calibration runs
     analysis     where the error of the quantized model comes from
     mixed        a separate width for each linear
+    head         bits of the output head; None: float
     skip         name patterns of linears that stay float
     execution    packed: matmuls read packed weights; simulated: they read dequantized weights, and nothing is timed
     seed         seed of all random draws, 0 to 2^63 - 1
@@ -60,7 +61,8 @@ class RunConfig:
     stale        what happens to a finished run whose code has changed since: it is run again, or kept
     warnings     what the record warns about before the run starts
 
-    The float baseline ignores `bits`, `scheme`, `skip`, `execution`, `analysis`, `mixed` and `save`.
+    The float baseline ignores `bits`, `scheme`, `skip`, `execution`, `analysis`, `mixed` and `save`; with a `head`, it
+    follows `execution`.
     """
 
     model: ModelConfig = field(metadata=ALWAYS)
@@ -72,6 +74,7 @@ class RunConfig:
     engine: EngineConfig = field(default_factory=EngineConfig, metadata=CALIBRATED)
     analysis: AnalysisConfig = field(default_factory=AnalysisConfig, metadata=ANALYSED)
     mixed: MixedConfig = field(default_factory=MixedConfig, metadata=MIXED)
+    head: int | None = field(default=None, metadata=CHANGED)
     skip: tuple[str, ...] = field(default=(), metadata=QUANTIZED)
     execution: Literal["packed", "simulated"] = field(default="packed", metadata=QUANTIZED)
     seed: int = field(default=0, metadata=ALWAYS)
@@ -101,8 +104,18 @@ class RunConfig:
             )
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is out of range; expected 0 to 2^63 - 1")
+        self._check_head()
         self._check_analysis()
         self._check_mixed()
+
+    def _check_head(self) -> None:
+        if self.head is not None and not 2 <= self.head <= 8:
+            raise ValueError(f"head={self.head} is out of range; expected 2 to 8 bits, or null for a float head")
+        if self.head is not None and self.save is not None and self.steps:
+            raise Conflict(
+                f"save={self.save} with head={self.head}: the file holds the linears of decoder blocks alone; expected "
+                "save=null, or head=null"
+            )
 
     def _check_analysis(self) -> None:
         tuned = next((name for name, step in self.steps.items() if step.finetune is not None), None)
@@ -128,6 +141,11 @@ class RunConfig:
                 f"save={self.save} with mixed.budget={self.mixed.budget:g}: the file has one width for all linears; "
                 "expected save=null, or mixed.budget=null"
             )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether anything in the model is quantized: the linears of its blocks, or its head."""
+        return bool(self.steps) or self.head is not None
 
     @property
     def analyses(self) -> bool:

@@ -79,7 +79,7 @@ class Assessment:
     @property
     def is_baseline(self) -> bool:
         """Whether the model is itself the float model that quantized models are compared with."""
-        return not self.cfg.steps and self.cfg.kv is None and self._same_dtype
+        return not self.cfg.quantizes and self.cfg.kv is None and self._same_dtype
 
     def score(self) -> Scores:
         """Run the model on all windows, store the last hidden states for `diverge`, and measure the peak memory.

@@ -34,7 +34,7 @@ def describe(record: Record) -> Json:
         "method": "_".join(steps) if isinstance(steps, dict) and steps else "none",
         "scheme": at(scheme, "name"),
         "bits": None if "mixed.budget" in record.options else at(scheme, "weight", "bits"),
-        "options": options_text(config, record.options) if steps else "",
+        "options": options_text(config, record.options),
         "kv": execution.kv or str(at(config, "kv", "name") or "none"),
         "dtype": execution.dtype or _configured_dtype(config),
         "baseline_dtype": execution.baseline_dtype,
@@ -70,14 +70,20 @@ def label(record: Record) -> str:
 
 
 def options_text(config: Json, options: Json) -> str:
-    """Options that are not at their defaults, and fields of the scheme that its name does not say."""
-    steps = config["method"]
+    """Options that are not at their defaults, and fields of the scheme that its name does not say.
+
+    The float baseline has none but a quantized head.
+    """
+    steps, head = config.get("method"), config.get("head")
+    heads = [] if head is None else [f"head={head}"]
+    if not steps:
+        return " ".join(heads)
     prefix = f"{next(iter(steps))}." if isinstance(steps, dict) and len(steps) == 1 else ""
     parts = [f"{key.removeprefix(prefix)}={value}" for key, value in options.items()]
     parts += _unusual_fields(config.get("scheme"))
     skip = config.get("skip") or []
     skip = [skip] if isinstance(skip, str) else skip
-    return " ".join(parts + ([f"skip={','.join(map(str, skip))}"] if skip else []))
+    return " ".join(parts + heads + ([f"skip={','.join(map(str, skip))}"] if skip else []))
 
 
 def _unusual_fields(scheme: Any) -> list[str]:

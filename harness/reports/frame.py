@@ -103,7 +103,7 @@ def _typed(frame: pd.DataFrame) -> pd.DataFrame:
 
 def _baselines(frame: pd.DataFrame) -> pd.DataFrame:
     """The float baseline of each row, a row of NaN if there is none."""
-    plain = (frame["method"] == "none") & (frame["kv"] == "none")
+    plain = (frame["method"] == "none") & (frame["kv"] == "none") & (frame["options"] == "")
     floats = frame[plain & (frame["dtype"] == frame["baseline_dtype"])]
     return frame[_SAME_BASELINE].merge(floats.drop_duplicates(_SAME_BASELINE), on=_SAME_BASELINE, how="left")
 

@@ -125,7 +125,7 @@ def matches(row: Row, config: Json, options: Mapping[str, Any]) -> bool:
     steps = config.get("method") or {}
     if row.model != config["model"]["name"] or row.method.replace("+", "_") != ("_".join(steps) or "none"):
         return False
-    if row.protocol != _protocol(config):
+    if row.protocol != _protocol(config) or config.get("head") is not None:
         return False
     if any(_at(config, key) != value for key, value in row.options.items()):
         return False

@@ -21,6 +21,8 @@ def check(cfg: RunConfig, source: Source) -> list[str]:
     skeleton = source.skeleton()
     _check_lengths(cfg, positions(source.shape, skeleton))
     quantization.check(Decoder(skeleton), cfg)
+    if cfg.head is not None:
+        quantization.check_head(skeleton, cfg.head, cfg.model.name)
     if cfg.kv is None:
         return list(cfg.warnings)
     warning = kvcache.check(cfg.kv, source.shape, cfg.data.seq_len, cfg.model.name)

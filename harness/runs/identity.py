@@ -94,7 +94,7 @@ def _conditions(cfg: RunConfig) -> dict[Decides, bool]:
     return {
         Decides.ALWAYS: True,
         Decides.NEVER: False,
-        Decides.QUANTIZED: bool(cfg.steps),
+        Decides.QUANTIZED: cfg.quantizes,
         Decides.CALIBRATED: cfg.calibrates,
         Decides.ANALYSED: cfg.analyses,
         Decides.MIXED: cfg.mixes,

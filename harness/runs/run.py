@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -101,13 +102,20 @@ def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, 
             analyser = Analyser(decoder, cfg, tokens, cache, track)
     with stage(record, "quantize"):
         result = quantization.quantize(decoder, cfg, tokens, track, cache, widths)
-    _add_format(cfg, record, decoder.model, result)
     _save(cfg, source, decoder.model, result, record)
     if cfg.steps and not uncertain and not cfg.analyses:
         record.metrics["quantize_peak_mib"] = peak_memory_mib(device)
     if cfg.analyses:
         with optional(record.warnings, "analyse", "sensitivity and outliers"), stage(record, "analyse"):
             record.analysis = replace(analyser.analyse(result), mixed=record.analysis.mixed)
+    head = list[dict[str, Any]]()
+    if cfg.head is not None:  # after the analysis, which compares linears of the blocks alone
+        with stage(record, "quantize"):
+            row, kernel = quantization.quantize_head(decoder.model, cfg.head, cfg.execution, result.warnings)
+        head.append(row)
+        result.kernels |= {kernel} if kernel else set()
+    _add_format(cfg, record, decoder.model, result)
+    record.layers += head
 
 
 def _save(cfg: RunConfig, source: Source, model: nn.Module, result: quantization.Result, record: Record) -> None:
@@ -196,7 +204,7 @@ def _time(assessment: Assessment, record: Record) -> None:
 
 def _execution(cfg: RunConfig, device: torch.device, dtype: torch.dtype, baseline: torch.dtype) -> Execution:
     return Execution(
-        mode=cfg.execution if cfg.steps else "float",
+        mode=cfg.execution if cfg.quantizes else "float",
         device=str(device),
         kv=cfg.kv.label if cfg.kv else None,
         dtype=str(dtype).removeprefix("torch."),

@@ -141,7 +141,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
 def _name(row: pd.Series[Any]) -> str:
     kv = "" if row["kv"] == "none" else row["kv"]
     if row["method"] == "none":
-        return f"float {row['dtype']} {kv}" if kv else f"float baseline {row['dtype']}"
+        changes = " ".join(part for part in (row["options"], kv) if part)
+        return f"float {row['dtype']} {changes}" if changes else f"float baseline {row['dtype']}"
     bits = "" if pd.isna(row["bits"]) else f"{row['bits']:g} bits"
     parts = (kind(row), bits, row["options"], kv)
     return " ".join(str(part) for part in parts if part and not pd.isna(part))
@@ -155,7 +156,7 @@ def kind(row: pd.Series[Any]) -> str:
 
 def _short(row: pd.Series[Any]) -> str:
     if row["method"] == "none":
-        return str(row["dtype"] if row["kv"] == "none" else row["kv"].split()[0])
+        return str(row["options"] or (row["dtype"] if row["kv"] == "none" else row["kv"].split()[0]))
     return str(row["method"]) if pd.isna(row["bits"]) else f"{row['method']} {row['bits']:g}"
 
 

@@ -76,6 +76,13 @@ class QuantLinear(nn.Module):
         return self
 
     def forward(self, inputs: Tensor) -> Tensor:
+        packed, bias = self._modules["packed"], self._buffers["bias"]  # `self.packed` would search all attributes first
+        if isinstance(packed, Kernel) and (packed.quantizes_inputs or self.input_quantizer is None):
+            return packed.forward(inputs, bias)  # without the hooks of a module: a call costs as much as a small product
+        return self._general(inputs)
+
+    def _general(self, inputs: Tensor) -> Tensor:
+        """Any combination of a quantizer of the inputs with a decoded weight, a QTensor or a kernel."""
         quantizes_inputs = self.decoded is None and self.packed is not None and self.packed.quantizes_inputs
         if self.input_quantizer is not None and not quantizes_inputs:
             inputs = self.input_quantizer(inputs)

@@ -95,8 +95,9 @@ class GroupedLinear(Kernel):
         self.register_buffer("zero_point", None if zero_point is None else pack_groups(zero_point, rows))
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
-        outputs: Tensor = torch.ops.ptqbench_native.grouped_linear(
-            inputs, self.qweight, self.levels, self.scale, self.zero_point, bias, self.shape[0]
+        stored = self._buffers  # `self.qweight` would search all attributes first
+        outputs: Tensor = torch.ops.ptqbench_native.grouped_linear.default(
+            inputs, stored["qweight"], stored["levels"], stored["scale"], stored["zero_point"], bias, self.shape[0]
         )
         return outputs
 

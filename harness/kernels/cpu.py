@@ -11,7 +11,13 @@ from harness.core import IntQTensor, QTensor
 from harness.core.formats import InputQuantizer
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
-from harness.kernels.native import grouped
+from harness.kernels.native import grouped, int8
+
+
+def _native_int8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    if inputs is None or not isinstance(weight, IntQTensor) or not int8.supports(weight, inputs, dtype):
+        return None
+    return int8.Int8Linear(weight, inputs)
 
 
 def _w8a8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
@@ -32,4 +38,4 @@ def _int4(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) ->
     return cpu_int4.CpuInt4(weight) if isinstance(weight, IntQTensor) and cpu_int4.supports(weight, dtype) else None
 
 
-RULES = (_w8a8, _native, _int8, _int4)
+RULES = (_native_int8, _w8a8, _native, _int8, _int4)

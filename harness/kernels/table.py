@@ -9,6 +9,8 @@ groups or the dtype of the weight; then the next rule is tried. If no rule appli
     cuda    8       float16, bfloat16 triton_w8a16     likewise
     cuda    8       int8              triton_w8a8      few: split-K; many: tensor cores
     cuda    8       int8, outliers    triton_llm_int8  likewise
+    cpu     2 to 8  at most 8 bits    native_w*a*      integer products; one scale per row of the weight
+    cpu     2 to 8  8 bits, outliers  native_llm_int8  likewise; outlier channels in float32
     cpu     2 to 8  float32, bfloat16 native_int*      few: decoded in registers; many: in tiles in the cache
     cpu     levels  float32, bfloat16 native_levels    likewise (NF4, FP4)
             without the native library:

@@ -78,7 +78,7 @@ class QuantLinear(nn.Module):
     def forward(self, inputs: Tensor) -> Tensor:
         packed, bias = self._modules["packed"], self._buffers["bias"]  # `self.packed` would search all attributes first
         if isinstance(packed, Kernel) and (packed.quantizes_inputs or self.input_quantizer is None):
-            return packed.forward(inputs, bias)  # without the hooks of a module: a call costs as much as a small product
+            return packed.forward(inputs, bias)  # without a module's hooks, which cost as much as a small product
         return self._general(inputs)
 
     def _general(self, inputs: Tensor) -> Tensor:

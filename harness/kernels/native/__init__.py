@@ -1,4 +1,5 @@
 """Kernels in C++ for CPUs, built by setup.py where a compiler is: the library, and the kernels of each format family.
 
-`library` loads the operators; `panels` is the order of the codes; `grouped` runs formats with a scale per group.
+`library` loads the operators; `panels` is the order of the codes; `grouped` runs formats with a scale per
+group, `int8` quantized inputs.
 """

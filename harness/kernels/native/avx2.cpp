@@ -13,6 +13,7 @@ namespace {
 
 struct V {
   static constexpr bool registers = true;  // whether several sums stay in registers
+  static constexpr int tall = 2;           // rows of x that are multiplied together: 4 sums of 2 of 16 registers
   struct F {
     __m256 a, b;
   };
@@ -86,16 +87,55 @@ struct V {
   static ALWAYS_INLINE F fnma(F x, F y, F z) {
     return {_mm256_fnmadd_ps(x.a, y.a, z.a), _mm256_fnmadd_ps(x.b, y.b, z.b)};
   }
+  static ALWAYS_INLINE F div(F x, F y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F larger(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F smaller(F x, F y) { return {_mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)}; }
+  static ALWAYS_INLINE F magnitude(F x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+  }
+  static ALWAYS_INLINE F round(F x) {
+    constexpr int mode = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
+    return {_mm256_round_ps(x.a, mode), _mm256_round_ps(x.b, mode)};
+  }
+  static ALWAYS_INLINE void store_bytes(int8_t* p, F x) {
+    float lanes[16];
+    store(lanes, x);
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(lanes[i]);
+  }
+  static ALWAYS_INLINE void store(uint8_t* p, I x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.b);
+  }
+  static ALWAYS_INLINE I integer(int32_t x) { return {_mm256_set1_epi32(x), _mm256_set1_epi32(x)}; }
+  static ALWAYS_INLINE I add(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
+  static ALWAYS_INLINE I sub(I x, I y) { return {_mm256_sub_epi32(x.a, y.a), _mm256_sub_epi32(x.b, y.b)}; }
+  static ALWAYS_INLINE I times(I x, I y) { return {_mm256_mullo_epi32(x.a, y.a), _mm256_mullo_epi32(x.b, y.b)}; }
+  static ALWAYS_INLINE I both(I x, I y) { return {_mm256_and_si256(x.a, y.a), _mm256_and_si256(x.b, y.b)}; }
+  static ALWAYS_INLINE I shifted(I x, int s) {
+    const __m128i count = _mm_cvtsi32_si128(s);
+    return {_mm256_srl_epi32(x.a, count), _mm256_srl_epi32(x.b, count)};
+  }
+  static ALWAYS_INLINE __m256i dot(__m256i weight, __m256i x) {
+    const __m256i even = _mm256_and_si256(weight, _mm256_set1_epi32(0x00FF00FF)), odd = _mm256_srli_epi16(weight, 8);
+    return _mm256_add_epi32(_mm256_madd_epi16(even, _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8)),
+                            _mm256_madd_epi16(odd, _mm256_srai_epi16(x, 8)));
+  }
+  // Adds the products of four bytes, those of the weight without a sign, to the sum of each lane.
+  static ALWAYS_INLINE I dot4(I sum, I weight, I x) { return add(sum, {dot(weight.a, x.a), dot(weight.b, x.b)}); }
 };
 
 #include "codes.h"
 #include "output.h"
 #include "few.h"
 #include "decode.h"
+#include "product.h"
+#include "bytes.h"
 }  // namespace
 
 const Level& avx2_level() {
-  static const Level level{"avx2", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>};
+  static const Level level{"avx2", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
+                           bytes<V>, absmax<V>, encode<V>};
   return level;
 }
 

@@ -16,10 +16,12 @@ namespace {
 #include "decode.h"
 #include "product.h"
 #include "product_float.h"
+#include "bytes.h"
 }  // namespace
 
 const Level& avx512_level() {
-  static const Level level{"avx512", few<V>, many<FloatProduct>, nullptr, decode<V, float>, decode<V, uint16_t>};
+  static const Level level{"avx512", few<V>, many<FloatProduct>, nullptr,
+                           decode<V, float>, decode<V, uint16_t>, bytes<V>, absmax<V>, encode<V>};
   return level;
 }
 

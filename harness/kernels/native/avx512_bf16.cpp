@@ -1,4 +1,4 @@
-// The kernels for AVX-512 with bfloat16 products.
+// The kernels for AVX-512 with products of bytes and of bfloat16.
 #include <cstdint>
 
 #include "weight.h"
@@ -48,7 +48,7 @@ struct BfloatProduct {
 
 const Level& avx512_bf16_level() {
   static const Level level = [] {
-    Level copy = avx512_level();
+    Level copy = avx512_vnni_level();
     copy.name = "avx512_bf16";
     copy.many_bf16 = many<BfloatProduct>;
     return copy;

@@ -36,9 +36,9 @@ def problem() -> str | None:
 
 
 def set_level(name: str) -> str:
-    """Use the processor features of this level at most ("" is all): plain, avx2, avx512, avx512_bf16.
+    """Use the processor features of this level at most ("" is all): plain, avx2, avx512, avx512_vnni, avx512_bf16.
 
-    Returns: the level that runs, which is a lower one if the processor lacks the features.
+    Returns: the level that runs, the best one if the processor lacks the features.
     """
     level: str = torch.ops.ptqbench_native.set_level(name)
     return level
@@ -46,11 +46,13 @@ def set_level(name: str) -> str:
 
 def description() -> str:
     """The level of processor features that runs, or why the library cannot be used; for the record of a run."""
-    return problem() or set_level("")
+    return problem() or str(torch.ops.ptqbench_native.level())
 
 
 def _register_fakes() -> None:
-    @torch.library.register_fake("ptqbench_native::grouped_linear")  # type: ignore[untyped-decorator]
-    def grouped_linear(x: Tensor, *weight: Any) -> Tensor:
-        *_, rows = weight
+    def linear(x: Tensor, *arguments: Any) -> Tensor:
+        *_, rows = arguments
         return x.new_empty(*x.shape[:-1], rows)
+
+    for name in ("grouped_linear", "int8_linear"):
+        torch.library.register_fake(f"ptqbench_native::{name}", linear)

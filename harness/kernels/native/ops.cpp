@@ -5,10 +5,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstring>
 #include <vector>
 
 #include "level.h"
+#include "rows.h"
 #include "weight.h"
 
 namespace ptqbench {
@@ -17,8 +17,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kAlias = 2048;         // rows apart by multiples of so many bytes meet in few sets of the cache
-constexpr int64_t kRowBytes = 1 << 20;   // most bytes of rows of x that are multiplied at once
+constexpr int64_t kRowBytes = 1 << 20;  // most bytes of rows of x that are multiplied at once
 constexpr int64_t kSlab = 32;  // panels of a slab: 4 MiB of float32 at K = 2048
 
 Scale scale_type(const Tensor& scale) {
@@ -36,56 +35,22 @@ Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale,
               "codes have shape ", codes.sizes(), " ", codes.scalar_type(), "; expected (panels, blocks, bits, 16) int32");
   TORCH_CHECK(scale.dim() == 3 && scale.is_contiguous() && scale.size(0) == codes.size(0) && scale.size(2) == kPanel,
               "scale has shape ", scale.sizes(), "; expected (panels, groups, 16)");
-  TORCH_CHECK(!zero || (zero->sizes() == scale.sizes() && zero->is_contiguous() && zero->scalar_type() == scale.scalar_type()),
+  TORCH_CHECK(!zero || (zero->sizes() == scale.sizes() && zero->is_contiguous() &&
+                        zero->scalar_type() == scale.scalar_type()),
               "zero must have the shape and dtype of scale");
   const int bits = static_cast<int>(codes.size(2));
   TORCH_CHECK(bits >= 2 && bits <= 8 && bits != 7, "codes have ", bits, " bits; expected 2 to 6, or 8");
   TORCH_CHECK(levels.scalar_type() == at::kFloat && levels.is_contiguous() && levels.numel() >= (bits == 5 ? 32 : 16),
               "levels must be 16 float32, or 32 for 5 bits");
-  Weight w{reinterpret_cast<const uint8_t*>(codes.const_data_ptr<int>()), levels.const_data_ptr<float>(), scale.const_data_ptr(), zero ? zero->const_data_ptr() : nullptr,
-           scale_type(scale), bits, rows, inputs, scale.size(1), 0};
+  Weight w{reinterpret_cast<const uint8_t*>(codes.const_data_ptr<int>()), levels.const_data_ptr<float>(),
+           scale.const_data_ptr(), zero ? zero->const_data_ptr() : nullptr, scale_type(scale), bits, rows, inputs,
+           scale.size(1), 0};
   TORCH_CHECK(w.panels() == codes.size(0) && w.blocks() == codes.size(1), "codes of shape ", codes.sizes(),
               " do not hold a weight of ", rows, " x ", inputs);
   w.group = w.groups == 1 ? w.halves() * kHalf : inputs / w.groups;
   TORCH_CHECK(w.group % kHalf == 0 && (w.groups == 1 || w.group * w.groups == inputs), "groups of ", w.group,
               " inputs; expected a multiple of 16 that divides ", inputs);
   return w;
-}
-
-// Memory that calls on this thread share: fresh memory of the size of x would cost page faults at every call.
-template <class T>
-T* scratch(int64_t count) {
-  static thread_local std::vector<T> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
-}
-
-void widen_row(const uint16_t* bfloats, int64_t count, float* out) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(bfloats[i]) << 16;
-    std::memcpy(out + i, &bits, 4);
-  }
-}
-
-// Rows [row, row + count) of x (M, K) in words, with zeros up to a multiple of 16 inputs: in place where possible, otherwise
-// in memory of this thread. `spread` copies rows whose stride would make them meet in few sets of the cache.
-template <class Word>
-Rows<Word> rows_of(const Tensor& x, int64_t row, int64_t count, bool spread) {
-  const int64_t inputs = x.size(1), padded = (inputs + kHalf - 1) / kHalf * kHalf;
-  const bool widen = sizeof(Word) == 4 && std::is_same_v<Word, float> && x.scalar_type() == at::kBFloat16;
-  const int64_t bytes = inputs * x.element_size(), words = padded * (widen ? 4 : x.element_size()) / sizeof(Word);
-  const char* source = static_cast<const char*>(x.const_data_ptr()) + row * bytes;
-  if (!widen && padded == inputs && !(spread && bytes % kAlias == 0))
-    return {reinterpret_cast<const Word*>(source), count, words};
-  const int64_t stride = words + (spread ? kPanel : 0);
-  Word* rows = scratch<Word>(count * stride);
-  for (int64_t m = 0; m < count; ++m) {
-    char* out = reinterpret_cast<char*>(rows + m * stride);
-    std::memset(out, 0, words * sizeof(Word));
-    if (widen) widen_row(reinterpret_cast<const uint16_t*>(source + m * bytes), inputs, reinterpret_cast<float*>(out));
-    else std::memcpy(out, source + m * bytes, bytes);
-  }
-  return {rows, count, stride};
 }
 
 // Sums of x over the groups of w, (rows, groups).
@@ -113,7 +78,7 @@ void by_registers(const Level& level, const Weight& w, const Tensor& x, const Ou
 // Many rows of x: tiles of the weight are decoded into the cache and multiplied, some rows at a time.
 template <class Word, class Many>
 void by_tiles(Many many, const Weight& w, const Tensor& x, const Output& y) {
-  const int64_t most = std::clamp(kRowBytes / (w.inputs * x.element_size()), kTall, kMany);
+  const int64_t most = std::clamp<int64_t>(kRowBytes / (w.inputs * x.element_size()), 12, kMany);
   const int64_t parts = (x.size(0) + most - 1) / most;
   at::parallel_for(0, (w.panels() + 1) / 2, 1, [&](int64_t first, int64_t last) {
     for (int64_t part = 0; part < parts; ++part) {
@@ -172,9 +137,11 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& levels, const 
   return y;
 }
 
+std::string level_name() { return current_level().name; }
+
 std::string set_level(const std::string& name) {
   limit_level(name);
-  return current_level().name;
+  return level_name();
 }
 
 }  // namespace
@@ -183,6 +150,7 @@ std::string set_level(const std::string& name) {
 TORCH_LIBRARY(ptqbench_native, m) {
   m.def("grouped_linear(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? zero, Tensor? bias, int rows) -> Tensor");
   m.def("set_level(str name) -> str", &ptqbench::set_level);
+  m.def("level() -> str", &ptqbench::level_name);
 }
 
 TORCH_LIBRARY_IMPL(ptqbench_native, CPU, m) { m.impl("grouped_linear", &ptqbench::linear); }

@@ -1,4 +1,5 @@
 // The kernels for any processor: a vector is an array.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -12,6 +13,7 @@ namespace {
 
 struct V {
   static constexpr bool registers = false;  // whether several sums stay in registers
+  static constexpr int tall = 1;            // rows of x that are multiplied together
   struct F {
     float lane[16];
   };
@@ -87,16 +89,43 @@ struct V {
   static F mul(F a, F b) { return lanes<F>([&](int i) { return a.lane[i] * b.lane[i]; }); }
   static F fma(F a, F b, F c) { return lanes<F>([&](int i) { return c.lane[i] + a.lane[i] * b.lane[i]; }); }
   static F fnma(F a, F b, F c) { return lanes<F>([&](int i) { return c.lane[i] - a.lane[i] * b.lane[i]; }); }
+  static F div(F a, F b) { return lanes<F>([&](int i) { return a.lane[i] / b.lane[i]; }); }
+  static F larger(F a, F b) { return lanes<F>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+  static F smaller(F a, F b) { return lanes<F>([&](int i) { return a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i]; }); }
+  static F magnitude(F a) { return lanes<F>([&](int i) { return std::fabs(a.lane[i]); }); }
+  static F round(F a) { return lanes<F>([&](int i) { return std::nearbyint(a.lane[i]); }); }
+  static void store_bytes(int8_t* p, F a) {
+    for (int i = 0; i < 16; ++i) p[i] = static_cast<int8_t>(a.lane[i]);
+  }
+  static void store(uint8_t* p, I a) { std::memcpy(p, a.lane, 64); }
+  static I integer(int32_t a) { return lanes<I>([&](int) { return static_cast<uint32_t>(a); }); }
+  static I add(I a, I b) { return lanes<I>([&](int i) { return a.lane[i] + b.lane[i]; }); }
+  static I sub(I a, I b) { return lanes<I>([&](int i) { return a.lane[i] - b.lane[i]; }); }
+  static I times(I a, I b) { return lanes<I>([&](int i) { return a.lane[i] * b.lane[i]; }); }
+  static I both(I a, I b) { return lanes<I>([&](int i) { return a.lane[i] & b.lane[i]; }); }
+  static I shifted(I a, int s) { return lanes<I>([&](int i) { return a.lane[i] >> s; }); }
+  // Adds the products of four bytes, those of the weight without a sign, to the sum of each lane.
+  static I dot4(I sum, I weight, I x) {
+    return lanes<I>([&](int i) {
+      int32_t products = 0;
+      for (int s = 0; s < 32; s += 8)
+        products += static_cast<int32_t>(weight.lane[i] >> s & 0xFF) * static_cast<int8_t>(x.lane[i] >> s);
+      return sum.lane[i] + static_cast<uint32_t>(products);
+    });
+  }
 };
 
 #include "codes.h"
 #include "output.h"
 #include "few.h"
 #include "decode.h"
+#include "product.h"
+#include "bytes.h"
 }  // namespace
 
 const Level& plain_level() {
-  static const Level level{"plain", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>};
+  static const Level level{"plain", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
+                           bytes<V>, absmax<V>, encode<V>};
   return level;
 }
 

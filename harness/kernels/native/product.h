@@ -32,19 +32,19 @@ template <class P>
 using Multiply = void (*)(const uint8_t*, const uint8_t*, int64_t, const typename P::Word*, int64_t, typename P::Sum*,
                           bool);
 
-template <class P>
+template <class P, int M = V::tall>
 Multiply<P> multiply_rows(int64_t rows) {
-  static constexpr Multiply<P> functions[kTall] = {
-      multiply<P, 1>, multiply<P, 2>, multiply<P, 3>, multiply<P, 4>,  multiply<P, 5>,  multiply<P, 6>,
-      multiply<P, 7>, multiply<P, 8>, multiply<P, 9>, multiply<P, 10>, multiply<P, 11>, multiply<P, 12>};
-  return functions[rows - 1];
+  if constexpr (M > 1) {
+    if (rows < M) return multiply_rows<P, M - 1>(rows);
+  }
+  return multiply<P, M>;
 }
 
 // Multiplies a tile, whose first step is step k, by all rows of x, in stacks of about equal height: sums (rows, 2) of 16 lanes.
 template <class P>
 ALWAYS_INLINE void multiply_all(const uint8_t* low, const uint8_t* high, int64_t k, int64_t steps,
                                 const Rows<typename P::Word>& x, typename P::Sum* sums) {
-  const int64_t stacks = (x.count + kTall - 1) / kTall;
+  const int64_t stacks = (x.count + V::tall - 1) / V::tall;
   for (int64_t stack = 0; stack < stacks; ++stack) {
     const int64_t m = stack * x.count / stacks, end = (stack + 1) * x.count / stacks;
     multiply_rows<P>(end - m)(low, high, steps, x.values + m * x.stride + k, x.stride, sums + 2 * m, k == 0);

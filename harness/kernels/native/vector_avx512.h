@@ -3,6 +3,7 @@
 
 struct V {
   static constexpr bool registers = true;  // whether several sums stay in registers
+  static constexpr int tall = 12;          // rows of x that are multiplied together: 24 sums of 32 registers
   using F = __m512;
   using I = __m512i;
   static ALWAYS_INLINE I load(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -49,4 +50,29 @@ struct V {
   static ALWAYS_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
   static ALWAYS_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
   static ALWAYS_INLINE F fnma(F a, F b, F c) { return _mm512_fnmadd_ps(a, b, c); }
+  static ALWAYS_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
+  static ALWAYS_INLINE F larger(F a, F b) { return _mm512_max_ps(a, b); }
+  static ALWAYS_INLINE F smaller(F a, F b) { return _mm512_min_ps(a, b); }
+  static ALWAYS_INLINE F magnitude(F a) { return _mm512_abs_ps(a); }
+  static ALWAYS_INLINE F round(F a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  static ALWAYS_INLINE void store_bytes(int8_t* p, F a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
+  }
+  static ALWAYS_INLINE void store(uint8_t* p, I a) { _mm512_storeu_si512(p, a); }
+  static ALWAYS_INLINE I integer(int32_t a) { return _mm512_set1_epi32(a); }
+  static ALWAYS_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
+  static ALWAYS_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+  static ALWAYS_INLINE I times(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static ALWAYS_INLINE I both(I a, I b) { return _mm512_and_si512(a, b); }
+  static ALWAYS_INLINE I shifted(I a, int s) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(s)); }
+  // Adds the products of four bytes, those of the weight without a sign, to the sum of each lane.
+  static ALWAYS_INLINE I dot4(I sum, I weight, I x) {
+#ifdef PTQBENCH_VNNI
+    return _mm512_dpbusd_epi32(sum, weight, x);
+#else
+    const I even = _mm512_madd_epi16(both(weight, integer(0x00FF00FF)), _mm512_srai_epi16(_mm512_slli_epi16(x, 8), 8));
+    const I odd = _mm512_madd_epi16(_mm512_srli_epi16(weight, 8), _mm512_srai_epi16(x, 8));
+    return add(sum, add(even, odd));
+#endif
+  }
 };

@@ -38,8 +38,42 @@ struct Rows {
   int64_t count, stride;
 };
 
-constexpr int64_t kTall = 12;   // rows of x that are multiplied together: 24 sums of 16 lanes fit into the registers
 constexpr int64_t kMany = 240;  // most rows of x at once: their sums fit into the cache
+
+// A weight of one scale per row, for inputs of 8 bits: codes of 2, 4 or 8 bits, without a sign, in panels.
+struct ByteWeight {
+  const uint8_t* codes;  // (panels, blocks, bits, 16) words
+  const float* scale;    // (panels, 16)
+  const int32_t* zero;   // likewise
+  int bits;
+  int64_t rows, inputs;
+
+  int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
+  int64_t blocks() const { return (inputs + kBlock - 1) / kBlock; }
+  const uint8_t* panel(int64_t p) const { return codes + p * blocks() * bits * 64; }
+};
+
+// The outlier channels of one row of x, which are multiplied in float32.
+struct Outliers {
+  const float* values;  // the row
+  const int64_t* columns;
+  int64_t count;
+};
+
+// Rows of x in codes of 8 bits with a sign, four a word, in the order of `byte_order`; zeros beyond K.
+struct ByteRows {
+  Rows<uint32_t> words;
+  const float* scale;        // (rows,)
+  const int32_t* sums;       // (rows,) of the codes
+  const Outliers* outliers;  // (rows,) or null
+};
+
+// The place of input k (0..31) of a block among the bytes of x: a word of a weight of 4 bits is split into its lower and
+// its upper halves of bytes, so every second code is a neighbour; at 2 bits every fourth.
+constexpr int64_t byte_place(int64_t k, int bits) {
+  const int64_t parts = 8 / bits, codes = 4 * parts, within = k % codes;
+  return k - within + within % parts * 4 + within / parts;
+}
 
 // y (M, N) and the bias that is added to it.
 struct Output {
@@ -72,11 +106,18 @@ struct Level {
   // W^T of the panels [first, last)
   void (*decode)(const Weight&, int64_t first, int64_t last, const Slab<float>&);
   void (*decode_bf16)(const Weight&, int64_t first, int64_t last, const Slab<uint16_t>&);
+  // y = x W^T for the pairs of panels [first, last), up to kMany rows of x in codes
+  void (*bytes)(const ByteWeight&, const ByteRows& x, const Output& y, int64_t first, int64_t last);
+  // largest magnitude of `count` values, a multiple of 16
+  float (*absmax)(const float* values, int64_t count);
+  // codes of `count` values, a multiple of 16: round(value / scale) clipped to [low, high]. Returns: their sum
+  int32_t (*encode)(const float* values, int64_t count, float scale, float low, float high, int8_t* codes);
 };
 
 const Level& plain_level();
 const Level& avx2_level();
 const Level& avx512_level();
+const Level& avx512_vnni_level();
 const Level& avx512_bf16_level();
 
 }  // namespace ptqbench

@@ -1,0 +1,29 @@
+// The kernels for AVX-512 with products of bytes (VNNI).
+#include <cstdint>
+
+#include "weight.h"
+
+#define PTQBENCH_VNNI  // the compiler defines its own macro only by command line options
+#pragma GCC target("avx512vnni,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
+#include <immintrin.h>
+
+namespace ptqbench {
+namespace {
+#include "common.h"
+#include "vector_avx512.h"
+#include "output.h"
+#include "product.h"
+#include "bytes.h"
+}  // namespace
+
+const Level& avx512_vnni_level() {
+  static const Level level = [] {
+    Level copy = avx512_level();
+    copy.name = "avx512_vnni";
+    copy.bytes = bytes<V>;
+    return copy;
+  }();
+  return level;
+}
+
+}  // namespace ptqbench

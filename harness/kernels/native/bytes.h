@@ -1,0 +1,111 @@
+// y = x W^T for codes of 8 bits on both sides: sums of products are exact integers.
+//
+//   y[m, n] = ((sum_k code[n, k] x[m, k] - zero[n] sum_k x[m, k]) scale_x[m] + outliers) scale[n]
+#pragma once
+
+// See product.h: four inputs a word.
+template <class V>
+struct ByteProduct {
+  using Word = uint32_t;
+  using Sum = typename V::I;
+  static constexpr int64_t pack = 4;
+  static ALWAYS_INLINE Sum zero() { return V::integer(0); }
+  static ALWAYS_INLINE Sum broadcast(uint32_t x) { return V::integer(static_cast<int32_t>(x)); }
+  static ALWAYS_INLINE Sum load(const uint8_t* p) { return V::load(p); }
+  static ALWAYS_INLINE Sum add(Sum a, Sum b) { return V::add(a, b); }
+  static ALWAYS_INLINE Sum dot(Sum sum, Sum weight, Sum x) { return V::dot4(sum, weight, x); }
+};
+
+// Splits the words of a panel into bytes; a weight of 8 bits is read where it is.
+template <class V, int bits>
+const uint8_t* split_bytes(const uint8_t* words, int64_t steps, uint8_t* tile) {
+  constexpr int parts = 8 / bits;
+  if constexpr (parts == 1) return words;
+  const typename V::I mask = V::integer(static_cast<int32_t>(0x01010101u * ((1u << bits) - 1)));
+  for (int64_t step = 0; step < steps; step += parts) {
+    typename V::I word = V::load(words + step / parts * 64);
+    for (int part = 0; part < parts; ++part) {
+      V::store(tile + (step + part) * 64, V::both(word, mask));
+      word = V::template right<bits % 8>(word);
+    }
+  }
+  return tile;
+}
+
+template <class V>
+typename V::F outlier_products(const ByteWeight& w, const Outliers& outliers, int64_t p) {
+  typename V::F sum = V::zero();
+  const uint8_t* panel = w.panel(p);
+  for (int64_t i = 0; i < outliers.count; ++i) {
+    const int64_t k = outliers.columns[i], codes = 32 / w.bits;
+    const typename V::I word = V::shifted(V::load(panel + k / codes * 64), static_cast<int>(k % codes) * w.bits);
+    const typename V::I code = V::both(word, V::integer((1 << w.bits) - 1));
+    const typename V::I zero = V::load(reinterpret_cast<const uint8_t*>(w.zero + p * kPanel));
+    sum = V::fma(V::broadcast(outliers.values[k]), V::to_float(V::sub(code, zero)), sum);
+  }
+  return sum;
+}
+
+template <class V>
+ALWAYS_INLINE void write_bytes(const ByteWeight& w, const ByteRows& x, const Output& y, int64_t m, int64_t p,
+                               typename V::I sum) {
+  if (p >= w.panels()) return;
+  const typename V::I zero = V::load(reinterpret_cast<const uint8_t*>(w.zero + p * kPanel));
+  const typename V::F centred = V::to_float(V::sub(sum, V::times(zero, V::integer(x.sums[m]))));
+  const typename V::F scale = V::load(w.scale + p * kPanel);
+  typename V::F value = V::mul(V::mul(centred, scale), V::broadcast(x.scale[m]));
+  if (x.outliers && x.outliers[m].count) value = V::fma(outlier_products<V>(w, x.outliers[m], p), scale, value);
+  write<V>(y, w.rows, m, p, value);
+}
+
+template <class V, int bits>
+void bytes_bits(const ByteWeight& w, const ByteRows& x, const Output& y, int64_t first, int64_t last) {
+  using P = ByteProduct<V>;
+  alignas(64) uint8_t tile[2][64 * kSteps];
+  typename P::Sum sums[2 * kMany];
+  const int64_t steps = w.blocks() * kBlock / P::pack;
+  for (int64_t pair = first; pair < last; ++pair) {
+    for (int64_t k = 0; k < steps; k += kSteps) {
+      const int64_t count = min(kSteps, steps - k);
+      const uint8_t* parts[2];
+      for (int i = 0; i < 2; ++i) {
+        const uint8_t* words = w.panel(min(2 * pair + i, w.panels() - 1)) + k * 8 * bits;
+        parts[i] = split_bytes<V, bits>(words, count, tile[i]);
+      }
+      multiply_all<P>(parts[0], parts[1], k, count, x.words, sums);
+    }
+    for (int64_t m = 0; m < x.words.count; ++m)
+      for (int i = 0; i < 2; ++i) write_bytes<V>(w, x, y, m, 2 * pair + i, sums[2 * m + i]);
+  }
+}
+
+template <class V>
+void bytes(const ByteWeight& w, const ByteRows& x, const Output& y, int64_t first, int64_t last) {
+  switch (w.bits) {
+    case 2: return bytes_bits<V, 2>(w, x, y, first, last);
+    case 4: return bytes_bits<V, 4>(w, x, y, first, last);
+    default: return bytes_bits<V, 8>(w, x, y, first, last);
+  }
+}
+
+template <class V>
+float absmax(const float* values, int64_t count) {
+  typename V::F largest = V::zero();
+  for (int64_t i = 0; i < count; i += 16) largest = V::larger(largest, V::magnitude(V::load(values + i)));
+  float lanes[16], result = 0;
+  V::store(lanes, largest);
+  for (float lane : lanes) result = lane > result ? lane : result;
+  return result;
+}
+
+template <class V>
+int32_t encode(const float* values, int64_t count, float scale, float low, float high, int8_t* codes) {
+  const typename V::F step = V::broadcast(scale), lowest = V::broadcast(low), highest = V::broadcast(high);
+  int32_t sum = 0;
+  for (int64_t i = 0; i < count; i += 16) {
+    const typename V::F rounded = V::round(V::div(V::load(values + i), step));
+    V::store_bytes(codes + i, V::smaller(V::larger(rounded, lowest), highest));
+  }
+  for (int64_t i = 0; i < count; ++i) sum += codes[i];
+  return sum;
+}

@@ -1,0 +1,125 @@
+"""The native kernels for quantized inputs against float64 arithmetic on rounded inputs and the decoded weight."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from harness.core import ActivationFormat, WeightFormat
+from harness.core.formats import InputQuantizer
+from harness.kernels.native import int8, library
+from harness.kernels.table import choose
+from harness.nn import QuantLinear
+from tests.kernels.test_native import BOUNDS, CPU, built, grid, level
+
+__all__ = ["level"]  # a fixture
+
+SHAPES = ((1, 1), (2, 3), (7,), (1, 30))  # of the tokens
+INPUTS: dict[str, dict[str, Any]] = {
+    "token": {},
+    "full": {"grid": "full"},
+    "clip": {"clip": 0.8},
+    "tensor": {"granularity": "tensor"},
+    "static": {"granularity": "tensor", "dynamic": False},
+    "outliers": {"threshold": 2.5},
+    "outliers of a tensor": {"threshold": 2.5, "granularity": "tensor"},
+    "four bits": {"bits": 4},
+}
+
+
+def quantizer(kind: str) -> InputQuantizer:
+    fmt = ActivationFormat(**{"bits": 8, "symmetric": True, "grid": "narrow", **INPUTS[kind]})
+    return InputQuantizer(fmt, None if fmt.dynamic else (torch.tensor(-2.0), torch.tensor(3.0)))
+
+
+@built
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("kind", INPUTS)
+def test_every_format_of_inputs(level: str, kind: str, dtype: torch.dtype) -> None:
+    weight, inputs = grid(37, 80, WeightFormat(bits=8, symmetric=True, grid="narrow")), quantizer(kind)
+    kernel, bias = int8.Int8Linear(weight, inputs), torch.randn(37).to(dtype)
+    for tokens in SHAPES:
+        x = torch.randn(*tokens, 80).to(dtype)
+        expected = inputs(x.float()).double() @ weight.dequantize(torch.float64).t() + bias.double()
+        outputs = kernel(x, bias)
+        assert outputs.shape == expected.shape
+        assert outputs.dtype == dtype
+        assert float((outputs - expected).norm() / expected.norm()) < BOUNDS[dtype]
+
+
+@built
+@pytest.mark.parametrize("columns", [1, 17, 96])
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"symmetric": True}])
+def test_every_width_of_weights(level: str, bits: int, columns: int, options: dict[str, Any]) -> None:
+    weight, inputs = grid(20, columns, WeightFormat(bits=bits, **options)), quantizer("outliers")
+    x = torch.randn(2, 13, columns)
+    expected = inputs(x).double() @ weight.dequantize(torch.float64).t()
+    outputs = int8.Int8Linear(weight, inputs)(x, None)
+    assert float((outputs - expected).norm() / expected.norm()) < 1e-6
+
+
+@built
+def test_codes_of_inputs_are_those_of_the_quantizer() -> None:
+    """With an identity as weight, outputs are the rounded inputs: equal to the bit, also where a value is a tie."""
+    identity = grid(64, 64, WeightFormat(bits=8, symmetric=True, grid="narrow"))
+    identity.scale.fill_(1.0)
+    identity.qweight.copy_((torch.eye(64, dtype=torch.uint8) + 128).view(-1))
+    for kind in ("token", "tensor", "clip", "full"):
+        x = torch.cat([torch.randn(40, 64), torch.randint(-255, 256, (40, 64)) / 2])
+        assert torch.equal(int8.Int8Linear(identity, quantizer(kind))(x, None), quantizer(kind)(x))
+
+
+@built
+def test_long_sums_are_exact() -> None:
+    weight = grid(16, 40000, WeightFormat(bits=8, granularity="tensor", symmetric=True, grid="narrow"))
+    weight.qweight.fill_(255)
+    outputs = int8.Int8Linear(weight, quantizer("token"))(torch.ones(1, 40000), None)
+    expected = 40000 * 127 * float(weight.scale)
+    torch.testing.assert_close(outputs, torch.full((1, 16), expected), rtol=1e-6, atol=0)
+
+
+@built
+def test_zeros_and_no_rows() -> None:
+    weight = grid(16, 32, WeightFormat(bits=8, symmetric=True, grid="narrow"))
+    for kind in INPUTS:
+        kernel = int8.Int8Linear(weight, quantizer(kind))
+        assert not kernel(torch.zeros(1, 3, 32), None).any()
+        assert kernel(torch.zeros(1, 0, 32), None).shape == (1, 0, 16)
+
+
+@built
+@pytest.mark.parametrize(
+    ("fmt", "inputs", "name"),
+    [
+        (WeightFormat(bits=8), ActivationFormat(bits=8, symmetric=True), "native_w8a8"),
+        (WeightFormat(bits=4), ActivationFormat(bits=8, symmetric=True), "native_w4a8"),
+        (WeightFormat(bits=8), ActivationFormat(bits=8, symmetric=True, threshold=6.0), "native_llm_int8"),
+        (WeightFormat(bits=8), ActivationFormat(bits=8), "native_int8"),  # inputs are rounded before it
+        (WeightFormat(bits=4, zero_point="float"), ActivationFormat(bits=8, symmetric=True), "native_int4"),
+        (WeightFormat(bits=4, granularity="group", group_size=16), ActivationFormat(bits=4), "native_int4"),
+    ],
+)
+def test_the_table(fmt: WeightFormat, inputs: ActivationFormat, name: str) -> None:
+    weight, rounding, x = grid(32, 64, fmt), InputQuantizer(inputs), torch.randn(3, 64)
+    kernel = choose(weight, rounding, torch.float32, CPU)
+    assert kernel is not None
+    assert kernel.name == name
+    expected = rounding(x).double() @ weight.dequantize(torch.float64).t()
+    outputs = QuantLinear(weight, None, torch.float32, rounding).pack()(x)
+    assert float((outputs - expected).norm() / expected.norm()) < 1e-6
+
+
+@built
+def test_the_operator_compiles() -> None:
+    kernel = int8.Int8Linear(grid(32, 64, WeightFormat(bits=8)), quantizer("token"))
+    stored = (kernel.qweight, kernel.scale, kernel.zero_point, None, None)
+    arguments = (torch.randn(3, 64), *stored, 1.0, 127.0, -128, 127, 0.0, False, 32)
+    torch.library.opcheck(torch.ops.ptqbench_native.int8_linear, arguments)
+
+
+def test_without_the_library_other_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "available", lambda: False)
+    assert not int8.supports(grid(32, 64, WeightFormat(bits=8)), quantizer("token"), torch.float32)

@@ -1,7 +1,7 @@
 """Linears whose inputs are quantized to at most 8 bits at each call, in integers: W8A8, W4A8, W4A4, and LLM.int8().
 
-Quantization of the inputs, product, scales and bias are one operator. Codes of weights have no sign, those of inputs do,
-and their products are summed exactly. Outlier channels of LLM.int8() are multiplied in float32 (equation 8).
+Quantization of the inputs, product, scales and bias are one operator. Codes of weights have no sign, those of inputs
+do, and their products are summed exactly. Outlier channels of LLM.int8() are multiplied in float32 (equation 8).
 """
 
 from __future__ import annotations

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from harness import quantization
 from harness.config import build_run
@@ -76,6 +79,40 @@ def test_a_token_at_another_position_is_no_proof(off: int, monkeypatch: pytest.M
     message = r"^measure.runtime=compiled: the logits of LlamaForCausalLM after 2 decode steps differ .*runtime=eager$"
     with pytest.raises(ValueError, match=message):
         compiled.prepare((model, model), PROMPT, DECODED)
+
+
+class Graph:
+    """Replaces torch.cuda.CUDAGraph: a replay runs the call again on the same memory and overwrites its output."""
+
+    def __init__(self, forward: compiled.Forward) -> None:
+        self.forward = forward
+
+    def call(self, tokens: Tensor) -> Tensor:
+        self.tokens, self.logits = tokens, self.forward(tokens).clone()
+        return self.logits
+
+    def replay(self) -> None:
+        self.logits.copy_(self.forward(self.tokens))
+
+
+def test_a_graph_reads_its_tokens_and_writes_its_logits_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = uneven(build("llama"))
+    streams = SimpleNamespace(wait_stream=lambda _: None)
+    for name, fake in (("Stream", streams), ("current_stream", streams), ("stream", nullcontext()), ("graph", None)):
+        monkeypatch.setattr(torch.cuda, name, lambda *_, fake=fake: fake or nullcontext())
+
+    def capture(forward: compiled.Forward, tokens: Tensor) -> compiled.Forward:
+        graph = Graph(forward)
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: graph)
+        return compiled._captured(graph.call, tokens)
+
+    monkeypatch.setattr(compiled, "_compile", capture)
+    monkeypatch.setattr(compiled, "_PROVED_STEPS", DECODED.shape[1])
+    workload, _ = compiled.prepare((model, model), PROMPT, DECODED)
+    with torch.inference_mode():
+        step = workload.decode(workload.prefill())
+        first = step()
+        assert step().data_ptr() == first.data_ptr()
 
 
 @pytest.mark.usefixtures("traced")

@@ -14,7 +14,8 @@ from harness.config import RunConfig, build_run
 from harness.core import InputGroup, Producer
 from harness.models import Decoder, weight_of
 from harness.nn import QuantLinear
-from harness.quantization.producers import Discovery, Found, _Scratch
+from harness.quantization.producer_proof import Found, Scratch
+from harness.quantization.producers import Discovery
 from tests.conftest import TINY, resolve
 from tests.support.blocks import TOKENS, Block, logits, relative
 from tests.support.decoders import linears, quantize
@@ -206,17 +207,39 @@ def test_query_heads_of_one_value_head_share_the_largest_scale() -> None:
         ("opt", Found("final_layer_norm", "norm", torch.arange(32)), "fc1"),
     ],
 )
-def test_a_wrong_producer_is_refused(family: str, candidate: Found, reader: str) -> None:
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_a_wrong_producer_is_refused(family: str, candidate: Found, reader: str, dtype: torch.dtype) -> None:
     block = Block(uneven(build(family)))
-    scratch = _Scratch(block.stream.blocks[0], block.stream)
+    scratch = Scratch(block.stream.blocks[0], block.stream, dtype)
     assert not scratch.proves(candidate, (reader,))
+
+
+_QUERY_KEY_VALUE = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+_RIGHT = [
+    (Found("input_layernorm", "norm", torch.arange(32)), _QUERY_KEY_VALUE),
+    (Found("self_attn.v_proj", "linear", torch.tensor(_SHARED)), ("self_attn.o_proj",)),
+    (Found("mlp.up_proj", "linear", torch.arange(64)), ("mlp.down_proj",)),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_right_producers_are_proved_together(dtype: torch.dtype) -> None:
+    block = Block(uneven(build("llama")))
+    assert Scratch(block.stream.blocks[0], block.stream, dtype).proves_together(_RIGHT)
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_one_wrong_producer_among_several_is_refused(wrong: int) -> None:
+    block, (found, members) = Block(uneven(build("llama"))), _RIGHT[wrong]
+    candidates = [*_RIGHT[:wrong], (Found(found.name, found.kind, found.rows.roll(1)), members), *_RIGHT[wrong + 1 :]]
+    assert not Scratch(block.stream.blocks[0], block.stream, torch.float32).proves_together(candidates)
 
 
 @pytest.mark.parametrize("kind", ["norm", "offset_norm"])
 def test_the_wrong_kind_of_a_norm_is_refused(kind: Any) -> None:
     family = {"norm": "gemma", "offset_norm": "llama"}[kind]  # whose norms are of the other kind
     block = Block(uneven(build(family)))
-    scratch = _Scratch(block.stream.blocks[0], block.stream)
+    scratch = Scratch(block.stream.blocks[0], block.stream)
     members = tuple(name.removeprefix(block.prefix) for name in block.groups[0].linears)
     assert not scratch.proves(Found("input_layernorm", kind, torch.arange(32)), members)
 

@@ -119,7 +119,7 @@ class Stream:
             if keep:
                 outputs.append(output)
         for cut, inputs in zip(new, inputs_of, strict=True):
-            cut.inputs = inputs if len(inputs) == len(self.states) else []
+            cut.inputs = [*inputs] if len(inputs) == len(self.states) else []
         return outputs
 
     @contextmanager

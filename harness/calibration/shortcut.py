@@ -1,8 +1,8 @@
 """Modules whose output is the output of their last linear: later passes reuse its inputs and run this linear alone.
 
 A block is quantized group by group, so everything before a linear is final when the linear is observed. Its inputs
-are stored, and in later passes over the block its module (attention, mlp) runs only this linear. Each linear then
-runs about once per block, at the cost of holding one linear's inputs in memory.
+are stored. The linear itself is final in the next pass over the block: its module (attention, mlp) then runs only this
+linear, once, and in later passes nothing. The cost is to hold one linear's inputs or outputs in memory.
 """
 
 from __future__ import annotations
@@ -22,14 +22,16 @@ from harness.nn import first_of, hooked, standing_in
 class Shortcut:
     """A `module` that returns the output of its linear `last`.
 
-    others  the Nones that the module returns after the output, in a tuple or list; None if it returns the tensor itself
-    inputs  the inputs of the linear, one tensor per sequence; empty until they are observed
+    others   the Nones that the module returns after the output, in a tuple or list; None if it returns the tensor alone
+    inputs   the inputs of the linear, one tensor per sequence; empty until they are observed
+    outputs  the outputs of the final linear, by sequence; the sequence's input is dropped
     """
 
     module: nn.Module
     last: str
     others: tuple[None, ...] | list[None] | None
-    inputs: list[Tensor] = field(default_factory=list)
+    inputs: list[Tensor | None] = field(default_factory=list)
+    outputs: dict[int, Tensor] = field(default_factory=dict)
 
     @property
     def linear(self) -> nn.Module:
@@ -38,10 +40,12 @@ class Shortcut:
 
     @contextmanager
     def taken(self, index: int) -> Iterator[None]:
-        """Let the module compute its output for sequence `index` from the stored inputs."""
+        """Let the module return its output for sequence `index`, from what is stored; the linear must be final."""
 
         def forward(*_args: Any, **_options: Any) -> Any:
-            output = self.linear(self.inputs[index])
+            if index not in self.outputs:
+                self.outputs[index], self.inputs[index] = self.linear(self.inputs[index]), None
+            output: Any = self.outputs[index].clone()  # a block may add to it in place
             return output if self.others is None else type(self.others)([output, *self.others])
 
         with standing_in(self.module, forward):

@@ -129,7 +129,7 @@ class Pass:
         stream, probe, teacher = streams.observer.stream, streams.probe, streams.teacher
         groups = groups_of(self.decoder, self.names, probe, self.cfg.scheme, self.schemes)
         expected = probe.run(probe.states[0])
-        if self.sequential:
+        if self.sequential and not self.transforms:  # else inputs are observed before the transforms
             stream.shortcuts = shortcuts(stream.blocks[stream.position], lambda: probe.run(probe.states[0]))
         if self.transforms:
             self._find_producers(probe, groups)

@@ -245,6 +245,10 @@ def test_modules_that_end_in_a_linear_compute_from_its_stored_inputs(family: str
         cut.linear.weight.data[0] += 1  # later outputs are those of the changed linear
         short = stream.outputs({}, keep=True)
         assert not others
+        runs = counted(cut.linear)
+        again = stream.outputs({}, keep=True)  # the outputs of a final linear are kept
+        assert not runs
+        assert all(torch.equal(output, expected) for output, expected in zip(again, short, strict=True))
         stream.shortcuts = ()
         plain = stream.outputs({}, keep=True)
         assert len(others) == 4

@@ -115,26 +115,28 @@ class GPTQ(Method):
         size = K // fmt.groups((N, K))[1]
         permutation = torch.arange(K, device=W.device) if order is None else order
         U = inverse_factor(H[permutation][:, permutation], self.damp)
-        scale, zero_point = params or tuple(W.new_empty(fmt.groups((N, K))) for _ in range(2))
+        scale_T, zero_point_T = [values.T.contiguous() for values in params] if params else W.new_empty(2, K // size, N)
+        scales, zero_points = scale_T.unbind(), zero_point_T.unbind()
         W_T = W.T[permutation].contiguous()  # transposed: each column of W is contiguous
         Q_T = torch.empty_like(W_T)
         group_of = (permutation // size).tolist()
         step = self.column_block if params is not None else size * max(1, self.column_block // size)
         for start in range(0, K, step):
             stop = min(start + step, K)
-            panel, Err = W_T[start:stop], torch.empty_like(W_T[start:stop])
-            U_panel = U[start:stop, start:stop]
-            for i in range(stop - start):
+            panel, U_panel, Err = W_T[start:stop], U[start:stop, start:stop], torch.empty_like(W_T[start:stop])
+            tensors = panel, Q_T[start:stop], Err, U_panel, U_panel.diagonal()
+            for i, (w, q, err, u, pivot) in enumerate(zip(*map(torch.unbind, tensors), strict=True)):  # columns of W
                 g = group_of[start + i]
                 if params is None and (start + i) % size == 0:
                     cells = slice(start + i, start + i + size)
                     group_params = self._params(panel[i : i + size].T, _one_group(fmt), H[cells, cells])
-                    scale[:, g : g + 1], zero_point[:, g : g + 1] = group_params
-                Q_T[start + i] = grid.snap(panel[i], scale[:, g], zero_point[:, g], fmt)
-                torch.div(panel[i] - Q_T[start + i], U_panel[i, i], out=Err[i])
-                panel[i + 1 :].addr_(U_panel[i, i + 1 :], Err[i], alpha=-1)
+                    for row, values in zip((scales[g], zero_points[g]), group_params, strict=True):
+                        row.copy_(values[:, 0])
+                grid.snap(w, scales[g], zero_points[g], fmt, out=q)
+                torch.sub(w, q, out=err).div_(pivot)
+                panel[i + 1 :].addr_(u[i + 1 :], err, alpha=-1)
             W_T[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
-        return Q_T[permutation.argsort()].T, scale, zero_point
+        return Q_T[permutation.argsort()].T, scale_T.T.contiguous(), zero_point_T.T.contiguous()
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:

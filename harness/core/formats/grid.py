@@ -97,12 +97,15 @@ def decode(codes: Tensor, scale: Tensor, zero_point: Tensor) -> Tensor:
     return codes.to(scale.dtype).sub_(zero_point).mul_(scale)
 
 
-def snap(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat) -> Tensor:
-    """Round `value` to the nearest point of the grid: `decode(encode(value))` without the integer tensor."""
+def snap(value: Tensor, scale: Tensor, zero_point: Tensor, fmt: IntFormat, out: Tensor | None = None) -> Tensor:
+    """Round `value` to the nearest point of the grid: `decode(encode(value))` without the integer tensor.
+
+    Returns: `out`, if given, with the result.
+    """
+    steps = torch.div(value, scale, out=out)
     if fmt.symmetric:
-        return (value / scale).round_().clamp_(-fmt.mid_code, fmt.mid_code - 1).mul_(scale)
-    codes = torch.round(value / scale + zero_point).clamp_(0, fmt.max_code)
-    return codes.sub_(zero_point).mul_(scale)
+        return steps.round_().clamp_(-fmt.mid_code, fmt.mid_code - 1).mul_(scale)
+    return steps.add_(zero_point).round_().clamp_(0, fmt.max_code).sub_(zero_point).mul_(scale)
 
 
 def snap_weight(weight: Tensor, fmt: WeightFormat) -> Tensor:

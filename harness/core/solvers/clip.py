@@ -16,7 +16,7 @@ from harness.core.scheme import WeightFormat
 # Factors of the range: both ends shrink together first, then each end is moved alone.
 _TOGETHER = tuple(1 - i / 20 for i in range(1, 11))
 _ALONE = (1.05, 0.95, 0.9, 0.85)
-_CACHED = 2**19  # values of a weight searched at once
+_CACHED = 2**20  # values of a weight searched at once
 
 
 def clipped_params(weight: Tensor, fmt: WeightFormat, hessian: Tensor) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,8 @@ Differs: the clip search uses the Hessian's diagonal blocks, which include all t
 
 from __future__ import annotations
 
-import functools
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -71,15 +72,19 @@ class AWQ(Method):
             return
         X_mean = magnitudes(stats[AbsMean].value, _TINY)
 
-        @functools.cache
-        def error(i: int) -> float:
-            return group.error(scale_of(X_mean, i / self.ratios))
+        errors: dict[int, float] = {}
+
+        def best_of(candidates: Iterable[int]) -> int:
+            for i in sorted(candidates, key=lambda i: abs(i - self.ratios // 2)):  # a low bound first saves most
+                if i not in errors:
+                    errors[i] = group.error(scale_of(X_mean, i / self.ratios), min(errors.values(), default=math.inf))
+            return min(errors, key=lambda i: (errors[i], i))
 
         step = 1 if self.exhaustive else max(1, self.ratios // 5)
-        best = min(range(0, self.ratios, step), key=error)
+        best = best_of(range(0, self.ratios, step))
         while step > 1:
             step //= 2
-            best = min((i for i in (best - step, best, best + step) if 0 <= i < self.ratios), key=error)
+            best = best_of(i for i in (best - step, best + step) if 0 <= i < self.ratios)
         group.rescale(scale_of(X_mean, best / self.ratios))
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:

@@ -58,8 +58,13 @@ class SmoothQuant(Method):
         if not self.search:
             group.rescale(smoothing_scale(X_max, W_max, self.alpha))
             return
-        candidates = [smoothing_scale(X_max, W_max, alpha) for alpha in (self.alpha, *_ALPHAS)]
-        group.rescale(min([torch.ones_like(W_max), *candidates], key=group.error))
+        best, lowest = torch.ones_like(W_max), group.error(torch.ones_like(W_max))
+        for alpha in (self.alpha, *_ALPHAS):
+            scale = smoothing_scale(X_max, W_max, alpha)
+            error = group.error(scale, lowest)
+            if error < lowest:
+                best, lowest = scale, error
+        group.rescale(best)
 
 
 def smoothing_scale(absmax: Tensor, columns: Tensor, alpha: float) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -69,7 +70,7 @@ class InputGroup:
     schemes   schemes of linears that differ from it, by name
     producer  the module that absorbs a scale; None if no module was proved to
     scale     (K,) product of all scales that `rescale` applied
-    trial     a tied scale (K,) -> the output error that `error` returns
+    trial     a tied scale (K,) and a bound -> the output error that `error` returns
     """
 
     linears: dict[str, nn.Module]
@@ -79,7 +80,7 @@ class InputGroup:
     schemes: dict[str, Scheme] = field(default_factory=dict)
     producer: Producer | None = None
     scale: Tensor | None = None
-    trial: Callable[[Tensor], float] | None = None
+    trial: Callable[[Tensor, float], float] | None = None
 
     @property
     def name(self) -> str:
@@ -115,8 +116,11 @@ class InputGroup:
             weight.copy_(weight.to(tied.dtype) * tied)
         self.scale = tied if self.scale is None else self.scale * tied
 
-    def error(self, scale: Tensor) -> float:
+    def error(self, scale: Tensor, bound: float = math.inf) -> float:
         """Mean squared output error if the group were rescaled by `scale` (K,) and rounded to nearest.
+
+        A search passes the lowest error so far as `bound`. An error above it is returned as soon as a part of the
+        calibration data exceeds the bound: then the result is above the bound, but below the error.
 
         The error is measured at the output of the smallest module that contains all linears of the group, on
         calibration data, with quantized inputs if the scheme has an activation format: the objective of AWQ's search
@@ -125,4 +129,4 @@ class InputGroup:
         """
         if self.trial is None:
             raise ValueError("group.error needs the block's activations; have the method's `searches` return True")
-        return self.trial(self.tie(scale))
+        return self.trial(self.tie(scale), bound)

@@ -159,7 +159,8 @@ class Scratch:
 
     def _change(self) -> Tensor:
         """Norm of the difference between the block's output and that of the original block, ()."""
-        return (self.run() - self.expected).norm()
+        change: Tensor = (self.run() - self.expected).norm()
+        return change
 
     def input_of(self, reader: str, name: str, scale: Tensor) -> Tensor | None:
         """The input (T, K) of linear `reader` if linear `name` outputs fixed noise times `scale` (N,).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -30,15 +31,16 @@ class Trial:
         self.hessian = _hessian(group, stats)
         self._calls: list[Call] | None = None
         self._expected: list[Tensor] = []
+        self._order: list[int] = []
 
     @torch.no_grad()
-    def __call__(self, scale: Tensor) -> float:
-        """The error at a positive `scale` (K,).
+    def __call__(self, scale: Tensor, bound: float = math.inf) -> float:
+        """The error at a positive `scale` (K,); or, if that is above `bound`, any number between the two.
 
         Raises: ValueError if the error is not finite.
         """
-        error = self._by_running(scale) if self.hessian is None else self._by_hessian(scale, self.hessian)
-        if not torch.isfinite(torch.tensor(error)):
+        error = self._by_running(scale, bound) if self.hessian is None else self._by_hessian(scale, self.hessian)
+        if not math.isfinite(error):
             raise ValueError(f"{self.group.name}: the output error of a trial scale is not finite; expected a number")
         return error
 
@@ -55,15 +57,19 @@ class Trial:
         delta = (rounded / scale - self.group.weights[name]).to(hessian.dtype)
         return float(((delta @ hessian) * delta).sum()) / (2 * len(delta))
 
-    def _by_running(self, scale: Tensor) -> float:
+    def _by_running(self, scale: Tensor, bound: float) -> float:
+        """The error over the chosen sequences, those with large errors at the previous scale first."""
         calls = self._captured()
-        rounded = self._rounded(scale)
-        total, count = 0.0, 0
-        with self._replaced(rounded, scale):
-            for (args, options), expected in zip(calls, self._expected, strict=True):
-                total += float((first_of(self.module(*args, **options)) - expected).double().square().sum())
-                count += expected.numel()
-        return total / count
+        count = sum(expected.numel() for expected in self._expected)
+        totals = [0.0] * len(calls)
+        with self._replaced(self._rounded(scale), scale):
+            for i in self._order:
+                args, options = calls[i]
+                totals[i] = float((first_of(self.module(*args, **options)) - self._expected[i]).double().square().sum())
+                if not sum(totals) / count <= bound:
+                    return sum(totals) / count
+        self._order.sort(key=totals.__getitem__, reverse=True)
+        return sum(totals) / count
 
     def _captured(self) -> list[Call]:
         """Arguments of the module's call on each chosen sequence; its float outputs go to `_expected`."""
@@ -73,6 +79,7 @@ class Trial:
             chosen = [states[i * len(states) // count] for i in range(count)]
             self._calls = [self.stream.call_of(self.module, each) for each in chosen]
             self._expected = [first_of(self.module(*args, **options)) for args, options in self._calls]
+            self._order = list(range(count))
         return self._calls
 
     @contextmanager

@@ -93,6 +93,16 @@ def test_the_error_of_a_group_is_that_of_its_module(member: str) -> None:
         assert group.error(scale) == pytest.approx(error, rel=1e-3)
 
 
+def test_an_error_above_its_bound_is_measured_in_part() -> None:
+    block = block_of()
+    group = block.group("gate_proj")
+    block.search(group, stats_of(block, group))
+    scale = torch.linspace(0.5, 2, group.in_features)
+    error = group.error(scale)
+    assert group.error(scale, error) == group.error(scale, 2 * error) == error
+    assert error / 4 < group.error(scale, error / 4) < error  # four sequences with similar errors
+
+
 def test_an_attention_module_is_run_with_its_heads() -> None:
     block = block_of()
     group = block.groups[0]
@@ -176,7 +186,7 @@ def test_the_function_stays_and_so_do_weights_while_searching(family: str) -> No
 def test_from_coarse_to_fine_it_finds_the_one_valley_with_fewer_trials(ratios: int, best: float) -> None:
     magnitude, tried_ratios = torch.linspace(0.1, 3, 16), list[float]()
 
-    def error(scale: Tensor) -> float:  # the ratio follows from the spread of the scale
+    def error(scale: Tensor, _bound: float) -> float:  # the ratio follows from the spread of the scale
         tried_ratios.append(float((scale.max() / scale.min()).log() / (magnitude.max() / magnitude.min()).log()))
         return abs(tried_ratios[-1] - best)
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from harness.core import WeightFormat, round_to_nearest
-from harness.kernels.bench import peers
-from harness.kernels.bench.peers import PEERS, Peer
+from harness.kernels.bench.peers import PEERS, Peer, base, fbgemm, gemlite, int4pack
 
 MODULES = {
     "gemlite": "gemlite",
@@ -20,11 +19,23 @@ MODULES = {
     "bitsandbytes nf4": "bitsandbytes",
     "humming": "humming",
     "fbgemm": "fbgemm_gpu",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime int8": "onnxruntime",
+    "openvino": "openvino",
+    "openvino int8": "openvino",
+    "auto-round": "auto_round_kernel",
 }
 BY_NAME = {peer.name: peer for peer in PEERS}
 # Relative to the norm of y. bfloat16 rounds the decoded weight and y, each by at most 2^-9; float32 rounds each of
 # K = 1024 products and sums by 2^-24.
 BOUNDS = {torch.bfloat16: 2**-8, torch.float32: 1024 * 2**-24}
+INT8_BOUND = 0.02  # rounding normal inputs to int8 with a scale for each group adds about 0.6 %
+DTYPES = {
+    "torch int4pack": (torch.bfloat16,),
+    "torchao": (torch.bfloat16,),
+    "bitsandbytes nf4": (torch.bfloat16, torch.float32),
+    "auto-round": (torch.bfloat16, torch.float32),
+}
 SPLIT_BOUND = 2**-7  # kernels that split K may add up to eight parts in bfloat16
 
 
@@ -55,8 +66,16 @@ def check(peer: Peer, weight: Tensor, dtype: torch.dtype, bound: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_bitsandbytes_on_a_cpu(dtype: torch.dtype) -> None:
-    check(BY_NAME["bitsandbytes nf4"], weights(96, 1024), dtype, BOUNDS[dtype])
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if "cpu" in peer.devices], ids=lambda peer: peer.name)
+def test_right_on_a_cpu(peer: Peer, dtype: torch.dtype) -> None:
+    module = MODULES.get(peer.name, "torch")
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed; the extra peers installs it")
+    if dtype not in DTYPES.get(peer.name, (torch.float32,)):
+        with pytest.raises(ValueError, match=f"does not support {dtype}; expected"):
+            peer.build(weights(96, 1024), 128, dtype)
+    else:
+        check(peer, weights(96, 1024), dtype, INT8_BOUND if peer.rounds_inputs else BOUNDS[dtype])
 
 
 @pytest.mark.parametrize("peer", [peer for peer in PEERS if "cpu" not in peer.devices], ids=lambda peer: peer.name)
@@ -67,7 +86,7 @@ def test_a_peer_for_gpus_refuses_a_cpu(peer: Peer, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("peer", PEERS, ids=lambda peer: peer.name)
+@pytest.mark.parametrize("peer", [peer for peer in PEERS if "cuda" in peer.devices], ids=lambda peer: peer.name)
 def test_right_on_a_gpu(peer: Peer) -> None:
     module = MODULES.get(peer.name, "torch")
     if importlib.util.find_spec(module) is None:
@@ -102,22 +121,22 @@ def test_refusals_say_what_was_expected() -> None:
 def test_groups_are_checked() -> None:
     weight = torch.zeros(8, 96)
     with pytest.raises(ValueError, match="x does not support group_size=48; expected one of"):
-        peers._check_group("x", weight, 48, (32, 64))
+        base.check_group("x", weight, 48, (32, 64))
     for wrong in (-1, 0, 64):
         with pytest.raises(ValueError, match=f"group_size={wrong}; expected a divisor of K=96"):
-            peers._check_group("x", weight, wrong)
-    peers._check_group("x", weight, 32, (32, 64))
+            base.check_group("x", weight, wrong)
+    base.check_group("x", weight, 32, (32, 64))
 
 
 def test_int4pack_parts_hold_the_weight() -> None:
     fmt = WeightFormat(bits=4, granularity="group", group_size=64, scale_dtype="bfloat16")
     rounded = round_to_nearest(weights(24, 256), fmt)
-    halves, pairs = peers._int4pack_parts(rounded)
+    halves, pairs = int4pack.parts(rounded)
     assert halves.shape == (24, 128)
     assert pairs.shape == (4, 24, 2)
     assert torch.equal(halves[:, 0] >> 4, rounded.codes[:, 0])  # the even column is the upper half
     # (8 - zero point) * scale, at most 8 steps, is rounded to bfloat16 (2^-9); the error of a value is half a step
-    assert error(peers._int4pack_decoded(halves, pairs), rounded.dequantize(torch.float64)) < 2**-8
+    assert error(int4pack.decoded_parts(halves, pairs), rounded.dequantize(torch.float64)) < 2**-8
 
 
 @pytest.mark.parametrize("groups", [1, 4])
@@ -134,12 +153,12 @@ def test_gemlite_words_are_decoded(groups: int) -> None:
         elements_per_sample=8,
         W_group_mode=4 if groups > 1 else 3,
     )
-    assert error(peers._gemlite_decoded(layer), expected) < 1e-6
+    assert error(gemlite.layer_weight(layer), expected) < 1e-6
 
 
 def test_fbgemm_codes_are_decoded() -> None:
     codes, scale, zero = torch.randint(-8, 8, (6, 8), dtype=torch.int8), torch.rand(2, 6), torch.randn(2, 6)
-    decoded = peers._fbgemm_decoded(codes, scale, zero)
+    decoded = fbgemm.weight_of(codes, scale, zero)
     for row in range(6):
         for column in range(8):
             group = column // 4
@@ -149,7 +168,5 @@ def test_fbgemm_codes_are_decoded() -> None:
 
 def test_unit_vectors_show_the_weight() -> None:
     weight = torch.randn(40, 1500)
-    decoded = peers._weight_from_unit_vectors(
-        lambda units: units @ weight.t(), 1500, torch.float32, torch.device("cpu")
-    )
+    decoded = base.weight_from_unit_vectors(lambda units: units @ weight.t(), 1500, torch.float32, torch.device("cpu"))
     assert torch.equal(decoded, weight.double())

@@ -49,20 +49,26 @@ def factors(size: int) -> tuple[Tensor, ...]:
     """
     if size < 1:
         raise ValueError(f"size={size} is out of range; expected 1 or more")
-    twos = (size & -size).bit_length() - 1
-    odd = size >> twos
-    matrices = []
-    if odd > 1:
-        used, first = next(
-            ((t, matrix) for t in range(2, twos + 1) if (matrix := _paley(odd << t)) is not None), (0, None)
-        )
-        matrices.append(_hartley(odd) if first is None else first / math.sqrt(odd << used))
-        twos -= used
+    dense = dense_factor(size)
+    matrices = [] if dense is None else [dense]
+    twos = (size // (1 if dense is None else len(dense))).bit_length() - 1
     for parts in range(-(-twos // _CHUNK), 0, -1):  # equal parts: a factor of size 2 alone costs as much as size 64
         part = twos // parts
         matrices.append(_sylvester(part) / math.sqrt(1 << part))
         twos -= part
     return tuple(matrices) or (torch.ones(1, 1, dtype=torch.float64),)
+
+
+def dense_factor(size: int) -> Tensor | None:
+    """The first factor of Q_n (float64), n = `size`, if it is a Paley or Hartley matrix; all others are Sylvester's."""
+    twos = (size & -size).bit_length() - 1
+    odd = size >> twos
+    if odd == 1:
+        return None
+    for used in range(2, twos + 1):
+        if (matrix := _paley(odd << used)) is not None:
+            return matrix / math.sqrt(odd << used)
+    return _hartley(odd)
 
 
 @constant

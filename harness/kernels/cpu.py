@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 
 from harness.core import IntQTensor, QTensor
-from harness.core.formats import InputQuantizer
+from harness.core.formats import AdditiveQTensor, IncoherentQTensor, InputQuantizer
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
-from harness.kernels.native import grouped, int8
+from harness.kernels.native import additive, grouped, incoherent, int8
 
 
 def _native_int8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
@@ -30,6 +30,18 @@ def _native(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) 
     return grouped.build(weight) if grouped.supports(weight, dtype) else None
 
 
+def _additive(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    if not isinstance(weight, AdditiveQTensor) or not additive.supports(weight, dtype):
+        return None
+    return additive.AdditiveLinear(weight)
+
+
+def _incoherent(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    if not isinstance(weight, IncoherentQTensor) or not incoherent.supports(weight, dtype):
+        return None
+    return incoherent.IncoherentLinear(weight)
+
+
 def _int8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
     return cpu_int8.CpuInt8(weight) if isinstance(weight, IntQTensor) and cpu_int8.supports(weight, dtype) else None
 
@@ -38,4 +50,4 @@ def _int4(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) ->
     return cpu_int4.CpuInt4(weight) if isinstance(weight, IntQTensor) and cpu_int4.supports(weight, dtype) else None
 
 
-RULES = (_native_int8, _w8a8, _native, _int8, _int4)
+RULES = (_native_int8, _w8a8, _native, _additive, _incoherent, _int8, _int4)

@@ -13,6 +13,8 @@ groups or the dtype of the weight; then the next rule is tried. If no rule appli
     cpu     2 to 8  8 bits, outliers  native_llm_int8  likewise; outlier channels in float32
     cpu     2 to 8  float32, bfloat16 native_int*      few: decoded in registers; many: in tiles in the cache
     cpu     levels  float32, bfloat16 native_levels    likewise (NF4, FP4)
+    cpu     E8P     float32, bfloat16 native_e8p       few: points read and multiplied; many: in tiles in the cache
+    cpu     vectors float32, bfloat16 native_additive  likewise (codebooks of vectors of 8)
             without the native library:
     cpu     4       bfloat16          cpu_w4a16        few: torch's int4 kernel; many: decode and matmul
     cpu     8       bfloat16          cpu_w8a16        few: torch's int8 kernel; many: cast and matmul

@@ -61,21 +61,21 @@ class IncoherentQTensor(QTensor):
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         exact = torch.promote_types(dtype, torch.float32)
-        left, right = self._vector("left", exact), self._vector("right", exact)
+        left, right = self.vector("left", exact), self.vector("right", exact)
         return self._unrotated(exact).mul_(right).mul_(left[:, None]).to(dtype)
 
     def linear(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """y = x W^T + b by transforms of inputs and outputs, in float32 or wider because they sum many terms."""
         exact = torch.promote_types(inputs.dtype, torch.float32)
-        rotated = rotate(inputs.to(exact) * self._vector("right", exact)).to(inputs.dtype)
+        rotated = rotate(inputs.to(exact) * self.vector("right", exact)).to(inputs.dtype)
         products = [F.linear(rotated, slab) for slab in self._slabs(inputs.dtype)]
-        outputs = unrotate(torch.cat(products, -1).to(exact)) * (self._vector("left", exact) * self._step)
+        outputs = unrotate(torch.cat(products, -1).to(exact)) * (self.vector("left", exact) * self._step)
         return (outputs if bias is None else outputs + bias).to(inputs.dtype)
 
     def tuner(self) -> Tuner:
         """A tuner of `left` and `right` as real vectors; the codes do not change (section 5 of the paper)."""
         unrotated = self._unrotated(torch.float32)
-        initial = {name: self._vector(name, torch.float32) for name in ("left", "right")}
+        initial = {name: self.vector(name, torch.float32) for name in ("left", "right")}
 
         def weight(values: dict[str, Tensor]) -> Tensor:
             return values["left"][:, None] * unrotated * values["right"]
@@ -89,7 +89,8 @@ class IncoherentQTensor(QTensor):
 
         return Tuner(initial, weight, accept, linear)
 
-    def _vector(self, name: str, dtype: torch.dtype) -> Tensor:
+    def vector(self, name: str, dtype: torch.dtype) -> Tensor:
+        """`left` or `right` as numbers."""
         stored, count = self.get_buffer(name), self.shape[name == "right"]
         if stored.is_floating_point():
             return stored.to(dtype)

@@ -2,7 +2,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "weight.h"
+#include "vectors.h"
 
 #pragma GCC target("avx2,fma,f16c")
 #include <immintrin.h>
@@ -123,6 +123,28 @@ struct V {
   }
   // Adds the products of four bytes, those of the weight without a sign, to the sum of each lane.
   static ALWAYS_INLINE I dot4(I sum, I weight, I x) { return add(sum, {dot(weight.a, x.a), dot(weight.b, x.b)}); }
+  // Eight values at p and eight at q.
+  static ALWAYS_INLINE F pair(const float* p, const float* q) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(q)}; }
+  static ALWAYS_INLINE F pair(const uint16_t* p, const uint16_t* q) {  // float16
+    return {_mm256_cvtph_ps(shorts(p)), _mm256_cvtph_ps(shorts(q))};
+  }
+  static ALWAYS_INLINE __m256 bytes(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  }
+  static ALWAYS_INLINE F pair(const int8_t* p, const int8_t* q) { return {bytes(p), bytes(q)}; }
+  static ALWAYS_INLINE float total(F x) {
+    const __m256 eight = _mm256_add_ps(x.a, x.b);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  template <int step>
+  static ALWAYS_INLINE F swapped(F x) {  // lane i becomes lane i ^ step
+    if constexpr (step == 1) return {_mm256_permute_ps(x.a, 0xB1), _mm256_permute_ps(x.b, 0xB1)};
+    else if constexpr (step == 2) return {_mm256_permute_ps(x.a, 0x4E), _mm256_permute_ps(x.b, 0x4E)};
+    else if constexpr (step == 4) return {_mm256_permute2f128_ps(x.a, x.a, 1), _mm256_permute2f128_ps(x.b, x.b, 1)};
+    else return {x.b, x.a};
+  }
 };
 
 #include "codes.h"
@@ -131,11 +153,17 @@ struct V {
 #include "decode.h"
 #include "product.h"
 #include "bytes.h"
+#include "parts.h"
+#include "points.h"
+#include "vectors_few.h"
+#include "hadamard.h"
 }  // namespace
 
 const Level& avx2_level() {
+  static const VectorLevel vectors{few_vectors<V>, nullptr, nullptr, decode_rows<V, float>, decode_rows<V, uint16_t>,
+                                   enter<V>, leave<V>};
   static const Level level{"avx2", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
-                           bytes<V>, absmax<V>, encode<V>};
+                           bytes<V>, absmax<V>, encode<V>, &vectors};
   return level;
 }
 

@@ -1,7 +1,7 @@
 // The kernels for AVX-512 with products of bytes and of bfloat16.
 #include <cstdint>
 
-#include "weight.h"
+#include "vectors.h"
 
 #pragma GCC target("avx512bf16,avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
 #include <immintrin.h>
@@ -14,6 +14,9 @@ namespace {
 #include "output.h"
 #include "decode.h"
 #include "product.h"
+#include "parts.h"
+#include "points.h"
+#include "vectors_many.h"
 
 // Products in bfloat16 with sums in float32, see product.h: a word holds inputs k (low half) and k + 1.
 struct BfloatProduct {
@@ -26,6 +29,11 @@ struct BfloatProduct {
   static ALWAYS_INLINE Sum add(Sum a, Sum b) { return _mm512_add_ps(a, b); }
   static ALWAYS_INLINE Sum dot(Sum sum, Sum weight, Sum x) {
     return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(weight), reinterpret_cast<__m512bh>(x));
+  }
+
+  // The words of 32 inputs of one row.
+  static ALWAYS_INLINE Sum words(const float* inputs) {
+    return reinterpret_cast<Sum>(_mm512_cvtne2ps_pbh(V::load(inputs + 16), V::load(inputs)));
   }
 
   // The inputs [first, last) of panel p, 64 bytes for each two of them.
@@ -51,6 +59,9 @@ const Level& avx512_bf16_level() {
     Level copy = avx512_vnni_level();
     copy.name = "avx512_bf16";
     copy.many_bf16 = many<BfloatProduct>;
+    static VectorLevel vectors = *copy.vectors;
+    vectors.many_bf16 = many_vectors<BfloatProduct>;
+    copy.vectors = &vectors;
     return copy;
   }();
   return level;

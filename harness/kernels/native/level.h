@@ -2,7 +2,7 @@
 #pragma once
 #include <string>
 
-#include "weight.h"
+#include "vectors.h"
 
 namespace ptqbench {
 

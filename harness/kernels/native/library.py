@@ -54,5 +54,10 @@ def _register_fakes() -> None:
         *_, rows = arguments
         return x.new_empty(*x.shape[:-1], rows)
 
-    for name in ("grouped_linear", "int8_linear"):
+    def incoherent_linear(x: Tensor, *arguments: Any) -> Tensor:
+        left = arguments[4]
+        return x.new_empty(*x.shape[:-1], len(left))
+
+    torch.library.register_fake("ptqbench_native::incoherent_linear", incoherent_linear)
+    for name in ("grouped_linear", "int8_linear", "additive_linear"):
         torch.library.register_fake(f"ptqbench_native::{name}", linear)

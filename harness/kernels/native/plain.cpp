@@ -3,7 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "weight.h"
+#include "vectors.h"
 
 #define ALWAYS_INLINE inline  // arrays of 16 lanes, unrolled 16 times, would be slow to compile
 
@@ -113,6 +113,22 @@ struct V {
       return sum.lane[i] + static_cast<uint32_t>(products);
     });
   }
+  static float float_of_point(float value) { return value; }
+  static float float_of_point(uint16_t value) { return half_of(value); }
+  static float float_of_point(int8_t value) { return value; }
+  template <class Point>
+  static F pair(const Point* a, const Point* b) {  // eight values at a and eight at b
+    return lanes<F>([&](int i) { return float_of_point(i < 8 ? a[i] : b[i - 8]); });
+  }
+  static float total(F a) {
+    float sum = 0;
+    for (float lane : a.lane) sum += lane;
+    return sum;
+  }
+  template <int step>
+  static F swapped(F a) {  // lane i becomes lane i ^ step
+    return lanes<F>([&](int i) { return a.lane[i ^ step]; });
+  }
 };
 
 #include "codes.h"
@@ -121,11 +137,17 @@ struct V {
 #include "decode.h"
 #include "product.h"
 #include "bytes.h"
+#include "parts.h"
+#include "points.h"
+#include "vectors_few.h"
+#include "hadamard.h"
 }  // namespace
 
 const Level& plain_level() {
+  static const VectorLevel vectors{few_vectors<V>, nullptr, nullptr, decode_rows<V, float>, decode_rows<V, uint16_t>,
+                                   enter<V>, leave<V>};
   static const Level level{"plain", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
-                           bytes<V>, absmax<V>, encode<V>};
+                           bytes<V>, absmax<V>, encode<V>, &vectors};
   return level;
 }
 

@@ -10,6 +10,8 @@ struct FloatProduct {
   static ALWAYS_INLINE Sum load(const uint8_t* p) { return V::load(reinterpret_cast<const float*>(p)); }
   static ALWAYS_INLINE Sum add(Sum a, Sum b) { return V::add(a, b); }
   static ALWAYS_INLINE Sum dot(Sum sum, Sum weight, Sum x) { return V::fma(x, weight, sum); }
+  // The words of 16 inputs of one row.
+  static ALWAYS_INLINE Sum words(const float* inputs) { return V::load(inputs); }
 
   // The inputs [first, last) of panel p, 64 bytes each.
   template <int bits>

@@ -75,4 +75,24 @@ struct V {
     return add(sum, add(even, odd));
 #endif
   }
+  // Eight values at a and eight at b.
+  static ALWAYS_INLINE F pair(const float* a, const float* b) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(a)), _mm256_loadu_ps(b), 1);
+  }
+  static ALWAYS_INLINE F pair(const uint16_t* a, const uint16_t* b) {  // float16
+    const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)));
+    return _mm512_cvtph_ps(_mm256_inserti128_si256(low, _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)), 1));
+  }
+  static ALWAYS_INLINE F pair(const int8_t* a, const int8_t* b) {
+    const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)));
+    const __m128i bytes = _mm_castps_si128(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(b)));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+  }
+  static ALWAYS_INLINE float total(F a) { return _mm512_reduce_add_ps(a); }
+  template <int step>
+  static ALWAYS_INLINE F swapped(F a) {  // lane i becomes lane i ^ step
+    if constexpr (step == 1) return _mm512_permute_ps(a, 0xB1);
+    else if constexpr (step == 2) return _mm512_permute_ps(a, 0x4E);
+    else return _mm512_shuffle_f32x4(a, a, step == 4 ? 0xB1 : 0x4E);
+  }
 };

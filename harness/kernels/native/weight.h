@@ -94,6 +94,8 @@ struct Slab {
   int64_t stride;
 };
 
+struct VectorLevel;  // of vectors.h
+
 struct Level {
   const char* name;
   // y = x W^T for the panels [first, last) and up to kFew rows of x; `sums` of x over groups (rows, groups) are read
@@ -112,6 +114,7 @@ struct Level {
   float (*absmax)(const float* values, int64_t count);
   // codes of `count` values, a multiple of 16: round(value / scale) clipped to [low, high]. Returns: their sum
   int32_t (*encode)(const float* values, int64_t count, float scale, float low, float high, int8_t* codes);
+  const VectorLevel* vectors;
 };
 
 const Level& plain_level();

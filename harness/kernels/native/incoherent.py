@@ -1,0 +1,84 @@
+"""Lattice codes of weights that are rotated on both sides (QuIP#): transforms and product are one operator.
+
+The table of E8P, 65536 points of 8 bytes, is read from the second-level cache and is the same for all weights.
+Transforms and sums are in float32; products of many rows in bfloat16 round the transformed inputs to it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from harness.core import QTensor
+from harness.core.formats.incoherent import IncoherentQTensor
+from harness.core.formats.lattice import Codebook
+from harness.core.hadamard import dense_factor
+from harness.kernels.base import Kernel
+from harness.kernels.native import library
+from harness.kernels.native.vectors import DTYPES, pack_rows
+
+_NARROW = 8  # bits of a code in one byte
+_CPU = torch.device("cpu")
+
+
+def supports(weight: QTensor, dtype: torch.dtype) -> bool:
+    """Whether the kernel runs this weight: inputs in float32 or bfloat16."""
+    return isinstance(weight, IncoherentQTensor) and dtype in DTYPES and library.available()
+
+
+class IncoherentLinear(Kernel):
+    """One weight (N, K).
+
+    codes0, codes1              (N, K / 8) of each stage: int16 for E8P, uint8 for the small codebook; a zero is added
+                                to an odd number of codes
+    tables0, tables1            (65536, 8) int8, or (256, 8) float32, in units of the codebook
+    scale                       (stages,) float32, the value of a unit
+    left, right                 (N,), (K,) float16
+    left_matrix, right_matrix   the dense factors of the transforms (order, order); None where there is none
+    """
+
+    name = "native_e8p"
+
+    def __init__(self, weight: IncoherentQTensor) -> None:
+        super().__init__(weight.shape)
+        self.stages = len(weight.books)
+        for i, (codes, book) in enumerate(zip(weight.codes, weight.books, strict=True)):
+            self.register_buffer(f"codes{i}", pack_rows(codes, book.bits > _NARROW))
+            self.register_buffer(f"tables{i}", _table(book))
+        steps = [book.step for book in weight.books]
+        self.register_buffer("scale", weight.scale * torch.tensor(steps))
+        for side, size in zip(("left", "right"), weight.shape, strict=True):
+            self.register_buffer(side, weight.vector(side, torch.float16))
+            self.register_buffer(f"{side}_matrix", _matrix(size, side == "left"))
+
+    def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
+        stored = self._buffers  # attributes of a module are found more slowly
+        codes, tables = ([stored[f"{name}{i}"] for i in range(self.stages)] for name in ("codes", "tables"))
+        outputs: Tensor = torch.ops.ptqbench_native.incoherent_linear.default(
+            inputs,
+            codes,
+            tables,
+            stored["scale"],
+            stored["right"],
+            stored["left"],
+            stored["right_matrix"],
+            stored["left_matrix"],
+            bias,
+        )
+        return outputs
+
+
+@functools.cache
+def _table(book: Codebook) -> Tensor:
+    """The points of a codebook, the same tensor for all weights."""
+    points = book.table(_CPU)
+    return points if book.bits > _NARROW else points.float()
+
+
+@functools.cache
+def _matrix(size: int, transposed: bool) -> Tensor | None:
+    """The dense factor A of a transform as the operator reads it, x A; the same tensor for all weights."""
+    factor = dense_factor(size)
+    return None if factor is None else (factor.T if transposed else factor).float().contiguous()

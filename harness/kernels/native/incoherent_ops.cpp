@@ -1,0 +1,92 @@
+// The torch operator of weights that are rotated on both sides (QuIP#): y = ((x right) Q) V^T Q^T left.
+#include <ATen/Parallel.h>
+#include <torch/library.h>
+
+#include <cmath>
+
+#include "level.h"
+#include "rows.h"
+#include "vectors_product.h"
+
+namespace ptqbench {
+namespace {
+
+using at::Tensor;
+using std::optional;
+
+constexpr int64_t kGrain = 1 << 13;  // values that are transformed on one thread, at least
+
+Rotation rotation_of(const Tensor& factors, const optional<Tensor>& matrix, int64_t size, double norm) {
+  TORCH_CHECK(factors.dim() == 1 && factors.size(0) == size && factors.scalar_type() == at::kHalf && factors.is_contiguous(),
+              "factors have shape ", factors.sizes(), " ", factors.scalar_type(), "; expected (", size, ") float16");
+  const int64_t order = matrix ? matrix->size(0) : 1, rest = size / order;
+  TORCH_CHECK(!matrix || (matrix->dim() == 2 && matrix->size(1) == order && matrix->is_contiguous() &&
+                          matrix->scalar_type() == at::kFloat), "a matrix must be square and contiguous, in float32");
+  TORCH_CHECK(order * rest == size && (rest & (rest - 1)) == 0, "a matrix of order ", order,
+              " and a power of two do not transform ", size, " values");
+  return {static_cast<const uint16_t*>(factors.const_data_ptr()), matrix ? matrix->const_data_ptr<float>() : nullptr, order,
+          size, static_cast<float>(norm / std::sqrt(static_cast<double>(rest)))};
+}
+
+char* row_of(const Tensor& x, int64_t m) {
+  return static_cast<char*>(const_cast<void*>(x.const_data_ptr())) + m * x.size(1) * x.element_size();
+}
+
+// Calls use(row, memory for two rows) for all rows of `size` values, shared among the threads.
+template <class Use>
+void each_row(int64_t rows, int64_t size, Use&& use) {
+  at::parallel_for(0, rows, (kGrain + size - 1) / size, [&](int64_t first, int64_t last) {
+    float* memory = scratch<float>(2 * size);
+    for (int64_t m = first; m < last; ++m) use(m, memory);
+  });
+}
+
+Tensor entered(const Rotation& q, const Tensor& x, bool bfloat) {
+  const Tensor y = at::empty(x.sizes(), x.options().dtype(bfloat ? at::kBFloat16 : at::kFloat));
+  each_row(x.size(0), q.size, [&](int64_t m, float* memory) {
+    current_level().vectors->enter(q, row_of(x, m), x.scalar_type() == at::kBFloat16, memory, row_of(y, m), bfloat);
+  });
+  return y;
+}
+
+void left(const Rotation& q, const Tensor& x, const optional<Tensor>& bias, const Tensor& y) {
+  const Tensor floats = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  each_row(x.size(0), q.size, [&](int64_t m, float* memory) {
+    current_level().vectors->leave(q, reinterpret_cast<float*>(row_of(x, m)), memory,
+                                   bias ? floats.const_data_ptr<float>() : nullptr, row_of(y, m),
+                                   y.scalar_type() == at::kBFloat16);
+  });
+}
+
+Tensor linear(const Tensor& x, at::TensorList codes, at::TensorList tables, const Tensor& scale, const Tensor& right,
+              const Tensor& left_factors, const optional<Tensor>& right_matrix, const optional<Tensor>& left_matrix,
+              const optional<Tensor>& bias) {
+  const int64_t rows = left_factors.size(0), inputs = x.size(-1);
+  TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.is_contiguous() && scale.dim() == 1 &&
+              scale.size(0) == static_cast<int64_t>(codes.size()),
+              "scale has shape ", scale.sizes(), " ", scale.scalar_type(), "; expected one float32 for each of ", codes.size(), " books");
+  Vectors w = vectors_of(codes, tables, rows, inputs);
+  const float* scales = scale.const_data_ptr<float>();
+  for (int64_t b = 0; b < w.count; ++b) w.books[b].factor = scales[b] / scales[0];
+  const Rotation in = rotation_of(right, right_matrix, inputs, 1), out = rotation_of(left_factors, left_matrix, rows, scales[0]);
+  const Tensor flat = x.reshape({-1, inputs}).contiguous();
+  const bool bfloat = x.scalar_type() == at::kBFloat16;
+  TORCH_CHECK(bfloat || x.scalar_type() == at::kFloat, "x has dtype ", x.scalar_type(), "; expected float32 or bfloat16");
+  const Tensor sums = at::empty({flat.size(0), rows}, flat.options().dtype(at::kFloat));
+  product(w, entered(in, flat, bfloat && flat.size(0) > kFew), std::nullopt, sums);
+  auto shape = x.sizes().vec();
+  shape.back() = rows;
+  const Tensor y = at::empty(shape, x.options());
+  left(out, sums, bias, y.view({-1, rows}));
+  return y;
+}
+
+}  // namespace
+}  // namespace ptqbench
+
+TORCH_LIBRARY_FRAGMENT(ptqbench_native, m) {
+  m.def("incoherent_linear(Tensor x, Tensor[] codes, Tensor[] tables, Tensor scale, Tensor right, Tensor left, "
+        "Tensor? right_matrix, Tensor? left_matrix, Tensor? bias) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(ptqbench_native, CPU, m) { m.impl("incoherent_linear", &ptqbench::linear); }

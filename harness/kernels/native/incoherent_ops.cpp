@@ -3,6 +3,7 @@
 #include <torch/library.h>
 
 #include <cmath>
+#include <vector>
 
 #include "level.h"
 #include "rows.h"
@@ -14,7 +15,8 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kGrain = 1 << 13;  // values that are transformed on one thread, at least
+constexpr int64_t kGrain = 1 << 13;      // values that are transformed on one thread, at least
+constexpr int64_t kKeptBytes = 8 << 20;  // of a matrix whose memory is kept, at most
 
 Rotation rotation_of(const Tensor& factors, const optional<Tensor>& matrix, int64_t size, double norm) {
   TORCH_CHECK(factors.dim() == 1 && factors.size(0) == size && factors.scalar_type() == at::kHalf && factors.is_contiguous(),
@@ -26,6 +28,17 @@ Rotation rotation_of(const Tensor& factors, const optional<Tensor>& matrix, int6
               " and a power of two do not transform ", size, " values");
   return {static_cast<const uint16_t*>(factors.const_data_ptr()), matrix ? matrix->const_data_ptr<float>() : nullptr, order,
           size, static_cast<float>(norm / std::sqrt(static_cast<double>(rest)))};
+}
+
+enum Place { kEntered, kSums };
+
+// A matrix between two steps of a call, in memory that calls on this thread share: fresh memory costs page faults.
+Tensor matrix(Place place, int64_t rows, int64_t columns, at::ScalarType type) {
+  static thread_local std::vector<char> memory[2];
+  const int64_t bytes = rows * columns * static_cast<int64_t>(at::elementSize(type));
+  if (bytes > kKeptBytes) return at::empty({rows, columns}, type);
+  if (static_cast<int64_t>(memory[place].size()) < bytes) memory[place].resize(bytes);
+  return at::from_blob(memory[place].data(), {rows, columns}, type);
 }
 
 char* row_of(const Tensor& x, int64_t m) {
@@ -42,7 +55,7 @@ void each_row(int64_t rows, int64_t size, Use&& use) {
 }
 
 Tensor entered(const Rotation& q, const Tensor& x, bool bfloat) {
-  const Tensor y = at::empty(x.sizes(), x.options().dtype(bfloat ? at::kBFloat16 : at::kFloat));
+  const Tensor y = matrix(kEntered, x.size(0), x.size(1), bfloat ? at::kBFloat16 : at::kFloat);
   each_row(x.size(0), q.size, [&](int64_t m, float* memory) {
     current_level().vectors->enter(q, row_of(x, m), x.scalar_type() == at::kBFloat16, memory, row_of(y, m), bfloat);
   });
@@ -64,15 +77,17 @@ Tensor linear(const Tensor& x, at::TensorList codes, at::TensorList tables, cons
   const int64_t rows = left_factors.size(0), inputs = x.size(-1);
   TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.is_contiguous() && scale.dim() == 1 &&
               scale.size(0) == static_cast<int64_t>(codes.size()),
-              "scale has shape ", scale.sizes(), " ", scale.scalar_type(), "; expected one float32 for each of ", codes.size(), " books");
+              "scale has shape ", scale.sizes(), " ", scale.scalar_type(), "; expected one float32 for each of ",
+              codes.size(), " books");
   Vectors w = vectors_of(codes, tables, rows, inputs);
   const float* scales = scale.const_data_ptr<float>();
   for (int64_t b = 0; b < w.count; ++b) w.books[b].factor = scales[b] / scales[0];
-  const Rotation in = rotation_of(right, right_matrix, inputs, 1), out = rotation_of(left_factors, left_matrix, rows, scales[0]);
+  const Rotation in = rotation_of(right, right_matrix, inputs, 1);
+  const Rotation out = rotation_of(left_factors, left_matrix, rows, scales[0]);
   const Tensor flat = x.reshape({-1, inputs}).contiguous();
   const bool bfloat = x.scalar_type() == at::kBFloat16;
   TORCH_CHECK(bfloat || x.scalar_type() == at::kFloat, "x has dtype ", x.scalar_type(), "; expected float32 or bfloat16");
-  const Tensor sums = at::empty({flat.size(0), rows}, flat.options().dtype(at::kFloat));
+  const Tensor sums = matrix(kSums, flat.size(0), rows, at::kFloat);
   product(w, entered(in, flat, bfloat && flat.size(0) > kFew), std::nullopt, sums);
   auto shape = x.sizes().vec();
   shape.back() = rows;

@@ -1,7 +1,6 @@
 // The torch operators: they check tensors, prepare the inputs, and share the panels among torch's threads.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,6 +8,7 @@
 
 #include "level.h"
 #include "rows.h"
+#include "tiles.h"
 #include "weight.h"
 
 namespace ptqbench {
@@ -17,7 +17,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kRowBytes = 1 << 20;  // most bytes of rows of x that are multiplied at once
 constexpr int64_t kSlab = 32;  // panels of a slab: 4 MiB of float32 at K = 2048
 
 Scale scale_type(const Tensor& scale) {
@@ -75,31 +74,12 @@ void by_registers(const Level& level, const Weight& w, const Tensor& x, const Ou
   });
 }
 
-// Many rows of x: tiles of the weight are decoded into the cache and multiplied, some rows at a time.
-template <class Word, class Many>
-void by_tiles(Many many, const Weight& w, const Tensor& x, const Output& y) {
-  const int64_t most = std::clamp<int64_t>(kRowBytes / (w.inputs * x.element_size()), 12, kMany);
-  const int64_t parts = (x.size(0) + most - 1) / most;
-  at::parallel_for(0, (w.panels() + 1) / 2, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t row = part * x.size(0) / parts, end = (part + 1) * x.size(0) / parts;
-      many(w, rows_of<Word>(x, row, end - row, true), y.from(row), first, last);
-    }
-  });
-}
-
 template <class T, class Decode>
 void decode_slab(Decode decode, const Weight& w, int64_t first, int64_t last, const Tensor& slab) {
   T* values = static_cast<T*>(slab.mutable_data_ptr());
   at::parallel_for(first, last, 1, [&](int64_t from, int64_t to) {
     decode(w, from, to, Slab<T>{values + (from - first) * kPanel, slab.size(1)});
   });
-}
-
-// Whether this processor multiplies bfloat16 matrices in an engine (AMX), which torch's product uses.
-bool matrix_engine() {
-  static const bool found = at::cpu::init_amx();
-  return found;
 }
 
 // Many rows of x where torch's product is the faster one: slabs of W^T are decoded in the dtype of x.

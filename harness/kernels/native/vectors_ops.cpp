@@ -1,12 +1,12 @@
 // The torch operator of additive codebooks, and the product that every weight of vectors shares.
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 #include <torch/library.h>
 
 #include <algorithm>
 
 #include "level.h"
 #include "rows.h"
+#include "tiles.h"
 #include "vectors_product.h"
 
 namespace ptqbench {
@@ -15,7 +15,6 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kRowBytes = 1 << 20;   // most bytes of rows of x that are multiplied at once
 constexpr int64_t kSlabBytes = 4 << 20;  // most bytes of decoded rows of W at once
 
 Book book_of(const Tensor& codes, const Tensor& table, int64_t rows) {
@@ -36,25 +35,6 @@ Book book_of(const Tensor& codes, const Tensor& table, int64_t rows) {
 void by_registers(const Level& level, const Vectors& w, const Tensor& x, const Output& y) {
   const Rows<float> rows = rows_of<float>(x, 0, x.size(0), false);
   at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) { level.vectors->few(w, rows, y, first, last); });
-}
-
-// Many rows of x: tiles of the weight are decoded into the cache and multiplied, some rows at a time.
-template <class Word, class Many>
-void by_tiles(Many many, const Vectors& w, const Tensor& x, const Output& y) {
-  const int64_t most = std::clamp<int64_t>(kRowBytes / (w.inputs * x.element_size()), 12, kMany);
-  const int64_t parts = (x.size(0) + most - 1) / most;
-  at::parallel_for(0, (w.panels() + 1) / 2, 1, [&](int64_t first, int64_t last) {
-    for (int64_t part = 0; part < parts; ++part) {
-      const int64_t row = part * x.size(0) / parts, end = (part + 1) * x.size(0) / parts;
-      many(w, rows_of<Word>(x, row, end - row, true), y.from(row), first, last);
-    }
-  });
-}
-
-// Whether this processor multiplies bfloat16 matrices in an engine (AMX), which torch's product uses.
-bool matrix_engine() {
-  static const bool found = at::cpu::init_amx();
-  return found;
 }
 
 // Many rows of x where torch's product is the faster one: slabs of W are decoded in the dtype of x.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from harness.kernels.bench import clock, race
 from harness.kernels.bench.contenders import Contender, Entry, contenders
 from harness.kernels.bench.report import markdown
+from harness.kernels.bench.targets import cpu_targets
 
 CPU = torch.device("cpu")
 
@@ -19,7 +21,7 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "roofline", lambda device: clock.Roofline(1e10, 1e11))
-    monkeypatch.setattr(clock, "copies", lambda nbytes, device: 2)
+    monkeypatch.setattr(clock, "copies", lambda nbytes, device, together: 2)
     monkeypatch.setitem(race.SHAPES, "smollm2", {"k, v": (192, 64)})
 
 
@@ -36,18 +38,18 @@ def test_a_run_writes_a_record_and_its_table(quick: None, tmp_path: Path, capsys
     printed = capsys.readouterr().out
     assert next(tmp_path.glob("*.md")).read_text() == markdown(record)
     assert "### smollm2 k, v: N = 192, K = 64" in printed
-    assert "Targets" not in printed
+    assert "| smollm2 | int4: share of copy bandwidth | 70% |" in printed
 
 
-def test_every_kernel_that_the_table_has_for_this_device_is_right() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_every_kernel_that_the_table_has_for_this_device_is_right(dtype: torch.dtype) -> None:
     weight = torch.randn(64, 128) * 0.02
-    for contender in contenders(CPU, 64, torch.bfloat16):
+    for contender in contenders(CPU, 64, dtype):
         try:
             entry = contender.prepare(weight)()
         except (ImportError, ValueError):  # a peer that is not installed, a processor without VNNI
             continue
-        for M in (1, 70):
-            race.check(entry, torch.randn(M, 128).bfloat16(), contender.bound)
+        race.check(entry, [torch.randn(M, 128).to(dtype) for M in (1, 70)], contender.bound)
 
 
 def test_a_wrong_kernel_is_named_and_not_timed(quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -76,13 +78,51 @@ def test_targets_are_of_the_slowest_shape() -> None:
     rows = [row | {"ratio": 3.0}, row | {"layer": "b", "N": 8, "ratio": 2.0}]
     environment = {"device": "GPU", "cuda": "13", "threads": None}
     record = {"rows": rows, "environment": environment, "absent": {}, "command": "c", "dtype": "bfloat16"}
+    record["baseline"] = "bf16"
     text = markdown(record | {"group_size": 128, "roofline": {"bandwidth": 4e12, "rate": 8e14}})
     assert "| int4 g128 | 1 | 2.6x | 2.00x | 8 x 2 | missed, 50% of the roofline |" in text
+
+
+def test_targets_of_a_cpu_are_of_the_worst_shape() -> None:
+    def row(kernel: str, N: int, ratio: float, M: int = 1, share: float = 0.8) -> dict[str, Any]:
+        return {"kernel": kernel, "model": "m", "N": N, "K": 2, "M": M, "ratio": ratio, "share": share}
+
+    rows = [row("int4 g64", 1, 4.0), row("int4 g64", 8, 3.0, share=0.6), row("int4 g64", 8, 2.0, M=16)]
+    rows += [row("int3 g64", 1, 5.0), row("int3 g64", 8, 3.0), row("int2 g64", 1, 8.0)]
+    rows += [row("onnxruntime", 1, 2.0), row("onnxruntime", 8, 2.5), row("openvino", 8, 4.0, M=16)]
+    text = cpu_targets(rows, 64)
+    assert "| m | int4: share of copy bandwidth | 70% | 60% | 8 x 2 | missed |" in text
+    assert "| m | int3: time / int4's | 0.85 | 1.00 | 8 x 2 | missed |" in text
+    assert "| m | int2: time / int4's | 0.65 | 0.50 | 1 x 2 | met |" in text
+    assert "| m | onnxruntime | 1.20x | - |" in text
+    assert "| m | openvino | - | 0.50x |" in text
+
+
+def test_contenders_alternate_and_a_speedup_is_of_neighbouring_turns() -> None:
+    order: list[str] = []
+
+    def turn(name: str) -> list[float]:
+        order.append(name)
+        slow = 100.0 if len(order) > 5 else 1.0  # the machine is slow in the last rounds
+        return [slow * (3.0 if name == "a" else 1.0)]
+
+    a, b = clock.alternate([lambda: turn("a"), lambda: turn("b")], 0.0)
+    assert order == ["a", "b"] * 5
+    assert clock.speedup(a, b) == 3.0
+    assert clock.times(a).us_p50 < clock.times(b).us_p50  # the medians alone would say that a is faster
+
+
+def test_copies_exceed_the_cache_before_one_is_used_again() -> None:
+    assert clock.copies(1 << 30, CPU, 1 << 31) == 2
+    assert clock.copies(16 << 20, CPU, 1 << 30) == 4  # those of one turn; all contenders read 4 GiB between two turns
+    assert clock.copies(1 << 20, CPU, 16 << 20) == 10
+    assert clock.copies(1 << 20, torch.device("cuda"), 1 << 30) == 256
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (["--device", "cuda", "--dtype", "float32"], "--dtype float32 does not run on cuda"),
         (["--models", "gpt5"], "gpt5 is unknown; expected one or more of smollm2"),
         (["--rows", "0"], "contains a number below 1"),
     ],

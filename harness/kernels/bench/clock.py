@@ -1,4 +1,8 @@
-"""Time calls with cold caches: successive calls use different copies of a weight, which together exceed the cache."""
+"""Time calls of several contenders in turns, with cold caches.
+
+Contenders alternate, so that a slow phase of the machine is in the times of all; speedups are medians of the ratios of
+neighbouring turns. Successive calls use different copies of a weight, so that none is in the cache.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +10,18 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, cycle
 
 import torch
 
 Call = Callable[[], object]
+Turn = list[float]  # microseconds of each call
 _GPU_BYTES = 256 << 20  # of all copies of a weight together: over four times the L2 of an H100 or H200
 _CPU_BYTES = 160 << 20
 _MOST_COPIES = 256
+_TURN = 3  # calls that are timed in a turn
+_LONG_US = 5000.0  # a call of this length is a turn
+_LEAST_TURNS = 5
 
 
 @dataclass(frozen=True)
@@ -24,30 +33,66 @@ class Times:
     us_p90: float
 
 
-def copies(nbytes: int, device: torch.device) -> int:
-    """Number of copies of a weight of `nbytes` that together exceed every cache of the device."""
-    return max(2, min(_MOST_COPIES, -(-(_GPU_BYTES if device.type == "cuda" else _CPU_BYTES) // nbytes)))
+def copies(nbytes: int, device: torch.device, together: int) -> int:
+    """Number of copies of a weight of `nbytes`, so that a call does not find its weight in any cache of the device.
+
+    On a GPU, the copies of one contender exceed the cache. On a CPU it is enough that a turn uses different ones, and
+    that the calls of all contenders, which read `together` bytes with one copy each, exceed the cache before a copy is
+    used again.
+    """
+    if device.type == "cuda":
+        return max(2, min(_MOST_COPIES, -(-_GPU_BYTES // nbytes)))
+    return max(2, min(_MOST_COPIES, -(-_CPU_BYTES // nbytes), max(1 + _TURN, -(-_CPU_BYTES // together))))
 
 
-def measure(calls: Sequence[Call], device: torch.device, seconds: float) -> Times:
-    """Time `calls`, which do the same work on different copies of a weight, for about `seconds` in total."""
-    return _on_gpu(calls, seconds) if device.type == "cuda" else _on_cpu(calls, seconds)
+def alternate(turns: Sequence[Callable[[], Turn]], seconds: float) -> list[list[Turn]]:
+    """Let all contenders take turns, for about `seconds` each. Returns: the turns of each."""
+    taken: list[list[Turn]] = [[] for _ in turns]
+    end = time.perf_counter() + seconds * len(turns)
+    while len(taken[0]) < _LEAST_TURNS or time.perf_counter() < end:
+        for turn, own in zip(turns, taken, strict=True):
+            own.append(turn())
+    return taken
 
 
-def _on_cpu(calls: Sequence[Call], seconds: float) -> Times:
-    for call in calls[:2]:
-        call()
-    samples: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(samples) < 5 or time.perf_counter() < end:
+def times(turns: Sequence[Turn]) -> Times:
+    """The times of a contender."""
+    tenths = statistics.quantiles(samples := list(chain(*turns)), n=10)
+    return Times(statistics.median(samples), tenths[0], tenths[-1])
+
+
+def speedup(baseline: Sequence[Turn], turns: Sequence[Turn]) -> float:
+    """How many times as fast as the baseline: the median over rounds."""
+    pairs = zip(baseline, turns, strict=True)
+    return statistics.median(statistics.median(slow) / statistics.median(fast) for slow, fast in pairs)
+
+
+def turns_of(calls: Sequence[Call], device: torch.device) -> Callable[[], Turn]:
+    """A function that takes a turn of `calls`, which do the same work on different copies of a weight."""
+    return _on_gpu(calls) if device.type == "cuda" else _on_cpu(calls)
+
+
+def _on_cpu(calls: Sequence[Call]) -> Callable[[], Turn]:
+    """The first call of a turn wakes the threads of a library and is not counted, unless it is long."""
+    following = cycle(calls)
+
+    def sample() -> float:
+        call = next(following)
         start = time.perf_counter()
-        calls[len(samples) % len(calls)]()
-        samples.append(1e6 * (time.perf_counter() - start))
-    return _summary(samples)
+        call()
+        return 1e6 * (time.perf_counter() - start)
+
+    def turn() -> Turn:
+        first = sample()
+        return [first] if first > _LONG_US else [sample() for _ in range(_TURN)]
+
+    for _ in calls[:2]:
+        sample()
+    return turn
 
 
-def _on_gpu(calls: Sequence[Call], seconds: float) -> Times:
-    """A sample is the time of one replay of a CUDA graph of all calls, divided by the number of calls."""
+def _on_gpu(calls: Sequence[Call]) -> Callable[[], Turn]:
+    """A turn is one replay of a CUDA graph of all calls; its time is divided by the number of calls."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # warm up first: compilation and allocation must not be captured
@@ -60,21 +105,16 @@ def _on_gpu(calls: Sequence[Call], seconds: float) -> Times:
             call()
     graph.replay()
     torch.cuda.synchronize()
-    samples: list[float] = []
-    end = time.perf_counter() + seconds
-    while len(samples) < 10 or time.perf_counter() < end:
+
+    def turn() -> Turn:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         graph.replay()
         stop.record()
         stop.synchronize()
-        samples.append(1e3 * start.elapsed_time(stop) / len(calls))
-    return _summary(samples)
+        return [1e3 * start.elapsed_time(stop) / len(calls)]
 
-
-def _summary(samples: list[float]) -> Times:
-    tenths = statistics.quantiles(samples, n=10)
-    return Times(statistics.median(samples), tenths[0], tenths[-1])
+    return turn
 
 
 @dataclass(frozen=True)
@@ -94,8 +134,8 @@ def roofline(device: torch.device) -> Roofline:
     gpu = device.type == "cuda"
     source = torch.ones((1 << 30 if gpu else 1 << 28) // 4, device=device)
     target = torch.empty_like(source)
-    copied = measure([lambda: target.copy_(source)] * 2, device, 0.5)
     size = 8192 if gpu else 2048
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
-    multiplied = measure([lambda: left @ right] * 2, device, 0.5)
+    calls: list[Call] = [lambda: target.copy_(source), lambda: left @ right]
+    copied, multiplied = (times(turns) for turns in alternate([turns_of([call] * 2, device) for call in calls], 0.5))
     return Roofline(2e6 * source.nbytes / copied.us_p50, 2e6 * size**3 / multiplied.us_p50)

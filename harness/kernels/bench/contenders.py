@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core import ActivationFormat, WeightFormat, round_to_nearest
-from harness.core.formats import InputQuantizer
+from harness.core import ActivationFormat, QTensor, WeightFormat, round_to_nearest
+from harness.core.formats import InputQuantizer, LevelsQTensor
 from harness.kernels.bench.peers import PEERS, Peer
 from harness.kernels.table import choose
 
-BASELINE = "bf16"
 _TOKENS = ActivationFormat(bits=8, symmetric=True, grid="narrow")
 _OUTLIERS = ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0)
+# Relative errors: a few roundings of 2^-9, 2^-12 or 2^-24, of inputs, scales, sums and outputs.
+_BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}
+_TIES = 2e-3
+_INT8_BOUND = 2e-2  # of inputs rounded to 8 bits, about 0.6 %
 
 
 @dataclass(frozen=True)
@@ -51,23 +55,33 @@ class Contender:
     bound: float
 
 
+def baseline(dtype: torch.dtype) -> str:
+    """The plain matmul whose time is 1: bf16, or fp32 where inputs are float32."""
+    return "fp32" if dtype == torch.float32 else "bf16"
+
+
 def contenders(device: torch.device, group_size: int, dtype: torch.dtype) -> list[Contender]:
     """All contenders for a device type. A contender that is not available raises an error when it is built."""
-    bound = 8e-3 if dtype == torch.bfloat16 else 2e-3  # a few roundings of 2^-9 or 2^-12: inputs, scales, outputs
-    weights = {
-        f"int4 g{group_size}": WeightFormat(bits=4, granularity="group", group_size=group_size),
-        f"int4 g{group_size} sym": WeightFormat(bits=4, granularity="group", group_size=group_size, symmetric=True),
-        "int8": WeightFormat(bits=8, symmetric=True, grid="narrow"),
-    }
-    entrants = [Contender(BASELINE, _plain(torch.bfloat16), 8e-3)]
+    bound = _BOUNDS[dtype]
+    int8 = WeightFormat(bits=8, symmetric=True, grid="narrow")
+    entrants = [Contender("bf16", _plain(torch.bfloat16), _BOUNDS[torch.bfloat16])]
     if device.type == "cpu":
-        entrants.append(Contender("fp32", _plain(torch.float32), 1e-5))
-    entrants += [Contender(name, _ours(fmt, None, dtype), bound) for name, fmt in weights.items()]
-    for name, inputs in (("w8a8", _TOKENS), ("llm_int8", _OUTLIERS)):
-        entrants.append(Contender(name, _ours(weights["int8"], inputs, dtype), bound))
-    entrants.append(Contender(f"int4 g{group_size} decoded", _reference(weights[f"int4 g{group_size}"], dtype), bound))
-    peers = [peer for peer in PEERS if device.type in peer.devices]
-    return entrants + [Contender(peer.name, _peer(peer, group_size, dtype), 3 * bound) for peer in peers]
+        entrants.append(Contender("fp32", _plain(torch.float32), _BOUNDS[torch.float32]))
+    formats = _integers(device, group_size) | {"int8": int8}
+    entrants += [Contender(name, _ours(_nearest(fmt), None, dtype), bound) for name, fmt in formats.items()]
+    entrants.append(Contender("16 levels (nf4, fp4)", _ours(_levels, None, dtype), bound))
+    for name, inputs in (("w8a8", _TOKENS), ("llm_int8", _OUTLIERS)):  # a tie may be rounded to the other code
+        entrants.append(Contender(name, _ours(_nearest(int8), inputs, dtype), max(bound, _TIES)))
+    entrants.append(Contender(f"int4 g{group_size} decoded", _reference(formats[f"int4 g{group_size}"]), bound))
+    return entrants + [_contending(peer, group_size, dtype) for peer in PEERS if device.type in peer.devices]
+
+
+def _integers(device: torch.device, group_size: int) -> dict[str, WeightFormat]:
+    """The integer grids in groups; those of a GPU have 4 bits."""
+    widths = (4, 3, 2, 8) if device.type == "cpu" else (4,)
+    group = partial(WeightFormat, granularity="group", group_size=group_size)
+    symmetric = {f"int4 g{group_size} sym": group(bits=4, symmetric=True)}
+    return {f"int{bits} g{group_size}": group(bits=bits) for bits in widths} | symmetric
 
 
 def _plain(dtype: torch.dtype) -> Callable[[Tensor], Copies]:
@@ -81,9 +95,20 @@ def _plain(dtype: torch.dtype) -> Callable[[Tensor], Copies]:
     return prepare
 
 
-def _ours(fmt: WeightFormat, inputs: ActivationFormat | None, dtype: torch.dtype) -> Callable[[Tensor], Copies]:
+def _nearest(fmt: WeightFormat) -> Callable[[Tensor], QTensor]:
+    return lambda weight: round_to_nearest(weight, fmt)
+
+
+def _levels(weight: Tensor) -> QTensor:
+    """A table of 16 values for each block of 64, the format of NF4 and FP4; the values do not matter for its time."""
+    return LevelsQTensor(weight, torch.linspace(-1, 1, 16, device=weight.device), 64, double_quant=False)
+
+
+def _ours(
+    quantize: Callable[[Tensor], QTensor], inputs: ActivationFormat | None, dtype: torch.dtype
+) -> Callable[[Tensor], Copies]:
     def prepare(weight: Tensor) -> Copies:
-        quantized, rounds = round_to_nearest(weight, fmt), None if inputs is None else InputQuantizer(inputs)
+        quantized, rounds = quantize(weight), None if inputs is None else InputQuantizer(inputs)
 
         def build() -> Entry:
             kernel = choose(quantized, rounds, dtype, weight.device)
@@ -97,7 +122,7 @@ def _ours(fmt: WeightFormat, inputs: ActivationFormat | None, dtype: torch.dtype
     return prepare
 
 
-def _reference(fmt: WeightFormat, dtype: torch.dtype) -> Callable[[Tensor], Copies]:
+def _reference(fmt: WeightFormat) -> Callable[[Tensor], Copies]:
     """Decode the weight at every call: the cost of a weight without a kernel."""
 
     def prepare(weight: Tensor) -> Copies:
@@ -114,8 +139,8 @@ def _reference(fmt: WeightFormat, dtype: torch.dtype) -> Callable[[Tensor], Copi
     return prepare
 
 
-def _peer(peer: Peer, group_size: int, dtype: torch.dtype) -> Callable[[Tensor], Copies]:
+def _contending(peer: Peer, group_size: int, dtype: torch.dtype) -> Contender:
     def prepare(weight: Tensor) -> Copies:
         return lambda: Entry(*peer.build(weight, group_size, dtype))
 
-    return prepare
+    return Contender(peer.name, prepare, _INT8_BOUND if peer.rounds_inputs else 3 * _BOUNDS[dtype])

@@ -5,8 +5,9 @@
 
 Before it is timed, each kernel is compared with float64 arithmetic on its decoded weight and new random inputs. Times
 are medians of many calls, each with a cold weight (on a GPU: CUDA graphs over copies that together exceed the L2), and
-are compared with bf16 in the same run. The share of the roofline refers to the copy bandwidth and the matmul rate
-measured in the same run. Writes FOLDER/<device>.json and .md.
+are compared with the plain matmul of the same dtype: all kernels take turns, and speedups are medians over the rounds.
+The share of the roofline refers to the copy bandwidth and the bf16 matmul rate measured in the same run. Writes
+FOLDER/<device>.json and .md, or <device>_float32 for float32 inputs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ import platform
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import cache, partial
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,30 +28,16 @@ from torch import Tensor
 
 from harness.core import WeightFormat, round_to_nearest
 from harness.kernels.bench import clock
-from harness.kernels.bench.contenders import Contender, Entry, contenders
+from harness.kernels.bench.contenders import Contender, Copies, Entry, baseline, contenders
+from harness.kernels.bench.options import SHAPES, parse
 from harness.kernels.bench.report import markdown
 
-SHAPES = {  # (N out, K in) of the linears, fused as engines do on GPUs; not fused for smollm2 and llama3_1b
-    "smollm2": {"q, o": (576, 576), "k, v": (192, 576), "gate, up": (1536, 576), "down": (576, 1536)},
-    "llama3_1b": {"q, o": (2048, 2048), "gate, up": (8192, 2048), "down": (2048, 8192)},
-    "llama3_8b": {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)},
-    "llama3_70b": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
-}
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "cuda": {
-        "models": ["llama3_8b", "llama3_70b"],
-        "rows": [1, 4, 16, 64, 256, 4096],
-        "group_size": 128,
-        "seconds": 0.05,
-    },
-    "cpu": {"models": ["smollm2", "llama3_1b"], "rows": [1, 4, 16, 64, 256], "group_size": 64, "seconds": 0.3},
-}
 _CHECKED_OUTPUTS = 512  # output features compared with float64: enough to show a wrong tile, row or group
 
 
 @dataclass(frozen=True)
 class Row:
-    """One kernel at one shape: times in microseconds, `share` of the roofline, `ratio` = speedup over bf16."""
+    """One kernel at one shape: times in microseconds, `share` of the roofline, `ratio` = speedup over the baseline."""
 
     kernel: str
     model: str
@@ -69,7 +56,7 @@ class Row:
 
 def main(arguments: Sequence[str]) -> None:
     """Run the benchmark with command-line arguments; write and print its results."""
-    options = _options(arguments)
+    options = parse(arguments)
     device = torch.device(options.device)
     dtype = getattr(torch, options.dtype)
     if device.type == "cuda" and options.tune:
@@ -86,10 +73,12 @@ def main(arguments: Sequence[str]) -> None:
         "roofline": asdict(roofline),
         "group_size": options.group_size,
         "dtype": options.dtype,
+        "baseline": baseline(dtype),
         "absent": absent,
         "rows": [asdict(row) for row in rows],
     }
     folder, name = Path(options.output), _slug(record["environment"]["device"])
+    name += "_float32" if dtype == torch.float32 else ""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
     (folder / f"{name}.md").write_text(markdown(record))
@@ -123,6 +112,15 @@ class _Place:
     K: int
 
 
+@dataclass(frozen=True)
+class _Ready:
+    """A kernel that passed its checks at one shape: its copies, and its relative error at each number of rows."""
+
+    name: str
+    entries: list[Entry]
+    errors: dict[int, float]
+
+
 def _race(
     entrants: Sequence[Contender],
     place: _Place,
@@ -131,56 +129,80 @@ def _race(
     absent: dict[str, str],
 ) -> list[Row]:
     """Measure all contenders at one shape and all numbers of rows. `absent` gets those that fail, with the reason."""
-    device = torch.device(options.device)
+    device, dtype = torch.device(options.device), getattr(torch, options.dtype)
+    inputs = {M: torch.randn(M, place.K, device=device).to(dtype) for M in options.rows}
+    ready = _ready(entrants, place, inputs, absent)
+    return [row for x in inputs.values() for row in _rows(_alternated(ready, x, options, absent), place, x, roofline)]
+
+
+def _ready(
+    entrants: Sequence[Contender], place: _Place, inputs: dict[int, Tensor], absent: dict[str, str]
+) -> list[_Ready]:
+    device = next(iter(inputs.values())).device
     weight = torch.randn(place.N, place.K, generator=torch.Generator(device).manual_seed(0), device=device) * 0.02
-    baseline_us, rows = dict[int, float](), list[Row]()
+    ready, builders = list[_Ready](), list[Copies]()
     for contender in entrants:
         try:
             build = contender.prepare(weight)
             first = build()
-            entries = [replace(first, decoded=cache(first.decoded))]  # decode once for all M
-            entries += [build() for _ in range(clock.copies(entries[0].nbytes, device) - 1)]
-            for M in options.rows:
-                row = _row(contender, entries, place, M, options, roofline)
-                baseline_us.setdefault(M, row.us_p50)
-                rows.append(replace(row, ratio=baseline_us[M] / row.us_p50))
-        except Exception as reason:  # a peer may raise anything: list the reason and go on
+            errors = dict(zip(inputs, check(first, list(inputs.values()), contender.bound), strict=True))
+        except Exception as reason:  # a contender that fails, for whatever reason, must not end the others' race
             absent.setdefault(contender.name, f"{place.N} x {place.K}: {' '.join(str(reason).split())[:300]}")
+        else:
+            ready.append(_Ready(contender.name, [first], errors))
+            builders.append(build)
+    together = sum(kernel.entries[0].nbytes for kernel in ready)
+    for kernel, build in zip(ready, builders, strict=True):
+        kernel.entries.extend(build() for _ in range(clock.copies(kernel.entries[0].nbytes, device, together) - 1))
+    return ready
+
+
+def _alternated(
+    ready: Sequence[_Ready], x: Tensor, options: argparse.Namespace, absent: dict[str, str]
+) -> list[tuple[_Ready, list[clock.Turn]]]:
+    """Let all kernels take turns on x (M, K). `absent` gets those that cannot, such as kernels that a graph refuses."""
+    able, turns = [], []
+    for kernel in ready:
+        try:
+            turns.append(clock.turns_of([partial(entry.call, x) for entry in kernel.entries], x.device))
+        except Exception as reason:
+            absent.setdefault(kernel.name, f"M={len(x)}: {' '.join(str(reason).split())[:300]}")
+        else:
+            able.append(kernel)
+    return list(zip(able, clock.alternate(turns, options.seconds), strict=True)) if able else []
+
+
+def _rows(
+    taken: list[tuple[_Ready, list[clock.Turn]]], place: _Place, x: Tensor, roofline: clock.Roofline
+) -> list[Row]:
+    plain = next((turns for kernel, turns in taken if kernel.name == baseline(x.dtype)), [])
+    rows = []
+    for kernel, turns in taken:
+        moved = kernel.entries[0].nbytes + x.nbytes + x.element_size() * len(x) * place.N
+        floor = roofline.floor_us(moved, 2 * len(x) * place.N * place.K)
+        times = clock.times(turns)
+        fields: dict[str, Any] = asdict(place) | asdict(times) | {"floor_us": floor, "share": floor / times.us_p50}
+        ratio, error = clock.speedup(plain, turns), kernel.errors[len(x)]
+        rows.append(Row(kernel=kernel.name, M=len(x), ratio=ratio, error=error, **fields))
     return rows
 
 
-def _row(
-    contender: Contender,
-    entries: Sequence[Entry],
-    place: _Place,
-    M: int,
-    options: argparse.Namespace,
-    roofline: clock.Roofline,
-) -> Row:
-    device = torch.device(options.device)
-    x = torch.randn(M, place.K, device=device).to(getattr(torch, options.dtype))
-    error = check(entries[0], x, contender.bound)
-    times = clock.measure([partial(entry.call, x) for entry in entries], device, options.seconds)
-    moved = entries[0].nbytes + x.nbytes + x.element_size() * M * place.N
-    floor = roofline.floor_us(moved, 2 * M * place.N * place.K)
-    fields = asdict(place) | asdict(times) | {"floor_us": floor, "share": floor / times.us_p50, "error": error}
-    return Row(kernel=contender.name, M=M, ratio=1.0, **fields)
+def check(entry: Entry, inputs: Sequence[Tensor], bound: float) -> list[float]:
+    """Relative errors of a kernel for each of `inputs` (M, K), at a random choice of output features, against float64.
 
-
-def check(entry: Entry, x: Tensor, bound: float) -> float:
-    """Relative error of a kernel at a random choice of output features, against float64.
-
-    Raises: ValueError if it is NaN or above `bound`.
+    Raises: ValueError if one is NaN or above `bound`.
     """
-    outputs = entry.call(x)
     decoded = entry.decoded()
-    picked = torch.randperm(len(decoded), device=x.device)[:_CHECKED_OUTPUTS]
-    inputs = x if entry.rounds is None else entry.rounds(x.float())
-    expected = inputs.double() @ decoded[picked].t()
-    error = float((outputs[:, picked].double() - expected).norm() / expected.norm())
-    if not error <= bound:
-        raise ValueError(f"relative error {error:.2g} at M={len(x)}; expected at most {bound:g}")
-    return error
+    picked = torch.randperm(len(decoded), device=decoded.device)[:_CHECKED_OUTPUTS]
+    decoded = decoded[picked]
+    errors = []
+    for x in inputs:
+        rounded = x if entry.rounds is None else entry.rounds(x.float())
+        expected = rounded.double() @ decoded.t()
+        errors.append(float((entry.call(x)[:, picked].double() - expected).norm() / expected.norm()))
+        if not errors[-1] <= bound:
+            raise ValueError(f"relative error {errors[-1]:.2g} at M={len(x)}; expected at most {bound:g}")
+    return errors
 
 
 def _tune(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
@@ -194,38 +216,6 @@ def _tune(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
                 kernel = TritonInt(round_to_nearest(torch.randn(N, K, device=device), fmt), dtype)
                 for M in options.rows:
                     print(f"tune {N} x {K}, M={M}: {autotune(kernel, M)}", file=sys.stderr)
-
-
-def _options(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="python -m harness.kernels.bench", description=str(__doc__).split("\n")[0])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda or cpu")
-    parser.add_argument("--models", type=_names, help=f"models with the shapes to measure: {', '.join(SHAPES)}")
-    parser.add_argument("--rows", type=_numbers, help="numbers of input rows M")
-    parser.add_argument("--group-size", type=int, help="group size of int4 weights")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"), help="dtype of the inputs")
-    parser.add_argument("--seconds", type=float, help="seconds of timing per measurement")
-    parser.add_argument("--tune", action="store_true", help="autotune on this GPU first and store the results")
-    parser.add_argument("--output", default="results/kernels", help="folder for the JSON and Markdown files")
-    options = parser.parse_args(arguments)
-    for key, value in _DEFAULTS["cpu" if options.device == "cpu" else "cuda"].items():
-        if getattr(options, key) is None:
-            setattr(options, key, value)
-    return options
-
-
-def _names(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        if name not in SHAPES:
-            raise argparse.ArgumentTypeError(f"{name} is unknown; expected one or more of {', '.join(SHAPES)}")
-    return names
-
-
-def _numbers(text: str) -> list[int]:
-    numbers = [int(part) for part in text.split(",")]
-    if min(numbers) < 1:
-        raise argparse.ArgumentTypeError(f"{text} contains a number below 1; expected numbers of input rows")
-    return numbers
 
 
 def _processor() -> str:

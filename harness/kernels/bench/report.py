@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.kernels.bench.targets import cpu_targets
+
 # Target speedups over cuBLAS bf16 on a GPU with group size 128, by M.
 TARGETS = {
     "int4 g128": {1: 2.6, 16: 2.5, 64: 1.8, 256: 0.85, 4096: 0.92},
@@ -18,7 +20,9 @@ def markdown(record: dict[str, Any]) -> str:
     for model, layer, N, K in shapes:
         rows = [row for row in record["rows"] if (row["model"], row["layer"]) == (model, layer)]
         lines += ["", f"### {model} {layer}: N = {N}, K = {K}", "", *_table(rows)]
-    if record["environment"]["cuda"] and record["environment"]["threads"] is None:
+    if record["environment"]["threads"] is not None:
+        lines += ["", "### Targets", "", *cpu_targets(record["rows"], record["group_size"])]
+    elif record["environment"]["cuda"]:
         lines += ["", "### Targets", "", *_targets(record["rows"])]
     if record["absent"]:
         lines += ["", "### Not timed", "", *(f"- {name}: {reason}" for name, reason in record["absent"].items())]
@@ -35,7 +39,7 @@ def _heading(record: dict[str, Any]) -> list[str]:
         + ", ".join(f"{key} {value}" for key, value in details.items()),
         "",
         f"Roofline of this run: copy {bandwidth / 1e9:.4g} GB/s, bf16 matmul {rate / 1e12:.4g} TFLOP/s. Each cell: "
-        "median microseconds with cold weights (speedup over bf16, share of the roofline).",
+        f"median microseconds with cold weights (speedup over {record['baseline']}, share of the roofline).",
     ]
 
 

@@ -106,6 +106,11 @@ def test_a_missing_library_is_named(peer: Peer, monkeypatch: pytest.MonkeyPatch)
     assert raised.value.name == MODULES[peer.name]
 
 
+def test_onnxruntime_takes_an_odd_number_of_groups() -> None:
+    pytest.importorskip("onnxruntime")
+    check(BY_NAME["onnxruntime"], weights(96, 640), torch.float32, BOUNDS[torch.float32])
+
+
 def test_names_are_unique() -> None:
     assert len(BY_NAME) == len(PEERS)
 

@@ -44,7 +44,7 @@ def _memory(rows: Rows, group_size: int) -> list[str]:
 def _peers(rows: Rows, group_size: int) -> list[str]:
     sizes = sorted({row["M"] for row in rows})
     lines = [
-        "| model | int4 as fast as | " + " | ".join(f"M = {M}" for M in sizes) + " |",
+        "| model | int4, times as fast as | " + " | ".join(f"M = {M}" for M in sizes) + " |",
         "|:---|:---|" + "---:|" * len(sizes),
     ]
     for model in dict.fromkeys(row["model"] for row in rows):

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from harness.core import IntQTensor
 from harness.kernels.bench.peers.base import (
@@ -13,7 +14,6 @@ from harness.kernels.bench.peers.base import (
     check_device,
     check_dtype,
     check_group,
-    check_multiple,
     paired,
     require,
     rounded,
@@ -39,7 +39,6 @@ def _built(weight: Tensor, group_size: int, dtype: torch.dtype, accuracy_level: 
     check_device("onnxruntime", weight, ("cpu",))
     check_dtype("onnxruntime", dtype, (torch.float32,))
     check_group("onnxruntime", weight, group_size, (16, 32, 64, 128, 256))
-    check_multiple("onnxruntime", weight, 1, 2 * group_size)  # zero points of a row are stored in pairs
     quantized = rounded(weight, group_size, dtype)
     stored = _stored(quantized)
     session = _session(_model(quantized, stored, group_size, accuracy_level))
@@ -51,12 +50,12 @@ def _built(weight: Tensor, group_size: int, dtype: torch.dtype, accuracy_level: 
 
 
 def _stored(weight: IntQTensor) -> dict[str, Tensor]:
-    """Codes (N, G, group_size / 2) and zero points (N * G / 2) in pairs; scales (N * G)."""
+    """Codes (N, G, group_size / 2) and zero points in pairs, scales (N * G); zero points are padded to pairs."""
     rows, groups = weight.scale.shape
     return {
         "codes": paired(weight.codes).view(rows, groups, -1),
         "scales": weight.scale.flatten(),
-        "zero_points": paired(weight.zero_points()),
+        "zero_points": paired(F.pad(weight.zero_points(), (0, groups % 2))),
     }
 
 

@@ -58,6 +58,20 @@ def table(device: torch.device) -> Tensor:
     return (points * 4).to(torch.int8)
 
 
+def parts(device: torch.device) -> Tensor:
+    """E8P as two tables, (512, 8) int8: 256 magnitudes and 256 signs, selected by the upper and lower byte of a code.
+
+    A point is magnitude sign(s) + 1, or - 1 if |s| is 3, in units of 1/4. The signs have an even number of negative
+    ones; where the magnitudes have an odd sum, the last magnitude is negative.
+    """
+    magnitudes = (patterns(device) * 4).to(torch.int8)
+    magnitudes[:, -1] *= (1 - 2 * (patterns(device).sum(1).long() % 2)).to(torch.int8)
+    low = torch.arange(1 << 8, device=device)
+    negative = (low[:, None] >> torch.arange(WIDTH - 1, 0, -1, device=device)) & 1
+    signs = 1 - 2 * torch.cat([negative, negative.sum(1, keepdim=True) % 2], 1)
+    return torch.cat([magnitudes, (signs * (1 + 2 * (low & 1))[:, None]).to(torch.int8)])
+
+
 @constant
 def small_table(device: torch.device) -> Tensor:
     """The points of the small codebook, (256, 8) int8, in units of 1/2."""

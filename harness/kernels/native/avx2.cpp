@@ -128,10 +128,15 @@ struct V {
   static ALWAYS_INLINE F pair(const uint16_t* p, const uint16_t* q) {  // float16
     return {_mm256_cvtph_ps(shorts(p)), _mm256_cvtph_ps(shorts(q))};
   }
-  static ALWAYS_INLINE __m256 bytes(const int8_t* p) {
-    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+  static ALWAYS_INLINE __m128i eight(const int8_t* p) { return _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)); }
+  static ALWAYS_INLINE __m256 with_signs(__m128i magnitudes, __m128i signs) {
+    const __m128i shift = _mm_sub_epi8(_mm_set1_epi8(2), _mm_abs_epi8(signs));
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_add_epi8(_mm_sign_epi8(magnitudes, signs), shift)));
   }
-  static ALWAYS_INLINE F pair(const int8_t* p, const int8_t* q) { return {bytes(p), bytes(q)}; }
+  // The points of E8P of eight magnitudes at p and eight at q, see Points.
+  static ALWAYS_INLINE F signed_pair(const int8_t* p, const int8_t* q, const int8_t* p_signs, const int8_t* q_signs) {
+    return {with_signs(eight(p), eight(p_signs)), with_signs(eight(q), eight(q_signs))};
+  }
   static ALWAYS_INLINE float total(F x) {
     const __m256 eight = _mm256_add_ps(x.a, x.b);
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));

@@ -1,7 +1,8 @@
 """Lattice codes of weights that are rotated on both sides (QuIP#): transforms and product are one operator.
 
-The table of E8P, 65536 points of 8 bytes, is read from the second-level cache and is the same for all weights.
-Transforms and sums are in float32; products of many rows in bfloat16 round the transformed inputs to it.
+E8P is read from two tables of 256 magnitudes and 256 signs, 4 KiB that are the same for all weights; one table of all
+65536 points, 512 KiB, is as fast where the second-level cache holds it. Transforms and sums are in float32; products of
+many rows in bfloat16 round the transformed inputs to it.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from harness.core import QTensor
+from harness.core.formats import lattice
 from harness.core.formats.incoherent import IncoherentQTensor
 from harness.core.formats.lattice import Codebook
 from harness.core.hadamard import dense_factor
@@ -33,7 +35,8 @@ class IncoherentLinear(Kernel):
 
     codes0, codes1              (N, K / 8) of each stage: int16 for E8P, uint8 for the small codebook; a zero is added
                                 to an odd number of codes
-    tables0, tables1            (65536, 8) int8, or (256, 8) float32, in units of the codebook
+    tables0, tables1            (512, 8) int8 of E8P, see `lattice.parts`; or points (256, 8) float32, in units of the
+                                codebook
     scale                       (stages,) float32, the value of a unit
     left, right                 (N,), (K,) float16
     left_matrix, right_matrix   the dense factors of the transforms (order, order); None where there is none
@@ -73,8 +76,7 @@ class IncoherentLinear(Kernel):
 @functools.cache
 def _table(book: Codebook) -> Tensor:
     """The points of a codebook, the same tensor for all weights."""
-    points = book.table(_CPU)
-    return points if book.bits > _NARROW else points.float()
+    return lattice.parts(_CPU) if book is lattice.E8P else book.table(_CPU).float()
 
 
 @functools.cache

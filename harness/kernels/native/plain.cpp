@@ -115,10 +115,16 @@ struct V {
   }
   static float float_of_point(float value) { return value; }
   static float float_of_point(uint16_t value) { return half_of(value); }
-  static float float_of_point(int8_t value) { return value; }
   template <class Point>
   static F pair(const Point* a, const Point* b) {  // eight values at a and eight at b
     return lanes<F>([&](int i) { return float_of_point(i < 8 ? a[i] : b[i - 8]); });
+  }
+  static float with_sign(int8_t magnitude, int8_t sign) {
+    return static_cast<float>((sign > 0 ? magnitude : -magnitude) + (sign == 1 || sign == -1 ? 1 : -1));
+  }
+  // The points of E8P of eight magnitudes at a and eight at b, see Points.
+  static F signed_pair(const int8_t* a, const int8_t* b, const int8_t* a_signs, const int8_t* b_signs) {
+    return lanes<F>([&](int i) { return i < 8 ? with_sign(a[i], a_signs[i]) : with_sign(b[i - 8], b_signs[i - 8]); });
   }
   static float total(F a) {
     float sum = 0;

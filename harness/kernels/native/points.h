@@ -15,7 +15,14 @@ ALWAYS_INLINE void typed(const Book& book, const Vectors& w, int64_t row, Use&& 
 
 template <class V, class Point, class Code>
 ALWAYS_INLINE typename V::F points(const Point* table, const Code* codes) {
-  return V::pair(table + kVector * codes[0], table + kVector * codes[1]);
+  if constexpr (sizeof(Point) == 1) {
+    const Point* signs = table + 256 * kVector;
+    const int a = codes[0], b = codes[1];
+    return V::signed_pair(table + kVector * (a >> 8), table + kVector * (b >> 8), signs + kVector * (a & 255),
+                          signs + kVector * (b & 255));
+  } else {
+    return V::pair(table + kVector * codes[0], table + kVector * codes[1]);
+  }
 }
 
 // The vectors [first, last) of a row, even numbers, in float32.

@@ -83,10 +83,14 @@ struct V {
     const __m256i low = _mm256_castsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(a)));
     return _mm512_cvtph_ps(_mm256_inserti128_si256(low, _mm_loadu_si128(reinterpret_cast<const __m128i*>(b)), 1));
   }
-  static ALWAYS_INLINE F pair(const int8_t* a, const int8_t* b) {
+  static ALWAYS_INLINE __m128i bytes(const int8_t* a, const int8_t* b) {
     const __m128 low = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(a)));
-    const __m128i bytes = _mm_castps_si128(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(b)));
-    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+    return _mm_castps_si128(_mm_loadh_pi(low, reinterpret_cast<const __m64*>(b)));
+  }
+  // The points of E8P of eight magnitudes at a and eight at b, see Points.
+  static ALWAYS_INLINE F signed_pair(const int8_t* a, const int8_t* b, const int8_t* a_signs, const int8_t* b_signs) {
+    const __m128i signs = bytes(a_signs, b_signs), shift = _mm_sub_epi8(_mm_set1_epi8(2), _mm_abs_epi8(signs));
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_add_epi8(_mm_sign_epi8(bytes(a, b), signs), shift)));
   }
   static ALWAYS_INLINE float total(F a) { return _mm512_reduce_add_ps(a); }
   template <int step>

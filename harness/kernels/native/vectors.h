@@ -11,7 +11,10 @@ namespace ptqbench {
 constexpr int64_t kVector = 8;  // inputs of a vector
 constexpr int64_t kBooks = 8;   // most books of a weight
 
-enum class Points { int8, float16, float32 };  // of a table; codes have 16, 16 and 8 bits
+// What a table holds: points in float32 for codes of 8 bits, in float16 for codes of 16 bits; or, for E8P's codes of 16
+// bits, int8 of 256 magnitudes, which the upper byte selects, and then of 256 signs, which the lower byte selects. A sign
+// is 1 or -1 where 1 is added to the signed magnitude, 3 or -3 where 1 is subtracted.
+enum class Points { int8, float16, float32 };
 
 struct Book {
   const void* table;  // (entries, 8)

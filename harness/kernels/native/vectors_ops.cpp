@@ -28,6 +28,7 @@ Book book_of(const Tensor& codes, const Tensor& table, int64_t rows) {
   const Points points = table.scalar_type() == at::kChar ? Points::int8 : wide ? Points::float16 : Points::float32;
   TORCH_CHECK(points != Points::float16 || table.scalar_type() == at::kHalf, "a table has dtype ", table.scalar_type(),
               "; expected int8, float16 or float32");
+  TORCH_CHECK(points != Points::int8 || table.size(0) == 512, "a table in int8 has ", table.size(0), " rows; expected 512");
   return {table.const_data_ptr(), codes.const_data_ptr(), points, 1};
 }
 

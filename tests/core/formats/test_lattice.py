@@ -108,3 +108,9 @@ def test_stage_factors_are_the_best_for_a_gaussian() -> None:
         ([(E8P, 0.98), (SMALL, 2.04)], [[(E8P, 0.98), (SMALL, 1.9)], [(E8P, 0.98), (SMALL, 2.2)]]),
     ):
         assert all(mean_error(best) < mean_error(other) for other in moved)
+
+
+def test_magnitudes_and_signs_make_all_points() -> None:
+    codes, parts = torch.arange(1 << 16), e8.parts(torch.device("cpu"))
+    magnitudes, signs = parts[codes >> 8], parts[256 + (codes & 255)]
+    assert torch.equal(magnitudes * signs.sign() + 2 - signs.abs(), e8.table(torch.device("cpu")))

@@ -61,6 +61,14 @@ def test_the_library_is_built_where_a_compiler_is() -> None:
     assert library.description() in LEVELS
 
 
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "sources_digest", lambda: "other")
+    assert library.problem.__wrapped__() in (
+        "built from other sources; run make setup again",
+        "not built; run make setup where a C++17 compiler is installed",
+    )
+
+
 @built
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("bits", [*WIDTHS, 7])

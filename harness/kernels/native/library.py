@@ -7,6 +7,7 @@ record of a run names its kernels and says why there is no library.
 from __future__ import annotations
 
 import functools
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 _FILE = "_native.so"
+_SOURCES = "_native.sources"  # digest of the sources that it was built from, written by setup.py
 
 
 def available() -> bool:
@@ -27,12 +29,21 @@ def problem() -> str | None:
     file = Path(__file__).with_name(_FILE)
     if not file.exists():
         return "not built; run make setup where a C++17 compiler is installed"
+    built_from = file.with_name(_SOURCES)
+    if not built_from.exists() or built_from.read_text() != sources_digest():
+        return "built from other sources; run make setup again"
     try:
         torch.ops.load_library(str(file))
     except OSError as reason:
         return f"built for another torch ({str(reason).splitlines()[0][:100]}); run make setup again"
     _register_fakes()
     return None
+
+
+def sources_digest() -> str:
+    """A digest of the C++ sources: a library of others would give results that the code of a record does not describe."""
+    files = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
+    return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
 
 
 def set_level(name: str) -> str:

@@ -41,7 +41,7 @@ def problem() -> str | None:
 
 
 def sources_digest() -> str:
-    """A digest of the C++ sources: a library of others would give results that the code of a record does not describe."""
+    """A digest of the C++ sources: with a library of others, the `code` of a record would not be what ran."""
     files = sorted(path for path in Path(__file__).parent.iterdir() if path.suffix in (".cpp", ".h"))
     return hashlib.sha256(b"".join(path.name.encode() + path.read_bytes() for path in files)).hexdigest()
 

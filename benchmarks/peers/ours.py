@@ -39,7 +39,6 @@ FORMS = (
     Form(group_size=64),
     Form(group_size=32),
     Form(group_size=64, head=8),
-    Form(group_size=32, head=8),
 )
 
 
@@ -58,6 +57,7 @@ def load(form: Form) -> nn.Module:
     return model
 
 
+@torch.inference_mode()
 def workload(model: nn.Module, prompt: Tensor, decoded: Tensor, runtime: str) -> Workload:
     """The timed calls of a model.
 

@@ -11,8 +11,11 @@ struct Few {
                      typename V::F (&total)[M]) {
     const Levels<V, bits> levels(w.levels);
     const uint8_t* codes = w.panel(p);
-    int64_t half = 0;
-    for (int m = 0; m < M; ++m) total[m] = V::zero();
+    int64_t half = 0, row[M];
+    for (int m = 0; m < M; ++m) {
+      total[m] = V::zero();
+      row[m] = min(m, x.count - 1);  // rows that are not there repeat the last one
+    }
     for (int64_t g = 0; g < w.groups; ++g) {
       typename V::F sums[M * chains];
       for (int i = 0; i < M * chains; ++i) sums[i] = V::zero();
@@ -22,7 +25,7 @@ struct Few {
         each_value<V, bits>(codes + half / 2 * bits * 64, half & 1, levels, [&](auto k, typename V::F value) {
           UNROLL for (int m = 0; m < M; ++m) {
             auto& sum = sums[m * chains + k.value % chains];
-            sum = V::fma(V::broadcast(inputs[m * x.stride + k.value]), value, sum);
+            sum = V::fma(V::broadcast(inputs[row[m] * x.stride + k.value]), value, sum);
           }
         });
       }
@@ -31,7 +34,7 @@ struct Few {
       for (int m = 0; m < M; ++m) {
         typename V::F sum = sums[m * chains];
         for (int c = 1; c < chains; ++c) sum = V::add(sum, sums[m * chains + c]);
-        if (w.zero) sum = V::fnma(load_scale<V>(w.zero, w.scale_type, at), V::broadcast(group_sums[m * w.groups + g]), sum);
+        if (w.zero) sum = V::fnma(load_scale<V>(w.zero, w.scale_type, at), V::broadcast(group_sums[row[m] * w.groups + g]), sum);
         total[m] = V::fma(sum, scale, total[m]);
       }
     }

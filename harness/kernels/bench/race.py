@@ -31,6 +31,7 @@ from harness.kernels.bench import clock
 from harness.kernels.bench.contenders import Contender, Copies, Entry, baseline, contenders
 from harness.kernels.bench.options import SHAPES, parse
 from harness.kernels.bench.report import markdown
+from harness.kernels.native import library
 
 _CHECKED_OUTPUTS = 512  # output features compared with float64: enough to show a wrong tile, row or group
 
@@ -96,6 +97,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if gpu else _processor(),
         "threads": None if gpu else torch.get_num_threads(),
         "cpu_capability": None if gpu else torch.backends.cpu.get_cpu_capability(),
+        "native": None if gpu else library.description(),
         "torch": torch.__version__,
         "triton": triton,
         "cuda": torch.version.cuda,

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from harness import models
 from harness.cli import main
 from harness.config import build_run
+from harness.kernels.native import library
 from harness.runs.identity import run_id
 from tests.support import interpreter
 
@@ -65,6 +66,12 @@ def run_id_of(raw: dict[str, Any]) -> str:
     """The run id of a resolved configuration."""
     cfg = build_run(raw)
     return run_id(cfg, models.open(cfg.model, cfg.seed))
+
+
+@pytest.fixture
+def qtensors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Packed linears in float32 keep their QTensor, whose codes a test compares: no native kernel replaces it."""
+    monkeypatch.setattr(library, "available", lambda: False)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ from tests.support.decoders import linears, quantize, verify
 from tests.support.decoders import stream as stream_of
 from tests.support.families import FAMILIES, build, uneven
 
+pytestmark = pytest.mark.usefixtures("qtensors")
+
 
 @pytest.fixture(autouse=True)
 def _no_grad() -> Iterator[None]:

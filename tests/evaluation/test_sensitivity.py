@@ -29,6 +29,8 @@ from tests.support.blocks import TOKENS, logits, relative
 from tests.support.decoders import linears, quantize, sensitivities
 from tests.support.families import build, uneven
 
+pytestmark = pytest.mark.usefixtures("qtensors")
+
 Tiny = Callable[..., dict[str, Any]]
 LINEAR = ("analysis.sensitivity=linear", "scheme=channel", "bits=3")
 NO_CACHE = DiskCache(Path(), 0)

@@ -16,6 +16,8 @@ from harness.core.formats import PermutedQTensor
 from methods.gptq import GPTQ, inverse_factor
 from tests.support.reference import FORMATS, Solved, naive_damped, naive_gptq, naive_ldlq
 
+pytestmark = pytest.mark.usefixtures("qtensors")
+
 ROWS, COLUMNS = 5, 24
 
 

@@ -27,6 +27,8 @@ from tests.support.blocks import TOKENS, codes_of, logits, relative
 from tests.support.decoders import linears, quantize
 from tests.support.families import build, uneven
 
+pytestmark = pytest.mark.usefixtures("qtensors")
+
 Tiny = Callable[..., dict[str, Any]]
 
 PRE_NORM = {"do_layer_norm_before": True, "word_embed_proj_dim": 32}

@@ -20,6 +20,8 @@ from tests.support.blocks import Block, codes_of, logits, relative
 from tests.support.decoders import linears, quantize
 from tests.support.families import build, uneven
 
+pytestmark = pytest.mark.usefixtures("qtensors")
+
 Tiny = Callable[..., dict[str, Any]]
 TOKENS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(5))
 

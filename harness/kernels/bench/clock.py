@@ -119,7 +119,7 @@ def _on_gpu(calls: Sequence[Call]) -> Callable[[], Turn]:
 
 @dataclass(frozen=True)
 class Roofline:
-    """Rates measured in this run: bytes per second read and written by a copy, and bf16 operations per second."""
+    """Measured rates: bytes per second read and written by a copy, and bf16 operations per second."""
 
     bandwidth: float
     rate: float
@@ -139,3 +139,8 @@ def roofline(device: torch.device) -> Roofline:
     calls: list[Call] = [lambda: target.copy_(source), lambda: left @ right]
     copied, multiplied = (times(turns) for turns in alternate([turns_of([call] * 2, device) for call in calls], 0.5))
     return Roofline(2e6 * source.nbytes / copied.us_p50, 2e6 * size**3 / multiplied.us_p50)
+
+
+def best(rooflines: Sequence[Roofline]) -> Roofline:
+    """The highest rates of several measurements."""
+    return Roofline(max(each.bandwidth for each in rooflines), max(each.rate for each in rooflines))

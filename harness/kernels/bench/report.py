@@ -38,8 +38,9 @@ def _heading(record: dict[str, Any]) -> list[str]:
         f"`{record['command'].strip()}`, {record['dtype']}, int4 in groups of {record['group_size']}; "
         + ", ".join(f"{key} {value}" for key, value in details.items()),
         "",
-        f"Roofline of this run: copy {bandwidth / 1e9:.4g} GB/s, bf16 matmul {rate / 1e12:.4g} TFLOP/s. Each cell: "
-        f"median microseconds with cold weights (speedup over {record['baseline']}, share of the roofline).",
+        f"Roofline, measured before each shape; the best: copy {bandwidth / 1e9:.4g} GB/s, bf16 matmul "
+        f"{rate / 1e12:.4g} TFLOP/s. Each cell: median microseconds with "
+        f"cold weights (speedup over {record['baseline']}, share of the roofline).",
     ]
 
 

@@ -114,6 +114,11 @@ def test_levels(level: str, double_quant: bool) -> None:
 
 
 @built
+def test_no_rows(level: str) -> None:
+    assert grouped.build(grid(20, 64, WeightFormat(bits=4)))(torch.zeros(2, 0, 64), None).shape == (2, 0, 20)
+
+
+@built
 def test_many_rows_in_several_parts(level: str) -> None:
     fmt = WeightFormat(bits=4, granularity="group", group_size=512)
     check(grid(48, 1024, fmt), torch.bfloat16, 500)  # rows of 2048 bytes, which are moved apart in memory

@@ -106,6 +106,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& levels, const 
   const Tensor flat = x.reshape({-1, x.size(-1)}).contiguous();
   auto shape = x.sizes().vec();
   shape.back() = rows;
+  if (!flat.size(0)) return at::empty(shape, x.options());
   const bool few = flat.size(0) <= kFew;
   if (!few && (!level.many || (bfloat && matrix_engine()))) return by_slabs(level, w, flat, bias).view(shape);
   const Tensor floats = bias ? bias->to(at::kFloat).contiguous() : Tensor();

@@ -6,6 +6,7 @@ those of torch run. PTQBENCH_NATIVE=0 leaves them out.
 
 import os
 import runpy
+import shutil
 import warnings
 from pathlib import Path
 
@@ -14,12 +15,6 @@ from setuptools import find_packages, setup
 NATIVE = Path("harness/kernels/native")
 SOURCES = "_native.sources"
 FLAGS = ["-std=c++17", "-O2", "-g0", "-fopenmp", "-Wall", "-Wno-maybe-uninitialized", "-Wno-uninitialized"]
-
-
-def note_sources(folder):
-    """Write the digest of the sources beside the library that was built from them."""
-    digest = runpy.run_path(str(NATIVE / "library.py"))["sources_digest"]()
-    (folder / NATIVE / SOURCES).write_text(digest)
 
 
 def extension():
@@ -36,13 +31,14 @@ def extension():
             except Exception as reason:  # no compiler, or one that lacks an option: the package works without
                 warnings.warn(f"the native kernels were not built, torch's kernels will run: {reason}", stacklevel=1)
             else:
-                note_sources(Path(self.build_lib))
+                digest = runpy.run_path(str(NATIVE / "library.py"))["sources_digest"]()
+                Path(self.build_lib, NATIVE, SOURCES).write_text(digest)
 
         def copy_extensions_to_source(self):
             super().copy_extensions_to_source()
-            built = Path(self.build_lib, NATIVE, SOURCES)
+            built = Path(self.build_lib, NATIVE, SOURCES)  # that of the library which was copied, not of the sources
             if built.exists():
-                note_sources(Path())
+                shutil.copy(built, NATIVE / SOURCES)
 
     # Threads come from torch's OpenMP, which the linker must not add a second time: no -fopenmp for it.
     sources = sorted(str(path) for path in NATIVE.glob("*.cpp"))

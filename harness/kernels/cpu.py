@@ -8,16 +8,14 @@ from __future__ import annotations
 import torch
 
 from harness.core import IntQTensor, QTensor
-from harness.core.formats import AdditiveQTensor, IncoherentQTensor, InputQuantizer
+from harness.core.formats import InputQuantizer
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
 from harness.kernels.native import additive, grouped, incoherent, int8
 
 
 def _native_int8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    if inputs is None or not isinstance(weight, IntQTensor) or not int8.supports(weight, inputs, dtype):
-        return None
-    return int8.Int8Linear(weight, inputs)
+    return int8.Int8Linear(weight, inputs) if inputs and int8.supports(weight, inputs, dtype) else None
 
 
 def _w8a8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
@@ -31,15 +29,11 @@ def _native(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) 
 
 
 def _additive(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    if not isinstance(weight, AdditiveQTensor) or not additive.supports(weight, dtype):
-        return None
-    return additive.AdditiveLinear(weight)
+    return additive.AdditiveLinear(weight) if additive.supports(weight, dtype) else None
 
 
 def _incoherent(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    if not isinstance(weight, IncoherentQTensor) or not incoherent.supports(weight, dtype):
-        return None
-    return incoherent.IncoherentLinear(weight)
+    return incoherent.IncoherentLinear(weight) if incoherent.supports(weight, dtype) else None
 
 
 def _int8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:

@@ -153,12 +153,12 @@ struct V {
 };
 
 #include "codes.h"
+#include "parts.h"
 #include "output.h"
 #include "few.h"
 #include "decode.h"
 #include "product.h"
 #include "bytes.h"
-#include "parts.h"
 #include "points.h"
 #include "vectors_few.h"
 #include "hadamard.h"

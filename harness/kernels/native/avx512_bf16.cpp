@@ -11,10 +11,10 @@ namespace {
 #include "common.h"
 #include "vector_avx512.h"
 #include "codes.h"
+#include "parts.h"
 #include "output.h"
 #include "decode.h"
 #include "product.h"
-#include "parts.h"
 #include "points.h"
 #include "vectors_many.h"
 

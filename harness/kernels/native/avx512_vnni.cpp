@@ -11,6 +11,7 @@ namespace ptqbench {
 namespace {
 #include "common.h"
 #include "vector_avx512.h"
+#include "parts.h"
 #include "output.h"
 #include "product.h"
 #include "bytes.h"

@@ -59,32 +59,21 @@ ALWAYS_INLINE void write_bytes(const ByteWeight& w, const ByteRows& x, const Out
 }
 
 template <class V, int bits>
-void bytes_bits(const ByteWeight& w, const ByteRows& x, const Output& y, int64_t first, int64_t last) {
+void bytes_of(const ByteWeight& w, const ByteRows& x, const Output& y, int64_t first, int64_t last) {
   using P = ByteProduct<V>;
-  alignas(64) uint8_t tile[2][64 * kSteps];
-  typename P::Sum sums[2 * kMany];
-  const int64_t steps = w.blocks() * kBlock / P::pack;
-  for (int64_t pair = first; pair < last; ++pair) {
-    for (int64_t k = 0; k < steps; k += kSteps) {
-      const int64_t count = min(kSteps, steps - k);
-      const uint8_t* parts[2];
-      for (int i = 0; i < 2; ++i) {
-        const uint8_t* words = w.panel(min(2 * pair + i, w.panels() - 1)) + k * 8 * bits;
-        parts[i] = split_bytes<V, bits>(words, count, tile[i]);
-      }
-      multiply_all<P>(parts[0], parts[1], k, count, x.words, sums);
-    }
-    for (int64_t m = 0; m < x.words.count; ++m)
-      for (int i = 0; i < 2; ++i) write_bytes<V>(w, x, y, m, 2 * pair + i, sums[2 * m + i]);
-  }
+  const auto tile = [&](int64_t panel, int64_t k, int64_t end, uint8_t* memory) {
+    return split_bytes<V, bits>(w.panel(panel) + k * 8 * bits, end - k, memory);
+  };
+  multiply_pairs<P>(w.panels(), w.blocks() * kBlock / P::pack, x.words, first, last, tile,
+                    [&](int64_t m, int64_t panel, typename P::Sum sum) { write_bytes<V>(w, x, y, m, panel, sum); });
 }
 
 template <class V>
 void bytes(const ByteWeight& w, const ByteRows& x, const Output& y, int64_t first, int64_t last) {
   switch (w.bits) {
-    case 2: return bytes_bits<V, 2>(w, x, y, first, last);
-    case 4: return bytes_bits<V, 4>(w, x, y, first, last);
-    default: return bytes_bits<V, 8>(w, x, y, first, last);
+    case 2: return bytes_of<V, 2>(w, x, y, first, last);
+    case 4: return bytes_of<V, 4>(w, x, y, first, last);
+    default: return bytes_of<V, 8>(w, x, y, first, last);
   }
 }
 

@@ -1,7 +1,8 @@
 // Where the codes of a block lie, and the value of each. Included by every level after its vector class.
 //
-// `bits` words of 32 bits hold 32 codes of one row. Widths that divide 32 fill the words in order. For 3, 5 and 6 bits a
-// word holds whole codes in its lower 30 bits; the upper two bits of all words together hold the last code of each half.
+// `bits` words of 32 bits hold 32 codes of one row. Widths that divide 32 fill the words in order. At 3, 5 and 6 bits a
+// word holds whole codes in its lower 30 bits; the upper two bits of all words together hold the last code of each
+// half.
 #pragma once
 
 template <int bits>

@@ -16,24 +16,14 @@ ALWAYS_INLINE void decode_panel(const Weight& w, int64_t p, int64_t first, int64
   }
 }
 
-template <class V, int bits, class T>
-void decode_bits(const Weight& w, int64_t first, int64_t last, const Slab<T>& slab) {
-  for (int64_t p = first; p < last; ++p) {
-    T* column = slab.values + (p - first) * kPanel;
-    decode_panel<V, bits>(w, p, 0, w.halves() * kHalf, [&](int64_t k, typename V::F value) {
-      if (k < w.inputs) V::store(column + k * slab.stride, value);
-    });
-  }
-}
-
 template <class V, class T>
 void decode(const Weight& w, int64_t first, int64_t last, const Slab<T>& slab) {
-  switch (w.bits) {
-    case 2: return decode_bits<V, 2>(w, first, last, slab);
-    case 3: return decode_bits<V, 3>(w, first, last, slab);
-    case 4: return decode_bits<V, 4>(w, first, last, slab);
-    case 5: return decode_bits<V, 5>(w, first, last, slab);
-    case 6: return decode_bits<V, 6>(w, first, last, slab);
-    default: return decode_bits<V, 8>(w, first, last, slab);
-  }
+  with_bits(w.bits, [&](auto bits) {
+    for (int64_t p = first; p < last; ++p) {
+      T* column = slab.values + (p - first) * kPanel;
+      decode_panel<V, decltype(bits)::value>(w, p, 0, w.halves() * kHalf, [&](int64_t k, typename V::F value) {
+        if (k < w.inputs) V::store(column + k * slab.stride, value);
+      });
+    }
+  });
 }

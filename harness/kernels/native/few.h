@@ -34,13 +34,17 @@ struct Few {
       for (int m = 0; m < M; ++m) {
         typename V::F sum = sums[m * chains];
         for (int c = 1; c < chains; ++c) sum = V::add(sum, sums[m * chains + c]);
-        if (w.zero) sum = V::fnma(load_scale<V>(w.zero, w.scale_type, at), V::broadcast(group_sums[row[m] * w.groups + g]), sum);
+        if (w.zero) {
+          const typename V::F zero = load_scale<V>(w.zero, w.scale_type, at);
+          sum = V::fnma(zero, V::broadcast(group_sums[row[m] * w.groups + g]), sum);
+        }
         total[m] = V::fma(sum, scale, total[m]);
       }
     }
   }
 
-  static void run(const Weight& w, const Rows<float>& x, const float* group_sums, const Output& y, int64_t first, int64_t last) {
+  static void run(const Weight& w, const Rows<float>& x, const float* group_sums, const Output& y, int64_t first,
+                  int64_t last) {
     for (int64_t p = first; p < last; ++p) {
       typename V::F total[M];
       panel(w, x, group_sums, p, total);
@@ -50,28 +54,20 @@ struct Few {
 };
 
 template <class V, int bits>
-void one_by_one(const Weight& w, const Rows<float>& x, const float* group_sums, const Output& y, int64_t first, int64_t last) {
+void one_by_one(const Weight& w, const Rows<float>& x, const float* group_sums, const Output& y, int64_t first,
+                int64_t last) {
   for (int64_t m = 0; m < x.count; ++m)
     Few<V, bits, 1>::run(w, {x.values + m * x.stride, 1, x.stride}, group_sums + m * w.groups, y.from(m), first, last);
 }
 
-template <class V, int bits>
-void few_bits(const Weight& w, const Rows<float>& x, const float* group_sums, const Output& y, int64_t first, int64_t last) {
-  if constexpr (!V::registers) return one_by_one<V, bits>(w, x, group_sums, y, first, last);
-  else if (x.count == 1) Few<V, bits, 1>::run(w, x, group_sums, y, first, last);
-  else if (x.count == 2) Few<V, bits, 2>::run(w, x, group_sums, y, first, last);
-  else if (x.count <= 4) Few<V, bits, 4>::run(w, x, group_sums, y, first, last);
-  else Few<V, bits, 8>::run(w, x, group_sums, y, first, last);
-}
-
 template <class V>
 void few(const Weight& w, const Rows<float>& x, const float* group_sums, const Output& y, int64_t first, int64_t last) {
-  switch (w.bits) {
-    case 2: return few_bits<V, 2>(w, x, group_sums, y, first, last);
-    case 3: return few_bits<V, 3>(w, x, group_sums, y, first, last);
-    case 4: return few_bits<V, 4>(w, x, group_sums, y, first, last);
-    case 5: return few_bits<V, 5>(w, x, group_sums, y, first, last);
-    case 6: return few_bits<V, 6>(w, x, group_sums, y, first, last);
-    default: return few_bits<V, 8>(w, x, group_sums, y, first, last);
-  }
+  with_bits(w.bits, [&](auto width) {
+    constexpr int bits = decltype(width)::value;
+    if constexpr (!V::registers) one_by_one<V, bits>(w, x, group_sums, y, first, last);
+    else if (x.count == 1) Few<V, bits, 1>::run(w, x, group_sums, y, first, last);
+    else if (x.count == 2) Few<V, bits, 2>::run(w, x, group_sums, y, first, last);
+    else if (x.count <= 4) Few<V, bits, 4>::run(w, x, group_sums, y, first, last);
+    else Few<V, bits, 8>::run(w, x, group_sums, y, first, last);
+  });
 }

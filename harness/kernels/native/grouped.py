@@ -7,6 +7,7 @@ codes are integers. Inputs are float32 or bfloat16 and are not rounded; sums are
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -20,25 +21,23 @@ from harness.kernels.native.panels import HALF, pack_groups, pack_panels
 _TABLE_BITS = 5  # the widest code whose levels fit into registers
 _LEVELS_BITS = 4  # of LevelsQTensor
 _TABLE = 32  # entries of `levels`: a table of fewer repeats
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def supports(weight: QTensor, dtype: torch.dtype) -> bool:
+def supports(weight: QTensor, dtype: torch.dtype) -> TypeGuard[IntQTensor | LevelsQTensor]:
     """Whether the kernel runs this weight: inputs in float32 or bfloat16, groups of 16, 32, 48, ... or whole rows."""
-    if dtype not in _DTYPES or not library.available():
-        return False
+    columns = weight.shape[1]
     if isinstance(weight, IntQTensor):
-        return _aligned(weight.shape[1], weight.scale.shape[1])
-    return (
-        isinstance(weight, LevelsQTensor) and weight.shape[1] % weight.block_size == 0 and weight.block_size % HALF == 0
-    )
+        groups = weight.scale.shape[1]
+        fits = groups == 1 or columns // groups % HALF == 0
+    else:
+        fits = isinstance(weight, LevelsQTensor) and columns % weight.block_size == 0 == weight.block_size % HALF
+    return fits and library.runs(dtype)
 
 
-def build(weight: QTensor) -> GroupedLinear:
+def build(weight: IntQTensor | LevelsQTensor) -> GroupedLinear:
     """The kernel of a weight that is supported."""
     if isinstance(weight, IntQTensor):
         return _of_integers(weight)
-    assert isinstance(weight, LevelsQTensor)
     scale = weight.scales().view(weight.shape[0], -1)
     return GroupedLinear("native_levels", Codes(weight.codes, _LEVELS_BITS, weight.levels), scale, None)
 
@@ -100,8 +99,3 @@ class GroupedLinear(Kernel):
             inputs, stored["qweight"], stored["levels"], stored["scale"], stored["zero_point"], bias, self.shape[0]
         )
         return outputs
-
-
-def _aligned(columns: int, groups: int) -> bool:
-    """Whether groups are multiples of the inputs that are decoded together; a whole row may have any length."""
-    return groups == 1 or columns // groups % HALF == 0

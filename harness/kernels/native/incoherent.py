@@ -8,6 +8,7 @@ many rows in bfloat16 round the transformed inputs to it.
 from __future__ import annotations
 
 import functools
+from typing import TypeGuard
 
 import torch
 from torch import Tensor
@@ -17,24 +18,20 @@ from harness.core.formats import lattice
 from harness.core.formats.incoherent import IncoherentQTensor
 from harness.core.formats.lattice import Codebook
 from harness.core.hadamard import dense_factor
-from harness.kernels.base import Kernel
 from harness.kernels.native import library
-from harness.kernels.native.vectors import DTYPES, pack_rows
+from harness.kernels.native.vectors import VectorKernel
 
-_NARROW = 8  # bits of a code in one byte
 _CPU = torch.device("cpu")
 
 
-def supports(weight: QTensor, dtype: torch.dtype) -> bool:
+def supports(weight: QTensor, dtype: torch.dtype) -> TypeGuard[IncoherentQTensor]:
     """Whether the kernel runs this weight: inputs in float32 or bfloat16."""
-    return isinstance(weight, IncoherentQTensor) and dtype in DTYPES and library.available()
+    return isinstance(weight, IncoherentQTensor) and library.runs(dtype)
 
 
-class IncoherentLinear(Kernel):
-    """One weight (N, K).
+class IncoherentLinear(VectorKernel):
+    """One weight (N, K), with a book for each stage.
 
-    codes0, codes1              (N, K / 8) of each stage: int16 for E8P, uint8 for the small codebook; a zero is added
-                                to an odd number of codes
     tables0, tables1            (512, 8) int8 of E8P, see `lattice.parts`; or points (256, 8) float32, in units of the
                                 codebook
     scale                       (stages,) float32, the value of a unit
@@ -45,11 +42,8 @@ class IncoherentLinear(Kernel):
     name = "native_e8p"
 
     def __init__(self, weight: IncoherentQTensor) -> None:
-        super().__init__(weight.shape)
-        self.stages = len(weight.books)
-        for i, (codes, book) in enumerate(zip(weight.codes, weight.books, strict=True)):
-            self.register_buffer(f"codes{i}", pack_rows(codes, book.bits > _NARROW))
-            self.register_buffer(f"tables{i}", _table(book))
+        stages = zip(weight.codes, weight.books, strict=True)
+        super().__init__(weight.shape, ((codes, book.bits, _table(book)) for codes, book in stages))
         steps = [book.step for book in weight.books]
         self.register_buffer("scale", weight.scale * torch.tensor(steps))
         for side, size in zip(("left", "right"), weight.shape, strict=True):
@@ -58,11 +52,10 @@ class IncoherentLinear(Kernel):
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         stored = self._buffers  # attributes of a module are found more slowly
-        codes, tables = ([stored[f"{name}{i}"] for i in range(self.stages)] for name in ("codes", "tables"))
         outputs: Tensor = torch.ops.ptqbench_native.incoherent_linear.default(
             inputs,
-            codes,
-            tables,
+            self.stored("codes"),
+            self.stored("tables"),
             stored["scale"],
             stored["right"],
             stored["left"],

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <vector>
 
+#include "call.h"
 #include "level.h"
 #include "rows.h"
 #include "vectors_product.h"
@@ -63,10 +64,9 @@ Tensor entered(const Rotation& q, const Tensor& x, bool bfloat) {
 }
 
 void left(const Rotation& q, const Tensor& x, const optional<Tensor>& bias, const Tensor& y) {
-  const Tensor floats = bias ? bias->to(at::kFloat).contiguous() : Tensor();
+  const Bias added(bias);
   each_row(x.size(0), q.size, [&](int64_t m, float* memory) {
-    current_level().vectors->leave(q, reinterpret_cast<float*>(row_of(x, m)), memory,
-                                   bias ? floats.const_data_ptr<float>() : nullptr, row_of(y, m),
+    current_level().vectors->leave(q, reinterpret_cast<float*>(row_of(x, m)), memory, added.values(), row_of(y, m),
                                    y.scalar_type() == at::kBFloat16);
   });
 }
@@ -84,14 +84,10 @@ Tensor linear(const Tensor& x, at::TensorList codes, at::TensorList tables, cons
   for (int64_t b = 0; b < w.count; ++b) w.books[b].factor = scales[b] / scales[0];
   const Rotation in = rotation_of(right, right_matrix, inputs, 1);
   const Rotation out = rotation_of(left_factors, left_matrix, rows, scales[0]);
-  const Tensor flat = x.reshape({-1, inputs}).contiguous();
-  const bool bfloat = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(bfloat || x.scalar_type() == at::kFloat, "x has dtype ", x.scalar_type(), "; expected float32 or bfloat16");
+  const Tensor flat = as_matrix(x), y = outputs_for(x, rows);
+  const bool bfloat = in_bfloat(x);
   const Tensor sums = matrix(kSums, flat.size(0), rows, at::kFloat);
   product(w, entered(in, flat, bfloat && flat.size(0) > kFew), std::nullopt, sums);
-  auto shape = x.sizes().vec();
-  shape.back() = rows;
-  const Tensor y = at::empty(shape, x.options());
   left(out, sums, bias, y.view({-1, rows}));
   return y;
 }

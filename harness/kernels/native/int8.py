@@ -6,6 +6,8 @@ do, and their products are summed exactly. Outlier channels of LLM.int8() are mu
 
 from __future__ import annotations
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
 
@@ -16,12 +18,11 @@ from harness.kernels.native import library
 from harness.kernels.native.panels import PANEL, pack_groups, pack_panels
 
 _WIDTHS = (2, 4, 8)  # bits of a stored code
-_DTYPES = (torch.float32, torch.bfloat16)
 
 
-def supports(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> bool:
+def supports(weight: QTensor, inputs: InputQuantizer, dtype: torch.dtype) -> TypeGuard[IntQTensor]:
     """Whether the kernel runs this: a scale per row or tensor, integer zero points, inputs on a symmetric grid."""
-    if inputs is None or not isinstance(weight, IntQTensor) or dtype not in _DTYPES or not library.available():
+    if not isinstance(weight, IntQTensor) or not library.runs(dtype):
         return False
     integers = weight.fmt.symmetric or weight.fmt.zero_point == "integer"
     return integers and weight.scale.shape[1] == 1 and inputs.fmt.symmetric

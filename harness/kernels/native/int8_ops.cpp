@@ -1,5 +1,5 @@
-// The torch operator of linears whose inputs are quantized to 8 bits: quantization, product, scales and bias in one call.
-#include <ATen/ATen.h>
+// The torch operator of linears whose inputs are quantized to 8 bits: quantization, product, scales and bias in one
+// call.
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
@@ -7,6 +7,7 @@
 #include <cmath>
 #include <vector>
 
+#include "call.h"
 #include "level.h"
 #include "rows.h"
 #include "weight.h"
@@ -28,19 +29,14 @@ struct Format {
 };
 
 ByteWeight weight_of(const Tensor& codes, const Tensor& scale, const Tensor& zero, int64_t rows, int64_t inputs) {
-  TORCH_CHECK(codes.dim() == 4 && codes.is_contiguous() && codes.scalar_type() == at::kInt && codes.size(3) == kPanel,
-              "codes have shape ", codes.sizes(), " ", codes.scalar_type(), "; expected (panels, blocks, bits, 16) int32");
-  const int bits = static_cast<int>(codes.size(2));
-  TORCH_CHECK(bits == 2 || bits == 4 || bits == 8, "codes have ", bits, " bits; expected 2, 4 or 8");
+  const Panels panels = panels_of(codes, rows, inputs);
+  TORCH_CHECK(panels.bits == 2 || panels.bits == 4 || panels.bits == 8, "codes have ", panels.bits,
+              " bits; expected 2, 4 or 8");
   const std::vector<int64_t> shape{codes.size(0), kPanel};
-  TORCH_CHECK(scale.sizes() == shape && scale.is_contiguous() && scale.scalar_type() == at::kFloat && zero.sizes() == shape &&
-                  zero.is_contiguous() && zero.scalar_type() == at::kInt,
+  TORCH_CHECK(scale.sizes() == shape && scale.is_contiguous() && scale.scalar_type() == at::kFloat &&
+                  zero.sizes() == shape && zero.is_contiguous() && zero.scalar_type() == at::kInt,
               "scale and zero must have shape ", shape, " in float32 and int32");
-  const ByteWeight w{reinterpret_cast<const uint8_t*>(codes.const_data_ptr<int>()), scale.const_data_ptr<float>(),
-                     zero.const_data_ptr<int32_t>(), bits, rows, inputs};
-  TORCH_CHECK(w.panels() == codes.size(0) && w.blocks() == codes.size(1), "codes of shape ", codes.sizes(),
-              " do not hold a weight of ", rows, " x ", inputs);
-  return w;
+  return {panels, scale.const_data_ptr<float>(), zero.const_data_ptr<int32_t>()};
 }
 
 // The columns of rows of one sequence in which a magnitude reaches the threshold.
@@ -107,17 +103,15 @@ void find_scales(const Level& level, const Rows<float>& x, const Format& format,
 
 // Codes of one row, each at its place in the order of the weight's bytes.
 void encode_row(const Level& level, const Rows<float>& x, const Format& format, int bits, int64_t m, Encoded& encoded) {
-  static thread_local std::vector<int8_t> codes;
-  codes.assign(4 * encoded.stride, 0);
-  encoded.sums[m] =
-      level.encode(regular(x, encoded, m), x.stride, encoded.scale[m], format.low, format.high, codes.data());
   int8_t* bytes = reinterpret_cast<int8_t*>(encoded.words.data() + m * encoded.stride);
-  if (bits == 8) {
-    std::copy(codes.begin(), codes.end(), bytes);
-  } else {
-    for (int64_t block = 0; block < 4 * encoded.stride; block += kBlock)
-      for (int64_t k = 0; k < kBlock; ++k) bytes[block + byte_place(k, bits)] = codes[block + k];
-  }
+  const auto codes_to = [&](int8_t* codes) {
+    encoded.sums[m] = level.encode(regular(x, encoded, m), x.stride, encoded.scale[m], format.low, format.high, codes);
+  };
+  if (bits == 8) return codes_to(bytes);
+  std::vector<int8_t> codes(4 * encoded.stride, 0);
+  codes_to(codes.data());
+  for (int64_t block = 0; block < 4 * encoded.stride; block += kBlock)
+    for (int64_t k = 0; k < kBlock; ++k) bytes[block + byte_place(k, bits)] = codes[block + k];
 }
 
 Encoded encode(const Level& level, const ByteWeight& w, const Rows<float>& x, const Format& format, int64_t tokens,
@@ -137,17 +131,13 @@ Encoded encode(const Level& level, const ByteWeight& w, const Rows<float>& x, co
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& zero,
               const optional<Tensor>& bias, const optional<Tensor>& fixed, double clip, double steps, int64_t low,
               int64_t high, double threshold, bool shared, int64_t rows) {
-  const bool bfloat = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(bfloat || x.scalar_type() == at::kFloat, "x has dtype ", x.scalar_type(), "; expected float32 or bfloat16");
+  in_bfloat(x);
   const ByteWeight w = weight_of(codes, scale, zero, rows, x.size(-1));
   const Level& level = current_level();
-  const Tensor flat = x.reshape({-1, x.size(-1)}).contiguous();
-  auto shape = x.sizes().vec();
-  shape.back() = rows;
-  const Tensor floats = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  Tensor y = at::empty(shape, x.options());
+  const Tensor flat = as_matrix(x), y = outputs_for(x, rows);
   if (!y.numel()) return y;
-  const Output out{y.mutable_data_ptr(), rows, bias ? floats.const_data_ptr<float>() : nullptr, bfloat};
+  const Bias added(bias);
+  const Output out = output_to(y, added);
   const Format format{fixed ? optional<float>(fixed->item<float>()) : std::nullopt, static_cast<float>(clip),
                       static_cast<float>(steps), static_cast<float>(low), static_cast<float>(high),
                       static_cast<float>(threshold), shared};

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+DTYPES = (torch.float32, torch.bfloat16)  # of inputs, for all kernels
 _FILE = "_native.so"
 _SOURCES = "_native.sources"  # digest of the sources that it was built from, written by setup.py
 
@@ -21,6 +22,11 @@ _SOURCES = "_native.sources"  # digest of the sources that it was built from, wr
 def available() -> bool:
     """Whether the operators `torch.ops.ptqbench_native` can be called."""
     return problem() is None
+
+
+def runs(dtype: torch.dtype) -> bool:
+    """Whether the operators can be called with inputs of `dtype`."""
+    return dtype in DTYPES and available()
 
 
 @functools.cache

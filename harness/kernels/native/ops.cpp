@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "call.h"
 #include "level.h"
 #include "rows.h"
 #include "tiles.h"
@@ -30,22 +31,18 @@ Scale scale_type(const Tensor& scale) {
 
 Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale, const optional<Tensor>& zero,
                  int64_t rows, int64_t inputs) {
-  TORCH_CHECK(codes.dim() == 4 && codes.is_contiguous() && codes.scalar_type() == at::kInt && codes.size(3) == kPanel,
-              "codes have shape ", codes.sizes(), " ", codes.scalar_type(), "; expected (panels, blocks, bits, 16) int32");
+  const Panels panels = panels_of(codes, rows, inputs);
+  const int bits = panels.bits;
+  TORCH_CHECK(bits >= 2 && bits <= 8 && bits != 7, "codes have ", bits, " bits; expected 2 to 6, or 8");
   TORCH_CHECK(scale.dim() == 3 && scale.is_contiguous() && scale.size(0) == codes.size(0) && scale.size(2) == kPanel,
               "scale has shape ", scale.sizes(), "; expected (panels, groups, 16)");
   TORCH_CHECK(!zero || (zero->sizes() == scale.sizes() && zero->is_contiguous() &&
                         zero->scalar_type() == scale.scalar_type()),
               "zero must have the shape and dtype of scale");
-  const int bits = static_cast<int>(codes.size(2));
-  TORCH_CHECK(bits >= 2 && bits <= 8 && bits != 7, "codes have ", bits, " bits; expected 2 to 6, or 8");
   TORCH_CHECK(levels.scalar_type() == at::kFloat && levels.is_contiguous() && levels.numel() >= (bits == 5 ? 32 : 16),
               "levels must be 16 float32, or 32 for 5 bits");
-  Weight w{reinterpret_cast<const uint8_t*>(codes.const_data_ptr<int>()), levels.const_data_ptr<float>(),
-           scale.const_data_ptr(), zero ? zero->const_data_ptr() : nullptr, scale_type(scale), bits, rows, inputs,
-           scale.size(1), 0};
-  TORCH_CHECK(w.panels() == codes.size(0) && w.blocks() == codes.size(1), "codes of shape ", codes.sizes(),
-              " do not hold a weight of ", rows, " x ", inputs);
+  Weight w{panels, levels.const_data_ptr<float>(), scale.const_data_ptr(), zero ? zero->const_data_ptr() : nullptr,
+           scale_type(scale), scale.size(1), 0};
   w.group = w.groups == 1 ? w.halves() * kHalf : inputs / w.groups;
   TORCH_CHECK(w.group % kHalf == 0 && (w.groups == 1 || w.group * w.groups == inputs), "groups of ", w.group,
               " inputs; expected a multiple of 16 that divides ", inputs);
@@ -99,22 +96,16 @@ Tensor by_slabs(const Level& level, const Weight& w, const Tensor& x, const opti
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& levels, const Tensor& scale,
               const optional<Tensor>& zero, const optional<Tensor>& bias, int64_t rows) {
-  const bool bfloat = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(bfloat || x.scalar_type() == at::kFloat, "x has dtype ", x.scalar_type(), "; expected float32 or bfloat16");
+  const bool bfloat = in_bfloat(x);
   const Weight w = weight_of(codes, levels, scale, zero, rows, x.size(-1));
   const Level& level = current_level();
-  const Tensor flat = x.reshape({-1, x.size(-1)}).contiguous();
-  auto shape = x.sizes().vec();
-  shape.back() = rows;
-  if (!flat.size(0)) return at::empty(shape, x.options());
+  const Tensor flat = as_matrix(x), y = outputs_for(x, rows);
+  if (!flat.size(0)) return y;
   const bool few = flat.size(0) <= kFew;
-  if (!few && (!level.many || (bfloat && matrix_engine()))) return by_slabs(level, w, flat, bias).view(shape);
-  const Tensor floats = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  Tensor y = at::empty(shape, x.options());
-  const Output out{y.mutable_data_ptr(), rows, bias ? floats.const_data_ptr<float>() : nullptr, bfloat};
-  if (few) by_registers(level, w, flat, out);
-  else if (bfloat && level.many_bf16) by_tiles<uint32_t>(level.many_bf16, w, flat, out);
-  else by_tiles<float>(level.many, w, flat, out);
+  if (!few && by_library(level, bfloat)) return by_slabs(level, w, flat, bias).view(y.sizes());
+  const Bias added(bias);
+  if (few) by_registers(level, w, flat, output_to(y, added));
+  else by_tiles(level, w, flat, output_to(y, added));
   return y;
 }
 
@@ -129,7 +120,9 @@ std::string set_level(const std::string& name) {
 }  // namespace ptqbench
 
 TORCH_LIBRARY(ptqbench_native, m) {
-  m.def("grouped_linear(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? zero, Tensor? bias, int rows) -> Tensor");
+  m.def(
+      "grouped_linear(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? zero, Tensor? bias, int rows)"
+      " -> Tensor");
   m.def("set_level(str name) -> str", &ptqbench::set_level);
   m.def("level() -> str", &ptqbench::level_name);
 }

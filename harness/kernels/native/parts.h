@@ -6,24 +6,22 @@ ALWAYS_INLINE typename V::F load_float(const float* p, int64_t count) {
   return count >= kHalf ? V::load(p) : V::load(p, count);
 }
 
-ALWAYS_INLINE void copy_part(const uint16_t* p, int64_t count, uint16_t (&lanes)[kHalf]) {
+template <class V, class Load>
+ALWAYS_INLINE typename V::F load_part(const uint16_t* p, int64_t count, Load&& load) {
+  if (count >= kHalf) return load(p);
+  uint16_t lanes[kHalf];
   for (int64_t i = 0; i < kHalf; ++i) lanes[i] = i < count ? p[i] : uint16_t{0};
+  return load(lanes);
 }
 
 template <class V>
 ALWAYS_INLINE typename V::F load_half(const uint16_t* p, int64_t count) {
-  if (count >= kHalf) return V::load_half(p);
-  uint16_t lanes[kHalf];
-  copy_part(p, count, lanes);
-  return V::load_half(lanes);
+  return load_part<V>(p, count, [](const uint16_t* lanes) { return V::load_half(lanes); });
 }
 
 template <class V>
 ALWAYS_INLINE typename V::F load_bfloat(const uint16_t* p, int64_t count) {
-  if (count >= kHalf) return V::load_bfloat(p);
-  uint16_t lanes[kHalf];
-  copy_part(p, count, lanes);
-  return V::load_bfloat(lanes);
+  return load_part<V>(p, count, [](const uint16_t* lanes) { return V::load_bfloat(lanes); });
 }
 
 template <class V, class T>

@@ -1,14 +1,13 @@
-// y = x W^T for many rows of x: a tile of W^T (two panels, some inputs) lies in the first-level cache and is multiplied by
-// all rows of x; bound by arithmetic.
+// y = x W^T for many rows of x: a tile of W^T (two panels, some inputs) lies in the first-level cache and is multiplied
+// by all rows of x; bound by arithmetic.
 //
-// A product type P says how many neighbouring inputs one word of a lane holds (`pack`): one float32, two bfloat16 or four
-// bytes. Sum is a register of 16 sums, and dot adds the products of a word to them.
+// A product type P says how many neighbouring inputs one word of a lane holds (`pack`): one float32, two bfloat16 or
+// four bytes. Sum is a register of 16 sums, and dot adds the products of a word to them.
 #pragma once
 
 constexpr int64_t kSteps = 128;  // words of a tile, 16 KiB for two panels
 
-// The sums of M rows of x and two panels of 16 rows, 64 bytes a step each; added to
-// y (M, 2) unless they are the first.
+// The sums of M rows of x and two panels of 16 rows, 64 bytes a step each; added to y (M, 2) unless they are the first.
 template <class P, int M>
 void multiply(const uint8_t* low, const uint8_t* high, int64_t steps, const typename P::Word* x, int64_t stride,
               typename P::Sum* y, bool first) {
@@ -40,7 +39,8 @@ Multiply<P> multiply_rows(int64_t rows) {
   return multiply<P, M>;
 }
 
-// Multiplies a tile, whose first step is step k, by all rows of x, in stacks of about equal height: sums (rows, 2) of 16 lanes.
+// Multiplies a tile, whose first step is step k, by all rows of x, in stacks of about equal height: sums (rows, 2) of 16
+// lanes.
 template <class P>
 ALWAYS_INLINE void multiply_all(const uint8_t* low, const uint8_t* high, int64_t k, int64_t steps,
                                 const Rows<typename P::Word>& x, typename P::Sum* sums) {
@@ -51,30 +51,34 @@ ALWAYS_INLINE void multiply_all(const uint8_t* low, const uint8_t* high, int64_t
   }
 }
 
-template <class P, int bits>
-void many_bits(const Weight& w, const Rows<typename P::Word>& x, const Output& y, int64_t first, int64_t last) {
-  alignas(64) uint8_t tile[2][64 * kSteps];
+// For each of the pairs of panels [first, last): tile(panel, k, end, memory) gives the words [k, end) of a panel, in
+// `memory` or elsewhere; they are multiplied by all rows of x, and write(m, panel, sum) gets the results. A pair may have
+// a panel beyond the last one, which repeats it.
+template <class P, class Tile, class Write>
+ALWAYS_INLINE void multiply_pairs(int64_t panels, int64_t steps, const Rows<typename P::Word>& x, int64_t first,
+                                  int64_t last, Tile&& tile, Write&& write) {
+  alignas(64) uint8_t memory[2][64 * kSteps];
   typename P::Sum sums[2 * kMany];
-  const int64_t inputs = w.halves() * kHalf;
   for (int64_t pair = first; pair < last; ++pair) {
-    for (int64_t k = 0; k < inputs; k += kSteps * P::pack) {
-      const int64_t end = min(k + kSteps * P::pack, inputs);
-      for (int i = 0; i < 2; ++i) P::template decode<bits>(w, min(2 * pair + i, w.panels() - 1), k, end, tile[i]);
-      multiply_all<P>(tile[0], tile[1], k / P::pack, (end - k) / P::pack, x, sums);
+    for (int64_t k = 0; k < steps; k += kSteps) {
+      const int64_t end = min(k + kSteps, steps);
+      const uint8_t* tiles[2];
+      for (int i = 0; i < 2; ++i) tiles[i] = tile(min(2 * pair + i, panels - 1), k, end, memory[i]);
+      multiply_all<P>(tiles[0], tiles[1], k, end - k, x, sums);
     }
     for (int64_t m = 0; m < x.count; ++m)
-      for (int i = 0; i < 2; ++i) write<V>(y, w.rows, m, 2 * pair + i, sums[2 * m + i]);
+      for (int i = 0; i < 2; ++i) write(m, 2 * pair + i, sums[2 * m + i]);
   }
 }
 
 template <class P>
 void many(const Weight& w, const Rows<typename P::Word>& x, const Output& y, int64_t first, int64_t last) {
-  switch (w.bits) {
-    case 2: return many_bits<P, 2>(w, x, y, first, last);
-    case 3: return many_bits<P, 3>(w, x, y, first, last);
-    case 4: return many_bits<P, 4>(w, x, y, first, last);
-    case 5: return many_bits<P, 5>(w, x, y, first, last);
-    case 6: return many_bits<P, 6>(w, x, y, first, last);
-    default: return many_bits<P, 8>(w, x, y, first, last);
-  }
+  with_bits(w.bits, [&](auto bits) {
+    const auto tile = [&](int64_t panel, int64_t k, int64_t end, uint8_t* memory) {
+      P::template decode<decltype(bits)::value>(w, panel, k * P::pack, end * P::pack, memory);
+      return memory;
+    };
+    multiply_pairs<P>(w.panels(), w.halves() * kHalf / P::pack, x, first, last, tile,
+                      [&](int64_t m, int64_t panel, typename P::Sum sum) { write<V>(y, w.rows, m, panel, sum); });
+  });
 }

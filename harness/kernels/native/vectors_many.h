@@ -50,16 +50,10 @@ void decode_tile(const Vectors& w, int64_t p, int64_t first, int64_t last, uint8
 
 template <class P>
 void many_vectors(const Vectors& w, const Rows<typename P::Word>& x, const Output& y, int64_t first, int64_t last) {
-  constexpr int64_t chunk = kSteps * P::pack / kVector;
-  alignas(64) uint8_t tile[2][64 * kSteps];
-  typename P::Sum sums[2 * kMany];
-  for (int64_t pair = first; pair < last; ++pair) {
-    for (int64_t j = 0; j < w.stride; j += chunk) {
-      const int64_t end = min(j + chunk, w.stride), steps = (end - j) * kVector / P::pack;
-      for (int i = 0; i < 2; ++i) decode_tile<P>(w, min(2 * pair + i, w.panels() - 1), j, end, tile[i]);
-      multiply_all<P>(tile[0], tile[1], j * kVector / P::pack, steps, x, sums);
-    }
-    for (int64_t m = 0; m < x.count; ++m)
-      for (int i = 0; i < 2; ++i) write<V>(y, w.rows, m, 2 * pair + i, sums[2 * m + i]);
-  }
+  const auto tile = [&](int64_t panel, int64_t k, int64_t end, uint8_t* memory) {
+    decode_tile<P>(w, panel, k * P::pack / kVector, end * P::pack / kVector, memory);
+    return memory;
+  };
+  multiply_pairs<P>(w.panels(), w.stride * kVector / P::pack, x, first, last, tile,
+                    [&](int64_t m, int64_t panel, typename P::Sum sum) { write<V>(y, w.rows, m, panel, sum); });
 }

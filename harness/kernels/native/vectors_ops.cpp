@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "call.h"
 #include "level.h"
 #include "rows.h"
 #include "tiles.h"
@@ -18,8 +19,8 @@ using std::optional;
 constexpr int64_t kSlabBytes = 4 << 20;  // most bytes of decoded rows of W at once
 
 Book book_of(const Tensor& codes, const Tensor& table, int64_t rows) {
-  TORCH_CHECK(table.dim() == 2 && table.size(1) == kVector && table.is_contiguous(), "a table has shape ", table.sizes(),
-              "; expected (entries, 8)");
+  TORCH_CHECK(table.dim() == 2 && table.size(1) == kVector && table.is_contiguous(), "a table has shape ",
+              table.sizes(), "; expected (entries, 8)");
   TORCH_CHECK(codes.dim() == 2 && codes.is_contiguous() && codes.size(0) == rows && codes.size(1) % 2 == 0,
               "codes have shape ", codes.sizes(), "; expected (", rows, ", an even number)");
   const bool wide = table.scalar_type() != at::kFloat;
@@ -28,7 +29,8 @@ Book book_of(const Tensor& codes, const Tensor& table, int64_t rows) {
   const Points points = table.scalar_type() == at::kChar ? Points::int8 : wide ? Points::float16 : Points::float32;
   TORCH_CHECK(points != Points::float16 || table.scalar_type() == at::kHalf, "a table has dtype ", table.scalar_type(),
               "; expected int8, float16 or float32");
-  TORCH_CHECK(points != Points::int8 || table.size(0) == 512, "a table in int8 has ", table.size(0), " rows; expected 512");
+  TORCH_CHECK(points != Points::int8 || table.size(0) == 512, "a table in int8 has ", table.size(0),
+              " rows; expected 512");
   return {table.const_data_ptr(), codes.const_data_ptr(), points, 1};
 }
 
@@ -60,10 +62,8 @@ Tensor linear(const Tensor& x, at::TensorList codes, at::TensorList tables, cons
               "scale has shape ", scale.sizes(), " ", scale.scalar_type(), "; expected (", rows, ") float32");
   Vectors w = vectors_of(codes, tables, rows, x.size(-1));
   w.scale = scale.const_data_ptr<float>();
-  auto shape = x.sizes().vec();
-  shape.back() = rows;
-  const Tensor y = at::empty(shape, x.options());
-  product(w, x.reshape({-1, x.size(-1)}).contiguous(), bias, y.view({-1, rows}));
+  const Tensor y = outputs_for(x, rows);
+  product(w, as_matrix(x), bias, y.view({-1, rows}));
   return y;
 }
 
@@ -82,17 +82,13 @@ Vectors vectors_of(at::TensorList codes, at::TensorList tables, int64_t rows, in
 }
 
 void product(const Vectors& w, const Tensor& x, const optional<Tensor>& bias, const Tensor& y) {
-  const bool bfloat = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(bfloat || x.scalar_type() == at::kFloat, "x has dtype ", x.scalar_type(), "; expected float32 or bfloat16");
+  const bool bfloat = in_bfloat(x), few = x.size(0) <= kFew;
+  if (!x.size(0)) return;
   const Level& level = current_level();
-  const bool few = x.size(0) <= kFew;
-  if (!few && (!level.vectors->many || (bfloat && matrix_engine()))) return by_slabs(level, w, x, bias, y);
-  const Tensor floats = bias ? bias->to(at::kFloat).contiguous() : Tensor();
-  const Output out{y.mutable_data_ptr(), w.rows, bias ? floats.const_data_ptr<float>() : nullptr,
-                   y.scalar_type() == at::kBFloat16};
-  if (few) by_registers(level, w, x, out);
-  else if (bfloat && level.vectors->many_bf16) by_tiles<uint32_t>(level.vectors->many_bf16, w, x, out);
-  else by_tiles<float>(level.vectors->many, w, x, out);
+  if (!few && by_library(*level.vectors, bfloat)) return by_slabs(level, w, x, bias, y);
+  const Bias added(bias);
+  if (few) by_registers(level, w, x, output_to(y, added));
+  else by_tiles(*level.vectors, w, x, output_to(y, added));
 }
 
 }  // namespace ptqbench

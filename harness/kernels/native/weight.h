@@ -15,15 +15,11 @@ constexpr int64_t kFew = 8;     // rows of x up to which codes are decoded in re
 
 enum class Scale { float32, float16, bfloat16 };
 
-struct Weight {
+// The codes of a weight.
+struct Panels {
   const uint8_t* codes;  // (panels, blocks, bits, 16) words of 32 bits
-  const float* levels;   // value of each code for bits <= 5, padded to 16 or 32; codes of more bits are signed integers
-  const void* scale;     // (panels, groups, 16)
-  const void* zero;      // likewise, in units of levels; null: no zero points
-  Scale scale_type;
   int bits;
-  int64_t rows, inputs;   // N, K
-  int64_t groups, group;  // number of groups, inputs of a group
+  int64_t rows, inputs;  // N, K
 
   int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
   int64_t blocks() const { return (inputs + kBlock - 1) / kBlock; }
@@ -31,7 +27,16 @@ struct Weight {
   const uint8_t* panel(int64_t p) const { return codes + p * blocks() * bits * 64; }
 };
 
-// Rows of x in words, of one float32 or two bfloat16, that can be read up to a multiple of 16 inputs, with zeros beyond K.
+struct Weight : Panels {
+  const float* levels;    // value of each code for bits <= 5, padded to 16 or 32; codes of more bits are signed integers
+  const void* scale;      // (panels, groups, 16)
+  const void* zero;       // likewise, in units of levels; null: no zero points
+  Scale scale_type;
+  int64_t groups, group;  // number of groups, inputs of a group
+};
+
+// Rows of x in words, of one float32 or two bfloat16, that can be read up to a multiple of 16 inputs, with zeros beyond
+// K.
 template <class Word>
 struct Rows {
   const Word* values;
@@ -40,17 +45,10 @@ struct Rows {
 
 constexpr int64_t kMany = 240;  // most rows of x at once: their sums fit into the cache
 
-// A weight of one scale per row, for inputs of 8 bits: codes of 2, 4 or 8 bits, without a sign, in panels.
-struct ByteWeight {
-  const uint8_t* codes;  // (panels, blocks, bits, 16) words
-  const float* scale;    // (panels, 16)
-  const int32_t* zero;   // likewise
-  int bits;
-  int64_t rows, inputs;
-
-  int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
-  int64_t blocks() const { return (inputs + kBlock - 1) / kBlock; }
-  const uint8_t* panel(int64_t p) const { return codes + p * blocks() * bits * 64; }
+// A weight of one scale per row, for inputs of 8 bits: codes of 2, 4 or 8 bits, without a sign.
+struct ByteWeight : Panels {
+  const float* scale;   // (panels, 16)
+  const int32_t* zero;  // likewise
 };
 
 // The outlier channels of one row of x, which are multiplied in float32.
@@ -60,7 +58,7 @@ struct Outliers {
   int64_t count;
 };
 
-// Rows of x in codes of 8 bits with a sign, four a word, in the order of `byte_order`; zeros beyond K.
+// Rows of x in codes of 8 bits with a sign, four a word, in the order of `byte_place`; zeros beyond K.
 struct ByteRows {
   Rows<uint32_t> words;
   const float* scale;        // (rows,)

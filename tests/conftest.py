@@ -69,8 +69,8 @@ def run_id_of(raw: dict[str, Any]) -> str:
 
 
 @pytest.fixture
-def qtensors(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Packed linears in float32 keep their QTensor, whose codes a test compares: no native kernel replaces it."""
+def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As without the native library. Packed linears in float32 keep their QTensor, whose codes a test may compare."""
     monkeypatch.setattr(library, "available", lambda: False)
 
 

@@ -24,7 +24,7 @@ from tests.support.blocks import TOKENS, codes_of
 from tests.support.decoders import quantize
 from tests.support.families import build, uneven
 
-pytestmark = pytest.mark.usefixtures("qtensors")
+pytestmark = pytest.mark.usefixtures("torch_kernels")
 
 ENTRY = 4 * 100  # bytes of tensors in one entry
 

@@ -21,7 +21,7 @@ from tests.support.decoders import linears, quantize, verify
 from tests.support.decoders import stream as stream_of
 from tests.support.families import FAMILIES, build, uneven
 
-pytestmark = pytest.mark.usefixtures("qtensors")
+pytestmark = pytest.mark.usefixtures("torch_kernels")
 
 
 @pytest.fixture(autouse=True)

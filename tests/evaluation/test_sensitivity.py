@@ -29,7 +29,7 @@ from tests.support.blocks import TOKENS, logits, relative
 from tests.support.decoders import linears, quantize, sensitivities
 from tests.support.families import build, uneven
 
-pytestmark = pytest.mark.usefixtures("qtensors")
+pytestmark = pytest.mark.usefixtures("torch_kernels")
 
 Tiny = Callable[..., dict[str, Any]]
 LINEAR = ("analysis.sensitivity=linear", "scheme=channel", "bits=3")

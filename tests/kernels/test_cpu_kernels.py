@@ -6,42 +6,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from harness.core import ActivationFormat, IntQTensor, WeightFormat, round_to_nearest
+from harness.core import ActivationFormat, WeightFormat
 from harness.core.formats import InputQuantizer, PermutedQTensor
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
-from harness.kernels.native import library
 from harness.kernels.table import choose
 from harness.nn import QuantLinear, resident_bytes
+from tests.support.kernels import CPU, error, exact, uneven
 
-CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("torch_kernels")
+
 INT8_ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow")
 vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")
 ROWS = (1, 3, 65, 130)  # of inputs: below and above the limits at which the kernels change their path
-
-
-@pytest.fixture(autouse=True)
-def _without_the_native_library(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "available", lambda: False)
-
-
-def weights(rows: int, columns: int, fmt: WeightFormat) -> IntQTensor:
-    """A weight whose groups differ in scale and offset, so that a wrong group index is detected."""
-    spread = torch.rand(fmt.groups((rows, columns))).mul(4).exp()[..., None]
-    offset = torch.randn(fmt.groups((rows, columns)))[..., None]
-    groups = torch.randn(*spread.shape[:2], columns * rows // spread[..., 0].numel()) + offset
-    return round_to_nearest((groups * spread).view(rows, columns) * 0.01, fmt)
-
-
-def error(outputs: Tensor, expected: Tensor) -> float:
-    return float((outputs.double() - expected).norm() / expected.norm())
-
-
-def exact(weight: IntQTensor, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
-    outputs = inputs.double() @ weight.dequantize(torch.float64).t()
-    return outputs if bias is None else outputs + bias.double()
 
 
 @pytest.mark.parametrize("tokens", ROWS)
@@ -57,7 +35,7 @@ def exact(weight: IntQTensor, inputs: Tensor, bias: Tensor | None = None) -> Ten
     ],
 )
 def test_int4(tokens: int, rows: int, columns: int, options: dict[str, Any]) -> None:
-    weight = weights(rows, columns, WeightFormat(bits=4, **options))
+    weight = uneven(rows, columns, WeightFormat(bits=4, **options))
     kernel = choose(weight, None, torch.bfloat16, CPU)
     assert isinstance(kernel, cpu_int4.CpuInt4)
     inputs, bias = torch.randn(1, tokens, columns).bfloat16(), torch.randn(rows).bfloat16()
@@ -68,7 +46,7 @@ def test_int4(tokens: int, rows: int, columns: int, options: dict[str, Any]) -> 
 
 
 def test_int4_rows_of_several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = weights(176, 64, WeightFormat(bits=4, granularity="group", group_size=32))
+    weight = uneven(176, 64, WeightFormat(bits=4, granularity="group", group_size=32))
     monkeypatch.setattr(cpu_int4, "_SLAB", 128)
     kernel, inputs = cpu_int4.CpuInt4(weight), torch.randn(100, 64).bfloat16()
     assert error(kernel(inputs, None), exact(weight, inputs)) < 0.006
@@ -76,7 +54,7 @@ def test_int4_rows_of_several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 def test_int4_groups_of_the_format_may_span_several_of_the_kernel(size: int) -> None:
-    weight = weights(32, 1024, WeightFormat(bits=4, granularity="group", group_size=size))
+    weight = uneven(32, 1024, WeightFormat(bits=4, granularity="group", group_size=size))
     kernel = choose(weight, None, torch.bfloat16, CPU)
     inputs = torch.randn(2, 1024).bfloat16()
     assert kernel is not None
@@ -94,7 +72,7 @@ def test_int4_rows_are_found_in_whatever_order_torch_packs_them() -> None:
 @pytest.mark.parametrize("tokens", ROWS)
 @pytest.mark.parametrize("options", [{"symmetric": True}, {}, {"zero_point": "float"}, {"granularity": "tensor"}])
 def test_int8_weights_alone(tokens: int, options: dict[str, Any]) -> None:
-    weight = weights(40, 112, WeightFormat(bits=8, **options))
+    weight = uneven(40, 112, WeightFormat(bits=8, **options))
     kernel = choose(weight, None, torch.bfloat16, CPU)
     assert isinstance(kernel, cpu_int8.CpuInt8)
     inputs, bias = torch.randn(tokens, 112).bfloat16(), torch.randn(40).bfloat16()
@@ -125,7 +103,7 @@ def quantizer(kind: str) -> InputQuantizer:
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 def test_int8_inputs(dtype: torch.dtype, shape: tuple[int, int], kind: str, granularity: Any) -> None:
-    weight = weights(48, 100, WeightFormat(bits=8, symmetric=True, grid="narrow", granularity=granularity))
+    weight = uneven(48, 100, WeightFormat(bits=8, symmetric=True, grid="narrow", granularity=granularity))
     inputs = torch.randn(*shape, 100) * torch.rand(*shape, 1).mul(2).exp()
     inputs[..., 7] *= 10  # above the threshold in most sequences
     inputs, rounding = inputs.to(dtype), quantizer(kind)
@@ -141,7 +119,7 @@ def test_int8_inputs(dtype: torch.dtype, shape: tuple[int, int], kind: str, gran
 @vnni
 @pytest.mark.parametrize("kind", ["token", "tensor", "static"])
 def test_a_large_weight_goes_to_onednn_and_gives_the_same(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, inputs, bias = weights(48, 100, INT8_ROWS), torch.randn(3, 5, 100), torch.randn(48)
+    weight, inputs, bias = uneven(48, 100, INT8_ROWS), torch.randn(3, 5, 100), torch.randn(48)
     small = cpu_w8a8.build(weight, quantizer(kind))
     monkeypatch.setattr(cpu_w8a8, "MAX_PLAIN_WEIGHTS", 4799)
     large = cpu_w8a8.build(weight, quantizer(kind))
@@ -155,13 +133,13 @@ def test_a_processor_without_vnni_has_no_int8_product(
     kind: str, dtype: torch.dtype, name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cpu, "_is_vnni_supported", lambda: False)
-    kernel = choose(weights(48, 64, INT8_ROWS), quantizer(kind), dtype, CPU)
+    kernel = choose(uneven(48, 64, INT8_ROWS), quantizer(kind), dtype, CPU)
     assert (kernel.name if kernel else None) == name
 
 
 @vnni
 def test_zeros_stay_zeros() -> None:
-    weight = weights(16, 32, INT8_ROWS)
+    weight = uneven(16, 32, INT8_ROWS)
     for kind in ("token", "llm_int8"):
         kernel = choose(weight, quantizer(kind), torch.float32, CPU)
         assert kernel is not None
@@ -169,7 +147,7 @@ def test_zeros_stay_zeros() -> None:
 
 
 def test_columns_in_another_order() -> None:
-    base, order = weights(32, 64, WeightFormat(bits=4, granularity="group", group_size=32)), torch.randperm(64)
+    base, order = uneven(32, 64, WeightFormat(bits=4, granularity="group", group_size=32)), torch.randperm(64)
     weight = PermutedQTensor(base, order)
     kernel = choose(weight, None, torch.bfloat16, CPU)
     assert kernel is not None
@@ -197,18 +175,18 @@ def test_columns_in_another_order() -> None:
 def test_the_table_leaves_to_the_reference_what_it_has_no_kernel_for(
     fmt: WeightFormat, dtype: torch.dtype, name: str | None
 ) -> None:
-    kernel = choose(weights(32, 64, fmt), None, dtype, CPU)
+    kernel = choose(uneven(32, 64, fmt), None, dtype, CPU)
     assert (kernel.name if kernel else None) == name
 
 
 def test_shapes_that_torch_refuses_or_reads_past_the_end_of_are_decoded() -> None:
-    assert choose(weights(24, 64, WeightFormat(bits=4)), None, torch.bfloat16, CPU) is None
-    assert choose(weights(32, 100, WeightFormat(bits=8)), None, torch.bfloat16, CPU) is None
+    assert choose(uneven(24, 64, WeightFormat(bits=4)), None, torch.bfloat16, CPU) is None
+    assert choose(uneven(32, 100, WeightFormat(bits=8)), None, torch.bfloat16, CPU) is None
 
 
 @vnni
 def test_inputs_that_the_kernel_cannot_quantize_are_quantized_before_it() -> None:
-    weight = weights(48, 64, INT8_ROWS)
+    weight = uneven(48, 64, INT8_ROWS)
     rounding = InputQuantizer(ActivationFormat(bits=8))  # asymmetric
     linear = QuantLinear(weight, None, torch.bfloat16, rounding).pack()
     assert linear.kernel == "cpu_w8a16"
@@ -217,7 +195,7 @@ def test_inputs_that_the_kernel_cannot_quantize_are_quantized_before_it() -> Non
 
 
 def test_packed_keeps_what_the_kernel_reads_and_nothing_else() -> None:
-    weight = weights(64, 128, WeightFormat(bits=4, granularity="group", group_size=64))
+    weight = uneven(64, 128, WeightFormat(bits=4, granularity="group", group_size=64))
     linear = QuantLinear(weight, torch.zeros(64).bfloat16(), torch.bfloat16).pack()
     assert isinstance(linear.packed, Kernel)
     assert resident_bytes(linear) == 64 * 128 // 2 + 64 * 2 * 4 + 64 * 2
@@ -235,6 +213,6 @@ def test_packed_keeps_what_the_kernel_reads_and_nothing_else() -> None:
 )
 def test_the_table_of_a_gpu(fmt: WeightFormat, inputs: str | None, name: str | None) -> None:
     rounding = quantizer(inputs) if inputs else None
-    kernel = choose(weights(64, 128, fmt), rounding, torch.float16, torch.device("cuda"))
+    kernel = choose(uneven(64, 128, fmt), rounding, torch.float16, torch.device("cuda"))
     assert (kernel.name if kernel else None) == name
-    assert choose(weights(64, 128, fmt), rounding, torch.float64, torch.device("cuda")) is None
+    assert choose(uneven(64, 128, fmt), rounding, torch.float64, torch.device("cuda")) is None

@@ -9,12 +9,10 @@ import torch
 
 from harness.core import ActivationFormat, WeightFormat
 from harness.core.formats import InputQuantizer
-from harness.kernels.native import int8, library
+from harness.kernels.native import int8
 from harness.kernels.table import choose
 from harness.nn import QuantLinear
-from tests.kernels.test_native import BOUNDS, CPU, built, grid, level
-
-__all__ = ["level"]  # a fixture
+from tests.support.kernels import BOUNDS, CPU, built, error, uneven
 
 SHAPES = ((1, 1), (2, 3), (7,), (1, 30))  # of the tokens
 INPUTS: dict[str, dict[str, Any]] = {
@@ -38,7 +36,7 @@ def quantizer(kind: str) -> InputQuantizer:
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("kind", INPUTS)
 def test_every_format_of_inputs(level: str, kind: str, dtype: torch.dtype) -> None:
-    weight, inputs = grid(37, 80, WeightFormat(bits=8, symmetric=True, grid="narrow")), quantizer(kind)
+    weight, inputs = uneven(37, 80, WeightFormat(bits=8, symmetric=True, grid="narrow")), quantizer(kind)
     kernel, bias = int8.Int8Linear(weight, inputs), torch.randn(37).to(dtype)
     for tokens in SHAPES:
         x = torch.randn(*tokens, 80).to(dtype)
@@ -46,7 +44,7 @@ def test_every_format_of_inputs(level: str, kind: str, dtype: torch.dtype) -> No
         outputs = kernel(x, bias)
         assert outputs.shape == expected.shape
         assert outputs.dtype == dtype
-        assert float((outputs - expected).norm() / expected.norm()) < BOUNDS[dtype]
+        assert error(outputs, expected) < BOUNDS[dtype]
 
 
 @built
@@ -54,17 +52,17 @@ def test_every_format_of_inputs(level: str, kind: str, dtype: torch.dtype) -> No
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize("options", [{}, {"granularity": "tensor"}, {"symmetric": True}])
 def test_every_width_of_weights(level: str, bits: int, columns: int, options: dict[str, Any]) -> None:
-    weight, inputs = grid(20, columns, WeightFormat(bits=bits, **options)), quantizer("outliers")
+    weight, inputs = uneven(20, columns, WeightFormat(bits=bits, **options)), quantizer("outliers")
     x = torch.randn(2, 13, columns)
     expected = inputs(x).double() @ weight.dequantize(torch.float64).t()
     outputs = int8.Int8Linear(weight, inputs)(x, None)
-    assert float((outputs - expected).norm() / expected.norm()) < 1e-6
+    assert error(outputs, expected) < 1e-6
 
 
 @built
 def test_codes_of_inputs_are_those_of_the_quantizer() -> None:
     """With an identity as weight, outputs are the rounded inputs: equal to the bit, also where a value is a tie."""
-    identity = grid(64, 64, WeightFormat(bits=8, symmetric=True, grid="narrow"))
+    identity = uneven(64, 64, WeightFormat(bits=8, symmetric=True, grid="narrow"))
     identity.scale.fill_(1.0)
     identity.qweight.copy_((torch.eye(64, dtype=torch.uint8) + 128).view(-1))
     for kind in ("token", "tensor", "clip", "full"):
@@ -74,7 +72,7 @@ def test_codes_of_inputs_are_those_of_the_quantizer() -> None:
 
 @built
 def test_long_sums_are_exact() -> None:
-    weight = grid(16, 40000, WeightFormat(bits=8, granularity="tensor", symmetric=True, grid="narrow"))
+    weight = uneven(16, 40000, WeightFormat(bits=8, granularity="tensor", symmetric=True, grid="narrow"))
     weight.qweight.fill_(255)
     outputs = int8.Int8Linear(weight, quantizer("token"))(torch.ones(1, 40000), None)
     expected = 40000 * 127 * float(weight.scale)
@@ -83,7 +81,7 @@ def test_long_sums_are_exact() -> None:
 
 @built
 def test_zeros_and_no_rows() -> None:
-    weight = grid(16, 32, WeightFormat(bits=8, symmetric=True, grid="narrow"))
+    weight = uneven(16, 32, WeightFormat(bits=8, symmetric=True, grid="narrow"))
     for kind in INPUTS:
         kernel = int8.Int8Linear(weight, quantizer(kind))
         assert not kernel(torch.zeros(1, 3, 32), None).any()
@@ -103,23 +101,23 @@ def test_zeros_and_no_rows() -> None:
     ],
 )
 def test_the_table(fmt: WeightFormat, inputs: ActivationFormat, name: str) -> None:
-    weight, rounding, x = grid(32, 64, fmt), InputQuantizer(inputs), torch.randn(3, 64)
+    weight, rounding, x = uneven(32, 64, fmt), InputQuantizer(inputs), torch.randn(3, 64)
     kernel = choose(weight, rounding, torch.float32, CPU)
     assert kernel is not None
     assert kernel.name == name
     expected = rounding(x).double() @ weight.dequantize(torch.float64).t()
     outputs = QuantLinear(weight, None, torch.float32, rounding).pack()(x)
-    assert float((outputs - expected).norm() / expected.norm()) < 1e-6
+    assert error(outputs, expected) < 1e-6
 
 
 @built
 def test_the_operator_compiles() -> None:
-    kernel = int8.Int8Linear(grid(32, 64, WeightFormat(bits=8)), quantizer("token"))
+    kernel = int8.Int8Linear(uneven(32, 64, WeightFormat(bits=8)), quantizer("token"))
     stored = (kernel.qweight, kernel.scale, kernel.zero_point, None, None)
     arguments = (torch.randn(3, 64), *stored, 1.0, 127.0, -128, 127, 0.0, False, 32)
     torch.library.opcheck(torch.ops.ptqbench_native.int8_linear, arguments)
 
 
-def test_without_the_library_other_kernels_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(library, "available", lambda: False)
-    assert not int8.supports(grid(32, 64, WeightFormat(bits=8)), quantizer("token"), torch.float32)
+@pytest.mark.usefixtures("torch_kernels")
+def test_without_the_library_other_kernels_run() -> None:
+    assert not int8.supports(uneven(32, 64, WeightFormat(bits=8)), quantizer("token"), torch.float32)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
 
 from harness.core import QTensor
 from harness.core.formats import AdditiveQTensor, IncoherentQTensor
@@ -16,9 +15,7 @@ from harness.kernels.native.additive import AdditiveLinear
 from harness.kernels.native.incoherent import IncoherentLinear
 from harness.kernels.table import choose
 from harness.nn import QuantLinear
-from tests.kernels.test_native import BOUNDS, CPU, TOKENS, built, level
-
-__all__ = ["level"]  # a fixture
+from tests.support.kernels import BOUNDS, CPU, TOKENS, built, check, check_threads
 
 # Transforms: 12 x 16 and 36 x 16; 1 x 64 and 12 x 128; odd sizes (Hartley 37 and 5 x 8); 4 x 2 without a dense factor.
 SHAPES = ((192, 576), (64, 1536), (37, 40), (16, 8), (50, 104), (128, 256))
@@ -45,14 +42,8 @@ def kernel_of(weight: QTensor, dtype: torch.dtype = torch.float32) -> Kernel:
     return kernel
 
 
-def check(weight: QTensor, dtype: torch.dtype, tokens: int) -> None:
-    """Compare the kernel of a weight with float64 arithmetic, on fresh inputs and with a bias."""
-    inputs, bias = torch.randn(1, tokens, weight.shape[1]).to(dtype), torch.randn(weight.shape[0]).to(dtype)
-    outputs = kernel_of(weight, dtype)(inputs, bias)
-    expected = inputs.double() @ weight.dequantize(torch.float64).t() + bias.double()
-    assert outputs.shape == expected.shape
-    assert outputs.dtype == dtype
-    assert float((outputs.double() - expected).norm() / expected.norm()) < BOUNDS[dtype]
+def compare(weight: QTensor, dtype: torch.dtype, tokens: int) -> None:
+    check(kernel_of(weight, dtype), weight, dtype, tokens)
 
 
 @built
@@ -61,8 +52,8 @@ def check(weight: QTensor, dtype: torch.dtype, tokens: int) -> None:
 @pytest.mark.parametrize("bits", STAGES)
 def test_lattice_codes(level: str, bits: int, tuned: bool, dtype: torch.dtype) -> None:
     for tokens, (rows, columns) in zip(TOKENS, SHAPES, strict=True):
-        check(rotated(rows, columns, bits, tuned), dtype, tokens)
-        check(rotated(rows, columns, bits, tuned), dtype, 31 - tokens)
+        compare(rotated(rows, columns, bits, tuned), dtype, tokens)
+        compare(rotated(rows, columns, bits, tuned), dtype, 31 - tokens)
 
 
 @built
@@ -70,42 +61,38 @@ def test_lattice_codes(level: str, bits: int, tuned: bool, dtype: torch.dtype) -
 @pytest.mark.parametrize(("books", "bits"), [(1, 8), (2, 8), (3, 4), (1, 12), (2, 12)])
 def test_additive_codebooks(level: str, books: int, bits: int, dtype: torch.dtype) -> None:
     for tokens, (rows, columns) in zip(TOKENS, SHAPES, strict=True):
-        check(additive_weight(rows, columns, books, bits), dtype, tokens)
-        check(additive_weight(rows, columns, books, bits), dtype, 31 - tokens)
+        compare(additive_weight(rows, columns, books, bits), dtype, tokens)
+        compare(additive_weight(rows, columns, books, bits), dtype, 31 - tokens)
 
 
 @built
 def test_the_largest_codes_are_read_without_a_sign(level: str) -> None:
     weight = additive_weight(32, 64, 1, 16)
     assert int(weight.codes.max()) > 1 << 15
-    check(weight, torch.float32, 1)
-    check(weight, torch.float32, 20)
+    compare(weight, torch.float32, 1)
+    compare(weight, torch.float32, 20)
 
 
 @built
 def test_many_rows_in_several_parts(level: str) -> None:
-    check(additive_weight(48, 1024, 2, 8), torch.bfloat16, 500)  # rows of 2048 bytes, which are moved apart in memory
-    check(rotated(48, 1024, 2), torch.float32, 500)
+    compare(additive_weight(48, 1024, 2, 8), torch.bfloat16, 500)  # rows of 2048 bytes, which are moved apart in memory
+    compare(rotated(48, 1024, 2), torch.float32, 500)
 
 
 @built
 def test_rows_in_several_slabs(level: str) -> None:
-    check(additive_weight(1100, 1024, 1, 8), torch.float32, 9)
+    compare(additive_weight(1100, 1024, 1, 8), torch.float32, 9)
 
 
 @built
 def test_a_sum_does_not_depend_on_threads(level: str) -> None:
-    threads, outputs = torch.get_num_threads(), list[Tensor]()
-    kernel = kernel_of(rotated(192, 576, 3))
-    inputs = [torch.randn(tokens, 576) for tokens in (1, 40)]
-    try:
-        for count in (1, 2, 3):
-            torch.set_num_threads(count)
-            outputs.append(torch.cat([kernel(part, None) for part in inputs]))
-    finally:
-        torch.set_num_threads(threads)
-    assert torch.equal(outputs[0], outputs[1])
-    assert torch.equal(outputs[0], outputs[2])
+    check_threads(kernel_of(rotated(192, 576, 3)))
+
+
+@built
+def test_no_rows(level: str) -> None:
+    for weight in (rotated(16, 8, 2), additive_weight(16, 64, 1, 8)):
+        assert kernel_of(weight)(torch.zeros(2, 0, weight.shape[1]), None).shape == (2, 0, 16)
 
 
 @pytest.mark.parametrize("size", [1, 8, 36, 37, 40, 192, 576, 1536])

@@ -16,7 +16,7 @@ from harness.core.formats import PermutedQTensor
 from methods.gptq import GPTQ, inverse_factor
 from tests.support.reference import FORMATS, Solved, naive_damped, naive_gptq, naive_ldlq
 
-pytestmark = pytest.mark.usefixtures("qtensors")
+pytestmark = pytest.mark.usefixtures("torch_kernels")
 
 ROWS, COLUMNS = 5, 24
 

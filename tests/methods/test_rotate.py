@@ -27,7 +27,7 @@ from tests.support.blocks import TOKENS, codes_of, logits, relative
 from tests.support.decoders import linears, quantize
 from tests.support.families import build, uneven
 
-pytestmark = pytest.mark.usefixtures("qtensors")
+pytestmark = pytest.mark.usefixtures("torch_kernels")
 
 Tiny = Callable[..., dict[str, Any]]
 

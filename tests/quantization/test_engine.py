@@ -20,7 +20,7 @@ from tests.support.blocks import Block, codes_of, logits, relative
 from tests.support.decoders import linears, quantize
 from tests.support.families import build, uneven
 
-pytestmark = pytest.mark.usefixtures("qtensors")
+pytestmark = pytest.mark.usefixtures("torch_kernels")
 
 Tiny = Callable[..., dict[str, Any]]
 TOKENS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(5))

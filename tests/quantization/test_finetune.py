@@ -21,7 +21,7 @@ from tests.support.blocks import TOKENS, logits, relative
 from tests.support.decoders import quantize
 from tests.support.families import build, uneven
 
-pytestmark = pytest.mark.usefixtures("qtensors")
+pytestmark = pytest.mark.usefixtures("torch_kernels")
 
 Tiny = Callable[..., dict[str, Any]]
 QUIP = ("method=quip_sharp", "bits=2", "method.quip_sharp.passes=0")

@@ -1,0 +1,59 @@
+"""What tests of CPU kernels share: weights, and comparisons with float64 arithmetic on the decoded weight."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.core import IntQTensor, QTensor, WeightFormat, round_to_nearest
+from harness.kernels.base import Kernel
+from harness.kernels.native import library
+
+CPU = torch.device("cpu")
+LEVELS = ("plain", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+TOKENS = (1, 2, 3, 8, 9, 30)  # of inputs: below and above the limits at which the native kernels change their path
+BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of relative errors
+built = pytest.mark.skipif(not library.available(), reason=f"the native library is {library.problem()}")
+
+
+def uneven(rows: int, columns: int, fmt: WeightFormat) -> IntQTensor:
+    """A weight whose groups differ in scale and offset, so that a wrong group index is detected."""
+    spread = torch.rand(fmt.groups((rows, columns))).mul(4).exp()[..., None]
+    offset = torch.randn(fmt.groups((rows, columns)))[..., None]
+    groups = torch.randn(*spread.shape[:2], columns * rows // spread[..., 0].numel()) + offset
+    return round_to_nearest((groups * spread).view(rows, columns) * 0.01, fmt)
+
+
+def error(outputs: Tensor, expected: Tensor) -> float:
+    """Relative Frobenius error."""
+    return float((outputs.double() - expected).norm() / expected.norm())
+
+
+def exact(weight: QTensor, inputs: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The outputs in float64."""
+    outputs = inputs.double() @ weight.dequantize(torch.float64).t()
+    return outputs if bias is None else outputs + bias.double()
+
+
+def check(kernel: Kernel, weight: QTensor, dtype: torch.dtype, tokens: int) -> None:
+    """Compare a kernel with float64 arithmetic on its weight, for fresh inputs and with a bias."""
+    inputs, bias = torch.randn(1, tokens, weight.shape[1]).to(dtype), torch.randn(weight.shape[0]).to(dtype)
+    outputs, expected = kernel(inputs, bias), exact(weight, inputs, bias)
+    assert outputs.shape == expected.shape
+    assert outputs.dtype == dtype
+    assert error(outputs, expected) < BOUNDS[dtype]
+
+
+def check_threads(kernel: Kernel) -> None:
+    """Check that sums of few and of many rows of inputs do not depend on the number of threads."""
+    threads, outputs = torch.get_num_threads(), list[Tensor]()
+    inputs = [torch.randn(tokens, kernel.shape[1]) for tokens in (1, 40)]
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            outputs.append(torch.cat([kernel(part, None) for part in inputs]))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(outputs[0], outputs[1])
+    assert torch.equal(outputs[0], outputs[2])

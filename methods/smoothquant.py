@@ -58,7 +58,8 @@ class SmoothQuant(Method):
         if not self.search:
             group.rescale(smoothing_scale(X_max, W_max, self.alpha))
             return
-        best, lowest = torch.ones_like(W_max), group.error(torch.ones_like(W_max))
+        best = torch.ones_like(W_max)
+        lowest = group.error(best)
         for alpha in (self.alpha, *_ALPHAS):
             scale = smoothing_scale(X_max, W_max, alpha)
             error = group.error(scale, lowest)

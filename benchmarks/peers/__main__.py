@@ -9,14 +9,12 @@ to those of float32 in this project, shows it. llama.cpp keeps its KV cache in f
 dtype. Writes results/benchmarks/peers.json and peers.md, with the reason for each model that is left out.
 """
 
-import os
 import sys
 
-# Waiting threads of one library would take the processor from those of the next: 0.1 ms, as in a run.
-if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-    os.environ["GOMP_SPINCOUNT"] = "10000"
-
-from benchmarks.peers.run import main  # it loads the libraries, which read the setting
+from harness.utils.spinning import limit_spinning
 
 if __name__ == "__main__":
+    limit_spinning()  # waiting threads of one library would take the processor from those of the next
+    from benchmarks.peers.run import main  # it loads the libraries, which read the setting
+
     main(*map(int, sys.argv[1:]))

@@ -13,6 +13,7 @@ from harness.cli.commands import COMMANDS as COMMANDS
 from harness.cli.commands import HELP, help_of, print_error
 from harness.cli.completion import words_of
 from harness.utils.errors import Refusal
+from harness.utils.spinning import limit_spinning
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     An interruption while a command is still being imported is one line too.
     """
     os.environ.setdefault("TQDM_DISABLE", "1")  # progress bars of libraries; tqdm reads this once, when it is imported
-    _limit_spinning()
+    limit_spinning()
     words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         return _dispatch(words)
@@ -32,16 +33,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # a second Ctrl-C would interrupt the end of the process
         print_error("interrupted; finished runs are kept and will be skipped next time")
         return 130
-
-
-def _limit_spinning() -> None:
-    """Let threads that wait for others sleep after about 0.1 ms; OpenMP reads this once, when torch is imported.
-
-    By default they spin for milliseconds, which costs more than it saves as soon as another process needs a core. Waits
-    between the small operators of one token are shorter, so latency stays the same.
-    """
-    if not os.environ.keys() & {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"}:
-        os.environ["GOMP_SPINCOUNT"] = "10000"
 
 
 def conf_folder() -> Path:

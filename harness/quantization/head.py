@@ -14,7 +14,7 @@ from torch import nn
 
 from harness.core import Method, Scheme, Stats, WeightFormat
 from harness.models import linears_of, weight_of
-from harness.quantization.install import install
+from harness.quantization.install import convert, install
 from harness.utils.errors import Refusal
 
 _GROUP = 32
@@ -44,10 +44,7 @@ def quantize_head(model: nn.Module, bits: int, execution: str, notes: list[str])
     assert name is not None
     fmt = WeightFormat(bits=bits, symmetric=True, grid="narrow", granularity="group", group_size=_GROUP)
     linear, row = install(model, name, Method(), Scheme(name="head", weight=fmt), Stats(), notes)
-    if execution == "packed":
-        return row, linear.pack().kernel
-    linear.simulate()
-    return row, None
+    return row, convert(linear, execution)
 
 
 def _head(model: nn.Module) -> str | None:

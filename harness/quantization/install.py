@@ -19,6 +19,14 @@ from harness.models import weight_of
 from harness.nn import QuantLinear, replace
 
 
+def convert(linear: QuantLinear, execution: str) -> str | None:
+    """Convert an installed linear to the configured execution. Returns: its kernel; None if it is simulated."""
+    if execution == "packed":
+        return linear.pack().kernel
+    linear.simulate()
+    return None
+
+
 def install(
     model: nn.Module, name: str, step: Method, scheme: Scheme, stats: Stats, notes: list[str]
 ) -> tuple[QuantLinear, dict[str, Any]]:

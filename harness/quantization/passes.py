@@ -24,7 +24,7 @@ from harness.core import Hessian, InputGroup, Method, MinMax, QTensor, Sample, S
 from harness.models import Decoder
 from harness.nn import QuantLinear
 from harness.quantization.finetune import finetune
-from harness.quantization.install import install, recorded, row_of
+from harness.quantization.install import convert, install, recorded, row_of
 from harness.quantization.producers import Discovery
 from harness.quantization.result import Result, Row
 from harness.quantization.scale_search import Trial
@@ -209,10 +209,8 @@ class Pass:
         for linear, row in quantized:
             if self.cfg.save is not None and isinstance(linear.packed, QTensor):
                 self.result.weights[row["name"]] = linear.packed
-            if self.cfg.execution == "packed":
-                self.result.kernels.add(linear.pack().kernel)
-            else:
-                linear.simulate()
+            if kernel := convert(linear, self.cfg.execution):
+                self.result.kernels.add(kernel)
             self.result.layers.append(row)
 
     def _needs(self) -> list[type[Stat]]:

@@ -26,6 +26,7 @@ from omegaconf import OmegaConf
 from harness import models
 from harness.cli import main
 from harness.config import build_run
+from harness.core import operators
 from harness.kernels.native import library
 from harness.runs.identity import run_id
 from tests.support import interpreter
@@ -72,6 +73,7 @@ def run_id_of(raw: dict[str, Any]) -> str:
 def torch_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """As without the native library. Packed linears in float32 keep their QTensor, whose codes a test may compare."""
     monkeypatch.setattr(library, "available", lambda: False)
+    monkeypatch.setattr(operators, "namespace", lambda: None)
 
 
 @pytest.fixture

@@ -8,17 +8,22 @@ Arrays: weight (N, K) float32, hessian (K, K) positive definite, codes (G, M, N)
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from harness.core.formats.additive import Gather
+from harness.core.operators import operator
 from harness.core.solvers.kmeans import smallest
 
 _COLUMNS = 64  # columns searched between two updates of the whole error; chosen for speed only
 _SCORES = 1 << 20  # scores of candidates in memory at once, 4 MiB
 _LEAST_ROWS = 64  # rows searched at once, at least
+_NATIVE_SIZE, _NATIVE_LANES = 8, 256  # the native search: size of a group, divisor of the entries
 _CONVERGED = 1e-9  # share of the largest squared gradient; below it float32 resolves only noise
 
 
@@ -164,6 +169,10 @@ class _Run:
         `gap` (n, g) leads from the present vector to the optimum.
         Returns: the best codes (M, n), and the gap that remains with them, (n, g).
         """
+        native = _native(gap, self.norms.shape[2], beam)
+        if native is not None:
+            result: tuple[Tensor, Tensor] = native(gap, codes, self.entries[i], self.norms[i], self.tables[i], beam)
+            return result
         beams, gaps = codes[:, :, None], gap[:, None]  # (M, n, P), (n, P, g) for P candidates
         for m, entries in enumerate(self.entries[i]):
             targets, last = gaps + _pick(entries, beams[m]), m + 1 == len(codes)
@@ -203,3 +212,28 @@ def _take(targets: Tensor, origin: Tensor) -> Tensor:
 def _pick(entries: Tensor, codes: Tensor) -> Tensor:
     """entries[codes], (n, P, g), of entries (E, g) and codes (n, P); several times as fast as indexing on a CPU."""
     return entries.index_select(0, codes.reshape(-1)).view(*codes.shape, -1)
+
+
+def _native(gap: Tensor, entries: int, beam: int) -> Callable[..., Any] | None:
+    """The native beam search, if it computes the same bits as torch for `gap` (n, 8) and codebooks of `entries`."""
+    search, scores = operator("additive_beam"), operator("additive_scores")
+    possible = gap.shape[1] == _NATIVE_SIZE and gap.device.type == "cpu" and entries % _NATIVE_LANES == 0
+    if search is None or scores is None or not possible:
+        return None
+    same = (_same_scores(scores, rows, entries, torch.get_num_threads()) for rows in {len(gap), len(gap) * beam})
+    return search if all(same) else None
+
+
+@functools.cache
+def _same_scores(scores: Callable[..., Any], rows: int, entries: int, threads: int) -> bool:
+    """Whether native scores and squared lengths of `rows` targets are torch's to the bit.
+
+    torch's products come from a library that may add in another order for other shapes and on other processors. Random
+    values show it; a search with any other bits would choose other codes where two candidates are almost equal.
+    """
+    generator = torch.Generator().manual_seed(threads)
+    targets, norms, table = (
+        torch.randn(shape, generator=generator) for shape in ((rows, _NATIVE_SIZE), (entries,), (_NATIVE_SIZE, entries))
+    )
+    expected = torch.addmm(norms, targets, table), targets.square().sum(1)
+    return all(map(torch.equal, scores(targets, norms, table), expected))

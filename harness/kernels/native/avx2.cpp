@@ -66,6 +66,11 @@ struct V {
   template <int s>
   static ALWAYS_INLINE I arithmetic(I x) { return {_mm256_srai_epi32(x.a, s), _mm256_srai_epi32(x.b, s)}; }
   static ALWAYS_INLINE I either(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
+  template <uint32_t mask>
+  static ALWAYS_INLINE I merge(I x, I y) {  // the bits of the mask from x, the others from y
+    const __m256i bits = _mm256_set1_epi32(static_cast<int32_t>(mask));
+    return either(both(x, {bits, bits}), {_mm256_andnot_si256(bits, y.a), _mm256_andnot_si256(bits, y.b)});
+  }
   static ALWAYS_INLINE __m256 choose(__m256 low, __m256 high, __m256i index, int bit) {
     return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(index, 31 - bit)));
   }
@@ -167,7 +172,7 @@ struct V {
 const Level& avx2_level() {
   static const VectorLevel vectors{few_vectors<V>, nullptr, nullptr, decode_rows<V, float>, decode_rows<V, uint16_t>,
                                    enter<V>, leave<V>};
-  static const Level level{"avx2", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
+  static const Level level{"avx2", few<V>, nullptr, nullptr, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
                            bytes<V>, absmax<V>, encode<V>, &vectors};
   return level;
 }

@@ -27,7 +27,7 @@ namespace {
 const Level& avx512_level() {
   static const VectorLevel vectors{few_vectors<V>, many_vectors<FloatProduct>, nullptr, decode_rows<V, float>,
                                    decode_rows<V, uint16_t>, enter<V>, leave<V>};
-  static const Level level{"avx512", few<V>, many<FloatProduct>, nullptr, decode<V, float>, decode<V, uint16_t>,
+  static const Level level{"avx512", few<V>, nullptr, nullptr, many<FloatProduct>, nullptr, decode<V, float>, decode<V, uint16_t>,
                            bytes<V>, absmax<V>, encode<V>, &vectors};
   return level;
 }

@@ -1,4 +1,6 @@
 // The kernels for AVX-512 with products of bytes (VNNI).
+#include <algorithm>
+#include <cmath>
 #include <cstdint>
 
 #include "weight.h"
@@ -11,16 +13,20 @@ namespace ptqbench {
 namespace {
 #include "common.h"
 #include "vector_avx512.h"
+#include "codes.h"
 #include "parts.h"
 #include "output.h"
 #include "product.h"
 #include "bytes.h"
+#include "digits.h"
 }  // namespace
 
 const Level& avx512_vnni_level() {
   static const Level level = [] {
     Level copy = avx512_level();
     copy.name = "avx512_vnni";
+    copy.few_digits = few_digits<V>;
+    copy.split_chunk = split_chunk<V>;
     copy.bytes = bytes<V>;
     return copy;
   }();

@@ -37,8 +37,9 @@ typename V::F outlier_products(const ByteWeight& w, const Outliers& outliers, in
   typename V::F sum = V::zero();
   const uint8_t* panel = w.panel(p);
   for (int64_t i = 0; i < outliers.count; ++i) {
-    const int64_t k = outliers.columns[i], codes = 32 / w.bits;
-    const typename V::I word = V::shifted(V::load(panel + k / codes * 64), static_cast<int>(k % codes) * w.bits);
+    const int64_t k = outliers.columns[i], four = k / 4, parts = 8 / w.bits;
+    const int shift = static_cast<int>(8 * (k % 4) + four % parts * w.bits);
+    const typename V::I word = V::shifted(V::load(panel + four / parts * 64), shift);
     const typename V::I code = V::both(word, V::integer((1 << w.bits) - 1));
     const typename V::I zero = V::load(reinterpret_cast<const uint8_t*>(w.zero + p * kPanel));
     sum = V::fma(V::broadcast(outliers.values[k]), V::to_float(V::sub(code, zero)), sum);

@@ -1,41 +1,49 @@
 // Where the codes of a block lie, and the value of each. Included by every level after its vector class.
 //
-// `bits` words of 32 bits hold 32 codes of one row. Widths that divide 32 fill the words in order. At 3, 5 and 6 bits a
-// word holds whole codes in its lower 30 bits; the upper two bits of all words together hold the last code of each
-// half.
+// `bits` words of 32 bits hold 32 codes of one row. A width is split into planes of 8, 4, 2 or 1 bits, each in words of
+// its own. Four neighbouring inputs lie at the same place of the four bytes of a word.
 #pragma once
 
+// The planes of a width: `low` bits, and above them `high` bits or none.
 template <int bits>
-inline constexpr bool divides = 32 % bits == 0;
+struct Planes {
+  static constexpr int low = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits, high = bits - low;
+};
 
-// The code made of the upper bits of the words of a half, lowest bits first; the middle word of an odd number of words
-// gives bit 30 to the first half and bit 31 to the second.
-template <class V, int bits, int half>
-ALWAYS_INLINE typename V::I last_code(const uint8_t* block) {
-  const uint8_t* words = block + 64 * (half ? (bits + 1) / 2 : 0);
-  typename V::I sum = V::template right<30>(V::load(words));
-  if constexpr (bits >= 5) sum = V::either(sum, V::template left<2>(V::template right<30>(V::load(words + 64))));
-  if constexpr (bits == 6) sum = V::either(sum, V::template left<4>(V::template right<30>(V::load(words + 128))));
-  if constexpr (bits % 2 == 1) {
-    typename V::I middle = V::load(block + 64 * (bits / 2));
-    middle = V::template left<bits - 1>(V::template right<31>(half ? middle : V::template left<1>(middle)));
-    sum = V::either(sum, middle);
-  }
-  return sum;
+// The words of plane `first` of `width` bits that hold inputs 4 * four and the next three, shifted so that bit `shift`
+// of the plane's lowest byte comes to bit `to`.
+template <class V, int first, int width, int four, int shift, int to>
+ALWAYS_INLINE typename V::I plane(const uint8_t* block) {
+  constexpr int count = 8 / width, from = shift + width * (four % count);
+  const typename V::I words = V::load(block + 64 * (first + four / count));
+  if constexpr (from >= to) return V::template right<from - to>(words);
+  else return V::template left<to - from>(words);
+}
+
+constexpr int64_t kAhead = 2048;  // bytes: what a processor reads ahead by itself is too near at few bits a code
+
+// Asks for the block that is read some blocks later. Memory that is not there is not touched.
+template <int bits>
+ALWAYS_INLINE void prefetch(const uint8_t* block) {
+  if constexpr (bits < 8)
+    UNROLL for (int word = 0; word < bits; ++word) __builtin_prefetch(block + 64 * word + kAhead);
+}
+
+// The codes of inputs 4 * four and the next three, in the low bits of the bytes of each word, from byte `byte` on; the
+// bits above a code are not cleared.
+template <class V, int bits, int four, int byte>
+ALWAYS_INLINE typename V::I four_codes(const uint8_t* block) {
+  using P = Planes<bits>;
+  const typename V::I low = plane<V, 0, P::low, four, 8 * byte, 0>(block);
+  if constexpr (!P::high) return low;
+  else return V::template merge<0x01010101 * ((1 << P::low) - 1)>(
+      low, plane<V, P::low, P::high, four, 8 * byte, P::low>(block));
 }
 
 // Code `k` (0..15) of half `half`, in the low bits; the bits above it are not cleared.
 template <class V, int bits, int half, int k>
 ALWAYS_INLINE typename V::I code(const uint8_t* block) {
-  if constexpr (divides<bits>) {
-    constexpr int count = 32 / bits, slot = half * 16 + k;
-    return V::template right<bits*(slot % count)>(V::load(block + 64 * (slot / count)));
-  } else if constexpr (k < 15) {
-    constexpr int count = 30 / bits, slot = half * 15 + k;
-    return V::template right<bits*(slot % count)>(V::load(block + 64 * (slot / count)));
-  } else {
-    return last_code<V, bits, half>(block);
-  }
+  return four_codes<V, bits, half * 4 + k / 4, k % 4>(block);
 }
 
 // The levels of the codes in registers: up to 16, or 32.

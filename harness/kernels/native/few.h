@@ -22,6 +22,7 @@ struct Few {
       const int64_t end = min((g + 1) * (w.group / kHalf), w.halves());
       for (; half < end; ++half) {
         const float* inputs = x.values + half * kHalf;
+        if (half % 2 == 0) prefetch<bits>(codes + half / 2 * bits * 64);
         each_value<V, bits>(codes + half / 2 * bits * 64, half & 1, levels, [&](auto k, typename V::F value) {
           UNROLL for (int m = 0; m < M; ++m) {
             auto& sum = sums[m * chains + k.value % chains];

@@ -101,17 +101,9 @@ void find_scales(const Level& level, const Rows<float>& x, const Format& format,
   }
 }
 
-// Codes of one row, each at its place in the order of the weight's bytes.
-void encode_row(const Level& level, const Rows<float>& x, const Format& format, int bits, int64_t m, Encoded& encoded) {
-  int8_t* bytes = reinterpret_cast<int8_t*>(encoded.words.data() + m * encoded.stride);
-  const auto codes_to = [&](int8_t* codes) {
-    encoded.sums[m] = level.encode(regular(x, encoded, m), x.stride, encoded.scale[m], format.low, format.high, codes);
-  };
-  if (bits == 8) return codes_to(bytes);
-  std::vector<int8_t> codes(4 * encoded.stride, 0);
-  codes_to(codes.data());
-  for (int64_t block = 0; block < 4 * encoded.stride; block += kBlock)
-    for (int64_t k = 0; k < kBlock; ++k) bytes[block + byte_place(k, bits)] = codes[block + k];
+void encode_row(const Level& level, const Rows<float>& x, const Format& format, int64_t m, Encoded& encoded) {
+  int8_t* codes = reinterpret_cast<int8_t*>(encoded.words.data() + m * encoded.stride);
+  encoded.sums[m] = level.encode(regular(x, encoded, m), x.stride, encoded.scale[m], format.low, format.high, codes);
 }
 
 Encoded encode(const Level& level, const ByteWeight& w, const Rows<float>& x, const Format& format, int64_t tokens,
@@ -123,7 +115,7 @@ Encoded encode(const Level& level, const ByteWeight& w, const Rows<float>& x, co
   encoded.sums.resize(x.count);
   encoded.words.resize(x.count * encoded.stride);
   at::parallel_for(0, x.count, kParallelRows, [&](int64_t first, int64_t last) {
-    for (int64_t m = first; m < last; ++m) encode_row(level, x, format, w.bits, m, encoded);
+    for (int64_t m = first; m < last; ++m) encode_row(level, x, format, m, encoded);
   });
   return encoded;
 }

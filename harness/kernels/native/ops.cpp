@@ -29,6 +29,14 @@ Scale scale_type(const Tensor& scale) {
   }
 }
 
+// Codes of more than 5 bits are integers; the levels of others may be.
+void find_integers(Weight& w) {
+  w.lowest = w.bits > 5 ? static_cast<float>(-(1 << (w.bits - 1))) : w.levels[0];
+  w.integers = true;
+  for (int code = 0; w.bits <= 5 && code < 1 << w.bits; ++code)
+    w.integers = w.integers && w.levels[code] == w.lowest + static_cast<float>(code);
+}
+
 Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale, const optional<Tensor>& zero,
                  int64_t rows, int64_t inputs) {
   const Panels panels = panels_of(codes, rows, inputs);
@@ -42,7 +50,8 @@ Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale,
   TORCH_CHECK(levels.scalar_type() == at::kFloat && levels.is_contiguous() && levels.numel() >= (bits == 5 ? 32 : 16),
               "levels must be 16 float32, or 32 for 5 bits");
   Weight w{panels, levels.const_data_ptr<float>(), scale.const_data_ptr(), zero ? zero->const_data_ptr() : nullptr,
-           scale_type(scale), scale.size(1), 0};
+           scale_type(scale), scale.size(1), 0, false, 0};
+  find_integers(w);
   w.group = w.groups == 1 ? w.halves() * kHalf : inputs / w.groups;
   TORCH_CHECK(w.group % kHalf == 0 && (w.groups == 1 || w.group * w.groups == inputs), "groups of ", w.group,
               " inputs; expected a multiple of 16 that divides ", inputs);
@@ -62,9 +71,41 @@ std::vector<float> group_sums(const Weight& w, const Rows<float>& x) {
   return sums;
 }
 
+// Rows of x in digits, chunk by chunk of each group, in memory of this thread. Returns: no rows if a value is not
+// finite.
+DigitRows split(const Level& level, const Weight& w, const Rows<float>& x, int digits) {
+  static thread_local std::vector<uint32_t> words;
+  static thread_local std::vector<float> units, sums;
+  const int64_t height = x.count > 4 ? 8 : x.count > 2 ? 4 : x.count, stride = height * digits;
+  const int64_t chunks = w.groups * ((w.group + kChunk - 1) / kChunk);
+  words.assign(w.halves() * 4 * stride, 0);
+  units.assign(chunks * height, 0);
+  sums.assign(chunks * stride, 0);
+  for (int64_t m = 0; m < x.count; ++m) {
+    int64_t at = m;  // (chunk, row)
+    for (int64_t group = 0; group < w.halves() * kHalf; group += w.group)
+      for (int64_t k = group; k < group + w.group; k += kChunk, at += height) {
+        const int64_t halves = std::min(kChunk, group + w.group - k) / kHalf;
+        units[at] = level.split_chunk(x.values + m * x.stride + k, halves, digits,
+                                      words.data() + k / 4 * stride + m * digits, stride, sums.data() + at * digits);
+        if (units[at] < 0) return {};
+      }
+  }
+  return {words.data(), units.data(), sums.data(), digits, x.count, height};
+}
+
+// Few rows of x and integer codes. Returns: whether x could be split into digits.
+bool by_digits(const Level& level, const Weight& w, const Rows<float>& x, int digits, const Output& y) {
+  const DigitRows rows = split(level, w, x, digits);
+  if (!rows.count) return false;
+  at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) { level.few_digits(w, rows, y, first, last); });
+  return true;
+}
+
 // Few rows of x: codes are decoded in registers.
 void by_registers(const Level& level, const Weight& w, const Tensor& x, const Output& y) {
   const Rows<float> rows = rows_of<float>(x, 0, x.size(0), false);
+  if (level.few_digits && w.integers && by_digits(level, w, rows, x.scalar_type() == at::kBFloat16 ? 2 : 3, y)) return;
   const std::vector<float> sums = w.zero ? group_sums(w, rows) : std::vector<float>();
   at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) {
     level.few(w, rows, sums.data(), y, first, last);

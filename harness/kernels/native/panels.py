@@ -1,8 +1,8 @@
 """The order in which the native kernels read codes: panels of 16 output rows, blocks of 32 inputs.
 
-A block of one row is `bits` words of 32 bits. Widths that divide 32 fill the words in order. At 3, 5 and 6 bits a word
-holds whole codes in its lower 30 bits, and the upper two bits of the words hold the last code of each half block; so
-each code but these two is found by one shift. codes.h reads the same order.
+A block of one row is `bits` words of 32 bits. A width is split into planes of 8, 4, 2 or 1 bits (3 = 2 + 1), and each
+plane into words. Four neighbouring inputs lie at the same place of the four bytes of a word, so that one shift and one
+mask give the operand of a product of bytes, and one shift brings any code to the lowest bits. codes.h reads this order.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from torch.nn import functional as F
 PANEL = 16  # output rows
 BLOCK = 32  # inputs
 HALF = 16  # inputs that are decoded together; a group is a multiple of it
-WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a stored code
-_WORD = 32
+PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # widths of a stored code, lowest bits first
 
 
 @dataclass(frozen=True)
@@ -62,21 +61,15 @@ def pack_groups(values: Tensor, rows: int) -> Tensor:
 
 @functools.cache
 def _pieces(bits: int) -> tuple[_Piece, ...]:
-    if _WORD % bits == 0:
-        count = _WORD // bits
-        return tuple(_Piece(k, 0, bits, k // count, bits * (k % count)) for k in range(BLOCK))
-    return tuple(piece for half in (0, 1) for piece in (*_whole(bits, half), *_last(bits, half)))
+    pieces, low = list[_Piece](), 0
+    for width in PLANES[bits]:
+        pieces += [_piece(k, low, width) for k in range(BLOCK)]
+        low += width
+    return tuple(pieces)
 
 
-def _whole(bits: int, half: int) -> list[_Piece]:
-    """The first 15 codes of a half block."""
-    count, slots = (_WORD - 2) // bits, range(15 * half, 15 * half + 15)
-    return [_Piece(16 * half + i, 0, bits, slot // count, bits * (slot % count)) for i, slot in enumerate(slots)]
-
-
-def _last(bits: int, half: int) -> list[_Piece]:
-    """The last code of a half block: two bits of each of its words, and one of the middle word if there is one."""
-    first = (bits + 1) // 2 if half else 0
-    pieces = [_Piece(16 * half + 15, 2 * i, 2, first + i, 30) for i in range(bits // 2)]
-    middle = [_Piece(16 * half + 15, bits - 1, 1, bits // 2, 30 + half)] if bits % 2 else []
-    return pieces + middle
+def _piece(k: int, low: int, width: int) -> _Piece:
+    """A plane of bits [low, low + width) begins at word `low`, because one bit of a block is one word."""
+    four, byte = divmod(k, 4)
+    word, place = divmod(four, 8 // width)
+    return _Piece(k, low, width, low + word, 8 * byte + width * place)

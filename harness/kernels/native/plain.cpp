@@ -77,6 +77,10 @@ struct V {
     return lanes<I>([&](int i) { return static_cast<uint32_t>(static_cast<int32_t>(a.lane[i]) >> s); });
   }
   static I either(I a, I b) { return lanes<I>([&](int i) { return a.lane[i] | b.lane[i]; }); }
+  template <uint32_t mask>
+  static I merge(I a, I b) {
+    return lanes<I>([&](int i) { return (a.lane[i] & mask) | (b.lane[i] & ~mask); });
+  }
   static F lookup(F table, I index) { return lanes<F>([&](int i) { return table.lane[index.lane[i] & 15]; }); }
   static F lookup(F low, F high, I index) {
     return lanes<F>([&](int i) { return (index.lane[i] & 16 ? high : low).lane[index.lane[i] & 15]; });
@@ -152,7 +156,7 @@ struct V {
 const Level& plain_level() {
   static const VectorLevel vectors{few_vectors<V>, nullptr, nullptr, decode_rows<V, float>, decode_rows<V, uint16_t>,
                                    enter<V>, leave<V>};
-  static const Level level{"plain", few<V>, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
+  static const Level level{"plain", few<V>, nullptr, nullptr, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
                            bytes<V>, absmax<V>, encode<V>, &vectors};
   return level;
 }

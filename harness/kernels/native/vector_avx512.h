@@ -40,6 +40,10 @@ struct V {
   template <int s>
   static ALWAYS_INLINE I arithmetic(I a) { return _mm512_srai_epi32(a, s); }
   static ALWAYS_INLINE I either(I a, I b) { return _mm512_or_si512(a, b); }
+  template <uint32_t mask>
+  static ALWAYS_INLINE I merge(I a, I b) {  // the bits of the mask from a, the others from b
+    return _mm512_ternarylogic_epi32(integer(static_cast<int32_t>(mask)), a, b, 0xCA);
+  }
   static ALWAYS_INLINE F lookup(F table, I index) { return _mm512_permutexvar_ps(index, table); }
   static ALWAYS_INLINE F lookup(F low, F high, I index) { return _mm512_permutex2var_ps(low, index, high); }
   static ALWAYS_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
@@ -58,11 +62,16 @@ struct V {
   static ALWAYS_INLINE void store_bytes(int8_t* p, F a) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
   }
+  static ALWAYS_INLINE I to_integer(F a) { return _mm512_cvtps_epi32(a); }  // rounded to nearest even
+  static ALWAYS_INLINE void store_bytes(int8_t* p, I a) {  // the lowest byte of each lane
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
+  }
   static ALWAYS_INLINE void store(uint8_t* p, I a) { _mm512_storeu_si512(p, a); }
   static ALWAYS_INLINE I integer(int32_t a) { return _mm512_set1_epi32(a); }
   static ALWAYS_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
   static ALWAYS_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
   static ALWAYS_INLINE I times(I a, I b) { return _mm512_mullo_epi32(a, b); }
+  static ALWAYS_INLINE I different(I a, I b) { return _mm512_xor_si512(a, b); }
   static ALWAYS_INLINE I both(I a, I b) { return _mm512_and_si512(a, b); }
   static ALWAYS_INLINE I shifted(I a, int s) { return _mm512_srl_epi32(a, _mm_cvtsi32_si128(s)); }
   // Adds the products of four bytes, those of the weight without a sign, to the sum of each lane.
@@ -93,6 +102,8 @@ struct V {
     return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_add_epi8(_mm_sign_epi8(bytes(a, b), signs), shift)));
   }
   static ALWAYS_INLINE float total(F a) { return _mm512_reduce_add_ps(a); }
+  static ALWAYS_INLINE int32_t total(I a) { return _mm512_reduce_add_epi32(a); }
+  static ALWAYS_INLINE float largest(F a) { return _mm512_reduce_max_ps(a); }
   template <int step>
   static ALWAYS_INLINE F swapped(F a) {  // lane i becomes lane i ^ step
     if constexpr (step == 1) return _mm512_permute_ps(a, 0xB1);

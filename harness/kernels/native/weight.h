@@ -33,6 +33,8 @@ struct Weight : Panels {
   const void* zero;       // likewise, in units of levels; null: no zero points
   Scale scale_type;
   int64_t groups, group;  // number of groups, inputs of a group
+  bool integers;          // whether levels are consecutive integers
+  float lowest;           // the lowest of them
 };
 
 // Rows of x in words, of one float32 or two bfloat16, that can be read up to a multiple of 16 inputs, with zeros beyond
@@ -58,7 +60,7 @@ struct Outliers {
   int64_t count;
 };
 
-// Rows of x in codes of 8 bits with a sign, four a word, in the order of `byte_place`; zeros beyond K.
+// Rows of x in codes of 8 bits with a sign, four a word; zeros beyond K.
 struct ByteRows {
   Rows<uint32_t> words;
   const float* scale;        // (rows,)
@@ -66,12 +68,17 @@ struct ByteRows {
   const Outliers* outliers;  // (rows,) or null
 };
 
-// The place of input k (0..31) of a block among the bytes of x: a word of a weight of 4 bits is split into its lower and
-// its upper halves of bytes, so every second code is a neighbour; at 2 bits every fourth.
-constexpr int64_t byte_place(int64_t k, int bits) {
-  const int64_t parts = 8 / bits, codes = 4 * parts, within = k % codes;
-  return k - within + within % parts * 4 + within / parts;
-}
+constexpr int64_t kChunk = 64;  // inputs that share the unit of their digits
+
+// Rows of x as sums of digits, see digits.h; `height` is 1, 2, 4 or 8, and rows beyond `count` are zero. Chunks follow
+// one another within each group of the weight.
+struct DigitRows {
+  const uint32_t* words;  // (inputs / 4, height, digits): four inputs a word, zeros beyond K
+  const float* units;     // (chunks, height)
+  const float* sums;      // (chunks, height, digits) of the digits
+  int digits;             // 2 or 3
+  int64_t count, height;
+};
 
 // y (M, N) and the bias that is added to it.
 struct Output {
@@ -99,6 +106,10 @@ struct Level {
   // y = x W^T for the panels [first, last) and up to kFew rows of x; `sums` of x over groups (rows, groups) are read
   // only for weights with zero points
   void (*few)(const Weight&, const Rows<float>& x, const float* sums, const Output& y, int64_t first, int64_t last);
+  // likewise for integer levels and x in digits; null where products in float32 are faster
+  void (*few_digits)(const Weight&, const DigitRows& x, const Output& y, int64_t first, int64_t last);
+  // the digits of a chunk of x, see digits.h
+  float (*split_chunk)(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sums);
   // y = x W^T for the pairs of panels [first, last) and up to kMany rows; null where a library's product is used
   void (*many)(const Weight&, const Rows<float>& x, const Output& y, int64_t first, int64_t last);
   // likewise for x in bfloat16, two inputs a word

@@ -1,0 +1,64 @@
+"""Few rows of inputs as sums of digits, where the processor has products of bytes: what digits could lose."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from harness.core import WeightFormat
+from harness.kernels.native import grouped
+from tests.support.kernels import BOUNDS, built, check, error, exact, uneven
+
+pytestmark = built
+GROUPS = WeightFormat(bits=4, granularity="group", group_size=96)  # two chunks of inputs, of 64 and of 32
+
+
+def outputs(inputs: Tensor, fmt: WeightFormat = GROUPS) -> tuple[Tensor, Tensor]:
+    """Of the kernel, and in float64."""
+    weight = uneven(40, inputs.shape[1], fmt)
+    return grouped.build(weight)(inputs, None), exact(weight, inputs)
+
+
+@pytest.mark.parametrize("size", [80, 96, 160, 240])
+def test_groups_of_several_chunks(level: str, size: int) -> None:
+    weight = uneven(24, 480, WeightFormat(bits=3, granularity="group", group_size=size))
+    for dtype in BOUNDS:
+        check(grouped.build(weight), weight, dtype, 3)
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("value", [0.0, 1.0, 127.0 / 128, 255.0 / 256, 255.5 / 256, 1 - 2.0**-24, -1.0, 1e30, 1e-30])
+def test_values_at_the_limits_of_a_digit(level: str, dtype: torch.dtype, value: float) -> None:
+    found, expected = outputs(torch.full((2, 192), value).to(dtype))
+    assert (found.double() - expected).norm() <= BOUNDS[dtype] * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_chunks_of_any_magnitude_keep_their_digits(level: str, dtype: torch.dtype) -> None:
+    """Each chunk has a unit of its own: a large one takes no digits from the others."""
+    inputs = torch.randn(1, 192) * torch.logspace(-12, 12, 3).repeat_interleave(64)
+    for part in (inputs, inputs * torch.tensor(192 * [0.0]).index_fill(0, torch.arange(64), 1)):
+        found, expected = outputs(part.to(dtype), WeightFormat(bits=4, granularity="group", group_size=64))
+        assert error(found, expected) < BOUNDS[dtype]
+
+
+def test_values_far_below_the_largest_of_their_chunk(level: str) -> None:
+    """They keep the digits above 2^-23 of the largest; here the largest meets a weight of zero."""
+    weight = uneven(16, 64, WeightFormat(bits=8, granularity="group", group_size=64))
+    weight.codes[:, 0] = weight.zero_points().to(weight.codes.dtype)[:, 0]
+    inputs = torch.randn(1, 64)
+    inputs[0, 0] = 1000
+    expected = exact(weight, inputs)
+    bound = 2**-23 * 1000 * weight.dequantize(torch.float64).abs().sum(dim=1)
+    assert ((grouped.build(weight)(inputs, None).double() - expected).abs() < bound).all()
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
+def test_inputs_that_are_not_finite_reach_the_outputs(level: str, dtype: torch.dtype, value: float) -> None:
+    inputs = torch.ones(3, 192, dtype=dtype)
+    inputs[1, 100] = value
+    found, _ = outputs(inputs)
+    assert not found[1].isfinite().any()
+    assert found[[0, 2]].isfinite().all()

@@ -35,6 +35,7 @@ from harness.core import (
 )
 from harness.core.formats import PermutedQTensor, grid
 from harness.core.solvers.clip import clipped_params
+from harness.core.solvers.columns import Columns, solve_columns
 from harness.core.solvers.damping import cholesky, damped_factor
 from harness.core.solvers.silent import fill_silent, warn_silent
 
@@ -116,25 +117,21 @@ class GPTQ(Method):
         permutation = torch.arange(K, device=W.device) if order is None else order
         U = inverse_factor(H[permutation][:, permutation], self.damp)
         scale_T, zero_point_T = [values.T.contiguous() for values in params] if params else W.new_empty(2, K // size, N)
-        scales, zero_points = scale_T.unbind(), zero_point_T.unbind()
         W_T = W.T[permutation].contiguous()  # transposed: each column of W is contiguous
         Q_T = torch.empty_like(W_T)
         group_of = (permutation // size).tolist()
         step = self.column_block if params is not None else size * max(1, self.column_block // size)
         for start in range(0, K, step):
             stop = min(start + step, K)
-            panel, U_panel, Err = W_T[start:stop], U[start:stop, start:stop], torch.empty_like(W_T[start:stop])
-            tensors = panel, Q_T[start:stop], Err, U_panel, U_panel.diagonal()
-            for i, (w, q, err, u, pivot) in enumerate(zip(*map(torch.unbind, tensors), strict=True)):  # columns of W
-                g = group_of[start + i]
-                if params is None and (start + i) % size == 0:
-                    cells = slice(start + i, start + i + size)
-                    group_params = self._params(panel[i : i + size].T, _one_group(fmt), H[cells, cells])
-                    for row, values in zip((scales[g], zero_points[g]), group_params, strict=True):
-                        row.copy_(values[:, 0])
-                grid.snap(w, scales[g], zero_points[g], fmt, out=q)
-                torch.sub(w, q, out=err).div_(pivot)
-                panel[i + 1 :].addr_(u[i + 1 :], err, alpha=-1)
+            Err = torch.empty_like(W_T[start:stop])
+            for first in range(start, stop, size) if params is None else (start,):
+                last = min(first + size, stop) if params is None else stop
+                if params is None:
+                    group = self._params(W_T[first:last].T, _one_group(fmt), H[first:last, first:last])
+                    for row, values in zip((scale_T, zero_point_T), group, strict=True):
+                        row[group_of[first]] = values[:, 0]
+                tensors = W_T[first:stop], Q_T[first:last], Err[first - start : last - start], U[first:last, first:stop]
+                solve_columns(Columns(*tensors, scale_T, zero_point_T, group_of[first:last]), fmt)
             W_T[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
         return Q_T[permutation.argsort()].T, scale_T.T.contiguous(), zero_point_T.T.contiguous()
 

@@ -20,13 +20,11 @@ from torch.nn import functional as F
 
 from harness.core.formats.packing import pack, unpack
 from harness.core.formats.qtensor import QTensor, Tuner
-from harness.core.operators import operator
 
 # Inputs of at most this many rows use the table. Measured on one AVX-512 core, weights of (576, 576) to (4096, 4096),
 # codebooks of 2 x 256 and 1 x 4096. Time relative to decoding: 1 row 0.2 to 0.9, 2 rows 0.2 to 1.3, 4 rows 0.6 to 2.5.
 _LOOKUP_ROWS = 2
 
-_NATIVE_SIZE = 8  # weights of a group for which there are native operators
 _MOST_LOST = 0.01  # of the norm, by rounding to float16
 
 
@@ -73,23 +71,6 @@ class _Gathered(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return ctx.gather.transpose(grads[0].contiguous()), None
-
-
-class _Decoded(torch.autograd.Function):
-    """The weight (N, K) of codebooks and scales by native operators; bits and gradients are those of torch's."""
-
-    @staticmethod
-    def forward(ctx: Any, codebooks: Tensor, scale: Tensor, gather: Gather) -> Tensor:
-        ctx.gather = gather
-        ctx.save_for_backward(codebooks, scale)
-        weight: Tensor = torch.ops.ptqbench_native.additive_decode(gather.index, codebooks, scale)
-        return weight
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
-        backward = torch.ops.ptqbench_native.additive_decode_backward
-        gradients: tuple[Tensor, Tensor] = backward(grads[0], ctx.gather.index, *ctx.saved_tensors)
-        return *gradients, None
 
 
 class AdditiveQTensor(QTensor):
@@ -170,12 +151,8 @@ class AdditiveQTensor(QTensor):
         """A tuner of codebooks and scales; the codes do not change."""
         gather = Gather(self.codes.permute(2, 0, 1).reshape(-1, len(self.codebooks)), self.codebooks.shape[1])
         stored = {"codebooks": self.codebooks, "scale": self.scale}
-        native = self.group_size == _NATIVE_SIZE and self.codebooks.device.type == "cpu"
 
         def weight(values: dict[str, Tensor]) -> Tensor:
-            if native and operator("additive_decode") is not None:
-                decoded: Tensor = _Decoded.apply(values["codebooks"], values["scale"], gather)  # type: ignore[no-untyped-call]
-                return decoded
             vectors: Tensor = _Gathered.apply(values["codebooks"], gather)  # type: ignore[no-untyped-call]
             return values["scale"][:, None] * vectors.view(self.shape)
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import WeightFormat, operators, round_to_nearest
+from harness.core import WeightFormat, round_to_nearest
 from harness.core.formats import AdditiveQTensor, Gather
 from harness.core.formats.additive import _LOOKUP_ROWS, half
 from harness.nn import QuantLinear
-from tests.support.kernels import built
 
 ROWS, GROUPS = 37, 11  # odd, so no power of two
 
@@ -160,23 +159,3 @@ def test_floats_beyond_float16_are_refused_at_both_ends() -> None:
 
 def test_an_integer_grid_has_nothing_to_tune() -> None:
     assert round_to_nearest(torch.randn(4, 8), WeightFormat(bits=4)).tuner() is None
-
-
-@built
-@pytest.mark.parametrize("shape", [(8, 2, 8), (4, 3, 8), (12, 1, 8)])
-def test_the_native_tuner_has_the_weight_and_the_gradients_of_torch(
-    shape: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tuner, results = AdditiveQTensor(*random(*shape)).tuner(), []
-    direction = torch.randn(ROWS, GROUPS * shape[2])
-    for namespace in (operators.namespace, lambda: None):
-        monkeypatch.setattr(operators, "namespace", namespace)
-        values = {name: value.clone().requires_grad_() for name, value in tuner.values.items()}
-        weight = tuner.weight(values)
-        assert ("_Decoded" in str(weight.grad_fn)) == (not results)
-        weight.backward(direction)  # type: ignore[no-untyped-call]
-        results.append((weight, values["codebooks"].grad, values["scale"].grad))
-    for native, expected in zip(*results, strict=True):
-        assert isinstance(native, Tensor)
-        assert isinstance(expected, Tensor)
-        assert torch.equal(native, expected)

@@ -79,12 +79,12 @@ def test_other_bits_than_those_of_torch_are_not_accepted(monkeypatch: pytest.Mon
     def reversed_order(targets: Tensor, norms: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
         return torch.addmm(norms, targets.flip(1), table.flip(0)), targets.square().sum(1)
 
-    gap = torch.zeros(64, 8)
+    rows = torch.zeros(64, 16)
     monkeypatch.setattr(additive_fit, "operator", lambda name: reversed_order)
-    assert additive_fit._native(gap, 256, 4) is None
+    assert additive_fit._native(rows, 8, 256, 4) is None
     monkeypatch.setattr(
         additive_fit, "operator", lambda name: lambda t, n, b: (torch.addmm(n, t, b), t.square().sum(1))
     )
-    assert additive_fit._native(gap, 256, 4) is not None
-    assert additive_fit._native(torch.zeros(64, 4), 256, 4) is None
-    assert additive_fit._native(gap, 128, 4) is None
+    assert additive_fit._native(rows, 8, 256, 4) is not None
+    assert additive_fit._native(rows, 4, 256, 4) is None
+    assert additive_fit._native(rows, 8, 128, 4) is None

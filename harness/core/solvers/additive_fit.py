@@ -153,6 +153,15 @@ class _Run:
         """Update, in place, the codes (b, M, n) of n rows and the weight error (n, K) of these rows."""
         slope = error @ self.hessian.T
         moves = torch.empty_like(slope)
+        native = _native(error, self.size, self.norms.shape[2], beam)
+        if native is not None:
+            native(codes, slope, moves, self.inverse, self.inner, self.entries, self.norms, self.tables, beam)
+        else:
+            self._search(slope, moves, codes, beam)
+        error[:, self.columns] -= moves
+
+    def _search(self, slope: Tensor, moves: Tensor, codes: Tensor, beam: int) -> None:
+        """Update, in place, the codes (b, M, n) group by group, and `slope` and `moves` (n, b g) of the rows."""
         for i, group_codes in enumerate(codes):
             columns = slice(i * self.size, (i + 1) * self.size)
             gap = slope[:, columns] @ self.inverse[i].T  # from the present vector to the optimum
@@ -161,7 +170,6 @@ class _Run:
             group_codes.copy_(torch.where(better, chosen, group_codes))
             moves[:, columns] = (gap - remaining).mul_(better[:, None]) @ self.inverse[i]
             slope[:, columns.stop :].addmm_(moves[:, columns], self.inner[columns, columns.stop :], alpha=-1)
-        error[:, self.columns] -= moves
 
     def _beam(self, i: int, gap: Tensor, codes: Tensor, beam: int) -> tuple[Tensor, Tensor]:
         """Search the codes (M, n) of group i, codebook by codebook, with the `beam` best candidates of each row.
@@ -169,10 +177,6 @@ class _Run:
         `gap` (n, g) leads from the present vector to the optimum.
         Returns: the best codes (M, n), and the gap that remains with them, (n, g).
         """
-        native = _native(gap, self.norms.shape[2], beam)
-        if native is not None:
-            result: tuple[Tensor, Tensor] = native(gap, codes, self.entries[i], self.norms[i], self.tables[i], beam)
-            return result
         beams, gaps = codes[:, :, None], gap[:, None]  # (M, n, P), (n, P, g) for P candidates
         for m, entries in enumerate(self.entries[i]):
             targets, last = gaps + _pick(entries, beams[m]), m + 1 == len(codes)
@@ -214,13 +218,13 @@ def _pick(entries: Tensor, codes: Tensor) -> Tensor:
     return entries.index_select(0, codes.reshape(-1)).view(*codes.shape, -1)
 
 
-def _native(gap: Tensor, entries: int, beam: int) -> Callable[..., Any] | None:
-    """The native beam search, if it computes the same bits as torch for `gap` (n, 8) and codebooks of `entries`."""
-    search, scores = operator("additive_beam"), operator("additive_scores")
-    possible = gap.shape[1] == _NATIVE_SIZE and gap.device.type == "cpu" and entries % _NATIVE_LANES == 0
+def _native(rows: Tensor, size: int, entries: int, beam: int) -> Callable[..., Any] | None:
+    """The native search, if it computes the same bits as torch for `rows` (n, K) and codebooks (entries, size)."""
+    search, scores = operator("additive_search"), operator("additive_scores")
+    possible = size == _NATIVE_SIZE and rows.device.type == "cpu" and entries % _NATIVE_LANES == 0
     if search is None or scores is None or not possible:
         return None
-    same = (_same_scores(scores, rows, entries, torch.get_num_threads()) for rows in {len(gap), len(gap) * beam})
+    same = (_same_scores(scores, count, entries, torch.get_num_threads()) for count in {len(rows), len(rows) * beam})
     return search if all(same) else None
 
 

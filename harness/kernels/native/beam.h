@@ -1,13 +1,12 @@
 // The beam search of additive codebooks for one row after another; included once for each level of features.
 // Products and sums are those of the torch code in harness.core.solvers.additive_fit, in the same order.
 #pragma once
-#pragma GCC diagnostic ignored "-Wpsabi"  // vectors are only passed inline
 
-constexpr int64_t kLanes = 16, kTagged = 256;  // values of a vector; scores that one reduction compares
+constexpr int64_t kTagged = 256;  // scores that one reduction compares
 constexpr float kTaken = 3.402823466e+38f;
 
-using F = float __attribute__((vector_size(64)));
-using I = int32_t __attribute__((vector_size(64)));
+using F = float __attribute__((vector_size(4 * kLanes)));  // kLanes: values of a register, which the level defines
+using I = int32_t __attribute__((vector_size(4 * kLanes)));
 
 ALWAYS_INLINE F load(const float* p) {
   F x;
@@ -39,16 +38,20 @@ void score(const float* target, const float* norms, const float* table, int64_t 
   for (; i < entries; i += kLanes) tile_of_scores<V, 1>(target, norms + i, table + i, entries, scores + i);
 }
 
+// The smallest of `count` values, 64 or a multiple; four minima, so that none waits for the one before.
 template <class V>
 ALWAYS_INLINE float smallest(const float* values, int64_t count) {
-  F least = load(values);
-  for (int64_t i = kLanes; i < count; i += kLanes) least = V::smaller(least, load(values + i));
-  return V::smallest(least);
+  F least[4];
+  for (int j = 0; j < 4; ++j) least[j] = load(values + kLanes * j);
+  for (int64_t i = 4 * kLanes; i < count; i += 4 * kLanes)
+    for (int j = 0; j < 4; ++j) least[j] = V::smaller(least[j], load(values + i + kLanes * j));
+  return V::smallest(V::smaller(V::smaller(least[0], least[1]), V::smaller(least[2], least[3])));
 }
 
 // The place among 256 replaces the last bits of each score, see `kmeans.smallest`.
 ALWAYS_INLINE void tag(float* scores, int64_t count) {
-  const I first{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  I first;
+  for (int i = 0; i < kLanes; ++i) first[i] = i;
   for (int64_t i = 0; i < count; i += kLanes)
     store(scores + i, (F)(((I)load(scores + i) & -256) | (first + static_cast<int32_t>(i % kTagged))));
 }

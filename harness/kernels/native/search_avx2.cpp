@@ -1,4 +1,4 @@
-// The search for additive codes for AVX2 and FMA: a vector is two registers.
+// The search for additive codebooks for AVX2 and FMA.
 #pragma GCC optimize("fp-contract=off")
 #include <cstdint>
 
@@ -9,36 +9,18 @@
 
 namespace ptqbench {
 namespace {
+constexpr int kLanes = 8;
 #include "common.h"
 #include "beam.h"
 
 struct V {
-  static constexpr int tile = 4;  // vectors of sums in registers
-  struct Halves {
-    __m256 a, b;
-  };
-  static ALWAYS_INLINE Halves halves(F x) {
-    Halves y;
-    __builtin_memcpy(&y, &x, sizeof y);
-    return y;
-  }
-  static ALWAYS_INLINE F whole(Halves y) {
-    F x;
-    __builtin_memcpy(&x, &y, sizeof x);
-    return x;
-  }
-  static ALWAYS_INLINE F fma(F x, F y, F z) {
-    const Halves a = halves(x), b = halves(y), c = halves(z);
-    return whole({_mm256_fmadd_ps(a.a, b.a, c.a), _mm256_fmadd_ps(a.b, b.b, c.b)});
-  }
-  static ALWAYS_INLINE F smaller(F x, F y) {
-    const Halves a = halves(x), b = halves(y);
-    return whole({_mm256_min_ps(a.a, b.a), _mm256_min_ps(a.b, b.b)});
-  }
-  static ALWAYS_INLINE float smallest(F x) {
-    float least = x[0];
-    for (int i = 1; i < 16; ++i) least = x[i] < least ? x[i] : least;
-    return least;
+  static constexpr int tile = 8;  // vectors of sums in registers
+  static ALWAYS_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static ALWAYS_INLINE F smaller(F a, F b) { return _mm256_min_ps(a, b); }
+  static ALWAYS_INLINE float smallest(F a) {
+    const __m128 four = _mm_min_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
+    const __m128 two = _mm_min_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_min_ss(two, _mm_movehdup_ps(two)));
   }
 };
 }  // namespace

@@ -1,4 +1,4 @@
-// The search for additive codes for AVX-512.
+// The search for additive codebooks for AVX-512.
 #pragma GCC optimize("fp-contract=off")
 #include <cstdint>
 
@@ -9,6 +9,7 @@
 
 namespace ptqbench {
 namespace {
+constexpr int kLanes = 16;
 #include "common.h"
 #include "beam.h"
 

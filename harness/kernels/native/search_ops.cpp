@@ -30,24 +30,50 @@ const float* floats(const Tensor& x, at::IntArrayRef shape, const char* name) {
   return x.const_data_ptr<float>();
 }
 
-// Codes (M, n) and gaps (n, 8) that the search of `_Run._beam` finds from codes (M, n) and gaps (n, 8).
-std::tuple<Tensor, Tensor> beam(const Tensor& gap, const Tensor& codes, const Tensor& vectors, const Tensor& norms,
-                                const Tensor& tables, int64_t width) {
-  const int64_t books = codes.size(0), rows = codes.size(1), entries = norms.size(1);
-  TORCH_CHECK(codes.scalar_type() == at::kLong && (codes.stride(1) == 1 || rows == 1), "codes must be rows of int64");
-  TORCH_CHECK(entries % 256 == 0 && width > 0, "entries=", entries, ", beam=", width,
-              "; expected a multiple of 256, and 1 or more");
-  const Search s{books, entries, width, floats(vectors, {books, entries, 8}, "vectors"),
-                 floats(norms, {books, entries}, "norms"), floats(tables, {books, 8, entries}, "tables")};
-  const Tensor chosen = at::empty({books, rows}, codes.options()), remaining = at::empty({rows, 8}, gap.options());
-  const SearchedRows r{codes.const_data_ptr<int64_t>(), codes.stride(0),  floats(gap, {rows, 8}, "gap"),
+// Keeps the codes (M, n) of one group that were found where they are better, and writes how far its vectors move: (n, 8).
+void keep(const SearchedRows& r, int64_t books, int64_t* codes, float* moved, int64_t first, int64_t last) {
+  for (int64_t row = first; row < last; ++row) {
+    const float *before = r.gaps + 8 * row, *after = r.remaining + 8 * row;
+    const bool better = squared_length(after) < squared_length(before);
+    for (int k = 0; k < 8; ++k) moved[8 * row + k] = (before[k] - after[k]) * (better ? 1.0f : 0.0f);
+    for (int64_t m = 0; better && m < books; ++m) codes[m * r.stride + row] = r.chosen[m * r.chosen_stride + row];
+  }
+}
+
+// Searches the codes (M, n) of one group, and writes new ones where they are better.
+// Returns: how far the vectors move, (n, 8).
+Tensor search_group(const Search& s, const Tensor& gap, const Tensor& codes) {
+  const int64_t rows = gap.size(0);
+  const Tensor chosen = at::empty({s.books, rows}, codes.options()), remaining = at::empty_like(gap);
+  const Tensor moved = at::empty_like(gap);
+  const SearchedRows r{codes.const_data_ptr<int64_t>(), codes.stride(0), floats(gap, {rows, 8}, "gap"),
                        chosen.mutable_data_ptr<int64_t>(), rows, remaining.mutable_data_ptr<float>()};
   at::parallel_for(0, rows, kGrain, [&](int64_t first, int64_t last) {
     std::vector<float> memory(search_floats(s));
     std::vector<int64_t> integers(search_integers(s));
     level().search(s, r, first, last, memory.data(), integers.data());
+    keep(r, s.books, codes.mutable_data_ptr<int64_t>(), moved.mutable_data_ptr<float>(), first, last);
   });
-  return {chosen, remaining};
+  return moved;
+}
+
+// The loop of `_Run.search` over b groups: codes (b, M, n), slope and moves (n, 8 b) change in place. Products of matrices
+// are torch's own, for their order of sums.
+void search_run(const Tensor& codes, const Tensor& slope, const Tensor& moves, const Tensor& inverse, const Tensor& inner,
+                const Tensor& vectors, const Tensor& norms, const Tensor& tables, int64_t beam) {
+  const int64_t groups = codes.size(0), books = codes.size(1), entries = norms.size(2), columns = 8 * groups;
+  TORCH_CHECK(codes.scalar_type() == at::kLong && (codes.stride(2) == 1 || codes.size(2) == 1), "codes must be rows of int64");
+  TORCH_CHECK(entries % 256 == 0 && beam > 0, "entries=", entries, ", beam=", beam, "; expected a multiple of 256, and 1 or more");
+  const float* v = floats(vectors, {groups, books, entries, 8}, "vectors");
+  const float *n = floats(norms, {groups, books, entries}, "norms"), *t = floats(tables, {groups, books, 8, entries}, "tables");
+  for (int64_t i = 0; i < groups; ++i) {
+    const int64_t start = 8 * i, stop = start + 8, skipped = i * books * entries;
+    const Search s{books, entries, beam, v + 8 * skipped, n + skipped, t + 8 * skipped};
+    const Tensor change = inverse.select(0, i), moved = moves.slice(1, start, stop);
+    const Tensor gap = at::mm(slope.slice(1, start, stop), change.t());
+    moved.copy_(at::mm(search_group(s, gap, codes.select(0, i)), change));
+    slope.slice(1, stop, columns).addmm_(moved, inner.slice(0, start, stop).slice(1, stop, columns), 1, -1);
+  }
 }
 
 // What the search computes of `targets` (n, 8): scores (n, E) for one codebook, and squared lengths (n,).
@@ -69,11 +95,12 @@ std::tuple<Tensor, Tensor> scores(const Tensor& targets, const Tensor& norms, co
 }  // namespace ptqbench
 
 TORCH_LIBRARY_FRAGMENT(ptqbench_native, m) {
-  m.def("additive_beam(Tensor gap, Tensor codes, Tensor vectors, Tensor norms, Tensor tables, int beam) -> (Tensor, Tensor)");
+  m.def("additive_search(Tensor(a!) codes, Tensor(b!) slope, Tensor(c!) moves, Tensor inverse, Tensor inner, Tensor vectors, "
+        "Tensor norms, Tensor tables, int beam) -> ()");
   m.def("additive_scores(Tensor targets, Tensor norms, Tensor table) -> (Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(ptqbench_native, CPU, m) {
-  m.impl("additive_beam", &ptqbench::beam);
+  m.impl("additive_search", &ptqbench::search_run);
   m.impl("additive_scores", &ptqbench::scores);
 }

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from harness.calibration import relative_error
 from harness.core import Hessian, Method, MinMax, QTensor, Sample, Scheme, Stats
+from harness.core.checks import all_finite
 from harness.core.formats import InputQuantizer, compute_dtype
 from harness.models import weight_of
 from harness.nn import QuantLinear, replace
@@ -103,7 +104,7 @@ def row_of(name: str, weight: Tensor, qtensor: QTensor) -> dict[str, Any]:
     """
     exact = weight.to(compute_dtype(weight))
     decoded = qtensor.dequantize(exact.dtype)
-    if not torch.isfinite(decoded).all():
+    if not all_finite(decoded):
         raise ValueError("the quantized weight decodes to NaN or infinite values; expected finite values")
     return {
         "name": name,

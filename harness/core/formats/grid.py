@@ -28,6 +28,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from harness.core.checks import all_finite
 from harness.core.scheme import IntFormat, StoredFormat, WeightFormat
 
 # A float16 below the smallest normal number has few digits; rounding such a scale up keeps the range covered.
@@ -135,7 +136,7 @@ def weight_params(weight: Tensor, fmt: WeightFormat) -> tuple[Tensor, Tensor]:
 
 def check_finite(weight: Tensor) -> None:
     """Raises: ValueError if a weight has a NaN or an infinity."""
-    if not torch.isfinite(weight).all():
+    if not all_finite(weight):
         raise ValueError(
             "the weight holds NaN or infinite values; expected finite ones, check the checkpoint and model.dtype"
         )

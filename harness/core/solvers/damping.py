@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from harness.core.checks import all_finite
+
 _MORE = 10.0
 _MOST = 10.0
 
@@ -40,4 +42,4 @@ def cholesky(matrix: Tensor, upper: bool = False) -> Tensor | None:
     Returns: None if the matrix is not positive definite in its floating point precision.
     """
     factor, failed = torch.linalg.cholesky_ex(matrix, upper=upper)
-    return None if failed or not torch.isfinite(factor).all() else factor
+    return None if failed or not all_finite(factor) else factor

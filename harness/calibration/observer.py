@@ -36,7 +36,8 @@ class Observer:
     ) -> None:
         self.stream, self.cache, self.needs, self.keep = stream, cache, needs, keep
         self.device = stream.states[0].device
-        inputs_digest = tensor_digest(*stream.states, *tensors_of(stream.calls[0]))
+        self._stores = cache.limit > 0  # else nothing has a name, which would be a hash of weights and inputs
+        inputs_digest = tensor_digest(*stream.states, *tensors_of(stream.calls[0])) if self._stores else ""
         self._chain = digest(inputs_digest, str(self.device), *names)
         self._block = ""  # digest of the block at its first observation, before it changes
         self._outputs: list[Tensor] | None = None
@@ -45,7 +46,7 @@ class Observer:
 
     def observe(self, groups: Sequence[InputGroup]) -> list[Stats]:
         """The needed statistics of each group's input, from the block in its present state."""
-        block = module_digest(self.stream.blocks[self.stream.position])
+        block = self._digest()
         self._block = self._block or block
         inputs_and_block = digest(self._chain, block)
         stats = [Stats(self.needs, group.in_features) for group in groups]
@@ -64,7 +65,7 @@ class Observer:
     def advance(self) -> None:
         """Move the stream to the next block."""
         block = self._block if self.keep else ""  # later blocks depend on the unchanged block, whose digest is known
-        self._chain = digest(self._chain, block or module_digest(self.stream.blocks[self.stream.position]))
+        self._chain = digest(self._chain, block or self._digest())
         self.stream.advance(self._outputs)
         self._outputs, self._block = None, ""
         if self._running and self.stream.position < len(self.stream.blocks):
@@ -82,7 +83,13 @@ class Observer:
         if keep:
             self._outputs = outputs
 
+    def _digest(self) -> str:
+        """Hash of the block in its present state."""
+        return module_digest(self.stream.blocks[self.stream.position]) if self._stores else ""
+
     def _all_cached(self) -> bool:
+        if not self._stores:
+            return False
         chain = self._chain
         for block in self.stream.blocks:
             block_digest = module_digest(block)

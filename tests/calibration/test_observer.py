@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from harness.calibration import Stream
+from harness.calibration import Stream, observer
 from harness.calibration.observer import stat_identity
 from harness.config import RunConfig, build_run
 from harness.core import AbsMean, Hessian, MinMax, Sample, Stat
@@ -298,6 +298,16 @@ def test_configurations_that_change_the_inputs_need_new_entries(
     before = len(list(tmp_path.glob("*.safetensors")))
     quantized(configured("method=gptq", *overrides), cache)
     assert len(list(tmp_path.glob("*.safetensors"))) == before + fresh
+
+
+def test_without_a_cache_nothing_is_hashed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[object] = []
+    for name in ("module_digest", "tensor_digest"):
+        monkeypatch.setattr(observer, name, lambda *each: hashed.append(each) or "0")
+    for limit in (0, 2**30):
+        assert not hashed
+        quantized(configured("method=gptq"), DiskCache(tmp_path, limit))
+    assert hashed
 
 
 def test_other_tokens_need_other_entries(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ output sums G M entries of the table: no weight is decoded. For more rows of x, 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -38,11 +39,17 @@ class Gather:
         """`codes` (n, M), any integer dtype, each less than `entries`."""
         self.codebooks, self.entries = codes.shape[1], entries
         self.index = flat_index(codes, entries)
-        order = self.index.view(-1).argsort(stable=True)
-        self.source = (order // self.codebooks).to(torch.int32)
-        total = self.codebooks * entries
-        ends = torch.bincount(self.index.view(-1), minlength=total).cumsum(0)
-        self.starts = F.pad(ends[:-1], (1, 0)).to(torch.int32)
+
+    @cached_property
+    def source(self) -> Tensor:
+        """The vector of each code, (n M,) int32, in the order of the entries that the codes select."""
+        return (self.index.view(-1).argsort(stable=True) // self.codebooks).to(torch.int32)
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """The first place of each entry in `source`, (M entries,) int32."""
+        ends = torch.bincount(self.index.view(-1), minlength=self.codebooks * self.entries).cumsum(0)
+        return F.pad(ends[:-1], (1, 0)).to(torch.int32)
 
     def apply(self, codebooks: Tensor) -> Tensor:
         """Vectors (n, g) for codebooks (M, entries, g)."""

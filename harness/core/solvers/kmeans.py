@@ -39,11 +39,20 @@ def assign(vectors: Tensor, weights: Tensor, entries: Tensor) -> tuple[Tensor, T
 
     Returns: codes (n,) and distances (n,).
     """
-    table = torch.cat([entries * -2, entries.square()], 1).T.contiguous()
-    features = torch.cat([vectors * weights, weights], 1)
-    rows = max(_DISTANCES // len(entries), 1)
-    codes = torch.cat([smallest(part @ table)[:, 0] for part in features.split(rows)])
+    codes = _nearest(_features(vectors, weights), entries)
     return codes, (weights * (vectors - entries[codes]).square()).sum(1)
+
+
+def _features(vectors: Tensor, weights: Tensor) -> Tensor:
+    """Weighted vectors and weights side by side, (n, 2 g): a distance is their product with (-2 c, c^2)."""
+    return torch.cat([vectors * weights, weights], 1)
+
+
+def _nearest(features: Tensor, entries: Tensor) -> Tensor:
+    """Codes (n,) of the nearest of `entries` (E, g)."""
+    table = torch.cat([entries * -2, entries.square()], 1).T.contiguous()
+    rows = max(_DISTANCES // len(entries), 1)
+    return torch.cat([smallest(part @ table)[:, 0] for part in features.split(rows)])
 
 
 def kmeans(
@@ -58,24 +67,24 @@ def kmeans(
     """
     picked = torch.randperm(len(vectors), generator=generator).to(vectors.device)
     codebook = vectors[picked[torch.arange(entries, device=vectors.device) % len(vectors)]].clone()
-    codes, _ = assign(vectors, weights, codebook)
+    features = _features(vectors, weights)
+    codes = _nearest(features, codebook)
     for _ in range(iterations):
         previous = codes
-        codebook = _means(vectors, weights, codes, entries)
+        codebook = _means(features, codes, entries)
         empty = (torch.bincount(codes, minlength=entries) == 0).nonzero()[:, 0][: len(vectors)]
         if len(empty):
             distances = (weights * (vectors - codebook[codes]).square()).sum(1)
             race = distances / torch.empty(len(vectors)).exponential_(generator=generator).to(distances)
             codebook[empty] = vectors[race.topk(len(empty)).indices]
-        codes, _ = assign(vectors, weights, codebook)
+        codes = _nearest(features, codebook)
         if not len(empty) and torch.equal(codes, previous):
             break
     return codebook, codes
 
 
-def _means(vectors: Tensor, weights: Tensor, codes: Tensor, entries: int) -> Tensor:
+def _means(features: Tensor, codes: Tensor, entries: int) -> Tensor:
     """The weighted mean of each entry's vectors, (E, g); zeros for an entry without vectors."""
-    size = vectors.shape[1]
-    terms = torch.cat([vectors * weights, weights], 1)
-    sums = vectors.new_zeros(entries, 2 * size).index_add_(0, codes, terms)
+    size = features.shape[1] // 2
+    sums = features.new_zeros(entries, 2 * size).index_add_(0, codes, features)
     return sums[:, :size] / sums[:, size:].clamp(min=torch.finfo(sums.dtype).tiny)

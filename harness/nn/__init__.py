@@ -1,4 +1,4 @@
-"""Modules of a quantized model: QuantLinear, KV caches that store codes, hooks on modules, and calls of models.
+"""Modules of a quantized model: QuantLinear and DenseLinear, KV caches that store codes, hooks, and calls of models.
 
 `quantization` and `models` build QuantLinears, `calibration` uses the hooks, `evaluation` and `runs` the caches.
 The functions of caches are called through their module: `kvcache.maker`, `kvcache.check`, `kvcache.footprint`.
@@ -7,6 +7,7 @@ The functions of caches are called through their module: `kvcache.maker`, `kvcac
 from harness.nn.calls import accepted as accepted
 from harness.nn.calls import cache_of as cache_of
 from harness.nn.calls import one_line_errors as one_line_errors
+from harness.nn.dense import DenseLinear as DenseLinear
 from harness.nn.hooks import first_of as first_of
 from harness.nn.hooks import hooked as hooked
 from harness.nn.hooks import standing_in as standing_in

@@ -14,6 +14,7 @@ from torch import nn
 
 from harness.core import Method, Scheme, Stats, WeightFormat
 from harness.models import linears_of, weight_of
+from harness.nn import DenseLinear, replace
 from harness.quantization.install import convert, install
 from harness.utils.errors import Refusal
 
@@ -45,6 +46,16 @@ def quantize_head(model: nn.Module, bits: int, execution: str, notes: list[str])
     fmt = WeightFormat(bits=bits, symmetric=True, grid="narrow", granularity="group", group_size=_GROUP)
     linear, row = install(model, name, Method(), Scheme(name="head", weight=fmt), Stats(), notes)
     return row, convert(linear, execution)
+
+
+def pack_head(model: nn.Module) -> str | None:
+    """Let a native kernel run the float head of a packed model. Returns: its name; None if torch runs it as before."""
+    name = _head(model)
+    if name is None or not DenseLinear.supports(model.get_submodule(name)):
+        return None
+    dense = DenseLinear.of(model.get_submodule(name))  # type: ignore[arg-type]  # supports() has checked it
+    replace(model, name, dense)
+    return dense.kernel
 
 
 def _head(model: nn.Module) -> str | None:

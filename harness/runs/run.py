@@ -108,14 +108,26 @@ def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, 
     if cfg.analyses:
         with optional(record.warnings, "analyse", "sensitivity and outliers"), stage(record, "analyse"):
             record.analysis = replace(analyser.analyse(result), mixed=record.analysis.mixed)
-    head = list[dict[str, Any]]()
-    if cfg.head is not None:  # after the analysis, which compares linears of the blocks alone
-        with stage(record, "quantize"):
-            row, kernel = quantization.quantize_head(decoder.model, cfg.head, cfg.execution, result.warnings)
-        head.append(row)
-        result.kernels |= {kernel} if kernel else set()
+    head = _finish_head(
+        cfg, decoder.model, result, record
+    )  # after the analysis, which compares linears of blocks alone
     _add_format(cfg, record, decoder.model, result)
     record.layers += head
+
+
+def _finish_head(cfg: RunConfig, model: nn.Module, result: quantization.Result, record: Record) -> list[dict[str, Any]]:
+    """Quantize the head if the run says so, else let a native kernel run it beside packed linears.
+
+    Returns: its row of the record, if it is quantized.
+    """
+    if cfg.head is not None:
+        with stage(record, "quantize"):
+            row, kernel = quantization.quantize_head(model, cfg.head, cfg.execution, result.warnings)
+        result.kernels |= {kernel} if kernel else set()
+        return [row]
+    if result.kernels:
+        record.execution = replace(record.execution, head=quantization.pack_head(model))
+    return []
 
 
 def _save(cfg: RunConfig, source: Source, model: nn.Module, result: quantization.Result, record: Record) -> None:

@@ -9,8 +9,9 @@ import pytest
 from torch import Tensor, nn
 
 from harness.config import build_run
+from harness.kernels.native import library
 from harness.nn import QuantLinear, stored_bytes
-from harness.quantization import quantize_head
+from harness.quantization import pack_head, quantize_head
 from harness.reports import to_frame
 from harness.reports.describe import describe, label
 from harness.runs import execute_run
@@ -47,6 +48,37 @@ def test_logits_are_those_of_the_rounded_weight_and_the_embedding_stays(family: 
     head.weight = nn.Parameter(naive(head.weight.detach(), 4).float())
     assert relative(logits(model, tokens), logits(expected, tokens)) < 1e-5
     assert relative(logits(model, tokens), logits(uneven(build(family, vocab_size=96)), tokens)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("options", "kernel"),
+    [
+        (("method=rtn",), "native_dense"),
+        (("execution=simulated",), None),
+        (("method=none",), None),
+        (("head=8",), None),
+    ],
+)
+def test_the_record_names_the_kernel_of_a_float_head(tiny: Tiny, option: str, kernel: str | None) -> None:
+    expected = kernel if library.available() else None
+    assert execute_run(tiny(option))[0].execution.head == expected
+
+
+def test_without_the_library_the_head_stays_as_it_is(torch_kernels: None) -> None:
+    model = build("llama")
+    head = model.get_output_embeddings()
+    assert pack_head(model) is None
+    assert model.get_output_embeddings() is head
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom", "gpt_neox"])
+def test_a_float_head_keeps_its_logits_and_its_weight(family: str) -> None:
+    model = uneven(build(family, tie_word_embeddings=True, vocab_size=96))
+    expected, embedding = logits(model, TOKENS % 96), model.get_input_embeddings().weight
+    kernel = pack_head(model)
+    assert kernel == ("native_dense" if library.available() else None)
+    assert relative(logits(model, TOKENS % 96), expected) < 1e-6
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight is embedding
 
 
 def test_head_and_tied_embedding_are_both_stored() -> None:

@@ -14,6 +14,7 @@ namespace {
 #include "parts.h"
 #include "output.h"
 #include "few.h"
+#include "dense.h"
 #include "decode.h"
 #include "product.h"
 #include "product_float.h"
@@ -27,7 +28,7 @@ namespace {
 const Level& avx512_level() {
   static const VectorLevel vectors{few_vectors<V>, many_vectors<FloatProduct>, nullptr, decode_rows<V, float>,
                                    decode_rows<V, uint16_t>, enter<V>, leave<V>};
-  static const Level level{"avx512", few<V>, nullptr, nullptr, many<FloatProduct>, nullptr, decode<V, float>, decode<V, uint16_t>,
+  static const Level level{"avx512", few<V>, few_dense<V>, nullptr, nullptr, many<FloatProduct>, nullptr, decode<V, float>, decode<V, uint16_t>,
                            bytes<V>, absmax<V>, encode<V>, &vectors};
   return level;
 }

@@ -75,6 +75,10 @@ def _register_fakes() -> None:
         left = arguments[4]
         return x.new_empty(*x.shape[:-1], len(left))
 
+    def dense_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return x.new_empty(*x.shape[:-1], len(weight))
+
+    torch.library.register_fake("ptqbench_native::dense_linear", dense_linear)
     torch.library.register_fake("ptqbench_native::incoherent_linear", incoherent_linear)
     for name in ("grouped_linear", "int8_linear", "additive_linear"):
         torch.library.register_fake(f"ptqbench_native::{name}", linear)

@@ -18,6 +18,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
+constexpr int64_t kSerial = 1 << 18;  // products that take as long as to start a second thread
 constexpr int64_t kSlab = 32;  // panels of a slab: 4 MiB of float32 at K = 2048
 
 Scale scale_type(const Tensor& scale) {
@@ -57,6 +58,9 @@ Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale,
               " inputs; expected a multiple of 16 that divides ", inputs);
   return w;
 }
+
+// Panels that are worth a thread of their own.
+int64_t grain(const Weight& w, int64_t rows) { return std::max<int64_t>(1, kSerial / (rows * w.inputs * kPanel)); }
 
 // Sums of x over the groups of w, (rows, groups).
 std::vector<float> group_sums(const Weight& w, const Rows<float>& x) {
@@ -98,7 +102,9 @@ DigitRows split(const Level& level, const Weight& w, const Rows<float>& x, int d
 bool by_digits(const Level& level, const Weight& w, const Rows<float>& x, int digits, const Output& y) {
   const DigitRows rows = split(level, w, x, digits);
   if (!rows.count) return false;
-  at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) { level.few_digits(w, rows, y, first, last); });
+  at::parallel_for(0, w.panels(), grain(w, x.count), [&](int64_t first, int64_t last) {
+    level.few_digits(w, rows, y, first, last);
+  });
   return true;
 }
 
@@ -107,7 +113,7 @@ void by_registers(const Level& level, const Weight& w, const Tensor& x, const Ou
   const Rows<float> rows = rows_of<float>(x, 0, x.size(0), false);
   if (level.few_digits && w.integers && by_digits(level, w, rows, x.scalar_type() == at::kBFloat16 ? 2 : 3, y)) return;
   const std::vector<float> sums = w.zero ? group_sums(w, rows) : std::vector<float>();
-  at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, w.panels(), grain(w, rows.count), [&](int64_t first, int64_t last) {
     level.few(w, rows, sums.data(), y, first, last);
   });
 }

@@ -145,6 +145,7 @@ struct V {
 #include "parts.h"
 #include "output.h"
 #include "few.h"
+#include "dense.h"
 #include "decode.h"
 #include "product.h"
 #include "bytes.h"
@@ -156,7 +157,7 @@ struct V {
 const Level& plain_level() {
   static const VectorLevel vectors{few_vectors<V>, nullptr, nullptr, decode_rows<V, float>, decode_rows<V, uint16_t>,
                                    enter<V>, leave<V>};
-  static const Level level{"plain", few<V>, nullptr, nullptr, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
+  static const Level level{"plain", few<V>, few_dense<V>, nullptr, nullptr, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
                            bytes<V>, absmax<V>, encode<V>, &vectors};
   return level;
 }

@@ -45,6 +45,13 @@ struct Rows {
   int64_t count, stride;
 };
 
+// A float weight (rows, inputs), row by row.
+struct Matrix {
+  const void* values;
+  bool bfloat;  // bfloat16, not float32
+  int64_t rows, inputs;
+};
+
 constexpr int64_t kMany = 240;  // most rows of x at once: their sums fit into the cache
 
 // A weight of one scale per row, for inputs of 8 bits: codes of 2, 4 or 8 bits, without a sign.
@@ -106,7 +113,9 @@ struct Level {
   // y = x W^T for the panels [first, last) and up to kFew rows of x; `sums` of x over groups (rows, groups) are read
   // only for weights with zero points
   void (*few)(const Weight&, const Rows<float>& x, const float* sums, const Output& y, int64_t first, int64_t last);
-  // likewise for integer levels and x in digits; null where products in float32 are faster
+  // likewise for a float weight
+  void (*few_dense)(const Matrix&, const Rows<float>& x, const Output& y, int64_t first, int64_t last);
+  // y = x W^T for integer levels and up to kFew rows of x in digits; null where products in float32 are faster
   void (*few_digits)(const Weight&, const DigitRows& x, const Output& y, int64_t first, int64_t last);
   // the digits of a chunk of x, see digits.h
   float (*split_chunk)(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sums);

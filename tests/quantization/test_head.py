@@ -51,7 +51,7 @@ def test_logits_are_those_of_the_rounded_weight_and_the_embedding_stays(family: 
 
 
 @pytest.mark.parametrize(
-    ("options", "kernel"),
+    ("option", "kernel"),
     [
         (("method=rtn",), "native_dense"),
         (("execution=simulated",), None),

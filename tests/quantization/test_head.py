@@ -53,10 +53,10 @@ def test_logits_are_those_of_the_rounded_weight_and_the_embedding_stays(family: 
 @pytest.mark.parametrize(
     ("option", "kernel"),
     [
-        (("method=rtn",), "native_dense"),
-        (("execution=simulated",), None),
-        (("method=none",), None),
-        (("head=8",), None),
+        ("method=rtn", "native_dense"),
+        ("execution=simulated", None),
+        ("method=none", None),
+        ("head=8", None),
     ],
 )
 def test_the_record_names_the_kernel_of_a_float_head(tiny: Tiny, option: str, kernel: str | None) -> None:

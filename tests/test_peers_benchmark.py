@@ -60,7 +60,7 @@ def test_a_missing_library_is_left_out_with_its_reason(monkeypatch: pytest.Monke
     monkeypatch.setitem(sys.modules, "llama_cpp", None)
     llama.library.cache_clear()
     racing = run.Field(PROMPT, DECODED)
-    run._add_llama(racing, tmp_path)
+    run._add_llama(racing, tmp_path / "model.gguf", tmp_path, ("F32",))
     assert racing.workloads == {}
     assert "pip install ptqbench[peers]" in racing.absent["llama.cpp"]
 
@@ -68,7 +68,16 @@ def test_a_missing_library_is_left_out_with_its_reason(monkeypatch: pytest.Monke
 def test_the_table_has_models_and_reasons() -> None:
     row = {"model": "int4", "mib": 90.2, "logits_error": 0.1, "prefill": 700.0, "decode": 50.0}
     row |= {"prefill_speedup": 0.9, "decode_speedup": 2.5}
-    results = {"baseline": "float32, eager", "prompt": 128, "steps": 32, "threads": 2, "rounds": 7, "rows": [row]}
+    results = {
+        "command": "python",
+        "name": "smollm2_raw",
+        "baseline": "float32, eager",
+        "prompt": 128,
+        "steps": 32,
+        "threads": 2,
+        "rounds": 7,
+    }
+    results["rows"] = [row]
     text = markdown(results | {"absent": {"llama.cpp": "not installed"}})
     assert "| int4 | 90 | 1.0e-01 | 700 (0.90x) | 50 (2.50x) |" in text
     assert "- llama.cpp: not installed" in text

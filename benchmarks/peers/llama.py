@@ -1,10 +1,10 @@
-"""The embedded model in llama.cpp (llama-cpp-python 0.3.36): its GGUF file in several types, and its timed calls."""
+"""A model in llama.cpp (llama-cpp-python 0.3.36): its GGUF file in several types, and its timed calls."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,22 +59,21 @@ class Llama:
             raise RuntimeError(f"llama_decode returned {status}")
 
 
-def write(packaged: Path, folder: Path) -> dict[str, Path]:
-    """Write the weights of a GGUF file in each of TYPES. Returns: the files.
+def write(source: Path, folder: Path, types: Iterable[str] = TYPES) -> dict[str, Path]:
+    """Write the weights of a GGUF file in each of `types`. Returns: the files.
 
     Raises: ValueError if llama.cpp cannot write one.
     """
-    files, source = dict[str, Path](), packaged
-    for name, kind in TYPES.items():
-        files[name] = folder / f"{name}.gguf"
-        options = library().llama_model_quantize_default_params()
-        options.nthread, options.allow_requantize = torch.get_num_threads(), True
-        options.ftype = getattr(library(), f"LLAMA_FTYPE_{kind}")
-        paths = (str(path).encode() for path in (source, files[name]))
-        if status := library().llama_model_quantize(*paths, ctypes.byref(options)):
-            raise ValueError(f"llama_model_quantize to {name} returned {status}")
-        source = files["F32"]
-    return files
+    return {name: _written(source, folder / f"{name}.gguf", name) for name in types}
+
+
+def _written(source: Path, file: Path, name: str) -> Path:
+    options = library().llama_model_quantize_default_params()
+    options.nthread, options.allow_requantize = torch.get_num_threads(), True
+    options.ftype = getattr(library(), f"LLAMA_FTYPE_{TYPES[name]}")
+    if status := library().llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(options)):
+        raise ValueError(f"llama_model_quantize to {name} returned {status}")
+    return file
 
 
 @functools.cache

@@ -6,14 +6,16 @@ import json
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from benchmarks.peers import llama, ours
+from benchmarks.peers import gguf_file, llama, ours
 from benchmarks.peers.race import race
 from benchmarks.peers.table import markdown
 from harness.calibration import relative_error
+from harness.config import ModelConfig
 from harness.evaluation.workload import Workload
 from harness.models.packaged import find
 from harness.nn import resident_bytes
@@ -21,10 +23,41 @@ from harness.records import environment
 from harness.utils.errors import one_line
 
 OUTPUT = Path(__file__).parents[2] / "results/benchmarks"
-BASELINE = "float32, eager"
 PROMPT, STEPS = 128, 32
-_VOCABULARY = 49152
 _MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A model of conf/model, and the forms of it that race: those of this project and the types of llama.cpp."""
+
+    model: str
+    baseline: str
+    forms: tuple[ours.Form, ...]
+    types: tuple[str, ...]
+
+
+_FLOAT, _BFLOAT = torch.float32, torch.bfloat16
+ENTRIES = {
+    "smollm2": Entry(
+        "smollm2_raw",
+        "float32, eager",
+        (
+            ours.Form(),
+            ours.Form(_BFLOAT),
+            ours.Form(_FLOAT, 64),
+            ours.Form(_FLOAT, 64, head=8),
+            ours.Form(_BFLOAT, 64, head=8),
+        ),
+        ("F32", "BF16", "Q8_0", "Q4_0"),
+    ),
+    "llama3_2_1b": Entry(  # random weights; float32 would not leave enough memory to the others
+        "llama3_2_1b_random",
+        "bfloat16, eager",
+        (ours.Form(_BFLOAT), ours.Form(_BFLOAT, 64, head=8), ours.Form(_FLOAT, 64, head=8)),
+        ("BF16", "Q8_0", "Q4_0"),
+    ),
+}
 
 
 @dataclass
@@ -46,35 +79,57 @@ class Field:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def main(rounds: int = 15) -> None:
-    """Race all models, print the table and write both files."""
-    tokens = torch.randint(_VOCABULARY, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
-    racing = Field(*tokens.split([PROMPT, STEPS], dim=1))
+def main(name: str = "smollm2", rounds: int = 15) -> None:
+    """Race all forms of the model of an entry, print the table and write both files."""
+    entry = ENTRIES[name]
+    model_cfg = ours.configuration(entry.model)
     with tempfile.TemporaryDirectory() as folder:
-        _add_ours(racing)
-        _add_llama(racing, Path(folder))
-        figures = race(racing.workloads, BASELINE, rounds)
+        float_model = ours.load(model_cfg, ours.Form(_BFLOAT))
+        racing = Field(*_tokens(float_model).split([PROMPT, STEPS], dim=1))
+        source = _gguf(model_cfg, float_model, Path(folder))
+        del float_model
+        _add_ours(racing, model_cfg, entry.forms)
+        _add_llama(racing, source, Path(folder), entry.types)
+        figures = race(racing.workloads, entry.baseline, rounds)
     rows = [
         {"model": name, "mib": racing.sizes[name], "logits_error": racing.errors[name]} | asdict(figures[name])
         for name in racing.workloads
     ]
-    shape = {"prompt": PROMPT, "steps": STEPS, "rounds": rounds, "threads": torch.get_num_threads()}
+    shape = {
+        "name": entry.model,
+        "prompt": PROMPT,
+        "steps": STEPS,
+        "rounds": rounds,
+        "threads": torch.get_num_threads(),
+    }
     results = shape | {
-        "baseline": BASELINE,
+        "command": f"python -m benchmarks.peers {name} {rounds}",
+        "baseline": entry.baseline,
         "rows": rows,
         "absent": racing.absent,
         "environment": asdict(environment()),
     }
     OUTPUT.mkdir(parents=True, exist_ok=True)
-    (OUTPUT / "peers.json").write_text(json.dumps(results, indent=1) + "\n")
-    (OUTPUT / "peers.md").write_text(markdown(results))
+    (OUTPUT / f"peers_{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    (OUTPUT / f"peers_{name}.md").write_text(markdown(results))
     print(markdown(results))
 
 
-def _add_ours(racing: Field) -> None:
+def _tokens(model: nn.Module) -> Tensor:
+    """Random tokens (1, PROMPT + STEPS) of the vocabulary of a model."""
+    config: Any = model.config
+    return torch.randint(config.vocab_size, (1, PROMPT + STEPS), generator=torch.Generator().manual_seed(0))
+
+
+def _gguf(model_cfg: ModelConfig, model: nn.Module, folder: Path) -> Path:
+    """A GGUF file of the same weights: the packaged one, or one of random weights."""
+    return find(model_cfg.package).whole(folder) if model_cfg.package else gguf_file.write(model, folder / "model.gguf")
+
+
+def _add_ours(racing: Field, model_cfg: ModelConfig, forms: tuple[ours.Form, ...]) -> None:
     torch.compiler.reset()
-    for form in ours.FORMS:
-        model = ours.load(form)
+    for form in forms:
+        model = ours.load(model_cfg, form)
         with torch.inference_mode():
             logits = model(input_ids=racing.prompt, use_cache=False).logits[0, -1].float()
         if not len(racing.expected):
@@ -90,10 +145,9 @@ def _add_ours(racing: Field) -> None:
                 racing.errors[name] = relative_error(logits, racing.expected)
 
 
-def _add_llama(racing: Field, folder: Path) -> None:
-    package = str(ours.MODEL.package)
+def _add_llama(racing: Field, source: Path, folder: Path, types: tuple[str, ...]) -> None:
     try:
-        files = llama.write(find(package).whole(folder), folder)
+        files = llama.write(source, folder, types)
     except (ImportError, ValueError) as reason:
         racing.absent["llama.cpp"] = f"{one_line(reason)}; pip install ptqbench[peers]"
         return

@@ -8,8 +8,8 @@ from typing import Any
 def markdown(results: dict[str, Any]) -> str:
     """A table of tokens per second, with speedups in brackets, and the models that are left out."""
     lines = [
-        f"`python -m benchmarks.peers`: tokens per second (speedup over {results['baseline']}), prompt of "
-        f"{results['prompt']} tokens, {results['steps']} decode steps, {results['threads']} threads, medians of "
+        f"`{results['command']}` ({results['name']}): tokens per second (speedup over {results['baseline']}), prompt "
+        f"of {results['prompt']} tokens, {results['steps']} decode steps, {results['threads']} threads, medians of "
         f"{results['rounds']} interleaved rounds; MiB of weights; error: relative, of the prompt's last logits.",
         "",
         "| model | MiB | error | prefill | decode |",

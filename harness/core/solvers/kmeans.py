@@ -9,19 +9,22 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 _DISTANCES = 1 << 20  # in memory at once, 4 MiB
 _LANES = 256  # entries that one reduction compares
 
 
 def smallest(scores: Tensor, count: int = 1) -> Tensor:
-    """Indices (n, count) int64 of the smallest `scores` (n, E) float32, in ascending order; E is a power of two.
+    """Indices (n, count) int64 of the smallest `scores` (n, E) float32, in ascending order.
 
     The scores are overwritten: the index of the entry replaces the last bits of its score, 8 at most, so that a minimum
     also gives its index. This is four times as fast as argmin on a CPU. Scores that agree to 2^-15 of their magnitude
     count as equal.
     """
-    lanes = min(_LANES, scores.shape[1])
+    entries = scores.shape[1]
+    lanes = min(_LANES, 1 << (entries - 1).bit_length())  # a power of two
+    scores = F.pad(scores, (0, -entries % lanes), value=torch.finfo(scores.dtype).max) if entries % lanes else scores
     lane = torch.arange(lanes, dtype=torch.int32, device=scores.device)
     blocks = scores.view(len(scores), -1, lanes)
     blocks.view(torch.int32).bitwise_and_(-lanes).bitwise_or_(lane)

@@ -15,9 +15,14 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-@given(power=st.integers(1, 11), rows=st.integers(1, 9), count=st.integers(1, 2), seed=st.integers(0, 2**16))
-def test_smallest_is_argmin_unless_scores_are_nearly_equal(power: int, rows: int, count: int, seed: int) -> None:
-    scores = torch.randn(rows, 1 << power, generator=generator(seed))
+@given(
+    entries=st.integers(1, 11).map(lambda power: 1 << power) | st.integers(2, 1500),
+    rows=st.integers(1, 9),
+    count=st.integers(1, 2),
+    seed=st.integers(0, 2**16),
+)
+def test_smallest_is_argmin_unless_scores_are_nearly_equal(entries: int, rows: int, count: int, seed: int) -> None:
+    scores = torch.randn(rows, entries, generator=generator(seed))
     indices = smallest(scores.clone(), count)
     assert indices.shape == (rows, count)
     assert count == 1 or bool((indices[:, 0] != indices[:, 1]).all())

@@ -18,5 +18,4 @@ if __name__ == "__main__":
     limit_spinning()  # waiting threads of one library would take the processor from those of the next
     from benchmarks.peers.run import main  # it loads the libraries, which read the setting
 
-    name, rounds = (*sys.argv[1:], *("smollm2", "15")[len(sys.argv) - 1 :])
-    main(name, int(rounds))
+    main(sys.argv[1:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import tempfile
 from dataclasses import asdict, dataclass, field
@@ -32,16 +33,19 @@ class Entry:
     """A model of conf/model, and the forms of it that race: those of this project and the types of llama.cpp."""
 
     model: str
-    baseline: str
     forms: tuple[ours.Form, ...]
     types: tuple[str, ...]
+
+    @property
+    def baseline(self) -> str:
+        """The first form, eager."""
+        return f"{self.forms[0].name}, eager"
 
 
 _FLOAT, _BFLOAT = torch.float32, torch.bfloat16
 ENTRIES = {
     "smollm2": Entry(
         "smollm2_raw",
-        "float32, eager",
         (
             ours.Form(),
             ours.Form(_BFLOAT),
@@ -53,7 +57,6 @@ ENTRIES = {
     ),
     "llama3_2_1b": Entry(  # random weights; float32 would not leave enough memory to the others
         "llama3_2_1b_random",
-        "bfloat16, eager",
         (ours.Form(_BFLOAT), ours.Form(_BFLOAT, 64, head=8), ours.Form(_FLOAT, 64, head=8)),
         ("BF16", "Q8_0", "Q4_0"),
     ),
@@ -79,8 +82,16 @@ class Field:
     absent: dict[str, str] = field(default_factory=dict)
 
 
-def main(name: str = "smollm2", rounds: int = 15) -> None:
+def main(arguments: list[str]) -> None:
     """Race all forms of the model of an entry, print the table and write both files."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.peers", description="Time whole models.")
+    parser.add_argument("entry", nargs="?", choices=ENTRIES, default="smollm2", help="the model")
+    parser.add_argument("rounds", nargs="?", type=int, default=15, help="rounds that are timed")
+    options = parser.parse_args(arguments)
+    _main(options.entry, options.rounds)
+
+
+def _main(name: str, rounds: int) -> None:
     entry = ENTRIES[name]
     model_cfg = ours.configuration(entry.model)
     with tempfile.TemporaryDirectory() as folder:
@@ -92,8 +103,8 @@ def main(name: str = "smollm2", rounds: int = 15) -> None:
         _add_llama(racing, source, Path(folder), entry.types)
         figures = race(racing.workloads, entry.baseline, rounds)
     rows = [
-        {"model": name, "mib": racing.sizes[name], "logits_error": racing.errors[name]} | asdict(figures[name])
-        for name in racing.workloads
+        {"model": model, "mib": racing.sizes[model], "logits_error": racing.errors[model]} | asdict(figures[model])
+        for model in racing.workloads
     ]
     shape = {
         "name": entry.model,

@@ -108,9 +108,8 @@ def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, 
     if cfg.analyses:
         with optional(record.warnings, "analyse", "sensitivity and outliers"), stage(record, "analyse"):
             record.analysis = replace(analyser.analyse(result), mixed=record.analysis.mixed)
-    head = _finish_head(
-        cfg, decoder.model, result, record
-    )  # after the analysis, which compares linears of blocks alone
+    # After the analysis, which compares linears of the blocks alone.
+    head = _finish_head(cfg, decoder.model, result, record)
     _add_format(cfg, record, decoder.model, result)
     record.layers += head
 

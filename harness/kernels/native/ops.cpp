@@ -82,9 +82,9 @@ DigitRows split(const Level& level, const Weight& w, const Rows<float>& x, int d
   static thread_local std::vector<float> units, sums;
   const int64_t height = x.count > 4 ? 8 : x.count > 2 ? 4 : x.count, stride = height * digits;
   const int64_t chunks = w.groups * ((w.group + kChunk - 1) / kChunk);
-  words.assign(w.halves() * 4 * stride, 0);
-  units.assign(chunks * height, 0);
-  sums.assign(chunks * stride, 0);
+  grow(words, w.halves() * 4 * stride);
+  grow(units, chunks * height);
+  grow(sums, chunks * stride);
   for (int64_t m = 0; m < x.count; ++m) {
     int64_t at = m;  // (chunk, row)
     for (int64_t group = 0; group < w.halves() * kHalf; group += w.group)

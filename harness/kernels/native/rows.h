@@ -12,12 +12,17 @@ namespace ptqbench {
 
 constexpr int64_t kAlias = 2048;  // rows apart by multiples of so many bytes meet in few sets of the cache
 
+template <class T>
+T* grow(std::vector<T>& memory, int64_t count) {
+  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
+  return memory.data();
+}
+
 // Memory that calls on this thread share: fresh memory of the size of x would cost page faults at every call.
 template <class T>
 T* scratch(int64_t count) {
   static thread_local std::vector<T> memory;
-  if (static_cast<int64_t>(memory.size()) < count) memory.resize(count);
-  return memory.data();
+  return grow(memory, count);
 }
 
 inline void widen_row(const uint16_t* bfloats, int64_t count, float* out) {

@@ -2,6 +2,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "search.h"
 #include "vectors.h"
 
 #pragma GCC target("avx2,fma,f16c")
@@ -174,7 +175,7 @@ const Level& avx2_level() {
   static const VectorLevel vectors{few_vectors<V>, nullptr, nullptr, decode_rows<V, float>, decode_rows<V, uint16_t>,
                                    enter<V>, leave<V>};
   static const Level level{"avx2", few<V>, few_dense<V>, nullptr, nullptr, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
-                           bytes<V>, absmax<V>, encode<V>, &vectors};
+                           bytes<V>, absmax<V>, encode<V>, &vectors, &search_avx2()};
   return level;
 }
 

@@ -1,6 +1,7 @@
 // The kernels for AVX-512 (F, BW, DQ, VL).
 #include <cstdint>
 
+#include "search.h"
 #include "vectors.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -29,7 +30,7 @@ const Level& avx512_level() {
   static const VectorLevel vectors{few_vectors<V>, many_vectors<FloatProduct>, nullptr, decode_rows<V, float>,
                                    decode_rows<V, uint16_t>, enter<V>, leave<V>};
   static const Level level{"avx512", few<V>, few_dense<V>, nullptr, nullptr, many<FloatProduct>, nullptr, decode<V, float>, decode<V, uint16_t>,
-                           bytes<V>, absmax<V>, encode<V>, &vectors};
+                           bytes<V>, absmax<V>, encode<V>, &vectors, &search_avx512()};
   return level;
 }
 

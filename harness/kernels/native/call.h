@@ -4,6 +4,7 @@
 
 #include <optional>
 
+#include "checks.h"
 #include "weight.h"
 
 namespace ptqbench {

@@ -7,6 +7,11 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
+#include <algorithm>
+#include <vector>
+
+#include "checks.h"
+
 #pragma GCC optimize("O3", "fp-contract=off")
 #pragma GCC target("avx2,fma")
 
@@ -24,11 +29,15 @@ struct Grid {
   bool symmetric;
 };
 
-// A matrix (columns, outputs) of float32 with contiguous rows.
+// A matrix of float32 with contiguous rows, of which `data` may be const.
+template <class T>
 struct Rows {
-  float* data;
+  T* data;
   int64_t stride;
-  float* row(int64_t i) const { return data + i * stride; }
+
+  Rows(const Tensor& x, int64_t rows, int64_t columns, const char* name)
+      : data(rows_in<T>(x, {rows, columns}, name)), stride(x.stride(0)) {}
+  T* row(int64_t i) const { return data + i * stride; }
 };
 
 // Rounds w to the grid: values q, and the errors (w - q) / pivot.
@@ -83,18 +92,19 @@ struct Parts {
 void solve_columns(const Tensor& weight, const Tensor& values, const Tensor& errors, const Tensor& factor, const Tensor& scale,
                    const Tensor& zero_point, at::IntArrayRef groups, double low, double high, bool symmetric) {
   const int64_t columns = values.size(0), all = weight.size(0), outputs = weight.size(1);
-  for (const Tensor* each : {&weight, &values, &errors, &scale, &zero_point})
-    TORCH_CHECK(each->dim() == 2 && each->stride(1) == 1 && each->scalar_type() == at::kFloat,
-                "expected matrices of float32 with contiguous rows, got ", each->sizes(), " ", each->scalar_type());
-  TORCH_CHECK(factor.dim() == 2 && factor.scalar_type() == at::kFloat, "the factor must be a matrix of float32");
-  TORCH_CHECK(columns <= all && static_cast<int64_t>(groups.size()) == columns && factor.size(0) >= columns &&
-              factor.size(1) >= all && errors.size(0) == columns && outputs == values.size(1) && outputs == errors.size(1) &&
-              outputs == scale.size(1) && scale.sizes() == zero_point.sizes(), "shapes do not match");
+  TORCH_CHECK(columns <= all && static_cast<int64_t>(groups.size()) == columns, columns, " columns and ", groups.size(),
+              " groups; expected as many of each, at most ", all);
+  TORCH_CHECK(factor.dim() == 2 && factor.scalar_type() == at::kFloat && factor.size(0) >= columns &&
+                  factor.size(1) >= all,
+              "factor has shape ", factor.sizes(), " ", factor.scalar_type(), "; expected (", columns, ", ", all,
+              ") float32, or more");
   for (const int64_t g : groups) TORCH_CHECK(g >= 0 && g < scale.size(0), "there is no group ", g);
   const Grid grid{static_cast<float>(low), static_cast<float>(high), symmetric};
-  const Rows w{weight.mutable_data_ptr<float>(), weight.stride(0)}, q{values.mutable_data_ptr<float>(), values.stride(0)},
-      err{errors.mutable_data_ptr<float>(), errors.stride(0)};
-  const float *u = factor.const_data_ptr<float>(), *s = scale.const_data_ptr<float>(), *z = zero_point.const_data_ptr<float>();
+  const Rows<float> w(weight, all, outputs, "weight"), q(values, columns, outputs, "values");
+  const Rows<float> err(errors, columns, outputs, "errors");
+  const Rows<const float> s(scale, scale.size(0), outputs, "scale");
+  const Rows<const float> z(zero_point, scale.size(0), outputs, "zero_point");
+  const float* u = factor.const_data_ptr<float>();
   std::vector<Parts> parts;
   for (int64_t i = 0; i < columns; ++i) parts.emplace_back(all - i - 1, outputs);
   const int64_t step = factor.stride(1);
@@ -105,9 +115,10 @@ void solve_columns(const Tensor& weight, const Tensor& values, const Tensor& err
       for (int64_t i = 0; i < columns; ++i) {
         const float* row = u + i * factor.stride(0);  // Cholesky factors are often stored by columns
         const int64_t g = groups[i];
-        snap(w.row(i) + first, s + g * scale.stride(0) + first, z + g * zero_point.stride(0) + first, grid, row[i * step],
-             q.row(i) + first, err.row(i) + first, last - first);
-        for (int64_t j = i + 1; j < all; ++j) parts[i].subtract(j - i - 1, w.row(j), row[j * step], err.row(i), first, last);
+        snap(w.row(i) + first, s.row(g) + first, z.row(g) + first, grid, row[i * step], q.row(i) + first,
+             err.row(i) + first, last - first);
+        for (int64_t j = i + 1; j < all; ++j)
+          parts[i].subtract(j - i - 1, w.row(j), row[j * step], err.row(i), first, last);
       }
     }
   });

@@ -20,15 +20,12 @@ constexpr int64_t kGrain = 1 << 13;      // values that are transformed on one t
 constexpr int64_t kKeptBytes = 8 << 20;  // of a matrix whose memory is kept, at most
 
 Rotation rotation_of(const Tensor& factors, const optional<Tensor>& matrix, int64_t size, double norm) {
-  TORCH_CHECK(factors.dim() == 1 && factors.size(0) == size && factors.scalar_type() == at::kHalf && factors.is_contiguous(),
-              "factors have shape ", factors.sizes(), " ", factors.scalar_type(), "; expected (", size, ") float16");
+  const auto* values = reinterpret_cast<const uint16_t*>(values_in<at::Half>(factors, {size}, "factors"));
   const int64_t order = matrix ? matrix->size(0) : 1, rest = size / order;
-  TORCH_CHECK(!matrix || (matrix->dim() == 2 && matrix->size(1) == order && matrix->is_contiguous() &&
-                          matrix->scalar_type() == at::kFloat), "a matrix must be square and contiguous, in float32");
   TORCH_CHECK(order * rest == size && (rest & (rest - 1)) == 0, "a matrix of order ", order,
               " and a power of two do not transform ", size, " values");
-  return {static_cast<const uint16_t*>(factors.const_data_ptr()), matrix ? matrix->const_data_ptr<float>() : nullptr, order,
-          size, static_cast<float>(norm / std::sqrt(static_cast<double>(rest)))};
+  return {values, matrix ? values_in<float>(*matrix, {order, order}, "matrix") : nullptr, order, size,
+          static_cast<float>(norm / std::sqrt(static_cast<double>(rest)))};
 }
 
 enum Place { kEntered, kSums };
@@ -75,12 +72,8 @@ Tensor linear(const Tensor& x, at::TensorList codes, at::TensorList tables, cons
               const Tensor& left_factors, const optional<Tensor>& right_matrix, const optional<Tensor>& left_matrix,
               const optional<Tensor>& bias) {
   const int64_t rows = left_factors.size(0), inputs = x.size(-1);
-  TORCH_CHECK(scale.scalar_type() == at::kFloat && scale.is_contiguous() && scale.dim() == 1 &&
-              scale.size(0) == static_cast<int64_t>(codes.size()),
-              "scale has shape ", scale.sizes(), " ", scale.scalar_type(), "; expected one float32 for each of ",
-              codes.size(), " books");
   Vectors w = vectors_of(codes, tables, rows, inputs);
-  const float* scales = scale.const_data_ptr<float>();
+  const float* scales = values_in<float>(scale, {w.count}, "scale");
   for (int64_t b = 0; b < w.count; ++b) w.books[b].factor = scales[b] / scales[0];
   const Rotation in = rotation_of(right, right_matrix, inputs, 1);
   const Rotation out = rotation_of(left_factors, left_matrix, rows, scales[0]);

@@ -32,11 +32,8 @@ ByteWeight weight_of(const Tensor& codes, const Tensor& scale, const Tensor& zer
   const Panels panels = panels_of(codes, rows, inputs);
   TORCH_CHECK(panels.bits == 2 || panels.bits == 4 || panels.bits == 8, "codes have ", panels.bits,
               " bits; expected 2, 4 or 8");
-  const std::vector<int64_t> shape{codes.size(0), kPanel};
-  TORCH_CHECK(scale.sizes() == shape && scale.is_contiguous() && scale.scalar_type() == at::kFloat &&
-                  zero.sizes() == shape && zero.is_contiguous() && zero.scalar_type() == at::kInt,
-              "scale and zero must have shape ", shape, " in float32 and int32");
-  return {panels, scale.const_data_ptr<float>(), zero.const_data_ptr<int32_t>()};
+  return {panels, values_in<float>(scale, {panels.panels(), kPanel}, "scale"),
+          values_in<int32_t>(zero, {panels.panels(), kPanel}, "zero")};
 }
 
 // The columns of rows of one sequence in which a magnitude reaches the threshold.

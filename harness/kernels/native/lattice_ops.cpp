@@ -10,6 +10,8 @@
 #include <cstring>
 #include <vector>
 
+#include "checks.h"
+
 namespace ptqbench {
 namespace {
 
@@ -127,65 +129,83 @@ void point_of(const Patterns& p, const Shifted& x, const Best& best, float* poin
     if (((x.negative >> k & 1) != 0) != (changes && k == best.change)) point[k] = -point[k];
 }
 
-const Tensor& checked(const Tensor& x, int64_t columns, at::ScalarType type) {
-  TORCH_CHECK(x.dim() == 2 && x.size(1) == columns && x.is_contiguous() && x.scalar_type() == type, "a table has shape ",
-              x.sizes(), " ", x.scalar_type(), "; expected (n, ", columns, ") ", type, ", contiguous");
-  return x;
+Patterns patterns_of(const Tensor& steps, const Tensor& parity, const Tensor& points, const Tensor& halves) {
+  const int64_t kinds = steps.size(0), count = points.size(0);
+  return {kinds,
+          count,
+          values_in<float>(steps, {kinds, kWidth}, "steps"),
+          values_in<float>(parity, {kinds, 1}, "parity"),
+          values_in<float>(points, {count, kWidth}, "points"),
+          values_in<int64_t>(halves, {count, 3}, "halves")};
+}
+
+// Calls use(i) for each i below `count`, shared among the threads.
+template <class Use>
+void each(int64_t count, Use&& use) {
+  at::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) use(i);
+  });
+}
+
+// The magnitudes (8, 2 n) of all shifted vectors in descending order, which `best` gets.
+Tensor sorted(const float* vectors, int64_t n, std::vector<Best>& best) {
+  const Tensor all = at::empty({kWidth, 2 * n});
+  float* out = all.mutable_data_ptr<float>();
+  each(2 * n, [&](int64_t c) {
+    float ordered[kWidth];
+    sort(Shifted(vectors, n, c).magnitude, ordered, best[c].order);
+    for (int k = 0; k < kWidth; ++k) out[k * 2 * n + c] = ordered[k];
+  });
+  return all;
+}
+
+// The columns in which incomplete patterns may be better, after the best complete pattern of each is found.
+std::vector<int64_t> find_complete(const Patterns& p, const float* vectors, int64_t n, const Tensor& ordered,
+                                   const Tensor& products, std::vector<Best>& best) {
+  std::vector<uint8_t> higher(2 * n);
+  const float *o = ordered.const_data_ptr<float>(), *scores = products.const_data_ptr<float>();
+  each(2 * n, [&](int64_t c) {
+    higher[c] = best_complete(p, o, scores, 2 * n, c, Shifted(vectors, n, c).odd, best[c]);
+  });
+  std::vector<int64_t> columns;
+  for (int64_t c = 0; c < 2 * n; ++c)
+    if (higher[c]) columns.push_back(c);
+  return columns;
+}
+
+// The magnitudes (8, count) of some columns.
+Tensor magnitudes(const float* vectors, int64_t n, const std::vector<int64_t>& columns) {
+  const int64_t count = static_cast<int64_t>(columns.size());
+  const Tensor all = at::empty({kWidth, count});
+  float* out = all.mutable_data_ptr<float>();
+  each(count, [&](int64_t i) {
+    const Shifted x(vectors, n, columns[i]);
+    for (int k = 0; k < kWidth; ++k) out[k * count + i] = x.magnitude[k];
+  });
+  return all;
 }
 
 // The points nearest to vectors (8, n) float32.
 Tensor nearest(const Tensor& vectors, const Tensor& steps, const Tensor& offset, const Tensor& parity,
                const Tensor& points, const Tensor& halves) {
-  TORCH_CHECK(vectors.dim() == 2 && vectors.size(0) == kWidth && vectors.scalar_type() == at::kFloat, "vectors have shape ",
-              vectors.sizes(), " ", vectors.scalar_type(), "; expected (8, n) float32");
-  const Patterns p{steps.size(0), points.size(0), checked(steps, kWidth, at::kFloat).const_data_ptr<float>(),
-                   checked(parity, 1, at::kFloat).const_data_ptr<float>(),
-                   checked(points, kWidth, at::kFloat).const_data_ptr<float>(),
-                   checked(halves, 3, at::kLong).const_data_ptr<int64_t>()};
+  const Patterns p = patterns_of(steps, parity, points, halves);
   const Tensor input = vectors.contiguous(), output = at::empty_like(input);
-  const int64_t n = input.size(1), columns = 2 * n;
-  const float* v = input.const_data_ptr<float>();
-  std::vector<Best> best(columns);
-  const Tensor ordered = at::empty({kWidth, columns}, input.options());
-  float* o = ordered.mutable_data_ptr<float>();
-  at::parallel_for(0, columns, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      float sorted[kWidth];
-      sort(Shifted(v, n, c).magnitude, sorted, best[c].order);
-      for (int k = 0; k < kWidth; ++k) o[k * columns + c] = sorted[k];
-    }
-  });
-  const Tensor complete = at::addmm(offset, steps, ordered);
-  const float* products = complete.const_data_ptr<float>();
-  std::vector<uint8_t> higher(columns);
-  at::parallel_for(0, columns, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c)
-      higher[c] = best_complete(p, o, products, columns, c, Shifted(v, n, c).odd, best[c]);
-  });
-  std::vector<int64_t> few;  // columns
-  for (int64_t c = 0; c < columns; ++c)
-    if (higher[c]) few.push_back(c);
-  const int64_t count = static_cast<int64_t>(few.size());
-  const Tensor candidates = at::empty({kWidth, count}, input.options());
-  float* magnitudes = candidates.mutable_data_ptr<float>();
-  for (int64_t i = 0; i < count; ++i) {
-    const Shifted x(v, n, few[i]);
-    for (int k = 0; k < kWidth; ++k) magnitudes[k * count + i] = x.magnitude[k];
-  }
-  const Tensor incomplete = at::mm(points, candidates);
+  const int64_t n = input.size(-1);
+  const float* v = values_in<float>(input, {kWidth, n}, "vectors");
+  std::vector<Best> best(2 * n);
+  const Tensor ordered = sorted(v, n, best);
+  const std::vector<int64_t> few = find_complete(p, v, n, ordered, at::addmm(offset, steps, ordered), best);
+  const Tensor incomplete = at::mm(points, magnitudes(v, n, few));
+  const int64_t count = incomplete.size(1);
   const float* scores = incomplete.const_data_ptr<float>();
-  at::parallel_for(0, count, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) try_incomplete(p, Shifted(v, n, few[i]), scores, count, i, best[few[i]]);
-  });
+  each(count, [&](int64_t i) { try_incomplete(p, Shifted(v, n, few[i]), scores, count, i, best[few[i]]); });
   float* out = output.mutable_data_ptr<float>();
-  at::parallel_for(0, n, kGrain, [&](int64_t first, int64_t last) {
-    for (int64_t c = first; c < last; ++c) {
-      const Shifted down(v, n, c), up(v, n, c + n);
-      const bool minus = up.square - 2 * best[c + n].score < down.square - 2 * best[c].score;
-      float point[kWidth];
-      point_of(p, minus ? up : down, best[minus ? c + n : c], point);
-      for (int k = 0; k < kWidth; ++k) out[k * n + c] = point[k] + (minus ? -kShift : kShift);
-    }
+  each(n, [&](int64_t c) {
+    const Shifted down(v, n, c), up(v, n, c + n);
+    const bool minus = up.square - 2 * best[c + n].score < down.square - 2 * best[c].score;
+    float point[kWidth];
+    point_of(p, minus ? up : down, best[minus ? c + n : c], point);
+    for (int k = 0; k < kWidth; ++k) out[k * n + c] = point[k] + (minus ? -kShift : kShift);
   });
   return output;
 }

@@ -3,6 +3,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "search.h"
 #include "vectors.h"
 
 #define ALWAYS_INLINE inline  // arrays of 16 lanes, unrolled 16 times, would be slow to compile
@@ -158,7 +159,7 @@ const Level& plain_level() {
   static const VectorLevel vectors{few_vectors<V>, nullptr, nullptr, decode_rows<V, float>, decode_rows<V, uint16_t>,
                                    enter<V>, leave<V>};
   static const Level level{"plain", few<V>, few_dense<V>, nullptr, nullptr, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
-                           bytes<V>, absmax<V>, encode<V>, &vectors};
+                           bytes<V>, absmax<V>, encode<V>, &vectors, &search_plain()};
   return level;
 }
 

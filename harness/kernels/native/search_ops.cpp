@@ -4,10 +4,10 @@
 #include <ATen/Parallel.h>
 #include <torch/library.h>
 
-#include <cstring>
 #include <tuple>
 #include <vector>
 
+#include "checks.h"
 #include "level.h"
 #include "search.h"
 
@@ -17,18 +17,6 @@ namespace {
 using at::Tensor;
 
 constexpr int64_t kGrain = 16;  // rows that are searched on one thread, at least
-
-const SearchLevel& level() {
-  const char* name = current_level().name;
-  if (!std::strcmp(name, "plain")) return search_plain();
-  return std::strcmp(name, "avx2") ? search_avx512() : search_avx2();
-}
-
-const float* floats(const Tensor& x, at::IntArrayRef shape, const char* name) {
-  TORCH_CHECK(x.sizes() == shape && x.is_contiguous() && x.scalar_type() == at::kFloat, name, " has shape ", x.sizes(),
-              " ", x.scalar_type(), "; expected ", shape, " float32, contiguous");
-  return x.const_data_ptr<float>();
-}
 
 // Keeps the codes (M, n) of one group that were found where they are better, and writes how far its vectors move: (n, 8).
 void keep(const SearchedRows& r, int64_t books, int64_t* codes, float* moved, int64_t first, int64_t last) {
@@ -46,12 +34,12 @@ Tensor search_group(const Search& s, const Tensor& gap, const Tensor& codes) {
   const int64_t rows = gap.size(0);
   const Tensor chosen = at::empty({s.books, rows}, codes.options()), remaining = at::empty_like(gap);
   const Tensor moved = at::empty_like(gap);
-  const SearchedRows r{codes.const_data_ptr<int64_t>(), codes.stride(0), floats(gap, {rows, 8}, "gap"),
+  const SearchedRows r{codes.const_data_ptr<int64_t>(), codes.stride(0), values_in<float>(gap, {rows, 8}, "gap"),
                        chosen.mutable_data_ptr<int64_t>(), rows, remaining.mutable_data_ptr<float>()};
   at::parallel_for(0, rows, kGrain, [&](int64_t first, int64_t last) {
     std::vector<float> memory(search_floats(s));
     std::vector<int64_t> integers(search_integers(s));
-    level().search(s, r, first, last, memory.data(), integers.data());
+    current_level().search->search(s, r, first, last, memory.data(), integers.data());
     keep(r, s.books, codes.mutable_data_ptr<int64_t>(), moved.mutable_data_ptr<float>(), first, last);
   });
   return moved;
@@ -62,10 +50,12 @@ Tensor search_group(const Search& s, const Tensor& gap, const Tensor& codes) {
 void search_run(const Tensor& codes, const Tensor& slope, const Tensor& moves, const Tensor& inverse, const Tensor& inner,
                 const Tensor& vectors, const Tensor& norms, const Tensor& tables, int64_t beam) {
   const int64_t groups = codes.size(0), books = codes.size(1), entries = norms.size(2), columns = 8 * groups;
-  TORCH_CHECK(codes.scalar_type() == at::kLong && (codes.stride(2) == 1 || codes.size(2) == 1), "codes must be rows of int64");
-  TORCH_CHECK(entries % 256 == 0 && beam > 0, "entries=", entries, ", beam=", beam, "; expected a multiple of 256, and 1 or more");
-  const float* v = floats(vectors, {groups, books, entries, 8}, "vectors");
-  const float *n = floats(norms, {groups, books, entries}, "norms"), *t = floats(tables, {groups, books, 8, entries}, "tables");
+  TORCH_CHECK(entries % 256 == 0 && beam > 0, "entries=", entries, ", beam=", beam,
+              "; expected a multiple of 256, and 1 or more");
+  rows_in<int64_t>(codes, {groups, books, codes.size(2)}, "codes");
+  const float* v = values_in<float>(vectors, {groups, books, entries, 8}, "vectors");
+  const float* n = values_in<float>(norms, {groups, books, entries}, "norms");
+  const float* t = values_in<float>(tables, {groups, books, 8, entries}, "tables");
   for (int64_t i = 0; i < groups; ++i) {
     const int64_t start = 8 * i, stop = start + 8, skipped = i * books * entries;
     const Search s{books, entries, beam, v + 8 * skipped, n + skipped, t + 8 * skipped};
@@ -80,12 +70,12 @@ void search_run(const Tensor& codes, const Tensor& slope, const Tensor& moves, c
 std::tuple<Tensor, Tensor> scores(const Tensor& targets, const Tensor& norms, const Tensor& table) {
   const int64_t rows = targets.size(0), entries = norms.size(0);
   TORCH_CHECK(entries % 16 == 0, "entries=", entries, "; expected a multiple of 16");
-  const float *x = floats(targets, {rows, 8}, "targets"), *n = floats(norms, {entries}, "norms");
-  const float* t = floats(table, {8, entries}, "table");
+  const float *x = values_in<float>(targets, {rows, 8}, "targets"), *n = values_in<float>(norms, {entries}, "norms");
+  const float* t = values_in<float>(table, {8, entries}, "table");
   const Tensor out = at::empty({rows, entries}, targets.options()), lengths = at::empty({rows}, targets.options());
   float *y = out.mutable_data_ptr<float>(), *length = lengths.mutable_data_ptr<float>();
   for (int64_t r = 0; r < rows; ++r) {
-    level().scores(x + 8 * r, n, t, entries, y + r * entries);
+    current_level().search->scores(x + 8 * r, n, t, entries, y + r * entries);
     length[r] = squared_length(x + 8 * r);
   }
   return {out, lengths};

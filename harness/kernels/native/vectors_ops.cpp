@@ -58,10 +58,8 @@ void by_slabs(const Level& level, const Vectors& w, const Tensor& x, const optio
 
 Tensor linear(const Tensor& x, at::TensorList codes, at::TensorList tables, const Tensor& scale,
               const optional<Tensor>& bias, int64_t rows) {
-  TORCH_CHECK(scale.dim() == 1 && scale.size(0) == rows && scale.scalar_type() == at::kFloat && scale.is_contiguous(),
-              "scale has shape ", scale.sizes(), " ", scale.scalar_type(), "; expected (", rows, ") float32");
   Vectors w = vectors_of(codes, tables, rows, x.size(-1));
-  w.scale = scale.const_data_ptr<float>();
+  w.scale = values_in<float>(scale, {rows}, "scale");
   const Tensor y = outputs_for(x, rows);
   product(w, as_matrix(x), bias, y.view({-1, rows}));
   return y;

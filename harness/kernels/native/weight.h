@@ -77,8 +77,8 @@ struct ByteRows {
 
 constexpr int64_t kChunk = 64;  // inputs that share the unit of their digits
 
-// Rows of x as sums of digits, see digits.h; `height` is 1, 2, 4 or 8, and rows beyond `count` are zero. Chunks follow
-// one another within each group of the weight.
+// Rows of x as sums of digits, see digits.h; `height` is 1, 2, 4 or 8, and rows beyond `count` have any values. Chunks
+// follow one another within each group of the weight.
 struct DigitRows {
   const uint32_t* words;  // (inputs / 4, height, digits): four inputs a word, zeros beyond K
   const float* units;     // (chunks, height)
@@ -107,6 +107,7 @@ struct Slab {
 };
 
 struct VectorLevel;  // of vectors.h
+struct SearchLevel;  // of search.h
 
 struct Level {
   const char* name;
@@ -133,6 +134,7 @@ struct Level {
   // codes of `count` values, a multiple of 16: round(value / scale) clipped to [low, high]. Returns: their sum
   int32_t (*encode)(const float* values, int64_t count, float scale, float low, float high, int8_t* codes);
   const VectorLevel* vectors;
+  const SearchLevel* search;
 };
 
 const Level& plain_level();

@@ -36,6 +36,7 @@ test: $(STAMP) ## Run the tests
 lint: $(STAMP) ## Check style, types and import rules
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run --Werror harness/kernels/native/*.cpp harness/kernels/native/*.h
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -22,7 +22,9 @@ struct V {
     __m256i a, b;
   };
   static ALWAYS_INLINE __m256i words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-  static ALWAYS_INLINE __m128i shorts(const uint16_t* p) { return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p)); }
+  static ALWAYS_INLINE __m128i shorts(const uint16_t* p) {
+    return _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  }
   static ALWAYS_INLINE I load(const uint8_t* p) { return {words(p), words(p + 32)}; }
   static ALWAYS_INLINE F load(const float* p) { return {_mm256_loadu_ps(p), _mm256_loadu_ps(p + 8)}; }
   static ALWAYS_INLINE F load_half(const uint16_t* p) {
@@ -61,11 +63,17 @@ struct V {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(packed, 0xD8));
   }
   template <int s>
-  static ALWAYS_INLINE I right(I x) { return {_mm256_srli_epi32(x.a, s), _mm256_srli_epi32(x.b, s)}; }
+  static ALWAYS_INLINE I right(I x) {
+    return {_mm256_srli_epi32(x.a, s), _mm256_srli_epi32(x.b, s)};
+  }
   template <int s>
-  static ALWAYS_INLINE I left(I x) { return {_mm256_slli_epi32(x.a, s), _mm256_slli_epi32(x.b, s)}; }
+  static ALWAYS_INLINE I left(I x) {
+    return {_mm256_slli_epi32(x.a, s), _mm256_slli_epi32(x.b, s)};
+  }
   template <int s>
-  static ALWAYS_INLINE I arithmetic(I x) { return {_mm256_srai_epi32(x.a, s), _mm256_srai_epi32(x.b, s)}; }
+  static ALWAYS_INLINE I arithmetic(I x) {
+    return {_mm256_srai_epi32(x.a, s), _mm256_srai_epi32(x.b, s)};
+  }
   static ALWAYS_INLINE I either(I x, I y) { return {_mm256_or_si256(x.a, y.a), _mm256_or_si256(x.b, y.b)}; }
   template <uint32_t mask>
   static ALWAYS_INLINE I merge(I x, I y) {  // the bits of the mask from x, the others from y
@@ -172,10 +180,29 @@ struct V {
 }  // namespace
 
 const Level& avx2_level() {
-  static const VectorLevel vectors{few_vectors<V>, nullptr, nullptr, decode_rows<V, float>, decode_rows<V, uint16_t>,
-                                   enter<V>, leave<V>};
-  static const Level level{"avx2", few<V>, few_dense<V>, nullptr, nullptr, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
-                           bytes<V>, absmax<V>, encode<V>, &vectors, &search_avx2()};
+  static const VectorLevel vectors = [] {
+    VectorLevel all{};
+    all.few = few_vectors<V>;
+    all.decode = decode_rows<V, float>;
+    all.decode_bf16 = decode_rows<V, uint16_t>;
+    all.enter = enter<V>;
+    all.leave = leave<V>;
+    return all;
+  }();
+  static const Level level = [] {
+    Level all{};
+    all.name = "avx2";
+    all.few = few<V>;
+    all.few_dense = few_dense<V>;
+    all.decode = decode<V, float>;
+    all.decode_bf16 = decode<V, uint16_t>;
+    all.bytes = bytes<V>;
+    all.absmax = absmax<V>;
+    all.encode = encode<V>;
+    all.vectors = &vectors;
+    all.search = &search_avx2();
+    return all;
+  }();
   return level;
 }
 

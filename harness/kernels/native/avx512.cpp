@@ -27,10 +27,31 @@ namespace {
 }  // namespace
 
 const Level& avx512_level() {
-  static const VectorLevel vectors{few_vectors<V>, many_vectors<FloatProduct>, nullptr, decode_rows<V, float>,
-                                   decode_rows<V, uint16_t>, enter<V>, leave<V>};
-  static const Level level{"avx512", few<V>, few_dense<V>, nullptr, nullptr, many<FloatProduct>, nullptr, decode<V, float>, decode<V, uint16_t>,
-                           bytes<V>, absmax<V>, encode<V>, &vectors, &search_avx512()};
+  static const VectorLevel vectors = [] {
+    VectorLevel all{};
+    all.few = few_vectors<V>;
+    all.many = many_vectors<FloatProduct>;
+    all.decode = decode_rows<V, float>;
+    all.decode_bf16 = decode_rows<V, uint16_t>;
+    all.enter = enter<V>;
+    all.leave = leave<V>;
+    return all;
+  }();
+  static const Level level = [] {
+    Level all{};
+    all.name = "avx512";
+    all.few = few<V>;
+    all.few_dense = few_dense<V>;
+    all.many = many<FloatProduct>;
+    all.decode = decode<V, float>;
+    all.decode_bf16 = decode<V, uint16_t>;
+    all.bytes = bytes<V>;
+    all.absmax = absmax<V>;
+    all.encode = encode<V>;
+    all.vectors = &vectors;
+    all.search = &search_avx512();
+    return all;
+  }();
   return level;
 }
 

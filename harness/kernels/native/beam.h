@@ -18,7 +18,8 @@ ALWAYS_INLINE F broadcast(float x) { return F{} + x; }
 
 // `tile` vectors of scores: a product of eight terms, then the norm.
 template <class V, int tile>
-ALWAYS_INLINE void tile_of_scores(const float* target, const float* norms, const float* table, int64_t entries, float* scores) {
+ALWAYS_INLINE void tile_of_scores(const float* target, const float* norms, const float* table, int64_t entries,
+                                  float* scores) {
   F sums[tile] = {};
 #pragma GCC unroll 8
   for (int k = 0; k < 8; ++k) {
@@ -122,7 +123,8 @@ template <class V>
 void widen(const Search& s, Candidates& c, int64_t m, int64_t number) {
   for (int64_t p = 0; c.count > 1 && p < c.count; ++p) {
     const F length = broadcast(squared_length(c.targets + 8 * p));
-    for (float* x = c.scores + p * s.entries; x < c.scores + (p + 1) * s.entries; x += kLanes) store(x, load(x) + length);
+    for (float* x = c.scores + p * s.entries; x < c.scores + (p + 1) * s.entries; x += kLanes)
+      store(x, load(x) + length);
   }
   pick<V>(c, c.count * s.entries, number);
   for (int64_t i = 0; i < number; ++i) {

@@ -9,8 +9,8 @@ template <class T>
 T* rows_in(const at::Tensor& x, at::IntArrayRef shape, const char* name) {
   constexpr at::ScalarType type = c10::CppTypeToScalarType<std::remove_const_t<T>>::value;
   TORCH_CHECK(x.sizes() == shape && (x.stride(-1) == 1 || x.size(-1) <= 1) && x.scalar_type() == type, name,
-              " has shape ", x.sizes(), " ", x.scalar_type(), ", strides ", x.strides(), "; expected ", shape, " ", type,
-              ", with contiguous rows");
+              " has shape ", x.sizes(), " ", x.scalar_type(), ", strides ", x.strides(), "; expected ", shape, " ",
+              type, ", with contiguous rows");
   if constexpr (std::is_const_v<T>) return x.const_data_ptr<std::remove_const_t<T>>();
   else return x.mutable_data_ptr<T>();
 }

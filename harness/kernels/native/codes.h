@@ -25,8 +25,7 @@ constexpr int64_t kAhead = 2048;  // bytes: what a processor reads ahead by itse
 // Asks for the block that is read some blocks later. Memory that is not there is not touched.
 template <int bits>
 ALWAYS_INLINE void prefetch(const uint8_t* block) {
-  if constexpr (bits < 8)
-    UNROLL for (int word = 0; word < bits; ++word) __builtin_prefetch(block + 64 * word + kAhead);
+  if constexpr (bits < 8) UNROLL for (int word = 0; word < bits; ++word) __builtin_prefetch(block + 64 * word + kAhead);
 }
 
 // The codes of inputs 4 * four and the next three, in the low bits of the bytes of each word, from byte `byte` on; the
@@ -35,9 +34,11 @@ template <class V, int bits, int four, int byte>
 ALWAYS_INLINE typename V::I four_codes(const uint8_t* block) {
   using P = Planes<bits>;
   const typename V::I low = plane<V, 0, P::low, four, 8 * byte, 0>(block);
-  if constexpr (!P::high) return low;
-  else return V::template merge<0x01010101 * ((1 << P::low) - 1)>(
-      low, plane<V, P::low, P::high, four, 8 * byte, P::low>(block));
+  if constexpr (P::high) {
+    const typename V::I high = plane<V, P::low, P::high, four, 8 * byte, P::low>(block);
+    return V::template merge<0x01010101 * ((1 << P::low) - 1)>(low, high);
+  }
+  return low;
 }
 
 // Code `k` (0..15) of half `half`, in the low bits; the bits above it are not cleared.

@@ -1,8 +1,8 @@
-// GPTQ's loop over the columns of a weight, for uniform grids: each operation of torch's loop, rounded as torch rounds it.
+// GPTQ's loop over the columns of a weight, for uniform grids: each operation of torch's loop, rounded as there.
 //
-// torch updates later columns by w += -u * err over the whole matrix, parted among its threads. Of each part of a row it
-// takes as many whole pairs of vectors as fit, with fused products, and rounds the products of what remains. A weight
-// has these parts here too, but each thread solves all columns for its own outputs, which stay in its cache.
+// torch updates later columns by w += -u * err over the whole matrix, parted among its threads. Of each part of a row
+// it takes as many whole pairs of vectors as fit, with fused products, and rounds the products of what remains. A
+// weight has these parts here too, but each thread solves all columns for its own outputs, which stay in its cache.
 #include <ATen/ATen.h>
 #include <ATen/Parallel.h>
 #include <torch/library.h>
@@ -41,8 +41,8 @@ struct Rows {
 };
 
 // Rounds w to the grid: values q, and the errors (w - q) / pivot.
-void snap(const float* w, const float* scale, const float* zero_point, const Grid& grid, float pivot, float* q, float* err,
-          int64_t count) {
+void snap(const float* w, const float* scale, const float* zero_point, const Grid& grid, float pivot, float* q,
+          float* err, int64_t count) {
   for (int64_t n = 0; n < count; ++n) {
     float steps = w[n] / scale[n];
     const float zero = grid.symmetric ? 0.0f : zero_point[n];
@@ -89,8 +89,9 @@ struct Parts {
   }
 };
 
-void solve_columns(const Tensor& weight, const Tensor& values, const Tensor& errors, const Tensor& factor, const Tensor& scale,
-                   const Tensor& zero_point, at::IntArrayRef groups, double low, double high, bool symmetric) {
+void solve_columns(const Tensor& weight, const Tensor& values, const Tensor& errors, const Tensor& factor,
+                   const Tensor& scale, const Tensor& zero_point, at::IntArrayRef groups, double low, double high,
+                   bool symmetric) {
   const int64_t columns = values.size(0), all = weight.size(0), outputs = weight.size(1);
   TORCH_CHECK(columns <= all && static_cast<int64_t>(groups.size()) == columns, columns, " columns and ", groups.size(),
               " groups; expected as many of each, at most ", all);
@@ -128,8 +129,9 @@ void solve_columns(const Tensor& weight, const Tensor& values, const Tensor& err
 }  // namespace ptqbench
 
 TORCH_LIBRARY_FRAGMENT(ptqbench_native, m) {
-  m.def("solve_columns(Tensor(a!) weight, Tensor(b!) values, Tensor(c!) errors, Tensor factor, Tensor scale, "
-        "Tensor zero_point, int[] groups, float low, float high, bool symmetric) -> ()");
+  m.def(
+      "solve_columns(Tensor(a!) weight, Tensor(b!) values, Tensor(c!) errors, Tensor factor, Tensor scale, "
+      "Tensor zero_point, int[] groups, float low, float high, bool symmetric) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(ptqbench_native, CPU, m) { m.impl("solve_columns", &ptqbench::solve_columns); }

@@ -12,7 +12,8 @@ struct Dense {
   }
 
   // The products of `tall` rows of W from row n on with all rows of x, in column `column` of out (M, 16).
-  static ALWAYS_INLINE void some(const Matrix& w, const Rows<float>& x, int64_t n, float (*out)[kPanel], int64_t column) {
+  static ALWAYS_INLINE void some(const Matrix& w, const Rows<float>& x, int64_t n, float (*out)[kPanel],
+                                 int64_t column) {
     const T* rows[tall];
     F sums[tall][M];
     UNROLL for (int r = 0; r < tall; ++r) {
@@ -22,8 +23,9 @@ struct Dense {
     for (int64_t k = 0; k < w.inputs; k += kHalf) {
       UNROLL for (int r = 0; r < tall; ++r) {
         const F weight = load(rows[r] + k, w.inputs - k);
-        UNROLL for (int m = 0; m < M; ++m)
+        UNROLL for (int m = 0; m < M; ++m) {
           sums[r][m] = V::fma(weight, V::load(x.values + min(m, x.count - 1) * x.stride + k), sums[r][m]);
+        }
       }
     }
     for (int r = 0; r < tall; ++r)

@@ -25,9 +25,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   const Rows<float> rows = rows_of<float>(flat, 0, flat.size(0), false);
   const Bias added(bias);
   const Output out = output_to(y, added);
-  at::parallel_for(0, (w.rows + kPanel - 1) / kPanel, 1, [&](int64_t first, int64_t last) {
-    current_level().few_dense(w, rows, out, first, last);
-  });
+  at::parallel_for(0, (w.rows + kPanel - 1) / kPanel, 1,
+                   [&](int64_t first, int64_t last) { current_level().few_dense(w, rows, out, first, last); });
   return y;
 }
 

@@ -40,9 +40,9 @@ struct FewDigits {
 
   // The sums over the halves [half, end).
   static ALWAYS_INLINE void chunk(const uint8_t* codes, int64_t half, int64_t end, const uint32_t* words, Sums& sums) {
-    UNROLL for (int m = 0; m < M; ++m)
-      UNROLL for (int d = 0; d < D; ++d)
-        UNROLL for (int c = 0; c < chains; ++c) sums[m][d][c] = V::integer(0);
+    UNROLL for (int m = 0; m < M; ++m) {
+      UNROLL for (int d = 0; d < D; ++d) { UNROLL for (int c = 0; c < chains; ++c) sums[m][d][c] = V::integer(0); }
+    }
     while (half < end) {
       const uint8_t* block = codes + half / 2 * bits * 64;
       const uint32_t* inputs = words + half / 2 * 8 * M * D;
@@ -77,8 +77,9 @@ struct FewDigits {
       for (int64_t half = g * (w.group / kHalf); half < last; half += kChunk / kHalf) {
         Sums sums;
         chunk(codes, half, min(half + kChunk / kHalf, last), x.words, sums);
-        UNROLL for (int m = 0; m < M; ++m)
+        UNROLL for (int m = 0; m < M; ++m) {
           total[m] = V::fma(value(sums[m], offset, digit_sums + m * D, units[m]), scale, total[m]);
+        }
         units += M;
         digit_sums += M * D;
       }

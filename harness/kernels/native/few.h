@@ -8,7 +8,7 @@ struct Few {
   static constexpr int chains = M == 1 ? 4 : M == 2 ? 2 : 1;  // independent sums, because a product has a latency
 
   static void panel(const Weight& w, const Rows<float>& x, const float* group_sums, int64_t p,
-                     typename V::F (&total)[M]) {
+                    typename V::F (&total)[M]) {
     const Levels<V, bits> levels(w.levels);
     const uint8_t* codes = w.panel(p);
     int64_t half = 0, row[M];

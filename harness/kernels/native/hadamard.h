@@ -19,7 +19,8 @@ template <class V>
 ALWAYS_INLINE void butterflies_of_four(float* x, int64_t count, int64_t s) {
   for (int64_t start = 0; start < count; start += 4 * s) {
     for (int64_t j = start; j < start + s; j += kHalf) {
-      const typename V::F a = V::load(x + j), b = V::load(x + j + s), c = V::load(x + j + 2 * s), d = V::load(x + j + 3 * s);
+      const typename V::F a = V::load(x + j), b = V::load(x + j + s);
+      const typename V::F c = V::load(x + j + 2 * s), d = V::load(x + j + 3 * s);
       const typename V::F ac = V::add(a, c), bd = V::add(b, d), a_c = V::sub(a, c), b_d = V::sub(b, d);
       V::store(x + j, V::add(ac, bd));
       V::store(x + j + s, V::sub(ac, bd));

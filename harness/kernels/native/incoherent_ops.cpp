@@ -89,8 +89,9 @@ Tensor linear(const Tensor& x, at::TensorList codes, at::TensorList tables, cons
 }  // namespace ptqbench
 
 TORCH_LIBRARY_FRAGMENT(ptqbench_native, m) {
-  m.def("incoherent_linear(Tensor x, Tensor[] codes, Tensor[] tables, Tensor scale, Tensor right, Tensor left, "
-        "Tensor? right_matrix, Tensor? left_matrix, Tensor? bias) -> Tensor");
+  m.def(
+      "incoherent_linear(Tensor x, Tensor[] codes, Tensor[] tables, Tensor scale, Tensor right, Tensor left, "
+      "Tensor? right_matrix, Tensor? left_matrix, Tensor? bias) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ptqbench_native, CPU, m) { m.impl("incoherent_linear", &ptqbench::linear); }

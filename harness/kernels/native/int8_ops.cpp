@@ -24,8 +24,8 @@ constexpr int64_t kParallelRows = 8;  // rows of x whose quantization is worth a
 struct Format {
   optional<float> fixed;  // calibrated scale
   float clip, steps, low, high;
-  float threshold;        // 0: no outliers
-  bool shared;            // one scale for all tokens of a sequence
+  float threshold;  // 0: no outliers
+  bool shared;      // one scale for all tokens of a sequence
 };
 
 ByteWeight weight_of(const Tensor& codes, const Tensor& scale, const Tensor& zero, int64_t rows, int64_t inputs) {
@@ -57,7 +57,9 @@ struct Encoded {
   int64_t stride;
 
   ByteRows rows(int64_t row, int64_t count) const {
-    return {{words.data() + row * stride, count, stride}, scale.data() + row, sums.data() + row,
+    return {{words.data() + row * stride, count, stride},
+            scale.data() + row,
+            sums.data() + row,
             outliers.empty() ? nullptr : outliers.data() + row};
   }
 };
@@ -127,9 +129,13 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const T
   if (!y.numel()) return y;
   const Bias added(bias);
   const Output out = output_to(y, added);
-  const Format format{fixed ? optional<float>(fixed->item<float>()) : std::nullopt, static_cast<float>(clip),
-                      static_cast<float>(steps), static_cast<float>(low), static_cast<float>(high),
-                      static_cast<float>(threshold), shared};
+  const Format format{fixed ? optional<float>(fixed->item<float>()) : std::nullopt,
+                      static_cast<float>(clip),
+                      static_cast<float>(steps),
+                      static_cast<float>(low),
+                      static_cast<float>(high),
+                      static_cast<float>(threshold),
+                      shared};
   const int64_t count = flat.size(0);
   const Rows<float> all = rows_of<float>(flat, 0, count, false);
   const Encoded encoded =

@@ -55,11 +55,12 @@ struct Best {
   uint8_t change;  // the coordinate whose sign changes if the parity requires it
 };
 
-// Descending, equal magnitudes in the order of their coordinates: a network of 19 exchanges without branches, whose keys
-// are the bits of a magnitude, then its coordinate.
+// Descending, equal magnitudes in the order of their coordinates: a network of 19 exchanges without branches, whose
+// keys are the bits of a magnitude, then its coordinate.
 void sort(const float* magnitude, float* ordered, uint8_t* order) {
-  static constexpr uint8_t kPairs[19][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 4}, {1, 5}, {2, 6}, {3, 7}, {0, 1}, {2, 3},
-                                            {4, 5}, {6, 7}, {2, 4}, {3, 5}, {1, 4}, {3, 6}, {1, 2}, {3, 4}, {5, 6}};
+  static constexpr uint8_t kPairs[19][2] = {{0, 2}, {1, 3}, {4, 6}, {5, 7}, {0, 4}, {1, 5}, {2, 6},
+                                            {3, 7}, {0, 1}, {2, 3}, {4, 5}, {6, 7}, {2, 4}, {3, 5},
+                                            {1, 4}, {3, 6}, {1, 2}, {3, 4}, {5, 6}};
   uint64_t keys[kWidth];
   for (int k = 0; k < kWidth; ++k) {
     uint32_t bits;
@@ -98,7 +99,8 @@ bool best_complete(const Patterns& p, const float* ordered, const float* product
 }
 
 // Replaces the best pattern by an incomplete one where that has a higher score; column i of `count` of products.
-void try_incomplete(const Patterns& p, const Shifted& x, const float* products, int64_t columns, int64_t i, Best& best) {
+void try_incomplete(const Patterns& p, const Shifted& x, const float* products, int64_t columns, int64_t i,
+                    Best& best) {
   float highest = 0;
   int64_t place = 0;
   const float least = 3 * x.magnitude[best.order[kWidth - 1]];
@@ -113,7 +115,8 @@ void try_incomplete(const Patterns& p, const Shifted& x, const float* products, 
   best.score = highest, best.incomplete = static_cast<int8_t>(place), best.change = 0;
   const float* pattern = p.points + kWidth * place;
   for (int k = 1; k < kWidth; ++k)
-    if (pattern[k] * x.magnitude[k] < pattern[best.change] * x.magnitude[best.change]) best.change = static_cast<uint8_t>(k);
+    if (pattern[k] * x.magnitude[k] < pattern[best.change] * x.magnitude[best.change])
+      best.change = static_cast<uint8_t>(k);
 }
 
 // The point of a shifted vector, without the shift.
@@ -164,9 +167,8 @@ std::vector<int64_t> find_complete(const Patterns& p, const float* vectors, int6
                                    const Tensor& products, std::vector<Best>& best) {
   std::vector<uint8_t> higher(2 * n);
   const float *o = ordered.const_data_ptr<float>(), *scores = products.const_data_ptr<float>();
-  each(2 * n, [&](int64_t c) {
-    higher[c] = best_complete(p, o, scores, 2 * n, c, Shifted(vectors, n, c).odd, best[c]);
-  });
+  each(2 * n,
+       [&](int64_t c) { higher[c] = best_complete(p, o, scores, 2 * n, c, Shifted(vectors, n, c).odd, best[c]); });
   std::vector<int64_t> columns;
   for (int64_t c = 0; c < 2 * n; ++c)
     if (higher[c]) columns.push_back(c);
@@ -214,7 +216,9 @@ Tensor nearest(const Tensor& vectors, const Tensor& steps, const Tensor& offset,
 }  // namespace ptqbench
 
 TORCH_LIBRARY_FRAGMENT(ptqbench_native, m) {
-  m.def("e8p_nearest(Tensor vectors, Tensor steps, Tensor offset, Tensor parity, Tensor points, Tensor halves) -> Tensor");
+  m.def(
+      "e8p_nearest(Tensor vectors, Tensor steps, Tensor offset, Tensor parity, Tensor points, Tensor halves) "
+      "-> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(ptqbench_native, CPU, m) { m.impl("e8p_nearest", &ptqbench::nearest); }

@@ -19,7 +19,7 @@ using at::Tensor;
 using std::optional;
 
 constexpr int64_t kSerial = 1 << 18;  // products that take as long as to start a second thread
-constexpr int64_t kSlab = 32;  // panels of a slab: 4 MiB of float32 at K = 2048
+constexpr int64_t kSlab = 32;         // panels of a slab: 4 MiB of float32 at K = 2048
 
 Scale scale_type(const Tensor& scale) {
   switch (scale.scalar_type()) {
@@ -50,8 +50,15 @@ Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale,
               "zero must have the shape and dtype of scale");
   TORCH_CHECK(levels.scalar_type() == at::kFloat && levels.is_contiguous() && levels.numel() >= (bits == 5 ? 32 : 16),
               "levels must be 16 float32, or 32 for 5 bits");
-  Weight w{panels, levels.const_data_ptr<float>(), scale.const_data_ptr(), zero ? zero->const_data_ptr() : nullptr,
-           scale_type(scale), scale.size(1), 0, false, 0};
+  Weight w{panels,
+           levels.const_data_ptr<float>(),
+           scale.const_data_ptr(),
+           zero ? zero->const_data_ptr() : nullptr,
+           scale_type(scale),
+           scale.size(1),
+           0,
+           false,
+           0};
   find_integers(w);
   w.group = w.groups == 1 ? w.halves() * kHalf : inputs / w.groups;
   TORCH_CHECK(w.group % kHalf == 0 && (w.groups == 1 || w.group * w.groups == inputs), "groups of ", w.group,
@@ -102,9 +109,8 @@ DigitRows split(const Level& level, const Weight& w, const Rows<float>& x, int d
 bool by_digits(const Level& level, const Weight& w, const Rows<float>& x, int digits, const Output& y) {
   const DigitRows rows = split(level, w, x, digits);
   if (!rows.count) return false;
-  at::parallel_for(0, w.panels(), grain(w, x.count), [&](int64_t first, int64_t last) {
-    level.few_digits(w, rows, y, first, last);
-  });
+  at::parallel_for(0, w.panels(), grain(w, x.count),
+                   [&](int64_t first, int64_t last) { level.few_digits(w, rows, y, first, last); });
   return true;
 }
 
@@ -113,9 +119,8 @@ void by_registers(const Level& level, const Weight& w, const Tensor& x, const Ou
   const Rows<float> rows = rows_of<float>(x, 0, x.size(0), false);
   if (level.few_digits && w.integers && by_digits(level, w, rows, x.scalar_type() == at::kBFloat16 ? 2 : 3, y)) return;
   const std::vector<float> sums = w.zero ? group_sums(w, rows) : std::vector<float>();
-  at::parallel_for(0, w.panels(), grain(w, rows.count), [&](int64_t first, int64_t last) {
-    level.few(w, rows, sums.data(), y, first, last);
-  });
+  at::parallel_for(0, w.panels(), grain(w, rows.count),
+                   [&](int64_t first, int64_t last) { level.few(w, rows, sums.data(), y, first, last); });
 }
 
 template <class T, class Decode>

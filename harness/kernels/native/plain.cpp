@@ -12,6 +12,7 @@ namespace ptqbench {
 namespace {
 #include "common.h"
 
+// clang-format off: an operation a line
 struct V {
   static constexpr bool registers = false;  // whether several sums stay in registers
   static constexpr int tall = 1;            // rows of x that are multiplied together
@@ -86,7 +87,9 @@ struct V {
   static F lookup(F low, F high, I index) {
     return lanes<F>([&](int i) { return (index.lane[i] & 16 ? high : low).lane[index.lane[i] & 15]; });
   }
-  static F to_float(I a) { return lanes<F>([&](int i) { return static_cast<float>(static_cast<int32_t>(a.lane[i])); }); }
+  static F to_float(I a) {
+    return lanes<F>([&](int i) { return static_cast<float>(static_cast<int32_t>(a.lane[i])); });
+  }
   static F zero() { return broadcast(0); }
   static F broadcast(float a) { return lanes<F>([&](int) { return a; }); }
   static F add(F a, F b) { return lanes<F>([&](int i) { return a.lane[i] + b.lane[i]; }); }
@@ -141,6 +144,7 @@ struct V {
     return lanes<F>([&](int i) { return a.lane[i ^ step]; });
   }
 };
+// clang-format on
 
 #include "codes.h"
 #include "parts.h"
@@ -156,10 +160,29 @@ struct V {
 }  // namespace
 
 const Level& plain_level() {
-  static const VectorLevel vectors{few_vectors<V>, nullptr, nullptr, decode_rows<V, float>, decode_rows<V, uint16_t>,
-                                   enter<V>, leave<V>};
-  static const Level level{"plain", few<V>, few_dense<V>, nullptr, nullptr, nullptr, nullptr, decode<V, float>, decode<V, uint16_t>,
-                           bytes<V>, absmax<V>, encode<V>, &vectors, &search_plain()};
+  static const VectorLevel vectors = [] {
+    VectorLevel all{};
+    all.few = few_vectors<V>;
+    all.decode = decode_rows<V, float>;
+    all.decode_bf16 = decode_rows<V, uint16_t>;
+    all.enter = enter<V>;
+    all.leave = leave<V>;
+    return all;
+  }();
+  static const Level level = [] {
+    Level all{};
+    all.name = "plain";
+    all.few = few<V>;
+    all.few_dense = few_dense<V>;
+    all.decode = decode<V, float>;
+    all.decode_bf16 = decode<V, uint16_t>;
+    all.bytes = bytes<V>;
+    all.absmax = absmax<V>;
+    all.encode = encode<V>;
+    all.vectors = &vectors;
+    all.search = &search_plain();
+    return all;
+  }();
   return level;
 }
 

@@ -39,8 +39,8 @@ Multiply<P> multiply_rows(int64_t rows) {
   return multiply<P, M>;
 }
 
-// Multiplies a tile, whose first step is step k, by all rows of x, in stacks of about equal height: sums (rows, 2) of 16
-// lanes.
+// Multiplies a tile, whose first step is step k, by all rows of x, in stacks of about equal height: sums (rows, 2) of
+// 16 lanes.
 template <class P>
 ALWAYS_INLINE void multiply_all(const uint8_t* low, const uint8_t* high, int64_t k, int64_t steps,
                                 const Rows<typename P::Word>& x, typename P::Sum* sums) {
@@ -52,8 +52,8 @@ ALWAYS_INLINE void multiply_all(const uint8_t* low, const uint8_t* high, int64_t
 }
 
 // For each of the pairs of panels [first, last): tile(panel, k, end, memory) gives the words [k, end) of a panel, in
-// `memory` or elsewhere; they are multiplied by all rows of x, and write(m, panel, sum) gets the results. A pair may have
-// a panel beyond the last one, which repeats it.
+// `memory` or elsewhere; they are multiplied by all rows of x, and write(m, panel, sum) gets the results. A pair may
+// have a panel beyond the last one, which repeats it.
 template <class P, class Tile, class Write>
 ALWAYS_INLINE void multiply_pairs(int64_t panels, int64_t steps, const Rows<typename P::Word>& x, int64_t first,
                                   int64_t last, Tile&& tile, Write&& write) {

@@ -17,6 +17,7 @@ struct FloatProduct {
   template <int bits>
   static void decode(const Weight& w, int64_t p, int64_t first, int64_t last, uint8_t* tile) {
     float* out = reinterpret_cast<float*>(tile);
-    decode_panel<V, bits>(w, p, first, last, [&](int64_t k, Sum value) { V::store(out + (k - first) * kPanel, value); });
+    decode_panel<V, bits>(w, p, first, last,
+                          [&](int64_t k, Sum value) { V::store(out + (k - first) * kPanel, value); });
   }
 };

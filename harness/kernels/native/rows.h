@@ -32,8 +32,8 @@ inline void widen_row(const uint16_t* bfloats, int64_t count, float* out) {
   }
 }
 
-// Rows [row, row + count) of x (M, K) in words, with zeros up to a multiple of 16 inputs: in place where possible, else in
-// memory of this thread. `spread` copies rows whose stride would make them meet in few sets of the cache.
+// Rows [row, row + count) of x (M, K) in words, with zeros up to a multiple of 16 inputs: in place where possible, else
+// in memory of this thread. `spread` copies rows whose stride would make them meet in few sets of the cache.
 template <class Word>
 Rows<Word> rows_of(const at::Tensor& x, int64_t row, int64_t count, bool spread) {
   const int64_t inputs = x.size(1), padded = (inputs + kHalf - 1) / kHalf * kHalf;

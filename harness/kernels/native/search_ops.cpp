@@ -18,7 +18,8 @@ using at::Tensor;
 
 constexpr int64_t kGrain = 16;  // rows that are searched on one thread, at least
 
-// Keeps the codes (M, n) of one group that were found where they are better, and writes how far its vectors move: (n, 8).
+// Keeps the codes (M, n) of one group that were found where they are better, and writes how far its vectors move,
+// (n, 8).
 void keep(const SearchedRows& r, int64_t books, int64_t* codes, float* moved, int64_t first, int64_t last) {
   for (int64_t row = first; row < last; ++row) {
     const float *before = r.gaps + 8 * row, *after = r.remaining + 8 * row;
@@ -34,8 +35,12 @@ Tensor search_group(const Search& s, const Tensor& gap, const Tensor& codes) {
   const int64_t rows = gap.size(0);
   const Tensor chosen = at::empty({s.books, rows}, codes.options()), remaining = at::empty_like(gap);
   const Tensor moved = at::empty_like(gap);
-  const SearchedRows r{codes.const_data_ptr<int64_t>(), codes.stride(0), values_in<float>(gap, {rows, 8}, "gap"),
-                       chosen.mutable_data_ptr<int64_t>(), rows, remaining.mutable_data_ptr<float>()};
+  const SearchedRows r{codes.const_data_ptr<int64_t>(),
+                       codes.stride(0),
+                       values_in<float>(gap, {rows, 8}, "gap"),
+                       chosen.mutable_data_ptr<int64_t>(),
+                       rows,
+                       remaining.mutable_data_ptr<float>()};
   at::parallel_for(0, rows, kGrain, [&](int64_t first, int64_t last) {
     std::vector<float> memory(search_floats(s));
     std::vector<int64_t> integers(search_integers(s));
@@ -45,10 +50,10 @@ Tensor search_group(const Search& s, const Tensor& gap, const Tensor& codes) {
   return moved;
 }
 
-// The loop of `_Run.search` over b groups: codes (b, M, n), slope and moves (n, 8 b) change in place. Products of matrices
-// are torch's own, for their order of sums.
-void search_run(const Tensor& codes, const Tensor& slope, const Tensor& moves, const Tensor& inverse, const Tensor& inner,
-                const Tensor& vectors, const Tensor& norms, const Tensor& tables, int64_t beam) {
+// The loop of `_Run.search` over b groups: codes (b, M, n), slope and moves (n, 8 b) change in place. Products of
+// matrices are torch's own, for their order of sums.
+void search_run(const Tensor& codes, const Tensor& slope, const Tensor& moves, const Tensor& inverse,
+                const Tensor& inner, const Tensor& vectors, const Tensor& norms, const Tensor& tables, int64_t beam) {
   const int64_t groups = codes.size(0), books = codes.size(1), entries = norms.size(2), columns = 8 * groups;
   TORCH_CHECK(entries % 256 == 0 && beam > 0, "entries=", entries, ", beam=", beam,
               "; expected a multiple of 256, and 1 or more");
@@ -85,8 +90,9 @@ std::tuple<Tensor, Tensor> scores(const Tensor& targets, const Tensor& norms, co
 }  // namespace ptqbench
 
 TORCH_LIBRARY_FRAGMENT(ptqbench_native, m) {
-  m.def("additive_search(Tensor(a!) codes, Tensor(b!) slope, Tensor(c!) moves, Tensor inverse, Tensor inner, Tensor vectors, "
-        "Tensor norms, Tensor tables, int beam) -> ()");
+  m.def(
+      "additive_search(Tensor(a!) codes, Tensor(b!) slope, Tensor(c!) moves, Tensor inverse, Tensor inner, "
+      "Tensor vectors, Tensor norms, Tensor tables, int beam) -> ()");
   m.def("additive_scores(Tensor targets, Tensor norms, Tensor table) -> (Tensor, Tensor)");
 }
 

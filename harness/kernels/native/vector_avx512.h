@@ -17,9 +17,7 @@ struct V {
   }
   static ALWAYS_INLINE F load(const float* p, int64_t count) { return _mm512_maskz_loadu_ps(mask(count), p); }
   static ALWAYS_INLINE void store(float* p, F a) { _mm512_storeu_ps(p, a); }
-  static ALWAYS_INLINE void store(float* p, F a, int64_t count) {
-    _mm512_mask_storeu_ps(p, mask(count), a);
-  }
+  static ALWAYS_INLINE void store(float* p, F a, int64_t count) { _mm512_mask_storeu_ps(p, mask(count), a); }
   static ALWAYS_INLINE __mmask16 mask(int64_t count) { return static_cast<__mmask16>((1u << count) - 1); }
   static ALWAYS_INLINE __m256i bfloat(F a) {  // rounded to nearest even
     const I bits = _mm512_castps_si512(a);
@@ -27,18 +25,22 @@ struct V {
     const I rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7FFF)));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
   }
-  static ALWAYS_INLINE void store(uint16_t* p, F a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat(a));
-  }
+  static ALWAYS_INLINE void store(uint16_t* p, F a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bfloat(a)); }
   static ALWAYS_INLINE void store(uint16_t* p, F a, int64_t count) {
     _mm256_mask_storeu_epi16(p, mask(count), bfloat(a));
   }
   template <int s>
-  static ALWAYS_INLINE I right(I a) { return s ? _mm512_srli_epi32(a, s) : a; }
+  static ALWAYS_INLINE I right(I a) {
+    return s ? _mm512_srli_epi32(a, s) : a;
+  }
   template <int s>
-  static ALWAYS_INLINE I left(I a) { return s ? _mm512_slli_epi32(a, s) : a; }
+  static ALWAYS_INLINE I left(I a) {
+    return s ? _mm512_slli_epi32(a, s) : a;
+  }
   template <int s>
-  static ALWAYS_INLINE I arithmetic(I a) { return _mm512_srai_epi32(a, s); }
+  static ALWAYS_INLINE I arithmetic(I a) {
+    return _mm512_srai_epi32(a, s);
+  }
   static ALWAYS_INLINE I either(I a, I b) { return _mm512_or_si512(a, b); }
   template <uint32_t mask>
   static ALWAYS_INLINE I merge(I a, I b) {  // the bits of the mask from a, the others from b
@@ -63,7 +65,7 @@ struct V {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a)));
   }
   static ALWAYS_INLINE I to_integer(F a) { return _mm512_cvtps_epi32(a); }  // rounded to nearest even
-  static ALWAYS_INLINE void store_bytes(int8_t* p, I a) {  // the lowest byte of each lane
+  static ALWAYS_INLINE void store_bytes(int8_t* p, I a) {                   // the lowest byte of each lane
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(a));
   }
   static ALWAYS_INLINE void store(uint8_t* p, I a) { _mm512_storeu_si512(p, a); }

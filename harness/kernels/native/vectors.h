@@ -12,8 +12,8 @@ constexpr int64_t kVector = 8;  // inputs of a vector
 constexpr int64_t kBooks = 8;   // most books of a weight
 
 // What a table holds: points in float32 for codes of 8 bits, in float16 for codes of 16 bits; or, for E8P's codes of 16
-// bits, int8 of 256 magnitudes, which the upper byte selects, and then of 256 signs, which the lower byte selects. A sign
-// is 1 or -1 where 1 is added to the signed magnitude, 3 or -3 where 1 is subtracted.
+// bits, int8 of 256 magnitudes, which the upper byte selects, and then of 256 signs, which the lower byte selects. A
+// sign is 1 or -1 where 1 is added to the signed magnitude, 3 or -3 where 1 is subtracted.
 enum class Points { int8, float16, float32 };
 
 struct Book {
@@ -25,20 +25,21 @@ struct Book {
 
 struct Vectors {
   Book books[kBooks];
-  int64_t count;          // of books
-  const float* scale;     // (N,) or null: 1
-  int64_t rows, inputs;   // N, K
-  int64_t stride;         // codes of a row, an even number; those beyond K / 8 are 0
+  int64_t count;         // of books
+  const float* scale;    // (N,) or null: 1
+  int64_t rows, inputs;  // N, K
+  int64_t stride;        // codes of a row, an even number; those beyond K / 8 are 0
 
   int64_t panels() const { return (rows + kPanel - 1) / kPanel; }
 };
 
-// The orthogonal transform of a side: factors, then (or before) A (order, order) times a Sylvester matrix of size / order.
+// The orthogonal transform of a side: factors, then (or before) A (order, order) times a Sylvester matrix of the size
+// size / order.
 struct Rotation {
   const uint16_t* factors;  // (size,) float16
   const float* matrix;      // A; null: order is 1
   int64_t order, size;
-  float norm;               // multiplies the result
+  float norm;  // multiplies the result
 };
 
 struct VectorLevel {

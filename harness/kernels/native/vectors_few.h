@@ -3,7 +3,8 @@
 
 // Adds the products of the vectors j and j + 1 of a row with M rows of x to every `chains`-th sum from the first on.
 template <class V, int M, int chains, class Point, class Code>
-ALWAYS_INLINE void add_pair(const Point* table, const Code* codes, int64_t j, const float* const* x, typename V::F* sums) {
+ALWAYS_INLINE void add_pair(const Point* table, const Code* codes, int64_t j, const float* const* x,
+                            typename V::F* sums) {
   const typename V::F value = points<V>(table, codes + j);
   UNROLL for (int m = 0; m < M; ++m) sums[m * chains] = V::fma(V::load(x[m] + j * kVector), value, sums[m * chains]);
 }

@@ -1,5 +1,5 @@
-// y = x W^T for many rows of x and a weight of vectors, see product.h: vectors lie along the inputs of one row, so a tile is
-// decoded row by row and transposed. For AVX-512.
+// y = x W^T for many rows of x and a weight of vectors, see product.h: vectors lie along the inputs of one row, so a
+// tile is decoded row by row and transposed. For AVX-512.
 #pragma once
 
 // The transpose of 16 x 16 words of 32 bits: pairs of rows, then of pairs, then quarters of registers.
@@ -38,8 +38,7 @@ template <class P>
 void decode_tile(const Vectors& w, int64_t p, int64_t first, int64_t last, uint8_t* tile) {
   constexpr int64_t inputs = kSteps * P::pack;
   alignas(64) float values[kPanel][inputs];
-  for (int64_t r = 0; r < kPanel; ++r)
-    decode_row<V>(w, min(p * kPanel + r, w.rows - 1), first, last, values[r]);
+  for (int64_t r = 0; r < kPanel; ++r) decode_row<V>(w, min(p * kPanel + r, w.rows - 1), first, last, values[r]);
   for (int64_t k = 0; k < (last - first) * kVector; k += kPanel * P::pack) {
     __m512 block[kPanel];
     UNROLL for (int r = 0; r < kPanel; ++r) block[r] = P::words(values[r] + k);

@@ -28,9 +28,9 @@ struct Panels {
 };
 
 struct Weight : Panels {
-  const float* levels;    // value of each code for bits <= 5, padded to 16 or 32; codes of more bits are signed integers
-  const void* scale;      // (panels, groups, 16)
-  const void* zero;       // likewise, in units of levels; null: no zero points
+  const float* levels;  // value of each code for bits <= 5, padded to 16 or 32; codes of more bits are signed integers
+  const void* scale;    // (panels, groups, 16)
+  const void* zero;     // likewise, in units of levels; null: no zero points
   Scale scale_type;
   int64_t groups, group;  // number of groups, inputs of a group
   bool integers;          // whether levels are consecutive integers

@@ -1,11 +1,6 @@
-"""Range checks of options, shared by configuration classes and methods, with one-line errors; a check of tensors."""
+"""Range checks of options, shared by configuration classes and methods, with one-line errors."""
 
 from __future__ import annotations
-
-import math
-
-import torch
-from torch import Tensor
 
 
 def at_least(owner: object, low: int, *keys: str) -> None:
@@ -20,8 +15,3 @@ def above_zero(owner: object, *keys: str) -> None:
     for key in keys:
         if not getattr(owner, key) > 0:
             raise ValueError(f"{key}={getattr(owner, key)} is out of range; expected more than 0")
-
-
-def all_finite(values: Tensor) -> bool:
-    """Whether no value is NaN or infinite. The smallest and the largest tell, five times as fast as a test of each."""
-    return all(map(math.isfinite, map(float, torch.aminmax(values.detach())))) if values.numel() else True

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from harness.calibration import relative_error
 from harness.core import Hessian, Method, MinMax, QTensor, Sample, Scheme, Stats
-from harness.core.checks import all_finite
+from harness.core.finite import all_finite
 from harness.core.formats import InputQuantizer, compute_dtype
 from harness.models import weight_of
 from harness.nn import QuantLinear, replace

@@ -1,4 +1,4 @@
-"""Checks that the core shares."""
+"""The test of tensors for values that are NaN or infinite."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from harness.core.checks import all_finite
+from harness.core.finite import all_finite
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

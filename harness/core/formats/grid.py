@@ -28,7 +28,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from harness.core.checks import all_finite
+from harness.core.finite import all_finite
 from harness.core.scheme import IntFormat, StoredFormat, WeightFormat
 
 # A float16 below the smallest normal number has few digits; rounding such a scale up keeps the range covered.

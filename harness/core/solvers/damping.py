@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from harness.core.checks import all_finite
+from harness.core.finite import all_finite
 
 _MORE = 10.0
 _MOST = 10.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -50,6 +51,12 @@ class Stream:
             if not equal(arguments, self.calls[0]):
                 raise _refused(model, "passes its blocks token-dependent arguments besides the hidden states")
             self._states.append(states)
+
+    def copy(self) -> Stream:
+        """A stream at the same block with the same inputs, which advances on its own."""
+        copied = copy.copy(self)  # shallow: `calls` never change, and `_states` is replaced as a whole
+        copied.shortcuts = ()
+        return copied
 
     @torch.no_grad()
     def run(self, states: Tensor, block: nn.Module | None = None) -> Tensor:

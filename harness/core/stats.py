@@ -102,7 +102,8 @@ class Hessian(Stat):
     """H = 2/T sum x x^T over all T tokens, `value` (K, K) float32: the Hessian of a linear's squared output error.
 
     Frantar et al. 2022, arXiv 2210.17323, section 3 (their code averages over sequences, which differs by a factor).
-    H is symmetric, so only the diagonal panels and those on their right are computed.
+    H is symmetric, so only the diagonal panels and those on their right are computed. The rest is their mirror image,
+    written when `value` is first read: several linears read one Hessian.
     """
 
     cached = True
@@ -111,6 +112,7 @@ class Hessian(Stat):
         super().__init__(in_features)
         self.total = torch.zeros(in_features, in_features)
         self.tokens = torch.zeros((), dtype=torch.int64)
+        self._mirrored = False
 
     def update(self, inputs: Tensor) -> None:
         rows = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
@@ -119,14 +121,21 @@ class Hessian(Stat):
             stop = min(start + _PANEL, self.in_features)
             self.total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
         self.tokens = self.tokens + len(inputs)
+        self._mirrored = False
+
+    def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
+        super().restore(state, device)
+        self._mirrored = False
 
     def rescale(self, scale: Tensor) -> None:
         self.total = self.total.to(scale.device) / (scale[:, None] * scale)
 
     @property
     def value(self) -> Tensor:
-        upper = self.total.triu()
-        return (upper + upper.triu(1).T) * (2.0 / self.tokens.clamp(min=1))
+        if not self._mirrored:
+            self.total = self.total.triu() + self.total.triu(1).T
+            self._mirrored = True
+        return self.total * (2.0 / self.tokens.clamp(min=1))
 
 
 class Sample(Stat):

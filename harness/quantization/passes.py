@@ -121,7 +121,7 @@ class Pass:
         stream, probe = Stream(self.decoder, tokens), Stream(self.decoder, tokens[:1, :PROBE_TOKENS])
         searches = self.transforms and self.step.searches
         observer = Observer(stream, cache, self.names, self._needs(), keep=not self.follows, always=searches)
-        teacher = Stream(self.decoder, tokens) if self.step.finetune and self.quantizes else None
+        teacher = stream.copy() if self.step.finetune and self.quantizes else None
         return _Streams(observer, probe, teacher)
 
     def _block(self, streams: _Streams) -> list[Quantized]:

@@ -219,6 +219,16 @@ def test_outputs_passed_to_advance_become_the_states() -> None:
     assert all(torch.equal(states, output) for states, output in zip(stream.states, outputs, strict=True))
 
 
+def test_a_copy_of_a_stream_advances_on_its_own() -> None:
+    stream = stream_of(build("llama"), TOKENS)
+    before, copied = [*stream.states], stream.copy()
+    expected = [copied.run(states) for states in before]
+    copied.advance()
+    assert all(map(torch.equal, copied.states, expected))
+    assert all(states is first for states, first in zip(stream.states, before, strict=True))
+    assert (stream.position, copied.position) == (0, 1)
+
+
 # Linears whose output is the output of a module inside the block.
 ENDS = {
     **{name: ["self_attn.o_proj", "mlp.down_proj"] for name in FAMILIES},

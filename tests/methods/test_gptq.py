@@ -84,6 +84,23 @@ def test_the_hessian_is_the_sum_over_tokens_in_any_batches() -> None:
     assert (stats[Hessian].value - hessian_of(X)).norm() <= 1e-6 * hessian_of(X).norm()
 
 
+def test_a_hessian_may_be_read_between_updates() -> None:
+    stat, whole = Hessian(300), Hessian(300)  # more than one panel
+    X, scale = torch.randn(64, 300), torch.rand(300) + 1
+    for batch in X.split(32):
+        stat.update(batch)
+        whole.update(batch)
+        stat.value.zero_()  # a method may change what it reads
+    stat.rescale(scale)
+    whole.rescale(scale)
+    restored = Hessian(300)
+    assert not restored.value.any()
+    restored.restore(whole.state(), torch.device("cpu"))
+    assert torch.equal(stat.value, stat.value.T)
+    assert torch.equal(stat.value, whole.value)
+    assert torch.equal(stat.value, restored.value)
+
+
 @pytest.mark.parametrize("act_order", [False, True])
 @pytest.mark.parametrize("name", FORMATS)
 def test_codes_are_those_of_column_by_column(name: str, act_order: bool) -> None:

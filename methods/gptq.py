@@ -86,11 +86,13 @@ class GPTQ(Method):
             return round_to_nearest(weight, fmt)
         importance = H.diagonal().masked_fill(silent, 0)  # silent columns come last
         order = torch.argsort(importance, descending=True, stable=True) if self.act_order else None
+        key = GPTQ, self.damp, self.act_order, W.dtype
+        U = stats.shared(key, lambda: inverse_factor(H if order is None else H[order][:, order], self.damp))
         dynamic_groups = fmt.granularity == "group" and not self.static_groups
         if order is not None and dynamic_groups:  # a group is consecutive columns of the new order
             W, H = W[:, order], H[order][:, order]
         params = None if dynamic_groups else self._params(W, fmt, H)
-        Q, scale, zero_point = self._solve(W, H, fmt, params, None if dynamic_groups else order)
+        Q, scale, zero_point = self._solve(W, H, U, fmt, params, None if dynamic_groups else order)
         grid.check_scales(W, scale, fmt)
         quantized = round_to_grid(Q, scale, zero_point, fmt)
         return PermutedQTensor(quantized, order) if order is not None and dynamic_groups else quantized
@@ -102,12 +104,14 @@ class GPTQ(Method):
         self,
         W: Tensor,
         H: Tensor,
+        U: Tensor,
         fmt: WeightFormat,
         params: tuple[Tensor, Tensor] | None,
         order: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Run algorithm 1 on W (N, K) in column order `order`, with Hessian H (K, K).
 
+        U (K, K) is the upper Cholesky factor of the inverse of H, with columns in the order in which they are solved.
         With `params` None, each group's range is computed when its first column is reached.
 
         Returns: Q (N, K), the values on the grid with columns in their original order; scale and zero point.
@@ -115,7 +119,6 @@ class GPTQ(Method):
         N, K = W.shape
         size = K // fmt.groups((N, K))[1]
         permutation = torch.arange(K, device=W.device) if order is None else order
-        U = inverse_factor(H[permutation][:, permutation], self.damp)
         scale_T, zero_point_T = [values.T.contiguous() for values in params] if params else W.new_empty(2, K // size, N)
         W_T = W.T[permutation].contiguous()  # transposed: each column of W is contiguous
         Q_T = torch.empty_like(W_T)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Container, Iterable
-from typing import ClassVar, TypeVar
+from collections.abc import Callable, Container, Iterable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor
 
 S = TypeVar("S", bound="Stat")
+T = TypeVar("T")
 _PANEL = 192  # columns of a Hessian computed at once
 
 
@@ -162,9 +164,11 @@ class Stats:
 
     def __init__(self, needs: Iterable[type[Stat]] = (), in_features: int = 0) -> None:
         self._stats = {cls: cls(in_features) for cls in needs}
+        self._shared: dict[object, tuple[Any, list[Warning | str]]] = {}
 
     def update(self, inputs: Tensor, only: Container[type[Stat]] | None = None) -> None:
         """Update every statistic, or only those of the classes `only`, with one batch of inputs (B, T, K) or (T, K)."""
+        self._shared.clear()
         rows = inputs.reshape(-1, inputs.shape[-1])
         for cls, stat in self._stats.items():
             if only is None or cls in only:
@@ -172,8 +176,24 @@ class Stats:
 
     def rescale(self, scale: Tensor) -> None:
         """Change to the statistics of inputs divided by `scale` (K,)."""
+        self._shared.clear()
         for stat in self._stats.values():
             stat.rescale(scale)
+
+    def shared(self, key: object, compute: Callable[[], T]) -> T:
+        """What `compute` derives from these statistics alone, once for all linears that read this input.
+
+        `key` tells results apart. No linear may change the result; each gets the warnings of its computation.
+        """
+        if key not in self._shared:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self._shared[key] = compute(), [item.message for item in caught]
+        result, notes = self._shared[key]
+        for note in notes:
+            warnings.warn(note, stacklevel=3)
+        computed: T = result
+        return computed
 
     def __contains__(self, cls: type[Stat]) -> bool:
         return cls in self._stats

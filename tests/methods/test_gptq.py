@@ -13,6 +13,7 @@ from torch import Tensor
 
 from harness.core import Hessian, IntQTensor, QTensor, Scheme, Stats, WeightFormat, round_to_nearest
 from harness.core.formats import PermutedQTensor
+from methods import gptq
 from methods.gptq import GPTQ, inverse_factor
 from tests.support.reference import FORMATS, Solved, naive_damped, naive_gptq, naive_ldlq
 
@@ -202,6 +203,24 @@ def test_a_singular_hessian_is_damped_more_and_the_warning_says_by_how_much() ->
     with pytest.warns(UserWarning, match=r"^damp=1e-18 was raised to 1e-1[0-9] so that the Hessian can be factored$"):
         qtensor = solve(weights(), FORMATS["channel"], stats_with(hessian), damp=1e-18)
     assert torch.isfinite(qtensor.dequantize()).all()
+
+
+def test_linears_that_read_one_input_share_a_factor_and_its_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(gptq, "inverse_factor", lambda *args: calls.append(args) or inverse_factor(*args))
+    stats, other = stats_with(torch.ones(COLUMNS, COLUMNS, dtype=torch.float64) * 1e4), weights().flip(0)
+    for weight in (weights(), other):
+        with pytest.warns(UserWarning, match="^damp=1e-18 was raised to 1e-1"):
+            qtensor = solve(weight, FORMATS["channel"], stats, damp=1e-18)
+    assert len(calls) == 1
+    alone = stats_with(torch.ones(COLUMNS, COLUMNS, dtype=torch.float64) * 1e4)
+    with pytest.warns(UserWarning, match="^damp=1e-18 was raised to 1e-1"):
+        assert torch.equal(qtensor.dequantize(), solve(other, FORMATS["channel"], alone, damp=1e-18).dequantize())
+    with pytest.warns(UserWarning, match="was raised"):
+        solve(other, FORMATS["channel"], alone, damp=1e-17)  # another option
+    alone.update(inputs()[None].double())
+    solve(other, FORMATS["channel"], alone, damp=1e-2)
+    assert len(calls) == 4
 
 
 def test_an_indefinite_hessian_is_damped_until_it_is_definite() -> None:

@@ -115,7 +115,7 @@ def _compile(forward: Forward, tokens: Tensor) -> Forward:
     """`forward` as one call; it is always called with `tokens`, whose values may change."""
     # isolated: without guards, what was compiled for one model or shape would be used for all
     compiled: Forward = torch.compile(  # type: ignore[call-overload]  # the overloads of torch 2.13 lack isolate_...
-        forward, fullgraph=True, dynamic=False, isolate_recompiles=True, options=_OPTIONS
+        forward, fullgraph=True, dynamic=False, isolate_recompiles=True, options=dict(_OPTIONS)
     )
     return _captured(compiled, tokens) if tokens.is_cuda else compiled
 

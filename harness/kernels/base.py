@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 from torch import Tensor, nn
 
@@ -25,3 +26,8 @@ class Kernel(nn.Module, ABC):
     @abstractmethod
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """Compute y = x W^T + b for inputs x (..., K), in the dtype of x."""
+
+    @classmethod
+    def joined(cls, kernels: Sequence[Kernel]) -> Kernel | None:
+        """One kernel with the rows of all `kernels`, which then hold views of its tensors; None if they do not fit."""
+        return None

@@ -15,7 +15,7 @@ from harness.kernels.native import additive, grouped, incoherent, int8
 
 
 def _native_int8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
-    return int8.Int8Linear(weight, inputs) if inputs and int8.supports(weight, inputs, dtype) else None
+    return int8.Int8Linear.of(weight, inputs) if inputs and int8.supports(weight, inputs, dtype) else None
 
 
 def _w8a8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:

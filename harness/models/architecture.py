@@ -60,18 +60,19 @@ def matching(names: list[str], patterns: tuple[str, ...], key: str) -> list[str]
 def input_groups(modules: dict[str, nn.Module], run: Callable[[], object]) -> list[list[str]]:
     """Names of modules, grouped by the tensor objects that they read, in the order in which `run` executes them.
 
-    The modules of a group read the same tensors in all their calls: one that is called again with another tensor
+    The modules of a group read the same tensors, with the same values, in all their calls (torch counts changes in
+    place): one that is called again with another tensor
     belongs to no group of modules that are called once. Each module that did not run (an expert that received no
     token) is a separate group at the end.
     """
-    inputs: dict[str, list[Tensor]] = {}
+    inputs: dict[str, list[tuple[Tensor, int]]] = {}
 
     def recorder(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-        return lambda _module, args: inputs.setdefault(name, []).append(args[0])
+        return lambda _module, args: inputs.setdefault(name, []).append((args[0], args[0]._version))
 
     with hooked(module.register_forward_pre_hook(recorder(name)) for name, module in modules.items()):
         run()
-    groups: dict[tuple[int, ...], list[str]] = {}
-    for name, tensors in inputs.items():  # `inputs` keeps every tensor alive, so no two have the same id
-        groups.setdefault(tuple(map(id, tensors)), []).append(name)
+    groups: dict[tuple[tuple[int, int], ...], list[str]] = {}
+    for name, calls in inputs.items():  # `inputs` keeps every tensor alive, so no two have the same id
+        groups.setdefault(tuple((id(tensor), version) for tensor, version in calls), []).append(name)
     return [*groups.values(), *([name] for name in modules if name not in inputs)]

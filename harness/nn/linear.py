@@ -135,7 +135,8 @@ def resident_bytes(model: nn.Module) -> int:
     strided, other = dict[int, int](), 0
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.layout == torch.strided:
-            strided[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
+            storage = tensor.untyped_storage()
+            strided[storage.data_ptr()] = storage.nbytes()
         else:  # a layout of a kernel's library: it shares no memory
             other += tensor.nbytes
     return sum(strided.values()) + other

@@ -18,6 +18,7 @@ from harness.config import RunConfig
 from harness.core import Method, overrides
 from harness.models import Decoder, logits, matching, split_skipped, weight_of
 from harness.quantization.install import float_row, recorded
+from harness.quantization.joining import join_linears
 from harness.quantization.passes import Pass, same_function
 from harness.quantization.residual_stream import discover, untied
 from harness.quantization.result import Result, sizes
@@ -103,6 +104,8 @@ def quantize(
         row |= {"rescaled_by": rescaled[row["name"]]} if row["name"] in rescaled else {}
     result.layers += [float_row(name, weight_of(linears[name])) for name in skipped]
     copies = {decoder.model.get_submodule(result.renamed.get(name, name)) for name in twins}
+    if cfg.execution == "packed":
+        result.joined = join_linears(decoder)
     result.sizes = sizes(decoder.blocks or [decoder.model], copies)
     return result
 

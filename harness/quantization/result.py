@@ -54,6 +54,7 @@ class Result:
     floats    the replaced float linears after all rewrites, by name, if the run is analysed
     renamed   name in the float model -> name after all rewrites, of each linear that was to be quantized
     sizes     of all matrices in the blocks
+    joined    number of packed linears that are computed together with others of the same inputs
     """
 
     layers: list[Row] = field(default_factory=list)
@@ -63,6 +64,7 @@ class Result:
     floats: dict[str, nn.Module] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
+    joined: int = 0
 
     @property
     def bits_per_weight(self) -> float:

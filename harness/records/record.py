@@ -38,6 +38,7 @@ class Execution:
     dtype           float type of the model
     baseline_dtype  float type of the float model in ratios and divergences
     kernel          names of the kernels of the packed linears
+    joined          number of packed linears that are computed together with others of the same inputs, at one token
     head            name of the kernel that runs a float head; None: the model's own product
     kv              label of the format of the KV cache; None: float
     energy_source   the counter that joules were read from
@@ -48,6 +49,7 @@ class Execution:
     dtype: str | None = None
     baseline_dtype: str | None = None
     kernel: str | None = None
+    joined: int | None = None
     head: str | None = None
     kv: str | None = None
     energy_source: str | None = None

@@ -157,7 +157,8 @@ def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quanti
     if record.execution.mode != "simulated":
         record.metrics["resident_mib"] = resident_bytes(model) / 2**20
     if result.kernels:
-        record.execution = replace(record.execution, kernel=", ".join(sorted(result.kernels)))
+        kernel, joined = ", ".join(sorted(result.kernels)), result.joined or None
+        record.execution = replace(record.execution, kernel=kernel, joined=joined)
     if cfg.mixes:
         record.warnings += mixed.over_budget(cfg, result.layers)
     if cfg.steps and not cfg.analyses:

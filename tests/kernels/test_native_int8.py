@@ -37,7 +37,7 @@ def quantizer(kind: str) -> InputQuantizer:
 @pytest.mark.parametrize("kind", INPUTS)
 def test_every_format_of_inputs(level: str, kind: str, dtype: torch.dtype) -> None:
     weight, inputs = uneven(37, 80, WeightFormat(bits=8, symmetric=True, grid="narrow")), quantizer(kind)
-    kernel, bias = int8.Int8Linear(weight, inputs), torch.randn(37).to(dtype)
+    kernel, bias = int8.Int8Linear.of(weight, inputs), torch.randn(37).to(dtype)
     for tokens in SHAPES:
         x = torch.randn(*tokens, 80).to(dtype)
         expected = inputs(x.float()).double() @ weight.dequantize(torch.float64).t() + bias.double()
@@ -55,7 +55,7 @@ def test_every_width_of_weights(level: str, bits: int, columns: int, options: di
     weight, inputs = uneven(20, columns, WeightFormat(bits=bits, **options)), quantizer("outliers")
     x = torch.randn(2, 13, columns)
     expected = inputs(x).double() @ weight.dequantize(torch.float64).t()
-    outputs = int8.Int8Linear(weight, inputs)(x, None)
+    outputs = int8.Int8Linear.of(weight, inputs)(x, None)
     assert error(outputs, expected) < 1e-6
 
 
@@ -67,14 +67,14 @@ def test_codes_of_inputs_are_those_of_the_quantizer() -> None:
     identity.qweight.copy_((torch.eye(64, dtype=torch.uint8) + 128).view(-1))
     for kind in ("token", "tensor", "clip", "full"):
         x = torch.cat([torch.randn(40, 64), torch.randint(-255, 256, (40, 64)) / 2])
-        assert torch.equal(int8.Int8Linear(identity, quantizer(kind))(x, None), quantizer(kind)(x))
+        assert torch.equal(int8.Int8Linear.of(identity, quantizer(kind))(x, None), quantizer(kind)(x))
 
 
 @built
 def test_long_sums_are_exact() -> None:
     weight = uneven(16, 40000, WeightFormat(bits=8, granularity="tensor", symmetric=True, grid="narrow"))
     weight.qweight.fill_(255)
-    outputs = int8.Int8Linear(weight, quantizer("token"))(torch.ones(1, 40000), None)
+    outputs = int8.Int8Linear.of(weight, quantizer("token"))(torch.ones(1, 40000), None)
     expected = 40000 * 127 * float(weight.scale)
     torch.testing.assert_close(outputs, torch.full((1, 16), expected), rtol=1e-6, atol=0)
 
@@ -83,7 +83,7 @@ def test_long_sums_are_exact() -> None:
 def test_zeros_and_no_rows() -> None:
     weight = uneven(16, 32, WeightFormat(bits=8, symmetric=True, grid="narrow"))
     for kind in INPUTS:
-        kernel = int8.Int8Linear(weight, quantizer(kind))
+        kernel = int8.Int8Linear.of(weight, quantizer(kind))
         assert not kernel(torch.zeros(1, 3, 32), None).any()
         assert kernel(torch.zeros(1, 0, 32), None).shape == (1, 0, 16)
 
@@ -112,7 +112,7 @@ def test_the_table(fmt: WeightFormat, inputs: ActivationFormat, name: str) -> No
 
 @built
 def test_the_operator_compiles() -> None:
-    kernel = int8.Int8Linear(uneven(32, 64, WeightFormat(bits=8)), quantizer("token"))
+    kernel = int8.Int8Linear.of(uneven(32, 64, WeightFormat(bits=8)), quantizer("token"))
     stored = (kernel.qweight, kernel.scale, kernel.zero_point, None, None)
     arguments = (torch.randn(3, 64), *stored, 1.0, 127.0, -128, 127, 0.0, False, 32)
     torch.library.opcheck(torch.ops.ptqbench_native.int8_linear, arguments)

@@ -7,15 +7,15 @@ codes are integers. Inputs are float32 or bfloat16 and are not rounded; sums are
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
 
 from harness.core import IntQTensor, QTensor
 from harness.core.formats import LevelsQTensor
-from harness.kernels.base import Kernel
 from harness.kernels.native import library
+from harness.kernels.native.panel_kernel import PanelKernel, Tensors
 from harness.kernels.native.panels import HALF, pack_groups, pack_panels
 
 _TABLE_BITS = 5  # the widest code whose levels fit into registers
@@ -39,7 +39,7 @@ def build(weight: IntQTensor | LevelsQTensor) -> GroupedLinear:
     if isinstance(weight, IntQTensor):
         return _of_integers(weight)
     scale = weight.scales().view(weight.shape[0], -1)
-    return GroupedLinear("native_levels", Codes(weight.codes, _LEVELS_BITS, weight.levels), scale, None)
+    return GroupedLinear.of("native_levels", Codes(weight.codes, _LEVELS_BITS, weight.levels), scale, None)
 
 
 def _of_integers(weight: IntQTensor) -> GroupedLinear:
@@ -53,7 +53,7 @@ def _of_integers(weight: IntQTensor) -> GroupedLinear:
     if float_zero and not table:
         scale = scale.float()
     zero_point = None if fmt.symmetric else (weight.zero_points() - middle).to(scale.dtype)
-    return GroupedLinear(f"native_int{fmt.bits}", codes, scale, zero_point)
+    return GroupedLinear.of(f"native_int{fmt.bits}", codes, scale, zero_point)
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,13 @@ class Codes:
         return torch.zeros(_TABLE) if self.levels is None else self.levels.float().repeat(_TABLE // len(self.levels))
 
 
-class GroupedLinear(Kernel):
+class GroupedLinear(PanelKernel):
     """One weight (N, K) in panels of 16 rows, see `harness.kernels.native.panels`.
 
     qweight     (panels, blocks, bits, 16) int32
-    levels      (32,) float32, the value of each code, if it has at most 5 bits
     scale       (panels, G, 16)
     zero_point  likewise, in units of levels; None if there is none
+    levels      (32,) float32, the value of each code, if it has at most 5 bits
     """
 
     qweight: Tensor
@@ -83,15 +83,27 @@ class GroupedLinear(Kernel):
     scale: Tensor
     zero_point: Tensor | None
 
-    def __init__(self, name: str, codes: Codes, scale: Tensor, zero_point: Tensor | None) -> None:
-        """`scale` and `zero_point` are (N, G), or (1, 1)."""
+    def __init__(self, name: str, shape: tuple[int, int], tensors: Tensors, levels: Tensor) -> None:
+        super().__init__(name, shape, tensors)
+        self.register_buffer("levels", levels)
+
+    @classmethod
+    def of(cls, name: str, codes: Codes, scale: Tensor, zero_point: Tensor | None) -> Self:
+        """The kernel of a weight; `scale` and `zero_point` are (N, G), or (1, 1)."""
         rows, columns = codes.values.shape
-        super().__init__((rows, columns))
-        self.name = name
-        self.register_buffer("qweight", pack_panels(codes.values, codes.bits))
-        self.register_buffer("levels", codes.table())
-        self.register_buffer("scale", pack_groups(scale, rows))
-        self.register_buffer("zero_point", None if zero_point is None else pack_groups(zero_point, rows))
+        tensors = {
+            "qweight": pack_panels(codes.values, codes.bits),
+            "scale": pack_groups(scale, rows),
+            "zero_point": None if zero_point is None else pack_groups(zero_point, rows),
+        }
+        return cls(name, (rows, columns), tensors, codes.table())
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        return tuple(self.levels.tolist())
+
+    def of_rows(self, rows: int, tensors: Tensors) -> GroupedLinear:
+        return GroupedLinear(self.name, (rows, self.shape[1]), tensors, self.levels)
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         stored = self._buffers  # `self.qweight` would search all attributes first

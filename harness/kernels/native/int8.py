@@ -6,15 +6,15 @@ do, and their products are summed exactly. Outlier channels of LLM.int8() are mu
 
 from __future__ import annotations
 
-from typing import TypeGuard
+from typing import Any, Self, TypeGuard
 
 import torch
 from torch import Tensor
 
 from harness.core import IntQTensor, QTensor
 from harness.core.formats import InputQuantizer, grid
-from harness.kernels.base import Kernel
 from harness.kernels.native import library
+from harness.kernels.native.panel_kernel import PanelKernel, Tensors
 from harness.kernels.native.panels import PANEL, pack_groups, pack_panels
 
 _WIDTHS = (2, 4, 8)  # bits of a stored code
@@ -28,7 +28,7 @@ def supports(weight: QTensor, inputs: InputQuantizer, dtype: torch.dtype) -> Typ
     return integers and weight.scale.shape[1] == 1 and inputs.fmt.symmetric
 
 
-class Int8Linear(Kernel):
+class Int8Linear(PanelKernel):
     """One weight (N, K) in panels of 16 rows, see `harness.kernels.native.panels`, and the quantizer of its inputs.
 
     qweight     (panels, blocks, bits, 16) int32, codes of 2, 4 or 8 bits
@@ -42,14 +42,9 @@ class Int8Linear(Kernel):
     scale: Tensor
     zero_point: Tensor
 
-    def __init__(self, weight: IntQTensor, inputs: InputQuantizer) -> None:
-        super().__init__(weight.shape)
-        bits, fmt = weight.fmt.bits, inputs.fmt
-        self.name = "native_llm_int8" if fmt.threshold is not None else f"native_w{bits}a{fmt.bits}"
-        self.inputs = inputs
-        self.register_buffer("qweight", pack_panels(weight.codes, next(width for width in _WIDTHS if width >= bits)))
-        self.register_buffer("scale", _by_panels(weight.scale.float(), weight))
-        self.register_buffer("zero_point", _by_panels(weight.zero_points().int(), weight))
+    def __init__(self, name: str, shape: tuple[int, int], tensors: Tensors, inputs: InputQuantizer) -> None:
+        super().__init__(name, shape, tensors)
+        self.inputs, fmt = inputs, inputs.fmt
         self._format = (
             fmt.clip if fmt.dynamic else 1.0,  # a calibrated scale is clipped already
             float(grid.symmetric_steps(fmt)),
@@ -57,8 +52,28 @@ class Int8Linear(Kernel):
             fmt.mid_code - 1,
             fmt.threshold or 0.0,
             fmt.granularity == "tensor",
-            weight.shape[0],
+            shape[0],
         )
+
+    @classmethod
+    def of(cls, weight: IntQTensor, inputs: InputQuantizer) -> Self:
+        """The kernel of a weight that is supported."""
+        bits, fmt = weight.fmt.bits, inputs.fmt
+        tensors = {
+            "qweight": pack_panels(weight.codes, next(width for width in _WIDTHS if width >= bits)),
+            "scale": _by_panels(weight.scale.float(), weight),
+            "zero_point": _by_panels(weight.zero_points().int(), weight),
+        }
+        name = "native_llm_int8" if fmt.threshold is not None else f"native_w{bits}a{fmt.bits}"
+        return cls(name, weight.shape, tensors, inputs)
+
+    @property
+    def settings(self) -> tuple[Any, ...]:
+        fixed = () if self.inputs.fmt.dynamic else self.inputs.scale.flatten().tolist()
+        return self.inputs.fmt, *fixed
+
+    def of_rows(self, rows: int, tensors: Tensors) -> Int8Linear:
+        return Int8Linear(self.name, (rows, self.shape[1]), tensors, self.inputs)
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         stored = self._buffers  # `self.qweight` would search all attributes first

@@ -113,7 +113,8 @@ def _limit(model: nn.Module, dtype: torch.dtype) -> float:
 
 def _compile(forward: Forward, tokens: Tensor) -> Forward:
     """`forward` as one call; it is always called with `tokens`, whose values may change."""
-    # isolated: without guards, what was compiled for one model or shape would be used for all
+    # isolated: without guards, what was compiled for one model or shape would be used for all. A copy of the options,
+    # because torch takes the filter out of them, and a second call would check guards for a millisecond at each token.
     compiled: Forward = torch.compile(  # type: ignore[call-overload]  # the overloads of torch 2.13 lack isolate_...
         forward, fullgraph=True, dynamic=False, isolate_recompiles=True, options=dict(_OPTIONS)
     )

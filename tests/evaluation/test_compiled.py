@@ -65,6 +65,19 @@ def test_logits_are_those_of_eager_calls_at_every_position(
         assert torch.equal(again(), first), "decoding begins after the prompt, whatever was decoded before"
 
 
+def test_every_call_is_compiled_without_guards(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Torch takes the filter of guards out of the options that it is given."""
+    filters: list[Any] = []
+
+    def taking(forward: Callable[..., Any], options: dict[str, Any], **_: Any) -> Callable[..., Any]:
+        filters.append(options.pop("guard_filter_fn", None))
+        return forward
+
+    monkeypatch.setattr(torch, "compile", taking)
+    compiled.prepare((build("llama"), build("llama")), PROMPT, DECODED)
+    assert filters == [torch.compiler.skip_all_guards_unsafe] * 4
+
+
 @pytest.mark.usefixtures("traced")
 @pytest.mark.parametrize("off", [-1, 1])
 def test_a_token_at_another_position_is_no_proof(off: int, monkeypatch: pytest.MonkeyPatch) -> None:

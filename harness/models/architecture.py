@@ -61,9 +61,8 @@ def input_groups(modules: dict[str, nn.Module], run: Callable[[], object]) -> li
     """Names of modules, grouped by the tensor objects that they read, in the order in which `run` executes them.
 
     The modules of a group read the same tensors, with the same values, in all their calls (torch counts changes in
-    place): one that is called again with another tensor
-    belongs to no group of modules that are called once. Each module that did not run (an expert that received no
-    token) is a separate group at the end.
+    place): one that is called again with another tensor belongs to no group of modules that are called once. Each
+    module that did not run (an expert that received no token) is a separate group at the end.
     """
     inputs: dict[str, list[tuple[Tensor, int]]] = {}
 

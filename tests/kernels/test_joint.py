@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import ActivationFormat, WeightFormat
-from harness.core.formats import InputQuantizer, LevelsQTensor
+from harness.core import WeightFormat
+from harness.core.formats import LevelsQTensor
 from harness.kernels.base import Kernel
 from harness.kernels.joint import JoinedLinear, Joint, join
 from harness.kernels.native import grouped, int8
-from tests.support.kernels import built, uneven
+from tests.support.kernels import INPUTS, built, quantizer, uneven
 
 ROWS, COLUMNS = (48, 16, 32), 64
 GROUPS = WeightFormat(bits=4, granularity="group", group_size=32)
@@ -25,16 +25,6 @@ FORMATS = {
     "float zero points": WeightFormat(bits=8, granularity="group", group_size=32, zero_point="float"),
     "rows": WeightFormat(bits=6, granularity="channel", scale_dtype="float32"),
 }
-INPUTS = {
-    "token": ActivationFormat(bits=8, symmetric=True, grid="narrow"),
-    "static": ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False),
-    "outliers": ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=1.5),
-}
-
-
-def quantizer(kind: str, low: float = -2.0) -> InputQuantizer:
-    fmt = INPUTS[kind]
-    return InputQuantizer(fmt, None if fmt.dynamic else (torch.tensor(low), torch.tensor(3.0)))
 
 
 def kernels(kind: str) -> list[Kernel]:
@@ -54,7 +44,7 @@ def kernels(kind: str) -> list[Kernel]:
 def test_joined_linears_give_the_same_bits(kind: str, with_bias: bool) -> None:
     own = kernels(kind)
     biases = [torch.randn(rows) if with_bias else None for rows in ROWS]
-    inputs = [torch.randn(1, 1, COLUMNS), torch.randn(COLUMNS), torch.randn(2, 3, COLUMNS)]
+    inputs = [2 * torch.randn(*tokens, COLUMNS) for tokens in ((1, 1), (), (2, 3))]
     expected = [[kernel(x, bias) for kernel, bias in zip(own, biases, strict=True)] for x in inputs]
     joined = join(own, biases)
     assert joined is not None

@@ -12,24 +12,9 @@ from harness.core.formats import InputQuantizer
 from harness.kernels.native import int8
 from harness.kernels.table import choose
 from harness.nn import QuantLinear
-from tests.support.kernels import BOUNDS, CPU, built, error, uneven
+from tests.support.kernels import BOUNDS, CPU, INPUTS, built, error, quantizer, uneven
 
 SHAPES = ((1, 1), (2, 3), (7,), (1, 30))  # of the tokens
-INPUTS: dict[str, dict[str, Any]] = {
-    "token": {},
-    "full": {"grid": "full"},
-    "clip": {"clip": 0.8},
-    "tensor": {"granularity": "tensor"},
-    "static": {"granularity": "tensor", "dynamic": False},
-    "outliers": {"threshold": 2.5},
-    "outliers of a tensor": {"threshold": 2.5, "granularity": "tensor"},
-    "four bits": {"bits": 4},
-}
-
-
-def quantizer(kind: str) -> InputQuantizer:
-    fmt = ActivationFormat(**{"bits": 8, "symmetric": True, "grid": "narrow", **INPUTS[kind]})
-    return InputQuantizer(fmt, None if fmt.dynamic else (torch.tensor(-2.0), torch.tensor(3.0)))
 
 
 @built

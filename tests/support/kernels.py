@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
-from harness.core import IntQTensor, QTensor, WeightFormat, round_to_nearest
+from harness.core import ActivationFormat, IntQTensor, QTensor, WeightFormat, round_to_nearest
+from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 from harness.kernels.native import library
 
@@ -14,6 +17,16 @@ CPU = torch.device("cpu")
 LEVELS = ("plain", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
 TOKENS = (1, 2, 3, 8, 9, 30)  # of inputs: below and above the limits at which the native kernels change their path
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of relative errors
+INPUTS: dict[str, dict[str, Any]] = {
+    "token": {},
+    "full": {"grid": "full"},
+    "clip": {"clip": 0.8},
+    "tensor": {"granularity": "tensor"},
+    "static": {"granularity": "tensor", "dynamic": False},
+    "outliers": {"threshold": 2.5},
+    "outliers of a tensor": {"threshold": 2.5, "granularity": "tensor"},
+    "four bits": {"bits": 4},
+}
 built = pytest.mark.skipif(not library.available(), reason=f"the native library is {library.problem()}")
 
 
@@ -23,6 +36,12 @@ def uneven(rows: int, columns: int, fmt: WeightFormat) -> IntQTensor:
     offset = torch.randn(fmt.groups((rows, columns)))[..., None]
     groups = torch.randn(*spread.shape[:2], columns * rows // spread[..., 0].numel()) + offset
     return round_to_nearest((groups * spread).view(rows, columns) * 0.01, fmt)
+
+
+def quantizer(kind: str, low: float = -2.0) -> InputQuantizer:
+    """The quantizer of a kind of INPUTS; inputs in [low, 3] have been observed, if it is static."""
+    fmt = ActivationFormat(**{"bits": 8, "symmetric": True, "grid": "narrow", **INPUTS[kind]})
+    return InputQuantizer(fmt, None if fmt.dynamic else (torch.tensor(low), torch.tensor(3.0)))
 
 
 def error(outputs: Tensor, expected: Tensor) -> float:

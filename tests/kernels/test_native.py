@@ -88,10 +88,16 @@ def test_no_rows(level: str) -> None:
 
 
 @built
-def test_many_rows_in_several_parts(level: str) -> None:
-    fmt = WeightFormat(bits=4, granularity="group", group_size=512)
-    compare(uneven(48, 1024, fmt), torch.bfloat16, 500)  # rows of 2048 bytes, which are moved apart in memory
-    compare(uneven(1040, 32, WeightFormat(bits=2)), torch.float32, 250)  # several slabs of panels
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_many_rows_in_several_parts(level: str, dtype: torch.dtype) -> None:
+    compare(uneven(48, 1024, WeightFormat(bits=4, granularity="group", group_size=512)), dtype, 600)
+    compare(uneven(1040, 32, WeightFormat(bits=2)), dtype, 250)  # several slabs of panels
+
+
+@built
+def test_many_rows_and_many_panels_in_several_blocks_of_inputs(level: str) -> None:
+    for size in (64, 80):  # inputs become digits in chunks of 64
+        compare(uneven(4300, 20 * size, WeightFormat(bits=3, granularity="group", group_size=size)), torch.float32, 300)
 
 
 @built

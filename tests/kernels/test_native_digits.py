@@ -1,6 +1,8 @@
-"""Few rows of inputs as sums of digits, where the processor has products of bytes: what digits could lose."""
+"""Rows of inputs as sums of digits, where the processor has products of bytes: what digits could lose."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tests.support.kernels import BOUNDS, built, check, error, exact, uneven
 
 pytestmark = built
 GROUPS = WeightFormat(bits=4, granularity="group", group_size=96)  # two chunks of inputs, of 64 and of 32
+CHUNKS = WeightFormat(bits=4, granularity="group", group_size=64)  # one chunk each
 
 
 def outputs(inputs: Tensor, fmt: WeightFormat = GROUPS) -> tuple[Tensor, Tensor]:
@@ -30,17 +33,19 @@ def test_groups_of_several_chunks(level: str, size: int) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("value", [0.0, 1.0, 127.0 / 128, 255.0 / 256, 255.5 / 256, 1 - 2.0**-24, -1.0, 1e30, 1e-30])
 def test_values_at_the_limits_of_a_digit(level: str, dtype: torch.dtype, value: float) -> None:
-    found, expected = outputs(torch.full((2, 192), value).to(dtype))
-    assert (found.double() - expected).norm() <= BOUNDS[dtype] * expected.norm()
+    for rows, fmt in ((2, GROUPS), (10, CHUNKS)):
+        found, expected = outputs(torch.full((rows, 192), value).to(dtype), fmt)
+        assert (found.double() - expected).norm() <= BOUNDS[dtype] * expected.norm()
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_chunks_of_any_magnitude_keep_their_digits(level: str, dtype: torch.dtype) -> None:
     """Each chunk has a unit of its own: a large one takes no digits from the others."""
-    inputs = torch.randn(1, 192) * torch.logspace(-12, 12, 3).repeat_interleave(64)
-    for part in (inputs, inputs * torch.tensor(192 * [0.0]).index_fill(0, torch.arange(64), 1)):
-        found, expected = outputs(part.to(dtype), WeightFormat(bits=4, granularity="group", group_size=64))
-        assert error(found, expected) < BOUNDS[dtype]
+    for rows in (1, 10):
+        inputs = torch.randn(rows, 192) * torch.logspace(-12, 12, 3).repeat_interleave(64)
+        for part in (inputs, inputs * torch.tensor(192 * [0.0]).index_fill(0, torch.arange(64), 1)):
+            found, expected = outputs(part.to(dtype), CHUNKS)
+            assert error(found, expected) < BOUNDS[dtype]
 
 
 def test_values_far_below_the_largest_of_their_chunk(level: str) -> None:
@@ -57,8 +62,35 @@ def test_values_far_below_the_largest_of_their_chunk(level: str) -> None:
 @pytest.mark.parametrize("dtype", BOUNDS)
 @pytest.mark.parametrize("value", [float("inf"), float("-inf"), float("nan")])
 def test_inputs_that_are_not_finite_reach_the_outputs(level: str, dtype: torch.dtype, value: float) -> None:
-    inputs = torch.ones(3, 192, dtype=dtype)
-    inputs[1, 100] = value
-    found, _ = outputs(inputs)
-    assert not found[1].isfinite().any()
-    assert found[[0, 2]].isfinite().all()
+    for rows, fmt in ((3, GROUPS), (12, CHUNKS)):
+        inputs = torch.ones(rows, 192, dtype=dtype)
+        inputs[1, 100] = value
+        found, _ = outputs(inputs, fmt)
+        assert not found[1].isfinite().any()
+        assert found[torch.arange(rows) != 1].isfinite().all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "group", "group_size": 64},
+        {"granularity": "group", "group_size": 192, "symmetric": True},
+        {"granularity": "group", "group_size": 64, "zero_point": "float", "scale_dtype": "float32"},
+        {"granularity": "channel"},
+    ],
+)
+def test_many_rows(level: str, bits: int, options: dict[str, Any]) -> None:
+    """Stacks of rows of any height, several tiles of inputs, and an odd number of panels."""
+    weight = uneven(40, 576, WeightFormat(bits=bits, **options))
+    kernel = grouped.build(weight)
+    for dtype in BOUNDS:
+        for tokens in (9, 13, 31):
+            check(kernel, weight, dtype, tokens)
+
+
+@pytest.mark.parametrize("columns", [16, 80, 500, 528])
+def test_many_rows_whose_last_chunk_is_short(level: str, columns: int) -> None:
+    weight = uneven(24, columns, WeightFormat(bits=4))
+    for dtype in BOUNDS:
+        check(grouped.build(weight), weight, dtype, 11)

@@ -65,6 +65,13 @@ def test_long_sums_are_exact() -> None:
 
 
 @built
+def test_many_rows_and_inputs_in_several_parts(level: str) -> None:
+    weight, inputs, x = uneven(40, 1100, WeightFormat(bits=4)), quantizer("outliers"), torch.randn(1, 530, 1100)
+    expected = inputs(x).double() @ weight.dequantize(torch.float64).t()
+    assert error(int8.Int8Linear.of(weight, inputs)(x, None), expected) < 1e-6
+
+
+@built
 def test_zeros_and_no_rows() -> None:
     weight = uneven(16, 32, WeightFormat(bits=8, symmetric=True, grid="narrow"))
     for kind in INPUTS:

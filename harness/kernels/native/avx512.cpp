@@ -23,33 +23,21 @@ namespace {
 #include "points.h"
 #include "vectors_few.h"
 #include "hadamard.h"
+#include "transpose.h"
 #include "vectors_many.h"
+#include "basis.h"
 }  // namespace
 
 const Level& avx512_level() {
   static const VectorLevel vectors = [] {
-    VectorLevel all{};
-    all.few = few_vectors<V>;
+    VectorLevel all = vector_basis<V>();
     all.many = many_vectors<FloatProduct>;
-    all.decode = decode_rows<V, float>;
-    all.decode_bf16 = decode_rows<V, uint16_t>;
-    all.enter = enter<V>;
-    all.leave = leave<V>;
     return all;
   }();
   static const Level level = [] {
-    Level all{};
-    all.name = "avx512";
-    all.few = few<V>;
-    all.few_dense = few_dense<V>;
+    Level all = basis<V>("avx512", vectors, search_avx512());
+    all.interleave = interleave;
     all.many = many<FloatProduct>;
-    all.decode = decode<V, float>;
-    all.decode_bf16 = decode<V, uint16_t>;
-    all.bytes = bytes<V>;
-    all.absmax = absmax<V>;
-    all.encode = encode<V>;
-    all.vectors = &vectors;
-    all.search = &search_avx512();
     return all;
   }();
   return level;

@@ -16,6 +16,7 @@ namespace {
 #include "decode.h"
 #include "product.h"
 #include "points.h"
+#include "transpose.h"
 #include "vectors_many.h"
 
 // Products in bfloat16 with sums in float32, see product.h: a word holds inputs k (low half) and k + 1.

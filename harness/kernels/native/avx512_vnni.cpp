@@ -19,6 +19,7 @@ namespace {
 #include "product.h"
 #include "bytes.h"
 #include "digits.h"
+#include "many_digits.h"
 }  // namespace
 
 const Level& avx512_vnni_level() {
@@ -27,6 +28,7 @@ const Level& avx512_vnni_level() {
     copy.name = "avx512_vnni";
     copy.few_digits = few_digits<V>;
     copy.split_chunk = split_chunk<V>;
+    copy.many_digits = many_digits;
     copy.bytes = bytes<V>;
     return copy;
   }();

@@ -60,21 +60,21 @@ ALWAYS_INLINE void write_bytes(const ByteWeight& w, const ByteRows& x, const Out
 }
 
 template <class V, int bits>
-void bytes_of(const ByteWeight& w, const ByteRows& x, const Output& y, int64_t first, int64_t last) {
+void bytes_of(const ByteWeight& w, const ByteRows& x, const Part& part, const Output& y) {
   using P = ByteProduct<V>;
   const auto tile = [&](int64_t panel, int64_t k, int64_t end, uint8_t* memory) {
     return split_bytes<V, bits>(w.panel(panel) + k * 8 * bits, end - k, memory);
   };
-  multiply_pairs<P>(w.panels(), w.blocks() * kBlock / P::pack, x.words, first, last, tile,
-                    [&](int64_t m, int64_t panel, typename P::Sum sum) { write_bytes<V>(w, x, y, m, panel, sum); });
+  multiply_part<P>(w.panels(), x.words, part, tile,
+                   [&](int64_t m, int64_t panel, typename P::Sum sum) { write_bytes<V>(w, x, y, m, panel, sum); });
 }
 
 template <class V>
-void bytes(const ByteWeight& w, const ByteRows& x, const Output& y, int64_t first, int64_t last) {
+void bytes(const ByteWeight& w, const ByteRows& x, const Part& part, const Output& y) {
   switch (w.bits) {
-    case 2: return bytes_of<V, 2>(w, x, y, first, last);
-    case 4: return bytes_of<V, 4>(w, x, y, first, last);
-    default: return bytes_of<V, 8>(w, x, y, first, last);
+    case 2: return bytes_of<V, 2>(w, x, part, y);
+    case 4: return bytes_of<V, 4>(w, x, part, y);
+    default: return bytes_of<V, 8>(w, x, part, y);
   }
 }
 
@@ -89,13 +89,21 @@ float absmax(const float* values, int64_t count) {
 }
 
 template <class V>
-int32_t encode(const float* values, int64_t count, float scale, float low, float high, int8_t* codes) {
+int32_t encode(const float* values, int64_t count, float scale, float low, float high, uint32_t* words,
+               int64_t stride) {
   const typename V::F step = V::broadcast(scale), lowest = V::broadcast(low), highest = V::broadcast(high);
-  int32_t sum = 0;
+  typename V::F total = V::zero();
   for (int64_t i = 0; i < count; i += 16) {
     const typename V::F rounded = V::round(V::div(V::load(values + i), step));
-    V::store_bytes(codes + i, V::smaller(V::larger(rounded, lowest), highest));
+    const typename V::F codes = V::smaller(V::larger(rounded, lowest), highest);
+    total = V::add(total, codes);
+    uint32_t four[4];
+    V::store_bytes(reinterpret_cast<int8_t*>(four), codes);
+    for (int64_t j = 0; j < 4; ++j) words[(i / 4 + j) * stride] = four[j];
   }
-  for (int64_t i = 0; i < count; ++i) sum += codes[i];
+  float lanes[16];
+  V::store(lanes, total);
+  int32_t sum = 0;
+  for (float lane : lanes) sum += static_cast<int32_t>(lane);
   return sum;
 }

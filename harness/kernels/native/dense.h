@@ -12,8 +12,7 @@ struct Dense {
   }
 
   // The products of `tall` rows of W from row n on with all rows of x, in column `column` of out (M, 16).
-  static ALWAYS_INLINE void some(const Matrix& w, const Rows<float>& x, int64_t n, float (*out)[kPanel],
-                                 int64_t column) {
+  static ALWAYS_INLINE void some(const Matrix& w, const Rows& x, int64_t n, float (*out)[kPanel], int64_t column) {
     const T* rows[tall];
     F sums[tall][M];
     UNROLL for (int r = 0; r < tall; ++r) {
@@ -32,7 +31,7 @@ struct Dense {
       for (int m = 0; m < M; ++m) out[m][column + r] = V::total(sums[r][m]);
   }
 
-  static void run(const Matrix& w, const Rows<float>& x, const Output& y, int64_t first, int64_t last) {
+  static void run(const Matrix& w, const Rows& x, const Output& y, int64_t first, int64_t last) {
     float out[M][kPanel];
     for (int64_t p = first; p < last; ++p) {
       for (int64_t r = 0; r < kPanel; r += tall) some(w, x, p * kPanel + r, out, r);
@@ -42,7 +41,7 @@ struct Dense {
 };
 
 template <class V, class T>
-void few_dense_of(const Matrix& w, const Rows<float>& x, const Output& y, int64_t first, int64_t last) {
+void few_dense_of(const Matrix& w, const Rows& x, const Output& y, int64_t first, int64_t last) {
   if (!V::registers || x.count == 1) {
     for (int64_t m = 0; m < x.count; ++m)
       Dense<V, T, 1>::run(w, {x.values + m * x.stride, 1, x.stride}, y.from(m), first, last);
@@ -54,7 +53,7 @@ void few_dense_of(const Matrix& w, const Rows<float>& x, const Output& y, int64_
 }
 
 template <class V>
-void few_dense(const Matrix& w, const Rows<float>& x, const Output& y, int64_t first, int64_t last) {
+void few_dense(const Matrix& w, const Rows& x, const Output& y, int64_t first, int64_t last) {
   if (w.bfloat) few_dense_of<V, uint16_t>(w, x, y, first, last);
   else few_dense_of<V, float>(w, x, y, first, last);
 }

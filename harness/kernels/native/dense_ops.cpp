@@ -22,7 +22,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   const Tensor y = outputs_for(x, weight.size(0));
   if (!y.numel()) return y;
   const Matrix w{weight.const_data_ptr(), bfloat, weight.size(0), weight.size(1)};
-  const Rows<float> rows = rows_of<float>(flat, 0, flat.size(0), false);
+  const Rows rows = rows_of(flat);
   const Bias added(bias);
   const Output out = output_to(y, added);
   at::parallel_for(0, (w.rows + kPanel - 1) / kPanel, 1,

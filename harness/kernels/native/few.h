@@ -7,8 +7,7 @@ template <class V, int bits, int M>
 struct Few {
   static constexpr int chains = M == 1 ? 4 : M == 2 ? 2 : 1;  // independent sums, because a product has a latency
 
-  static void panel(const Weight& w, const Rows<float>& x, const float* group_sums, int64_t p,
-                    typename V::F (&total)[M]) {
+  static void panel(const Weight& w, const Rows& x, const float* group_sums, int64_t p, typename V::F (&total)[M]) {
     const Levels<V, bits> levels(w.levels);
     const uint8_t* codes = w.panel(p);
     int64_t half = 0, row[M];
@@ -44,7 +43,7 @@ struct Few {
     }
   }
 
-  static void run(const Weight& w, const Rows<float>& x, const float* group_sums, const Output& y, int64_t first,
+  static void run(const Weight& w, const Rows& x, const float* group_sums, const Output& y, int64_t first,
                   int64_t last) {
     for (int64_t p = first; p < last; ++p) {
       typename V::F total[M];
@@ -55,14 +54,13 @@ struct Few {
 };
 
 template <class V, int bits>
-void one_by_one(const Weight& w, const Rows<float>& x, const float* group_sums, const Output& y, int64_t first,
-                int64_t last) {
+void one_by_one(const Weight& w, const Rows& x, const float* group_sums, const Output& y, int64_t first, int64_t last) {
   for (int64_t m = 0; m < x.count; ++m)
     Few<V, bits, 1>::run(w, {x.values + m * x.stride, 1, x.stride}, group_sums + m * w.groups, y.from(m), first, last);
 }
 
 template <class V>
-void few(const Weight& w, const Rows<float>& x, const float* group_sums, const Output& y, int64_t first, int64_t last) {
+void few(const Weight& w, const Rows& x, const float* group_sums, const Output& y, int64_t first, int64_t last) {
   with_bits(w.bits, [&](auto width) {
     constexpr int bits = decltype(width)::value;
     if constexpr (!V::registers) one_by_one<V, bits>(w, x, group_sums, y, first, last);

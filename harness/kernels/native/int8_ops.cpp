@@ -1,6 +1,5 @@
 // The torch operator of linears whose inputs are quantized to 8 bits: quantization, product, scales and bias in one
 // call.
-#include <ATen/Parallel.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -9,7 +8,7 @@
 
 #include "call.h"
 #include "level.h"
-#include "rows.h"
+#include "tiles.h"
 #include "weight.h"
 
 namespace ptqbench {
@@ -37,7 +36,7 @@ ByteWeight weight_of(const Tensor& codes, const Tensor& scale, const Tensor& zer
 }
 
 // The columns of rows of one sequence in which a magnitude reaches the threshold.
-std::vector<int64_t> outlier_columns(const Rows<float>& x, int64_t inputs, float threshold) {
+std::vector<int64_t> outlier_columns(const Rows& x, int64_t inputs, float threshold) {
   std::vector<float> largest(inputs, 0.0f);
   for (int64_t m = 0; m < x.count; ++m)
     for (int64_t k = 0; k < inputs; ++k) largest[k] = std::max(largest[k], std::fabs(x.values[m * x.stride + k]));
@@ -51,30 +50,24 @@ std::vector<int64_t> outlier_columns(const Rows<float>& x, int64_t inputs, float
 struct Encoded {
   std::vector<float> scale;
   std::vector<int32_t> sums;
-  std::vector<uint32_t> words;
   std::vector<std::vector<int64_t>> columns;  // of outliers, a sequence each
   std::vector<Outliers> outliers;             // a row each
-  int64_t stride;
-
-  ByteRows rows(int64_t row, int64_t count) const {
-    return {{words.data() + row * stride, count, stride},
-            scale.data() + row,
-            sums.data() + row,
-            outliers.empty() ? nullptr : outliers.data() + row};
-  }
 };
 
-// Row m of x without outliers, in memory of this thread if there are any.
-const float* regular(const Rows<float>& x, const Encoded& encoded, int64_t m) {
-  const float* row = x.values + m * x.stride;
-  if (encoded.outliers.empty() || !encoded.outliers[m].count) return row;
+// Inputs [first, first + count) of row m of x without outliers, in memory of this thread if the row has any.
+const float* regular(const Rows& x, const Encoded& encoded, int64_t m, int64_t first, int64_t count) {
+  const float* values = x.values + m * x.stride + first;
+  if (encoded.outliers.empty() || !encoded.outliers[m].count) return values;
   static thread_local std::vector<float> copy;
-  copy.assign(row, row + x.stride);
-  for (int64_t i = 0; i < encoded.outliers[m].count; ++i) copy[encoded.outliers[m].columns[i]] = 0;
+  copy.assign(values, values + count);
+  for (int64_t i = 0; i < encoded.outliers[m].count; ++i) {
+    const int64_t column = encoded.outliers[m].columns[i] - first;
+    if (column >= 0 && column < count) copy[column] = 0;
+  }
   return copy.data();
 }
 
-void find_outliers(const Rows<float>& x, int64_t inputs, int64_t tokens, float threshold, Encoded& encoded) {
+void find_outliers(const Rows& x, int64_t inputs, int64_t tokens, float threshold, Encoded& encoded) {
   encoded.columns.resize(x.count / tokens);
   for (int64_t sequence = 0; sequence < x.count / tokens; ++sequence)
     encoded.columns[sequence] =
@@ -85,11 +78,12 @@ void find_outliers(const Rows<float>& x, int64_t inputs, int64_t tokens, float t
   }
 }
 
-void find_scales(const Level& level, const Rows<float>& x, const Format& format, int64_t tokens, Encoded& encoded) {
+void find_scales(const Level& level, const Rows& x, const Format& format, int64_t tokens, Encoded& encoded) {
   encoded.scale.assign(x.count, format.fixed.value_or(0));
   if (format.fixed) return;
   at::parallel_for(0, x.count, kParallelRows, [&](int64_t first, int64_t last) {
-    for (int64_t m = first; m < last; ++m) encoded.scale[m] = level.absmax(regular(x, encoded, m), x.stride);
+    for (int64_t m = first; m < last; ++m)
+      encoded.scale[m] = level.absmax(regular(x, encoded, m, 0, x.stride), x.stride);
   });
   if (format.shared)
     for (auto row = encoded.scale.begin(); row != encoded.scale.end(); row += tokens)
@@ -100,23 +94,29 @@ void find_scales(const Level& level, const Rows<float>& x, const Format& format,
   }
 }
 
-void encode_row(const Level& level, const Rows<float>& x, const Format& format, int64_t m, Encoded& encoded) {
-  int8_t* codes = reinterpret_cast<int8_t*>(encoded.words.data() + m * encoded.stride);
-  encoded.sums[m] = level.encode(regular(x, encoded, m), x.stride, encoded.scale[m], format.low, format.high, codes);
-}
-
-Encoded encode(const Level& level, const ByteWeight& w, const Rows<float>& x, const Format& format, int64_t tokens,
-               int64_t outlier_tokens) {
+Encoded prepare(const Level& level, const ByteWeight& w, const Rows& x, const Format& format, int64_t tokens,
+                int64_t outlier_tokens) {
   Encoded encoded;
-  encoded.stride = w.blocks() * kBlock / 4;
   if (format.threshold > 0) find_outliers(x, w.inputs, outlier_tokens, format.threshold, encoded);
   find_scales(level, x, format, tokens, encoded);
   encoded.sums.resize(x.count);
-  encoded.words.resize(x.count * encoded.stride);
-  at::parallel_for(0, x.count, kParallelRows, [&](int64_t first, int64_t last) {
-    for (int64_t m = first; m < last; ++m) encode_row(level, x, format, m, encoded);
-  });
   return encoded;
+}
+
+// Rows [row, row + count) of x in codes.
+ByteRows encode(const Level& level, const ByteWeight& w, const Rows& x, const Format& format, Encoded& encoded,
+                int64_t row, int64_t count) {
+  const Stacks<uint32_t> words = room<uint32_t>(count, w.blocks() * kBlock / 4, level.tall);
+  each_tile(words, [&](int64_t m, int64_t tile) {
+    const int64_t k = tile * kSteps * 4, inputs = std::min(kSteps * 4, x.stride - k);
+    const Lane<uint32_t> to = lane(words, tile, m);
+    encoded.sums[row + m] += level.encode(regular(x, encoded, row + m, k, inputs), inputs, encoded.scale[row + m],
+                                          format.low, format.high, to.words, to.stride);
+    for (int64_t word = inputs / 4; word < std::min(kSteps, words.steps - k / 4); ++word)
+      to.words[word * to.stride] = 0;
+  });
+  return {words, encoded.scale.data() + row, encoded.sums.data() + row,
+          encoded.outliers.empty() ? nullptr : encoded.outliers.data() + row};
 }
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& zero,
@@ -137,12 +137,12 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const T
                       static_cast<float>(threshold),
                       shared};
   const int64_t count = flat.size(0);
-  const Rows<float> all = rows_of<float>(flat, 0, count, false);
-  const Encoded encoded =
-      encode(level, w, all, format, x.dim() > 2 ? count / x.size(0) : count, x.dim() > 1 ? x.size(-2) : 1);
-  at::parallel_for(0, (w.panels() + 1) / 2, 1, [&](int64_t first, int64_t last) {
-    for (int64_t row = 0; row < count; row += kMany)
-      level.bytes(w, encoded.rows(row, std::min(kMany, count - row)), out.from(row), first, last);
+  const Rows all = rows_of(flat);
+  Encoded encoded =
+      prepare(level, w, all, format, x.dim() > 2 ? count / x.size(0) : count, x.dim() > 1 ? x.size(-2) : 1);
+  each_many(count, [&](int64_t row, int64_t part_rows) {
+    const ByteRows rows = encode(level, w, all, format, encoded, row, part_rows);
+    each_part(w.panels(), rows.words, [&](const Part& part) { level.bytes(w, rows, part, out.from(row)); });
   });
   return y;
 }

@@ -157,32 +157,12 @@ struct V {
 #include "points.h"
 #include "vectors_few.h"
 #include "hadamard.h"
+#include "basis.h"
 }  // namespace
 
 const Level& plain_level() {
-  static const VectorLevel vectors = [] {
-    VectorLevel all{};
-    all.few = few_vectors<V>;
-    all.decode = decode_rows<V, float>;
-    all.decode_bf16 = decode_rows<V, uint16_t>;
-    all.enter = enter<V>;
-    all.leave = leave<V>;
-    return all;
-  }();
-  static const Level level = [] {
-    Level all{};
-    all.name = "plain";
-    all.few = few<V>;
-    all.few_dense = few_dense<V>;
-    all.decode = decode<V, float>;
-    all.decode_bf16 = decode<V, uint16_t>;
-    all.bytes = bytes<V>;
-    all.absmax = absmax<V>;
-    all.encode = encode<V>;
-    all.vectors = &vectors;
-    all.search = &search_plain();
-    return all;
-  }();
+  static const VectorLevel vectors = vector_basis<V>();
+  static const Level level = basis<V>("plain", vectors, search_plain());
   return level;
 }
 

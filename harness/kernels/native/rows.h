@@ -1,7 +1,9 @@
-// Rows of a tensor as the kernels read them.
+// Rows of a tensor as the kernels read them: few rows one by one, many in stacks.
 #pragma once
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
+#include <algorithm>
 #include <cstring>
 #include <type_traits>
 #include <vector>
@@ -9,8 +11,6 @@
 #include "weight.h"
 
 namespace ptqbench {
-
-constexpr int64_t kAlias = 2048;  // rows apart by multiples of so many bytes meet in few sets of the cache
 
 template <class T>
 T* grow(std::vector<T>& memory, int64_t count) {
@@ -32,25 +32,27 @@ inline void widen_row(const uint16_t* bfloats, int64_t count, float* out) {
   }
 }
 
-// Rows [row, row + count) of x (M, K) in words, with zeros up to a multiple of 16 inputs: in place where possible, else
-// in memory of this thread. `spread` copies rows whose stride would make them meet in few sets of the cache.
+// Inputs [first, first + count) of row m of x (M, K) in words, of one float32 or two bfloat16.
 template <class Word>
-Rows<Word> rows_of(const at::Tensor& x, int64_t row, int64_t count, bool spread) {
-  const int64_t inputs = x.size(1), padded = (inputs + kHalf - 1) / kHalf * kHalf;
-  const bool widen = sizeof(Word) == 4 && std::is_same_v<Word, float> && x.scalar_type() == at::kBFloat16;
-  const int64_t bytes = inputs * x.element_size(), words = padded * (widen ? 4 : x.element_size()) / sizeof(Word);
-  const char* source = static_cast<const char*>(x.const_data_ptr()) + row * bytes;
-  if (!widen && padded == inputs && !(spread && bytes % kAlias == 0))
-    return {reinterpret_cast<const Word*>(source), count, words};
-  const int64_t stride = words + (spread ? kPanel : 0);
-  Word* rows = scratch<Word>(count * stride);
-  for (int64_t m = 0; m < count; ++m) {
-    char* out = reinterpret_cast<char*>(rows + m * stride);
-    std::memset(out, 0, words * sizeof(Word));
-    if (widen) widen_row(reinterpret_cast<const uint16_t*>(source + m * bytes), inputs, reinterpret_cast<float*>(out));
-    else std::memcpy(out, source + m * bytes, bytes);
+void copy_row(const at::Tensor& x, int64_t m, int64_t first, int64_t count, Word* out) {
+  const char* source = static_cast<const char*>(x.const_data_ptr()) + (m * x.size(1) + first) * x.element_size();
+  if constexpr (std::is_same_v<Word, float>) {
+    if (x.scalar_type() == at::kBFloat16) return widen_row(reinterpret_cast<const uint16_t*>(source), count, out);
   }
-  return {rows, count, stride};
+  std::memcpy(out, source, count * x.element_size());
+}
+
+// The rows of x (M, K) in float32, with zeros up to a multiple of 16 inputs: in place where possible, else in memory of
+// this thread.
+inline Rows rows_of(const at::Tensor& x) {
+  const int64_t count = x.size(0), inputs = x.size(1), padded = (inputs + kHalf - 1) / kHalf * kHalf;
+  if (x.scalar_type() == at::kFloat && padded == inputs) return {x.const_data_ptr<float>(), count, inputs};
+  float* rows = scratch<float>(count * padded);
+  for (int64_t m = 0; m < count; ++m) {
+    copy_row(x, m, 0, inputs, rows + m * padded);
+    std::fill(rows + m * padded + inputs, rows + (m + 1) * padded, 0.0f);
+  }
+  return {rows, count, padded};
 }
 
 }  // namespace ptqbench

@@ -44,11 +44,11 @@ struct Rotation {
 
 struct VectorLevel {
   // y = x W^T for the panels [first, last) and up to kFew rows of x
-  void (*few)(const Vectors&, const Rows<float>& x, const Output& y, int64_t first, int64_t last);
-  // y = x W^T for the pairs of panels [first, last) and up to kMany rows; null where a library's product is used
-  void (*many)(const Vectors&, const Rows<float>& x, const Output& y, int64_t first, int64_t last);
+  void (*few)(const Vectors&, const Rows& x, const Output& y, int64_t first, int64_t last);
+  // y = x W^T for a part and up to kMany rows, written after the last tile; null where a library's product is used
+  void (*many)(const Vectors&, const Stacks<float>& x, const Part&, const Output& y);
   // likewise for x in bfloat16, two inputs a word
-  void (*many_bf16)(const Vectors&, const Rows<uint32_t>& x, const Output& y, int64_t first, int64_t last);
+  void (*many_bf16)(const Vectors&, const Stacks<uint32_t>& x, const Part&, const Output& y);
   // the rows [first, last) of W, (last - first, K)
   void (*decode)(const Vectors&, int64_t first, int64_t last, float* slab);
   void (*decode_bf16)(const Vectors&, int64_t first, int64_t last, uint16_t* slab);

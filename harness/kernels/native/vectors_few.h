@@ -29,7 +29,7 @@ ALWAYS_INLINE void add_row(const Point* table, const Code* codes, int64_t count,
 }
 
 template <class V, int M>
-void few_panel(const Vectors& w, const Rows<float>& x, const Output& y, int64_t p) {
+void few_panel(const Vectors& w, const Rows& x, const Output& y, int64_t p) {
   alignas(64) float totals[M * kPanel] = {};
   const float* inputs[M];
   for (int64_t m = 0; m < M; ++m) inputs[m] = x.values + min(m, x.count - 1) * x.stride;
@@ -48,12 +48,12 @@ void few_panel(const Vectors& w, const Rows<float>& x, const Output& y, int64_t 
 }
 
 template <class V, int M>
-void few_panels(const Vectors& w, const Rows<float>& x, const Output& y, int64_t first, int64_t last) {
+void few_panels(const Vectors& w, const Rows& x, const Output& y, int64_t first, int64_t last) {
   for (int64_t p = first; p < last; ++p) few_panel<V, M>(w, x, y, p);
 }
 
 template <class V>
-void few_vectors(const Vectors& w, const Rows<float>& x, const Output& y, int64_t first, int64_t last) {
+void few_vectors(const Vectors& w, const Rows& x, const Output& y, int64_t first, int64_t last) {
   if (x.count == 1) few_panels<V, 1>(w, x, y, first, last);
   else if (x.count == 2) few_panels<V, 2>(w, x, y, first, last);
   else if (x.count <= 4) few_panels<V, 4>(w, x, y, first, last);

@@ -36,7 +36,7 @@ Book book_of(const Tensor& codes, const Tensor& table, int64_t rows) {
 
 // Few rows of x: a vector is multiplied where it is read.
 void by_registers(const Level& level, const Vectors& w, const Tensor& x, const Output& y) {
-  const Rows<float> rows = rows_of<float>(x, 0, x.size(0), false);
+  const Rows rows = rows_of(x);
   at::parallel_for(0, w.panels(), 1, [&](int64_t first, int64_t last) { level.vectors->few(w, rows, y, first, last); });
 }
 
@@ -86,7 +86,7 @@ void product(const Vectors& w, const Tensor& x, const optional<Tensor>& bias, co
   if (!few && by_library(*level.vectors, bfloat)) return by_slabs(level, w, x, bias, y);
   const Bias added(bias);
   if (few) by_registers(level, w, x, output_to(y, added));
-  else by_tiles(*level.vectors, w, x, output_to(y, added));
+  else by_tiles(level, *level.vectors, w, x, output_to(y, added));
 }
 
 }  // namespace ptqbench

@@ -37,11 +37,9 @@ struct Weight : Panels {
   float lowest;           // the lowest of them
 };
 
-// Rows of x in words, of one float32 or two bfloat16, that can be read up to a multiple of 16 inputs, with zeros beyond
-// K.
-template <class Word>
+// Rows of x in float32 that can be read up to a multiple of 16 inputs, with zeros beyond K.
 struct Rows {
-  const Word* values;
+  const float* values;
   int64_t count, stride;
 };
 
@@ -52,7 +50,30 @@ struct Matrix {
   int64_t rows, inputs;
 };
 
-constexpr int64_t kMany = 240;  // most rows of x at once: their sums fit into the cache
+constexpr int64_t kMany = 512;   // most rows of x at once: their sums stay in the cache
+constexpr int64_t kSteps = 128;  // words of a tile of a panel: two panels are 16 KiB
+
+// Many rows of x in words, in the order in which they are read: tiles of kSteps words of a row, and in a tile stacks of
+// rows that are multiplied together, whose words lie step by step. Zeros beyond K.
+template <class Word>
+struct Stacks {
+  Word* words;  // (tiles, stacks, steps, rows of the stack, digits)
+  int64_t count, stacks;
+  int64_t steps;   // words of a row, or of each of its digits
+  int64_t digits;  // words of a row in a step
+
+  int64_t tiles() const { return (steps + kSteps - 1) / kSteps; }
+  int64_t first(int64_t stack) const { return stack * count / stacks; }          // row of a stack
+  int64_t stack(int64_t row) const { return ((row + 1) * stacks - 1) / count; }  // in which a row lies
+  Word* at(int64_t tile, int64_t row) const { return words + (tile * count + row) * kSteps * digits; }
+};
+
+// One pair of panels and the tiles [first, last) of its inputs, in a product with many rows of x. The second panel of
+// the last pair may be missing.
+struct Part {
+  int64_t pair, first, last;
+  void* sums;  // (rows, 2, 16) of the tiles before, unless there are none, and then of these, in 4 bytes each; aligned
+};
 
 // A weight of one scale per row, for inputs of 8 bits: codes of 2, 4 or 8 bits, without a sign.
 struct ByteWeight : Panels {
@@ -67,9 +88,9 @@ struct Outliers {
   int64_t count;
 };
 
-// Rows of x in codes of 8 bits with a sign, four a word; zeros beyond K.
+// Rows of x in codes of 8 bits with a sign, four a word.
 struct ByteRows {
-  Rows<uint32_t> words;
+  Stacks<uint32_t> words;
   const float* scale;        // (rows,)
   const int32_t* sums;       // (rows,) of the codes
   const Outliers* outliers;  // (rows,) or null
@@ -85,6 +106,13 @@ struct DigitRows {
   const float* sums;      // (chunks, height, digits) of the digits
   int digits;             // 2 or 3
   int64_t count, height;
+};
+
+// Many rows of x as sums of digits; chunks of all rows have kChunk inputs.
+struct DigitStacks {
+  Stacks<uint32_t> words;  // four inputs a word
+  float* units;            // (chunks, rows)
+  float* sums;             // (chunks, rows) of the inputs, in units
 };
 
 // y (M, N) and the bias that is added to it.
@@ -113,26 +141,33 @@ struct Level {
   const char* name;
   // y = x W^T for the panels [first, last) and up to kFew rows of x; `sums` of x over groups (rows, groups) are read
   // only for weights with zero points
-  void (*few)(const Weight&, const Rows<float>& x, const float* sums, const Output& y, int64_t first, int64_t last);
+  void (*few)(const Weight&, const Rows& x, const float* sums, const Output& y, int64_t first, int64_t last);
   // likewise for a float weight
-  void (*few_dense)(const Matrix&, const Rows<float>& x, const Output& y, int64_t first, int64_t last);
+  void (*few_dense)(const Matrix&, const Rows& x, const Output& y, int64_t first, int64_t last);
   // y = x W^T for integer levels and up to kFew rows of x in digits; null where products in float32 are faster
   void (*few_digits)(const Weight&, const DigitRows& x, const Output& y, int64_t first, int64_t last);
   // the digits of a chunk of x, see digits.h
   float (*split_chunk)(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sums);
-  // y = x W^T for the pairs of panels [first, last) and up to kMany rows; null where a library's product is used
-  void (*many)(const Weight&, const Rows<float>& x, const Output& y, int64_t first, int64_t last);
+  int64_t tall;  // most rows of a stack of x
+  // the words of a stack of `height` rows, kSteps words each, step by step; null where `many` is
+  void (*interleave)(const uint32_t* rows, int64_t height, int64_t steps, uint32_t* out);
+  // y = x W^T for a part and up to kMany rows, written after the last tile; null where a library's product is used
+  void (*many)(const Weight&, const Stacks<float>& x, const Part&, const Output& y);
   // likewise for x in bfloat16, two inputs a word
-  void (*many_bf16)(const Weight&, const Rows<uint32_t>& x, const Output& y, int64_t first, int64_t last);
+  void (*many_bf16)(const Weight&, const Stacks<uint32_t>& x, const Part&, const Output& y);
+  // likewise for integer levels, and x in digits; null where products in float32 are faster
+  void (*many_digits)(const Weight&, const DigitStacks& x, const Part&, const Output& y);
   // W^T of the panels [first, last)
   void (*decode)(const Weight&, int64_t first, int64_t last, const Slab<float>&);
   void (*decode_bf16)(const Weight&, int64_t first, int64_t last, const Slab<uint16_t>&);
-  // y = x W^T for the pairs of panels [first, last), up to kMany rows of x in codes
-  void (*bytes)(const ByteWeight&, const ByteRows& x, const Output& y, int64_t first, int64_t last);
+  // likewise for x in codes
+  void (*bytes)(const ByteWeight&, const ByteRows& x, const Part&, const Output& y);
   // largest magnitude of `count` values, a multiple of 16
   float (*absmax)(const float* values, int64_t count);
-  // codes of `count` values, a multiple of 16: round(value / scale) clipped to [low, high]. Returns: their sum
-  int32_t (*encode)(const float* values, int64_t count, float scale, float low, float high, int8_t* codes);
+  // codes of `count` values, a multiple of 16: round(value / scale) clipped to [low, high], those of four neighbours in
+  // a word, each four `stride` words after the ones before. Returns: their sum
+  int32_t (*encode)(const float* values, int64_t count, float scale, float low, float high, uint32_t* words,
+                    int64_t stride);
   const VectorLevel* vectors;
   const SearchLevel* search;
 };

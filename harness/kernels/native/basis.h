@@ -1,0 +1,30 @@
+// The functions that every level has, with the vectors of its own processor.
+#pragma once
+
+template <class V>
+VectorLevel vector_basis() {
+  VectorLevel level{};
+  level.few = few_vectors<V>;
+  level.decode = decode_rows<V, float>;
+  level.decode_bf16 = decode_rows<V, uint16_t>;
+  level.enter = enter<V>;
+  level.leave = leave<V>;
+  return level;
+}
+
+template <class V>
+Level basis(const char* name, const VectorLevel& vectors, const SearchLevel& search) {
+  Level level{};
+  level.name = name;
+  level.few = few<V>;
+  level.few_dense = few_dense<V>;
+  level.tall = V::tall;
+  level.decode = decode<V, float>;
+  level.decode_bf16 = decode<V, uint16_t>;
+  level.bytes = bytes<V>;
+  level.absmax = absmax<V>;
+  level.encode = encode<V>;
+  level.vectors = &vectors;
+  level.search = &search;
+  return level;
+}

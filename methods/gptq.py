@@ -86,16 +86,17 @@ class GPTQ(Method):
             return round_to_nearest(weight, fmt)
         importance = H.diagonal().masked_fill(silent, 0)  # silent columns come last
         order = torch.argsort(importance, descending=True, stable=True) if self.act_order else None
+        dynamic_groups = fmt.granularity == "group" and not self.static_groups
+        group_order = order if dynamic_groups else None
+        if group_order is not None:  # a group is consecutive columns of the new order
+            W, H, order = W[:, group_order], H[group_order][:, group_order], None
         key = GPTQ, self.damp, self.act_order, W.dtype
         U = stats.shared(key, lambda: inverse_factor(H if order is None else H[order][:, order], self.damp))
-        dynamic_groups = fmt.granularity == "group" and not self.static_groups
-        if order is not None and dynamic_groups:  # a group is consecutive columns of the new order
-            W, H = W[:, order], H[order][:, order]
         params = None if dynamic_groups else self._params(W, fmt, H)
-        Q, scale, zero_point = self._solve(W, H, U, fmt, params, None if dynamic_groups else order)
+        Q, scale, zero_point = self._solve(W, H, U, fmt, params, order)
         grid.check_scales(W, scale, fmt)
         quantized = round_to_grid(Q, scale, zero_point, fmt)
-        return PermutedQTensor(quantized, order) if order is not None and dynamic_groups else quantized
+        return quantized if group_order is None else PermutedQTensor(quantized, group_order)
 
     def _params(self, W: Tensor, fmt: WeightFormat, H: Tensor) -> Params:
         return clipped_params(W, fmt, H) if self.clip else grid.weight_params(W, fmt)

@@ -27,7 +27,11 @@ class Kernel(nn.Module, ABC):
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         """Compute y = x W^T + b for inputs x (..., K), in the dtype of x."""
 
+
+class JoinableKernel(Kernel):
+    """A kernel of which several can store their weights as one, so that linears that read one input are one call."""
+
     @classmethod
+    @abstractmethod
     def joined(cls, kernels: Sequence[Kernel]) -> Kernel | None:
         """One kernel with the rows of all `kernels`, which then hold views of its tensors; None if they do not fit."""
-        return None

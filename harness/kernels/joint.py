@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from harness.kernels.base import Kernel
+from harness.kernels.base import JoinableKernel, Kernel
 
 
 class Joint:
@@ -54,7 +54,7 @@ class JoinedLinear(Kernel):
         return outputs
 
 
-def join(kernels: Sequence[Kernel], biases: Sequence[Tensor | None]) -> list[JoinedLinear] | None:
+def join(kernels: Sequence[JoinableKernel], biases: Sequence[Tensor | None]) -> list[JoinedLinear] | None:
     """Kernels that compute one token together; None if the weights cannot be stored as one. `biases` are (N,)."""
     present = [bias for bias in biases if bias is not None]
     if len(kernels) < 2 or 0 < len(present) < len(biases):

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from harness.core import WeightFormat
 from harness.core.formats import LevelsQTensor
-from harness.kernels.base import Kernel
+from harness.kernels.base import JoinableKernel, Kernel
 from harness.kernels.joint import JoinedLinear, Joint, join
 from harness.kernels.native import grouped, int8
 from tests.support.kernels import INPUTS, built, quantizer, uneven
@@ -27,7 +27,7 @@ FORMATS = {
 }
 
 
-def kernels(kind: str) -> list[Kernel]:
+def kernels(kind: str) -> list[JoinableKernel]:
     if kind == "levels":
         levels = torch.randn(16).sort().values
         weights = [LevelsQTensor(torch.randn(rows, COLUMNS), levels, 32, True) for rows in ROWS]
@@ -66,7 +66,7 @@ def test_joined_weights_are_stored_once() -> None:
         assert len(storages) == 1
 
 
-class Counting(Kernel):
+class Counting(JoinableKernel):
     """Doubles its inputs for each of its rows, and counts its calls."""
 
     name = "counting"

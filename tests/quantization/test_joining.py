@@ -12,9 +12,11 @@ from torch import Tensor, nn
 
 from harness.config import RunConfig, build_run
 from harness.kernels.joint import JoinedLinear
-from harness.models import input_groups
+from harness.kernels.native.incoherent import IncoherentLinear
+from harness.kernels.reordered import Reordered
+from harness.models import Decoder, input_groups
 from harness.nn import QuantLinear, resident_bytes
-from harness.quantization import engine
+from harness.quantization import engine, joining
 from harness.runs import execute_run
 from tests.support.blocks import TOKENS
 from tests.support.decoders import quantize
@@ -74,6 +76,32 @@ def test_linears_whose_inputs_are_rounded_outside_their_kernel_are_not_joined(ti
 
 def test_without_the_library_nothing_is_joined(tiny: Tiny, torch_kernels: None) -> None:
     assert packed("llama", build_run(tiny(*_GROUPS)))[1] == 0
+
+
+@built
+def test_a_model_whose_kernels_cannot_be_joined_is_not_run(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "logits", lambda *_: pytest.fail("the model was run"))
+    model, joined = packed("llama", build_run(tiny("method=quip_sharp", "bits=2", "method.quip_sharp.passes=0")))
+    assert joined == 0
+    kernels = [module.packed for module in model.modules() if isinstance(module, QuantLinear)]
+    assert sum(isinstance(kernel, IncoherentLinear) for kernel in kernels) == len(kernels) > 2
+
+
+@built
+def test_the_others_of_an_input_group_are_joined(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries whose columns have another order read the same inputs, but are computed apart."""
+
+    def join_without_queries(decoder: Decoder) -> int:
+        for name, module in decoder.model.named_modules():
+            if name.endswith("q_proj"):
+                module.packed = Reordered(module.packed, torch.arange(module.shape[1]))
+        return joining.join_linears(decoder)
+
+    expected = decoded(packed("llama", build_run(tiny(*_GROUPS)))[0])
+    monkeypatch.setattr(engine, "join_linears", join_without_queries)
+    model, joined = packed("llama", build_run(tiny(*_GROUPS)))
+    assert joined == 2 * 4
+    assert torch.equal(decoded(model), expected)
 
 
 class InPlace(nn.Module):

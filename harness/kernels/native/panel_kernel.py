@@ -9,13 +9,13 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from harness.kernels.base import Kernel
+from harness.kernels.base import JoinableKernel, Kernel
 from harness.kernels.native.panels import PANEL
 
 Tensors = Mapping[str, Tensor | None]
 
 
-class PanelKernel(Kernel):
+class PanelKernel(JoinableKernel):
     """One weight (N, K); `tensors` are buffers whose first dimension are its panels of 16 rows."""
 
     def __init__(self, name: str, shape: tuple[int, int], tensors: Tensors) -> None:

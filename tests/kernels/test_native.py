@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from harness.core import IntQTensor, WeightFormat
 from harness.core.formats import LevelsQTensor
 from harness.kernels.native import grouped, library
-from harness.kernels.native.panels import PLANES, pack_panels, unpack_panels
+from harness.kernels.native.panels import WIDTHS, pack_panels, unpack_panels
 from harness.kernels.table import choose
 from harness.nn import QuantLinear
 from tests.support.kernels import BOUNDS, CPU, LEVELS, TOKENS, built, check, check_threads, uneven
@@ -40,7 +40,7 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
 
 @built
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("bits", [*PLANES, 7])
+@pytest.mark.parametrize("bits", [*WIDTHS, 7])
 def test_every_width(level: str, bits: int, dtype: torch.dtype) -> None:
     for tokens, (rows, columns, size) in zip(TOKENS, ((48, 96, 32), (40, 80, 16), (16, 192, 64)) * 2, strict=True):
         compare(uneven(rows, columns, WeightFormat(bits=bits, granularity="group", group_size=size)), dtype, tokens)
@@ -114,7 +114,7 @@ def test_a_sum_does_not_depend_on_threads(level: str) -> None:
     check_threads(grouped.build(uneven(80, 64, WeightFormat(bits=4))))
 
 
-@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from(list(PLANES)), st.integers(0, 1 << 30))
+@given(st.integers(1, 70), st.integers(1, 70), st.sampled_from(WIDTHS), st.integers(0, 1 << 30))
 def test_panels_hold_every_code(rows: int, columns: int, bits: int, seed: int) -> None:
     codes = torch.randint(0, 1 << bits, (rows, columns), generator=torch.Generator().manual_seed(seed))
     panels = pack_panels(codes, bits)

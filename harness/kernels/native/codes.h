@@ -1,13 +1,14 @@
 // Where the codes of a block lie, and the value of each. Included by every level after its vector class.
 //
-// `bits` words of 32 bits hold 32 codes of one row. A width is split into planes of 8, 4, 2 or 1 bits, each in words of
-// its own. Four neighbouring inputs lie at the same place of the four bytes of a word.
+// `bits` words of 32 bits hold 32 codes of one row. Four neighbouring inputs lie at the same place of the four bytes of
+// a word. A width is split into planes of 8, 4, 2 or 1 bits, each in words of its own; but a byte holds two codes of 3
+// bits, and what is left of three bytes holds two more.
 #pragma once
 
 // The planes of a width: `low` bits, and above them `high` bits or none.
 template <int bits>
 struct Planes {
-  static constexpr int low = bits == 3 ? 2 : bits == 5 || bits == 6 ? 4 : bits, high = bits - low;
+  static constexpr int low = bits == 5 || bits == 6 ? 4 : bits, high = bits - low;
 };
 
 // The words of plane `first` of `width` bits that hold inputs 4 * four and the next three, shifted so that bit `shift`
@@ -28,10 +29,24 @@ ALWAYS_INLINE void prefetch(const uint8_t* block) {
   if constexpr (bits < 8) UNROLL for (int word = 0; word < bits; ++word) __builtin_prefetch(block + 64 * word + kAhead);
 }
 
+// Codes of 3 bits: two to a byte of each of three words. Those of the last eight inputs have their lower bits above
+// these in the first and the second word, and their upper bits in the third.
+template <class V, int four, int byte>
+ALWAYS_INLINE typename V::I four_codes_of_3(const uint8_t* block) {
+  if constexpr (four < 6) {
+    return V::template right<8 * byte + 3 * (four % 2)>(V::load(block + 64 * (four / 2)));
+  } else {
+    const typename V::I low = V::template right<8 * byte + 6>(V::load(block + 64 * (four - 6)));
+    const typename V::I high = V::template right<8 * byte + four - 2>(V::load(block + 128));
+    return V::template merge<0x03030303>(low, high);
+  }
+}
+
 // The codes of inputs 4 * four and the next three, in the low bits of the bytes of each word, from byte `byte` on; the
 // bits above a code are not cleared.
 template <class V, int bits, int four, int byte>
 ALWAYS_INLINE typename V::I four_codes(const uint8_t* block) {
+  if constexpr (bits == 3) return four_codes_of_3<V, four, byte>(block);
   using P = Planes<bits>;
   const typename V::I low = plane<V, 0, P::low, four, 8 * byte, 0>(block);
   if constexpr (P::high) {

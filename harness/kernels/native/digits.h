@@ -17,91 +17,116 @@ ALWAYS_INLINE typename V::I code_bytes(const uint8_t* block) {
   else return V::different(used, V::integer(static_cast<int32_t>(0x01010101u << (bits - 1))));  // they had a sign
 }
 
-template <class V, int bits, int M, int D>
+// The value in units of the sums of the digits of a row, lowest first.
+template <class V>
+ALWAYS_INLINE typename V::F joined(typename V::I low, typename V::I high) {
+  return V::fma(V::to_float(high), V::broadcast(256), V::to_float(low));
+}
+template <class V>
+ALWAYS_INLINE typename V::F joined(typename V::I low, typename V::I middle, typename V::I high) {
+  return joined<V>(low, V::add(V::template left<8>(high), middle));
+}
+
+// M rows of x in D digits, and P panels, which share the loads of x: loads are the limit where rows are few.
+template <class V, int bits, int M, int D, int P>
 struct FewDigits {
   static constexpr int chains = M == 1 ? 2 : 1;  // independent sums, because a product has a latency
   using F = typename V::F;
   using I = typename V::I;
-  using Sums = I[M][D][chains];
+  using Sums = I[P][M][D][chains];
 
   template <int... four>
-  static ALWAYS_INLINE void add(const uint8_t* block, const uint32_t* words, Sums& sums, Indices<four...>) {
+  static ALWAYS_INLINE void add(const uint8_t* block, int64_t stride, const uint32_t* words, Sums& sums,
+                                Indices<four...>) {
     const auto four_inputs = [&](auto i) {
-      const I codes = code_bytes<V, bits, i.value>(block);
+      I codes[P];
+      UNROLL for (int p = 0; p < P; ++p) codes[p] = code_bytes<V, bits, i.value>(block + p * stride);
       UNROLL for (int m = 0; m < M; ++m) {
         UNROLL for (int d = 0; d < D; ++d) {
-          I& sum = sums[m][d][i.value % chains];
-          sum = V::dot4(sum, codes, V::integer(static_cast<int32_t>(words[(i.value * M + m) * D + d])));
+          const I digits = V::integer(static_cast<int32_t>(words[(i.value * M + m) * D + d]));
+          UNROLL for (int p = 0; p < P; ++p) {
+            I& sum = sums[p][m][d][i.value % chains];
+            sum = V::dot4(sum, codes[p], digits);
+          }
         }
       }
     };
     (four_inputs(Index<four>{}), ...);
   }
 
-  // The sums over the halves [half, end).
-  static ALWAYS_INLINE void chunk(const uint8_t* codes, int64_t half, int64_t end, const uint32_t* words, Sums& sums) {
-    UNROLL for (int m = 0; m < M; ++m) {
-      UNROLL for (int d = 0; d < D; ++d) { UNROLL for (int c = 0; c < chains; ++c) sums[m][d][c] = V::integer(0); }
-    }
+  // The sums over the halves [half, end); panels are `stride` bytes apart.
+  static ALWAYS_INLINE void chunk(const uint8_t* codes, int64_t stride, int64_t half, int64_t end,
+                                  const uint32_t* words, Sums& sums) {
+    I* all = &sums[0][0][0][0];
+    UNROLL for (int i = 0; i < P * M * D * chains; ++i) all[i] = V::integer(0);
     while (half < end) {
       const uint8_t* block = codes + half / 2 * bits * 64;
       const uint32_t* inputs = words + half / 2 * 8 * M * D;
-      prefetch<bits>(block);
-      if (half % 2 == 0 && half + 1 < end) add(block, inputs, sums, Indices<0, 1, 2, 3, 4, 5, 6, 7>{}), half += 2;
-      else if (half % 2 == 0) add(block, inputs, sums, Indices<0, 1, 2, 3>{}), ++half;
-      else add(block, inputs, sums, Indices<4, 5, 6, 7>{}), ++half;
+      UNROLL for (int p = 0; p < P; ++p) prefetch<bits>(block + p * stride);
+      if (half % 2 == 0 && half + 1 < end)
+        add(block, stride, inputs, sums, Indices<0, 1, 2, 3, 4, 5, 6, 7>{}), half += 2;
+      else if (half % 2 == 0) add(block, stride, inputs, sums, Indices<0, 1, 2, 3>{}), ++half;
+      else add(block, stride, inputs, sums, Indices<4, 5, 6, 7>{}), ++half;
     }
   }
 
-  // sum_k (code[n, k] + offset) x[m, k] over a chunk, for the digits of one row of x.
-  static ALWAYS_INLINE F value(const I (&sums)[D][chains], F offset, const float* digit_sums, float unit) {
-    F value = V::zero();
-    UNROLL for (int d = D; d-- > 0;) {
-      I sum = sums[d][0];
-      if constexpr (chains == 2) sum = V::add(sum, sums[d][1]);
-      const F centred = V::fma(offset, V::broadcast(digit_sums[d]), V::to_float(sum));
-      value = d == D - 1 ? centred : V::fma(value, V::broadcast(256), centred);
+  // The value in units of the digits of a row of x, whose chains are added.
+  static ALWAYS_INLINE F joined_chains(const I (&sums)[D][chains]) {
+    I whole[D];
+    UNROLL for (int d = 0; d < D; ++d) {
+      whole[d] = sums[d][0];
+      if constexpr (chains == 2) whole[d] = V::add(whole[d], sums[d][1]);
     }
-    return V::mul(value, V::broadcast(unit));
+    if constexpr (D == 2) return joined<V>(whole[0], whole[1]);
+    else return joined<V>(whole[0], whole[1], whole[2]);
   }
 
-  static void panel(const Weight& w, const DigitRows& x, int64_t p, F (&total)[M]) {
-    const uint8_t* codes = w.panel(p);
-    const float *units = x.units, *digit_sums = x.sums;
-    UNROLL for (int m = 0; m < M; ++m) total[m] = V::zero();
+  static void panels(const Weight& w, const DigitRows& x, int64_t first, F (&total)[P][M]) {
+    const uint8_t* codes = w.panel(first);
+    const float *units = x.units, *input_sums = x.sums;
+    UNROLL for (int i = 0; i < P * M; ++i) total[i / M][i % M] = V::zero();
     for (int64_t g = 0; g < w.groups; ++g) {
-      const int64_t at = (p * w.groups + g) * kPanel, last = min((g + 1) * (w.group / kHalf), w.halves());
-      const F scale = load_scale<V>(w.scale, w.scale_type, at);
-      F offset = V::broadcast(w.lowest);
-      if (w.zero) offset = V::sub(offset, load_scale<V>(w.zero, w.scale_type, at));
+      const int64_t last = min((g + 1) * (w.group / kHalf), w.halves());
+      F scale[P], offset[P];
+      UNROLL for (int p = 0; p < P; ++p) {
+        const int64_t at = ((first + p) * w.groups + g) * kPanel;
+        scale[p] = load_scale<V>(w.scale, w.scale_type, at);
+        offset[p] = V::broadcast(w.lowest);
+        if (w.zero) offset[p] = V::sub(offset[p], load_scale<V>(w.zero, w.scale_type, at));
+      }
       for (int64_t half = g * (w.group / kHalf); half < last; half += kChunk / kHalf) {
         Sums sums;
-        chunk(codes, half, min(half + kChunk / kHalf, last), x.words, sums);
-        UNROLL for (int m = 0; m < M; ++m) {
-          total[m] = V::fma(value(sums[m], offset, digit_sums + m * D, units[m]), scale, total[m]);
+        chunk(codes, w.blocks() * bits * 64, half, min(half + kChunk / kHalf, last), x.words, sums);
+        UNROLL for (int p = 0; p < P; ++p) {
+          UNROLL for (int m = 0; m < M; ++m) {
+            const F value = V::fma(offset[p], V::broadcast(input_sums[m]), joined_chains(sums[p][m]));
+            total[p][m] = V::fma(value, V::mul(scale[p], V::broadcast(units[m])), total[p][m]);
+          }
         }
         units += M;
-        digit_sums += M * D;
+        input_sums += M;
       }
     }
   }
 
   static void run(const Weight& w, const DigitRows& x, const Output& y, int64_t first, int64_t last) {
-    for (int64_t p = first; p < last; ++p) {
-      F total[M];
-      panel(w, x, p, total);
-      for (int m = 0; m < x.count; ++m) write<V>(y, w.rows, m, p, total[m]);
+    for (; first + P <= last; first += P) {
+      F total[P][M];
+      panels(w, x, first, total);
+      for (int p = 0; p < P; ++p)
+        for (int m = 0; m < x.count; ++m) write<V>(y, w.rows, m, first + p, total[p][m]);
     }
+    if constexpr (P > 1) FewDigits<V, bits, M, D, 1>::run(w, x, y, first, last);
   }
 };
 
 template <class V, int bits, int D>
 void few_digits_of(const Weight& w, const DigitRows& x, const Output& y, int64_t first, int64_t last) {
   switch (x.height) {
-    case 1: return FewDigits<V, bits, 1, D>::run(w, x, y, first, last);
-    case 2: return FewDigits<V, bits, 2, D>::run(w, x, y, first, last);
-    case 4: return FewDigits<V, bits, 4, D>::run(w, x, y, first, last);
-    default: return FewDigits<V, bits, 8, D>::run(w, x, y, first, last);
+    case 1: return FewDigits<V, bits, 1, D, 2>::run(w, x, y, first, last);
+    case 2: return FewDigits<V, bits, 2, D, 2>::run(w, x, y, first, last);
+    case 4: return FewDigits<V, bits, 4, D, 2>::run(w, x, y, first, last);
+    default: return FewDigits<V, bits, 8, D, 1>::run(w, x, y, first, last);
   }
 }
 
@@ -121,10 +146,9 @@ inline int unit_exponent(float largest, int digits) {
 }
 
 // The digits of 16 * halves values, at most kChunk: those of four neighbours in a word, each four `stride` words after
-// the ones before. Returns: their unit, and in `sums` the sum of each digit; a negative number if a value is not
-// finite.
+// the ones before. Returns: their unit, and in `sum` their sum in units; a negative number if a value is not finite.
 template <class V>
-float split_chunk(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sums) {
+float split_chunk(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sum) {
   typename V::F largest = V::zero(), finite = V::zero();
   for (int64_t i = 0; i < halves; ++i) {
     const typename V::F value = V::load(values + i * kHalf);
@@ -134,18 +158,18 @@ float split_chunk(const float* values, int64_t halves, int digits, uint32_t* wor
   if (V::total(finite) != 0) return -1;
   const int exponent = unit_exponent(V::largest(largest), digits);
   const typename V::F inverse = V::broadcast(std::ldexp(1.0f, -exponent));
-  typename V::I totals[3] = {V::integer(0), V::integer(0), V::integer(0)};
+  typename V::I total = V::integer(0);
   for (int64_t i = 0; i < halves; ++i) {
     typename V::I rest = V::to_integer(V::mul(V::load(values + i * kHalf), inverse));
+    total = V::add(total, rest);
     for (int d = 0; d < digits; ++d) {
       const typename V::I digit = V::template arithmetic<24>(V::template left<24>(rest));
       uint32_t four[4];
       V::store_bytes(reinterpret_cast<int8_t*>(four), digit);
       for (int j = 0; j < 4; ++j) words[(i * 4 + j) * stride + d] = four[j];
-      totals[d] = V::add(totals[d], digit);
       rest = V::template arithmetic<8>(V::sub(rest, digit));
     }
   }
-  for (int d = 0; d < digits; ++d) sums[d] = static_cast<float>(V::total(totals[d]));
+  *sum = static_cast<float>(V::total(total));
   return std::ldexp(1.0f, exponent);
 }

@@ -39,12 +39,10 @@ ALWAYS_INLINE void add_dot4(V::I& sum, V::I weight, V::I x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(weight), "v"(x));
 }
 
-// The value of the sums of a row's digits, lowest first, in units.
 template <int D>
-ALWAYS_INLINE V::F joined(const V::I (*sums)[2], int i) {
-  if constexpr (D == 2) return V::fma(V::to_float(sums[1][i]), V::broadcast(256), V::to_float(sums[0][i]));
-  const V::I upper = V::add(V::left<8>(sums[2][i]), sums[1][i]);
-  return V::fma(V::to_float(upper), V::broadcast(256), V::to_float(sums[0][i]));
+ALWAYS_INLINE V::F joined_digits(const V::I (*sums)[2], int i) {
+  if constexpr (D == 2) return joined<V>(sums[0][i], sums[1][i]);
+  else return joined<V>(sums[0][i], sums[1][i], sums[2][i]);
 }
 
 // The sums of a stack of M rows of x in D digits and a tile of `steps` words; added to y (M, 2) unless they are the
@@ -67,7 +65,7 @@ void multiply_digits(const DigitTile& tile, int64_t steps, const uint32_t* x, co
     }
     UNROLL for (int m = 0; m < M; ++m) {
       UNROLL for (int i = 0; i < 2; ++i) {
-        const V::F value = V::fma(tile.offset[c][i], V::broadcast(sums[m]), joined<D>(digits + D * m, i));
+        const V::F value = V::fma(tile.offset[c][i], V::broadcast(sums[m]), joined_digits<D>(digits + D * m, i));
         y[2 * m + i] = V::fma(value, V::mul(tile.scale[c][i], V::broadcast(units[m])), y[2 * m + i]);
       }
     }

@@ -4,12 +4,11 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 #include "call.h"
+#include "digit_products.h"
 #include "level.h"
-#include "rows.h"
 #include "tiles.h"
 #include "weight.h"
 
@@ -19,8 +18,7 @@ namespace {
 using at::Tensor;
 using std::optional;
 
-constexpr int64_t kSerial = 1 << 18;  // products that take as long as to start a second thread
-constexpr int64_t kSlab = 32;         // panels of a slab: 4 MiB of float32 at K = 2048
+constexpr int64_t kSlab = 32;  // panels of a slab: 4 MiB of float32 at K = 2048
 
 Scale scale_type(const Tensor& scale) {
   switch (scale.scalar_type()) {
@@ -67,9 +65,6 @@ Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale,
   return w;
 }
 
-// Panels that are worth a thread of their own.
-int64_t grain(const Weight& w, int64_t rows) { return std::max<int64_t>(1, kSerial / (rows * w.inputs * kPanel)); }
-
 // Sums of x over the groups of w, (rows, groups).
 std::vector<float> group_sums(const Weight& w, const Rows& x) {
   std::vector<float> sums(x.count * w.groups);
@@ -83,88 +78,10 @@ std::vector<float> group_sums(const Weight& w, const Rows& x) {
   return sums;
 }
 
-// Rows of x in digits, chunk by chunk of each group, in memory of this thread. Returns: no rows if a value is not
-// finite.
-DigitRows split(const Level& level, const Weight& w, const Rows& x, int digits) {
-  static thread_local std::vector<uint32_t> words;
-  static thread_local std::vector<float> units, sums;
-  const int64_t height = x.count > 4 ? 8 : x.count > 2 ? 4 : x.count, stride = height * digits;
-  const int64_t chunks = w.groups * ((w.group + kChunk - 1) / kChunk);
-  grow(words, w.halves() * 4 * stride);
-  grow(units, chunks * height);
-  grow(sums, chunks * stride);
-  for (int64_t m = 0; m < x.count; ++m) {
-    int64_t at = m;  // (chunk, row)
-    for (int64_t group = 0; group < w.halves() * kHalf; group += w.group)
-      for (int64_t k = group; k < group + w.group; k += kChunk, at += height) {
-        const int64_t halves = std::min(kChunk, group + w.group - k) / kHalf;
-        units[at] = level.split_chunk(x.values + m * x.stride + k, halves, digits,
-                                      words.data() + k / 4 * stride + m * digits, stride, sums.data() + at * digits);
-        if (units[at] < 0) return {};
-      }
-  }
-  return {words.data(), units.data(), sums.data(), digits, x.count, height};
-}
-
-// Few rows of x and integer codes. Returns: whether x could be split into digits.
-bool by_digits(const Level& level, const Weight& w, const Rows& x, int digits, const Output& y) {
-  const DigitRows rows = split(level, w, x, digits);
-  if (!rows.count) return false;
-  at::parallel_for(0, w.panels(), grain(w, x.count),
-                   [&](int64_t first, int64_t last) { level.few_digits(w, rows, y, first, last); });
-  return true;
-}
-
-// A tile of row m of x, which is row `row + m` of the tensor, in digits. Returns: whether all values are finite.
-bool split_tile(const Level& level, const Tensor& x, int64_t row, int64_t m, int64_t tile, const DigitStacks& to) {
-  const int64_t first = tile * kSteps * 4, last = std::min(first + kSteps * 4, to.words.steps * 4);
-  const Lane<uint32_t> words = lane(to.words, tile, m);
-  float values[kSteps * 4] = {};
-  copy_row(x, row + m, first, std::min(last, x.size(1)) - first, values);
-  for (int64_t k = first; k < last; k += kChunk) {
-    const int64_t at = k / kChunk * to.words.count + m;
-    float sums[3] = {};
-    to.units[at] =
-        level.split_chunk(values + k - first, std::min(kChunk, last - k) / kHalf, static_cast<int>(to.words.digits),
-                          words.words + (k - first) / 4 * words.stride, words.stride, sums);
-    to.sums[at] = sums[0] + 256 * (sums[1] + 256 * sums[2]);
-    if (to.units[at] < 0) return false;
-  }
-  return true;
-}
-
-// Whether every chunk of many rows lies in one group of a weight of integers.
-bool in_chunks(const Weight& w) { return w.integers && (w.groups == 1 || w.group % kChunk == 0); }
-
-// Many rows of x and integer codes. Returns: whether x could be split into digits; y is incomplete if not.
-bool by_digit_tiles(const Level& level, const Weight& w, const Tensor& x, int digits, const Output& y) {
-  static thread_local std::vector<float> units, sums;
-  std::atomic<bool> finite{true};
-  each_many(x.size(0), [&](int64_t row, int64_t count) {
-    const int64_t inputs = w.halves() * kHalf, chunks = (inputs + kChunk - 1) / kChunk;
-    const DigitStacks stacks{room<uint32_t>(count, inputs / 4, level.tall / digits, digits),
-                             grow(units, chunks * count), grow(sums, chunks * count)};
-    each_tile(stacks.words, [&](int64_t m, int64_t tile) {
-      if (!split_tile(level, x, row, m, tile, stacks)) finite = false;
-    });
-    if (finite)
-      each_part(w.panels(), stacks.words, [&](const Part& part) { level.many_digits(w, stacks, part, y.from(row)); });
-  });
-  return finite;
-}
-
-// Many rows of x: tiles are decoded into the cache.
-void by_cache(const Level& level, const Weight& w, const Tensor& x, const Output& y) {
-  const bool bfloat = x.scalar_type() == at::kBFloat16;
-  const bool digits = level.many_digits && !(bfloat && level.many_bf16) && in_chunks(w);
-  if (digits && by_digit_tiles(level, w, x, bfloat ? 2 : 3, y)) return;
-  by_tiles(level, level, w, x, y);
-}
-
 // Few rows of x: codes are decoded in registers.
 void by_registers(const Level& level, const Weight& w, const Tensor& x, const Output& y) {
   const Rows rows = rows_of(x);
-  if (level.few_digits && w.integers && by_digits(level, w, rows, x.scalar_type() == at::kBFloat16 ? 2 : 3, y)) return;
+  if (level.few_digits && w.integers && by_few_digits(level, w, rows, digits_of(x), y)) return;
   const std::vector<float> sums = w.zero ? group_sums(w, rows) : std::vector<float>();
   at::parallel_for(0, w.panels(), grain(w, rows.count),
                    [&](int64_t first, int64_t last) { level.few(w, rows, sums.data(), y, first, last); });
@@ -200,11 +117,12 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& levels, const 
   const Level& level = current_level();
   const Tensor flat = as_matrix(x), y = outputs_for(x, rows);
   if (!flat.size(0)) return y;
-  const bool few = flat.size(0) <= kFew;
-  if (!few && by_library(level, bfloat)) return by_slabs(level, w, flat, bias).view(y.sizes());
   const Bias added(bias);
-  if (few) by_registers(level, w, flat, output_to(y, added));
-  else by_cache(level, w, flat, output_to(y, added));
+  const Output out = output_to(y, added);
+  if (many_digits_pay(level, w, flat) && by_many_digits(level, w, flat, digits_of(flat), out)) return y;
+  if (flat.size(0) <= kFew) by_registers(level, w, flat, out);
+  else if (by_library(level, bfloat)) return by_slabs(level, w, flat, bias).view(y.sizes());
+  else by_tiles(level, level, w, flat, out);
   return y;
 }
 

@@ -1,8 +1,10 @@
 """The order in which the native kernels read codes: panels of 16 output rows, blocks of 32 inputs.
 
-A block of one row is `bits` words of 32 bits. A width is split into planes of 8, 4, 2 or 1 bits (3 = 2 + 1), and each
-plane into words. Four neighbouring inputs lie at the same place of the four bytes of a word, so that one shift and one
-mask give the operand of a product of bytes, and one shift brings any code to the lowest bits. codes.h reads this order.
+A block of one row is `bits` words of 32 bits. Four neighbouring inputs lie at the same place of the four bytes of a
+word, so that one shift and one mask give the operand of a product of bytes, and one shift brings any code to the lowest
+bits. A width is split into planes of 8, 4, 2 or 1 bits (5 = 4 + 1), and each plane into words. Of 3 bits every code
+would need two planes; here a byte holds two codes, and only the last eight inputs of a block are put together from what
+is left of the bytes. codes.h reads this order.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from torch.nn import functional as F
 PANEL = 16  # output rows
 BLOCK = 32  # inputs
 HALF = 16  # inputs that are decoded together; a group is a multiple of it
-PLANES = {2: (2,), 3: (2, 1), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # widths of a stored code, lowest bits first
+WIDTHS = (2, 3, 4, 5, 6, 8)  # bits of a stored code
+_PLANES = {2: (2,), 4: (4,), 5: (4, 1), 6: (4, 2), 8: (8,)}  # lowest bits first
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,10 @@ def pack_groups(values: Tensor, rows: int) -> Tensor:
 
 @functools.cache
 def _pieces(bits: int) -> tuple[_Piece, ...]:
+    if bits == 3:
+        return tuple(piece for k in range(BLOCK) for piece in _pieces_of_3(k))
     pieces, low = list[_Piece](), 0
-    for width in PLANES[bits]:
+    for width in _PLANES[bits]:
         pieces += [_piece(k, low, width) for k in range(BLOCK)]
         low += width
     return tuple(pieces)
@@ -73,3 +78,11 @@ def _piece(k: int, low: int, width: int) -> _Piece:
     four, byte = divmod(k, 4)
     word, place = divmod(four, 8 // width)
     return _Piece(k, low, width, low + word, 8 * byte + width * place)
+
+
+def _pieces_of_3(k: int) -> tuple[_Piece, ...]:
+    """Two codes to a byte; the last two fours have two bits in words 0 and 1, and one bit in word 2."""
+    four, byte = divmod(k, 4)
+    if four < 6:
+        return (_Piece(k, 0, 3, four // 2, 8 * byte + 3 * (four % 2)),)
+    return _Piece(k, 0, 2, four - 6, 8 * byte + 6), _Piece(k, 2, 1, 2, 8 * byte + four)

@@ -103,7 +103,7 @@ constexpr int64_t kChunk = 64;  // inputs that share the unit of their digits
 struct DigitRows {
   const uint32_t* words;  // (inputs / 4, height, digits): four inputs a word, zeros beyond K
   const float* units;     // (chunks, height)
-  const float* sums;      // (chunks, height, digits) of the digits
+  const float* sums;      // (chunks, height) of the inputs, in units
   int digits;             // 2 or 3
   int64_t count, height;
 };
@@ -147,7 +147,7 @@ struct Level {
   // y = x W^T for integer levels and up to kFew rows of x in digits; null where products in float32 are faster
   void (*few_digits)(const Weight&, const DigitRows& x, const Output& y, int64_t first, int64_t last);
   // the digits of a chunk of x, see digits.h
-  float (*split_chunk)(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sums);
+  float (*split_chunk)(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sum);
   int64_t tall;  // most rows of a stack of x
   // the words of a stack of `height` rows, kSteps words each, step by step; null where `many` is
   void (*interleave)(const uint32_t* rows, int64_t height, int64_t steps, uint32_t* out);

@@ -31,11 +31,21 @@ def test_groups_of_several_chunks(level: str, size: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)
-@pytest.mark.parametrize("value", [0.0, 1.0, 127.0 / 128, 255.0 / 256, 255.5 / 256, 1 - 2.0**-24, -1.0, 1e30, 1e-30])
+@pytest.mark.parametrize("value", [0.0, 1.0, 127.0 / 128, 0.99608, 255.0 / 256, 1 - 2.0**-24, -1.0, 1e30, 1e-30])
 def test_values_at_the_limits_of_a_digit(level: str, dtype: torch.dtype, value: float) -> None:
     for rows, fmt in ((2, GROUPS), (10, CHUNKS)):
         found, expected = outputs(torch.full((rows, 192), value).to(dtype), fmt)
         assert (found.double() - expected).norm() <= BOUNDS[dtype] * expected.norm()
+
+
+def test_no_largest_value_of_a_chunk_exceeds_its_digits(level: str) -> None:
+    """Steps of 2e-6 over the values among which the unit of a chunk changes; each is the largest one of a row."""
+    for dtype in BOUNDS:
+        inputs = torch.linspace(0.99, 1, 5000)[:, None].expand(-1, 64).to(dtype)
+        for part in (inputs, *inputs[::10].split(1)):
+            found, expected = outputs(part, CHUNKS)
+            errors = (found.double() - expected).norm(dim=1) / expected.norm(dim=1)
+            assert errors.max() <= BOUNDS[dtype]
 
 
 @pytest.mark.parametrize("dtype", BOUNDS)

@@ -140,7 +140,7 @@ void few_digits(const Weight& w, const DigitRows& x, const Output& y, int64_t fi
 
 // The exponent of the unit in which values up to `largest` have so many digits.
 inline int unit_exponent(float largest, int digits) {
-  constexpr float margin = 256.0f / 255;  // the last digit ends at 127, not at 128
+  constexpr float margin = 128.0f / 127;  // the highest digit ends at 127, not at 128
   constexpr int smallest = -100;          // so that the inverse is finite
   return std::max(std::ilogb(largest * margin), smallest) + 2 - 8 * digits;
 }

@@ -1,10 +1,10 @@
 // y = x W^T for many rows of x and integer codes, by products of bytes, see digits.h: the digits of a row are
 // multiplied like rows of their own, and the sums of a chunk, exact integers, are brought to its unit and scale.
 //
-//   y[m, n] = sum over chunks c of scale[n, c] unit[m, c] (sum_d 256^d sum_k code[n, k] digit_d[m, k] + offset[n, c]
-//   X[m, c])
+//   y[m, n] = sum over chunks c of scale[n, c] unit[m, c] (sum_d 256^d sum_k code[n, k] digit_d[m, k]
+//                                                          + offset[n, c] sum[m, c])
 //
-// where X is the sum of the chunk's inputs in units, and offset what is added to a code without a sign.
+// where `sum` is that of the chunk's inputs in units, and `offset` what is added to a code without a sign.
 #pragma once
 
 constexpr int64_t kChunkWords = kChunk / 4, kChunks = kSteps / kChunkWords;  // words of a chunk, chunks of a tile

@@ -42,6 +42,13 @@ ALWAYS_INLINE typename V::I four_codes_of_3(const uint8_t* block) {
   }
 }
 
+// Asks for the same block of the next pair of panels: while a tile is multiplied, no codes are read.
+template <int bits>
+ALWAYS_INLINE void prefetch_pair(const Panels& w, const uint8_t* block) {
+  const uint8_t* next = block + 2 * w.blocks() * bits * 64;
+  UNROLL for (int word = 0; word < bits; ++word) __builtin_prefetch(next + 64 * word, 0, 2);  // into the second level
+}
+
 // The codes of inputs 4 * four and the next three, in the low bits of the bytes of each word, from byte `byte` on; the
 // bits above a code are not cleared.
 template <class V, int bits, int four, int byte>

@@ -10,7 +10,9 @@ ALWAYS_INLINE void decode_panel(const Weight& w, int64_t p, int64_t first, int64
     const int64_t at = (p * w.groups + k0 / w.group) * kPanel, half = k0 / kHalf;
     const typename V::F scale = load_scale<V>(w.scale, w.scale_type, at);
     const typename V::F zero = w.zero ? load_scale<V>(w.zero, w.scale_type, at) : V::zero();
-    each_value<V, bits>(codes + half / 2 * bits * 64, half & 1, levels,
+    const uint8_t* block = codes + half / 2 * bits * 64;
+    if (half % 2 == 0) prefetch_pair<bits>(w, block);
+    each_value<V, bits>(block, half & 1, levels,
                         [&](auto k, typename V::F value) { store(k0 + k.value, V::mul(V::sub(value, zero), scale)); });
   }
 }

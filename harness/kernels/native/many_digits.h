@@ -23,9 +23,11 @@ ALWAYS_INLINE void decode_bytes(const uint8_t* block, uint8_t* out, Indices<four
 // The words [k, end) of panel p.
 template <int bits>
 void fill(const Weight& w, int64_t p, int64_t k, int64_t end, int i, DigitTile& tile) {
-  for (int64_t word = k; word < end; word += kBlock / 4)
-    decode_bytes<bits>(w.panel(p) + word / 8 * bits * 64, tile.codes[i] + (word - k) * 64,
-                       Indices<0, 1, 2, 3, 4, 5, 6, 7>{});
+  for (int64_t word = k; word < end; word += kBlock / 4) {
+    const uint8_t* block = w.panel(p) + word / 8 * bits * 64;
+    prefetch_pair<bits>(w, block);
+    decode_bytes<bits>(block, tile.codes[i] + (word - k) * 64, Indices<0, 1, 2, 3, 4, 5, 6, 7>{});
+  }
   for (int64_t c = 0; c * kChunkWords < end - k; ++c) {
     const int64_t at = (p * w.groups + (k * 4 + c * kChunk) / w.group) * kPanel;
     tile.scale[c][i] = load_scale<V>(w.scale, w.scale_type, at);

@@ -14,6 +14,7 @@ from harness.kernels.bench import clock, race
 from harness.kernels.bench.contenders import Contender, Entry, contenders
 from harness.kernels.bench.report import markdown
 from harness.kernels.bench.targets import cpu_targets
+from harness.kernels.native import library
 
 CPU = torch.device("cpu")
 
@@ -39,6 +40,14 @@ def test_a_run_writes_a_record_and_its_table(quick: None, tmp_path: Path, capsys
     assert next(tmp_path.glob("*.md")).read_text() == markdown(record)
     assert "### smollm2 k, v: N = 192, K = 64" in printed
     assert "| smollm2 | int4: share of copy bandwidth | 70% |" in printed
+
+
+def test_a_native_library_that_cannot_be_used_has_its_reason_in_the_table(
+    quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(library, "problem", lambda: "built from other sources; run make setup again")
+    race.main(["--models", "smollm2", "--rows", "1", "--seconds", "0", "--device", "cpu", "--output", str(tmp_path)])
+    assert "- native kernels: built from other sources" in next(tmp_path.glob("*.md")).read_text()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)

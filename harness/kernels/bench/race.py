@@ -63,6 +63,8 @@ def main(arguments: Sequence[str]) -> None:
     if device.type == "cuda" and options.tune:
         _tune(options, device, dtype)
     entrants, rows, absent = contenders(device, options.group_size, dtype), list[Row](), dict[str, str]()
+    if device.type == "cpu" and (problem := library.problem()):
+        absent["native kernels"] = problem  # torch's kernels have their names in the table
     rooflines = list[clock.Roofline]()  # one for each shape: a slow phase of the machine would change all shares
     for model in options.models:
         for layer, (N, K) in SHAPES[model].items():

@@ -27,46 +27,46 @@ ALWAYS_INLINE typename V::F joined(typename V::I low, typename V::I middle, type
   return joined<V>(low, V::add(V::template left<8>(high), middle));
 }
 
-// M rows of x in D digits, and P panels, which share the loads of x: loads are the limit where rows are few.
-template <class V, int bits, int M, int D, int P>
+// What is added to a code without a sign, for group `at` (panel, group, 16) of a weight.
+template <class V>
+ALWAYS_INLINE typename V::F load_offset(const Weight& w, int64_t at) {
+  const typename V::F lowest = V::broadcast(w.lowest);
+  return w.zero ? V::sub(lowest, load_scale<V>(w.zero, w.scale_type, at)) : lowest;
+}
+
+template <class V, int bits, int M, int D>
 struct FewDigits {
   static constexpr int chains = M == 1 ? 2 : 1;  // independent sums, because a product has a latency
   using F = typename V::F;
   using I = typename V::I;
-  using Sums = I[P][M][D][chains];
+  using Sums = I[M][D][chains];
 
   template <int... four>
-  static ALWAYS_INLINE void add(const uint8_t* block, int64_t stride, const uint32_t* words, Sums& sums,
-                                Indices<four...>) {
+  static ALWAYS_INLINE void add(const uint8_t* block, const uint32_t* words, Sums& sums, Indices<four...>) {
     const auto four_inputs = [&](auto i) {
-      I codes[P];
-      UNROLL for (int p = 0; p < P; ++p) codes[p] = code_bytes<V, bits, i.value>(block + p * stride);
+      const I codes = code_bytes<V, bits, i.value>(block);
       UNROLL for (int m = 0; m < M; ++m) {
         UNROLL for (int d = 0; d < D; ++d) {
-          const I digits = V::integer(static_cast<int32_t>(words[(i.value * M + m) * D + d]));
-          UNROLL for (int p = 0; p < P; ++p) {
-            I& sum = sums[p][m][d][i.value % chains];
-            sum = V::dot4(sum, codes[p], digits);
-          }
+          I& sum = sums[m][d][i.value % chains];
+          sum = V::dot4(sum, codes, V::integer(static_cast<int32_t>(words[(i.value * M + m) * D + d])));
         }
       }
     };
     (four_inputs(Index<four>{}), ...);
   }
 
-  // The sums over the halves [half, end); panels are `stride` bytes apart.
-  static ALWAYS_INLINE void chunk(const uint8_t* codes, int64_t stride, int64_t half, int64_t end,
-                                  const uint32_t* words, Sums& sums) {
-    I* all = &sums[0][0][0][0];
-    UNROLL for (int i = 0; i < P * M * D * chains; ++i) all[i] = V::integer(0);
+  // The sums over the halves [half, end).
+  static ALWAYS_INLINE void chunk(const uint8_t* codes, int64_t half, int64_t end, const uint32_t* words, Sums& sums) {
+    UNROLL for (int m = 0; m < M; ++m) {
+      UNROLL for (int d = 0; d < D; ++d) { UNROLL for (int c = 0; c < chains; ++c) sums[m][d][c] = V::integer(0); }
+    }
     while (half < end) {
       const uint8_t* block = codes + half / 2 * bits * 64;
       const uint32_t* inputs = words + half / 2 * 8 * M * D;
-      UNROLL for (int p = 0; p < P; ++p) prefetch<bits>(block + p * stride);
-      if (half % 2 == 0 && half + 1 < end)
-        add(block, stride, inputs, sums, Indices<0, 1, 2, 3, 4, 5, 6, 7>{}), half += 2;
-      else if (half % 2 == 0) add(block, stride, inputs, sums, Indices<0, 1, 2, 3>{}), ++half;
-      else add(block, stride, inputs, sums, Indices<4, 5, 6, 7>{}), ++half;
+      prefetch<bits>(block);
+      if (half % 2 == 0 && half + 1 < end) add(block, inputs, sums, Indices<0, 1, 2, 3, 4, 5, 6, 7>{}), half += 2;
+      else if (half % 2 == 0) add(block, inputs, sums, Indices<0, 1, 2, 3>{}), ++half;
+      else add(block, inputs, sums, Indices<4, 5, 6, 7>{}), ++half;
     }
   }
 
@@ -81,27 +81,19 @@ struct FewDigits {
     else return joined<V>(whole[0], whole[1], whole[2]);
   }
 
-  static void panels(const Weight& w, const DigitRows& x, int64_t first, F (&total)[P][M]) {
-    const uint8_t* codes = w.panel(first);
+  static void panel(const Weight& w, const DigitRows& x, int64_t p, F (&total)[M]) {
+    const uint8_t* codes = w.panel(p);
     const float *units = x.units, *input_sums = x.sums;
-    UNROLL for (int i = 0; i < P * M; ++i) total[i / M][i % M] = V::zero();
+    UNROLL for (int m = 0; m < M; ++m) total[m] = V::zero();
     for (int64_t g = 0; g < w.groups; ++g) {
-      const int64_t last = min((g + 1) * (w.group / kHalf), w.halves());
-      F scale[P], offset[P];
-      UNROLL for (int p = 0; p < P; ++p) {
-        const int64_t at = ((first + p) * w.groups + g) * kPanel;
-        scale[p] = load_scale<V>(w.scale, w.scale_type, at);
-        offset[p] = V::broadcast(w.lowest);
-        if (w.zero) offset[p] = V::sub(offset[p], load_scale<V>(w.zero, w.scale_type, at));
-      }
+      const int64_t at = (p * w.groups + g) * kPanel, last = min((g + 1) * (w.group / kHalf), w.halves());
+      const F scale = load_scale<V>(w.scale, w.scale_type, at), offset = load_offset<V>(w, at);
       for (int64_t half = g * (w.group / kHalf); half < last; half += kChunk / kHalf) {
         Sums sums;
-        chunk(codes, w.blocks() * bits * 64, half, min(half + kChunk / kHalf, last), x.words, sums);
-        UNROLL for (int p = 0; p < P; ++p) {
-          UNROLL for (int m = 0; m < M; ++m) {
-            const F value = V::fma(offset[p], V::broadcast(input_sums[m]), joined_chains(sums[p][m]));
-            total[p][m] = V::fma(value, V::mul(scale[p], V::broadcast(units[m])), total[p][m]);
-          }
+        chunk(codes, half, min(half + kChunk / kHalf, last), x.words, sums);
+        UNROLL for (int m = 0; m < M; ++m) {
+          const F value = V::fma(offset, V::broadcast(input_sums[m]), joined_chains(sums[m]));
+          total[m] = V::fma(value, V::mul(scale, V::broadcast(units[m])), total[m]);
         }
         units += M;
         input_sums += M;
@@ -110,23 +102,21 @@ struct FewDigits {
   }
 
   static void run(const Weight& w, const DigitRows& x, const Output& y, int64_t first, int64_t last) {
-    for (; first + P <= last; first += P) {
-      F total[P][M];
-      panels(w, x, first, total);
-      for (int p = 0; p < P; ++p)
-        for (int m = 0; m < x.count; ++m) write<V>(y, w.rows, m, first + p, total[p][m]);
+    for (int64_t p = first; p < last; ++p) {
+      F total[M];
+      panel(w, x, p, total);
+      for (int m = 0; m < x.count; ++m) write<V>(y, w.rows, m, p, total[m]);
     }
-    if constexpr (P > 1) FewDigits<V, bits, M, D, 1>::run(w, x, y, first, last);
   }
 };
 
 template <class V, int bits, int D>
 void few_digits_of(const Weight& w, const DigitRows& x, const Output& y, int64_t first, int64_t last) {
   switch (x.height) {
-    case 1: return FewDigits<V, bits, 1, D, 2>::run(w, x, y, first, last);
-    case 2: return FewDigits<V, bits, 2, D, 2>::run(w, x, y, first, last);
-    case 4: return FewDigits<V, bits, 4, D, 2>::run(w, x, y, first, last);
-    default: return FewDigits<V, bits, 8, D, 1>::run(w, x, y, first, last);
+    case 1: return FewDigits<V, bits, 1, D>::run(w, x, y, first, last);
+    case 2: return FewDigits<V, bits, 2, D>::run(w, x, y, first, last);
+    case 4: return FewDigits<V, bits, 4, D>::run(w, x, y, first, last);
+    default: return FewDigits<V, bits, 8, D>::run(w, x, y, first, last);
   }
 }
 

@@ -31,8 +31,7 @@ void fill(const Weight& w, int64_t p, int64_t k, int64_t end, int i, DigitTile& 
   for (int64_t c = 0; c * kChunkWords < end - k; ++c) {
     const int64_t at = (p * w.groups + (k * 4 + c * kChunk) / w.group) * kPanel;
     tile.scale[c][i] = load_scale<V>(w.scale, w.scale_type, at);
-    tile.offset[c][i] = V::broadcast(w.lowest);
-    if (w.zero) tile.offset[c][i] = V::sub(tile.offset[c][i], load_scale<V>(w.zero, w.scale_type, at));
+    tile.offset[c][i] = load_offset<V>(w, at);
   }
 }
 

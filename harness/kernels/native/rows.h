@@ -1,7 +1,6 @@
-// Rows of a tensor as the kernels read them: few rows one by one, many in stacks.
+// Rows of a tensor as the kernels read them; stacks.h has the order of many rows.
 #pragma once
 #include <ATen/ATen.h>
-#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstring>

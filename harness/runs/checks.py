@@ -6,6 +6,7 @@ import torch
 
 from harness import quantization
 from harness.config import RunConfig
+from harness.kernels.native import library
 from harness.models import Decoder, Source
 from harness.nn import kvcache, positions
 from harness.utils.errors import Refusal
@@ -14,7 +15,7 @@ from harness.utils.errors import Refusal
 def check(cfg: RunConfig, source: Source) -> list[str]:
     """Check lengths, method, scheme and KV cache against the shape of the model.
 
-    Returns: warnings for the record.
+    Returns: warnings for the record, also that of a native library that cannot be used.
     Raises: ValueError, in one line, for a setting that does not fit the model.
     """
     source.check()
@@ -23,10 +24,12 @@ def check(cfg: RunConfig, source: Source) -> list[str]:
     quantization.check(Decoder(skeleton), cfg)
     if cfg.head is not None:
         quantization.check_head(skeleton, cfg.head, cfg.model.name)
-    if cfg.kv is None:
-        return list(cfg.warnings)
-    warning = kvcache.check(cfg.kv, source.shape, cfg.data.seq_len, cfg.model.name)
-    return [*cfg.warnings, *([warning] if warning else [])]
+    warnings = list(cfg.warnings)
+    if cfg.kv is not None and (warning := kvcache.check(cfg.kv, source.shape, cfg.data.seq_len, cfg.model.name)):
+        warnings.append(warning)
+    if fault := library.fault():
+        warnings.append(f"torch's kernels run instead of the native library: {fault}")
+    return warnings
 
 
 def device_of(name: str) -> torch.device:

@@ -106,6 +106,22 @@ def test_a_model_that_is_not_scored_is_only_measured(tiny: Tiny) -> None:
     assert "measure.latency=False leaves nothing to do" in str(refused.error)
 
 
+@pytest.mark.parametrize("built", [True, False])
+def test_a_native_library_that_cannot_be_used_is_a_warning(
+    built: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "_native.so"
+    if built:
+        file.touch()
+    monkeypatch.setattr(library, "_file", lambda: file)
+    monkeypatch.setattr(library, "problem", library.problem.__wrapped__)
+    record = execute_run(tiny())[0]
+    assert record.status == "ok", record.error
+    assert record.execution.kernel == "reference"
+    warnings = [text for text in record.warnings if "instead of the native library: built from other sources" in text]
+    assert len(warnings) == built
+
+
 @pytest.mark.parametrize("name", ["llama3_2_1b", "llama3_8b", "llama3_70b", "mistral_7b", "qwen3_8b"])
 def test_real_shapes_with_random_weights_have_the_right_number_of_parameters(name: str) -> None:
     billions = {"llama3_2_1b": 1.24, "llama3_8b": 8.03, "llama3_70b": 70.6, "mistral_7b": 7.24, "qwen3_8b": 8.19}

@@ -12,6 +12,7 @@
 namespace ptqbench {
 
 constexpr int64_t kSerial = 1 << 18;  // products that take as long as to start a second thread
+constexpr int64_t kFewDigits = 4;     // rows of x that are always multiplied in registers
 constexpr int64_t kDigitRows = 16;    // rows of x up to which products in bfloat16 are slower
 
 // Digits that hold a value of x.
@@ -71,11 +72,15 @@ inline bool split_tile(const Level& level, const at::Tensor& x, int64_t row, int
   return true;
 }
 
-// Whether the product of tiles in digits is the fastest one for the rows of x: a chunk must lie in one group.
+// Whether the product of tiles in digits is the fastest one for the rows of x: a chunk must lie in one group. Products
+// in registers have 1, 2, 4 or 8 rows, so that with two digits they are slower for 5 and 6 rows only.
 inline bool many_digits_pay(const Level& level, const Weight& w, const at::Tensor& x) {
-  const bool bfloat = x.scalar_type() == at::kBFloat16, in_chunks = w.groups == 1 || w.group % kChunk == 0;
-  if (!level.many_digits || !w.integers || !in_chunks) return false;
-  return x.size(0) > (bfloat ? 4 : 2) && !(bfloat && level.many_bf16 && x.size(0) > kDigitRows);
+  const int64_t rows = x.size(0);
+  const bool in_chunks = w.groups == 1 || w.group % kChunk == 0;
+  if (!level.many_digits || !w.integers || !in_chunks || rows <= kFewDigits) return false;
+  if (x.scalar_type() != at::kBFloat16) return true;
+  if (rows <= kFew) return rows <= kFew - 2;
+  return !level.many_bf16 || rows <= kDigitRows;
 }
 
 // Many rows of x. Returns: whether x could be split into digits; y is incomplete if not.

@@ -29,10 +29,15 @@ def runs(dtype: torch.dtype) -> bool:
     return dtype in DTYPES and available()
 
 
+def fault() -> str | None:
+    """Why the library that is here cannot be used, in one line; None also where none was built, which is no fault."""
+    return problem() if _file().exists() else None
+
+
 @functools.cache
 def problem() -> str | None:
     """Load the library, once per process. Returns: why it cannot be used, in one line, or None."""
-    file = Path(__file__).with_name(_FILE)
+    file = _file()
     if not file.exists():
         return "not built; run make setup where a C++17 compiler is installed"
     built_from = file.with_name(_SOURCES)
@@ -44,6 +49,10 @@ def problem() -> str | None:
         return f"built for another torch ({str(reason).splitlines()[0][:100]}); run make setup again"
     _register_fakes()
     return None
+
+
+def _file() -> Path:
+    return Path(__file__).with_name(_FILE)
 
 
 def sources_digest() -> str:

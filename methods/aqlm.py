@@ -23,7 +23,8 @@ import torch
 from torch import Tensor
 
 from harness.core import Finetuned, Hessian, QTensor, Scheme, Stats, above_zero, at_least, require_native
-from harness.core.formats import AdditiveQTensor, grid
+from harness.core.finite import check_finite
+from harness.core.formats import AdditiveQTensor
 from harness.core.formats.additive import half
 from harness.core.solvers.additive_fit import Fit, Problem
 from harness.core.solvers.kmeans import assign, kmeans
@@ -90,7 +91,7 @@ class AQLM(Finetuned):
             )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        grid.check_finite(weight)
+        check_finite(weight)
         if weight.shape[1] % self.group_size:
             raise ValueError(
                 f"group_size={self.group_size} does not divide in_features={weight.shape[1]}; use a divisor, "

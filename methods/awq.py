@@ -31,10 +31,8 @@ from harness.core import (
     Scheme,
     Stats,
     at_least,
-    round_to_grid,
     round_to_nearest,
 )
-from harness.core.formats import grid
 from harness.core.solvers.clip import clipped_params
 from harness.core.solvers.silent import fill_silent, magnitudes, warn_silent
 
@@ -94,9 +92,9 @@ class AWQ(Method):
         if silent.all():
             warn_silent(silent, "the weight is rounded to nearest")
             return round_to_nearest(weight, scheme.weight)
-        scale, zero_point = clipped_params(weight, scheme.weight, H)
-        grid.check_scales(weight, scale, scheme.weight)
-        return round_to_grid(weight, scale, zero_point, scheme.weight)
+        params = clipped_params(weight, scheme.weight, H)
+        scheme.weight.check_scales(weight, params)
+        return scheme.weight.quantized(weight, params)
 
     def _may_scale(self, group: InputGroup) -> bool:
         producer = group.producer

@@ -30,16 +30,14 @@ from harness.core import (
     WeightFormat,
     above_zero,
     at_least,
-    round_to_grid,
     round_to_nearest,
 )
-from harness.core.formats import PermutedQTensor, grid
+from harness.core.finite import check_finite
+from harness.core.formats import Params, PermutedQTensor, compute_dtype
 from harness.core.solvers.clip import clipped_params
 from harness.core.solvers.columns import Columns, solve_columns
 from harness.core.solvers.damping import cholesky, damped_factor
 from harness.core.solvers.silent import fill_silent, warn_silent
-
-Params = tuple[Tensor, Tensor]  # scale and zero point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,12 +72,12 @@ class GPTQ(Method):
         return self.true_sequential
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        grid.check_finite(weight)
+        check_finite(weight)
         if not int(stats[Hessian].tokens):
             warnings.warn("no calibration token reached this linear; its weight is rounded to nearest", stacklevel=2)
             return round_to_nearest(weight, scheme.weight)
         fmt = scheme.weight
-        W = weight.to(grid.compute_dtype(weight)).clone()
+        W = weight.to(compute_dtype(weight)).clone()
         H, silent = fill_silent(stats[Hessian].value.to(W.dtype))
         if silent.all():
             warn_silent(silent, "the weight is rounded to nearest")
@@ -93,34 +91,32 @@ class GPTQ(Method):
         key = GPTQ, self.damp, self.act_order, W.dtype
         U = stats.shared(key, lambda: inverse_factor(H if order is None else H[order][:, order], self.damp))
         params = None if dynamic_groups else self._params(W, fmt, H)
-        Q, scale, zero_point = self._solve(W, H, U, fmt, params, order)
-        grid.check_scales(W, scale, fmt)
-        quantized = round_to_grid(Q, scale, zero_point, fmt)
+        Q, params = self._solve(W, H, U, fmt, params, order)
+        fmt.check_scales(W, params)
+        quantized = fmt.quantized(Q, params)
         return quantized if group_order is None else PermutedQTensor(quantized, group_order)
 
-    def _params(self, W: Tensor, fmt: WeightFormat, H: Tensor) -> Params:
-        return clipped_params(W, fmt, H) if self.clip else grid.weight_params(W, fmt)
+    def _params(self, W: Tensor, fmt: WeightFormat, H: Tensor, whole: Tensor | None = None) -> Params:
+        if self.clip:
+            return clipped_params(W, fmt, H, whole)
+        return fmt.weight_params(W) if whole is None else fmt.params(fmt.to_groups(W), whole)
 
     def _solve(
-        self,
-        W: Tensor,
-        H: Tensor,
-        U: Tensor,
-        fmt: WeightFormat,
-        params: tuple[Tensor, Tensor] | None,
-        order: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+        self, W: Tensor, H: Tensor, U: Tensor, fmt: WeightFormat, params: Params | None, order: Tensor | None
+    ) -> tuple[Tensor, Params]:
         """Run algorithm 1 on W (N, K) in column order `order`, with Hessian H (K, K).
 
         U (K, K) is the upper Cholesky factor of the inverse of H, with columns in the order in which they are solved.
-        With `params` None, each group's range is computed when its first column is reached.
+        With `params` None, each group's parameters are computed when its first column is reached.
 
-        Returns: Q (N, K), the values on the grid with columns in their original order; scale and zero point.
+        Returns: Q (N, K), the rounded values with columns in their original order; the parameters.
         """
         N, K = W.shape
-        size = K // fmt.groups((N, K))[1]
+        size, whole = fmt.span(K), fmt.whole(W)
         permutation = torch.arange(K, device=W.device) if order is None else order
-        scale_T, zero_point_T = [values.T.contiguous() for values in params] if params else W.new_empty(2, K // size, N)
+        rows = torch.arange(N, device=W.device)
+        params_T = None if params is None else fmt.by_row(params, rows).map(_transposed)
+        found: list[Params] = []
         W_T = W.T[permutation].contiguous()  # transposed: each column of W is contiguous
         Q_T = torch.empty_like(W_T)
         group_of = (permutation // size).tolist()
@@ -128,16 +124,22 @@ class GPTQ(Method):
         for start in range(0, K, step):
             stop = min(start + step, K)
             Err = torch.empty_like(W_T[start:stop])
-            for first in range(start, stop, size) if params is None else (start,):
-                last = min(first + size, stop) if params is None else stop
-                if params is None:
-                    group = self._params(W_T[first:last].T, _one_group(fmt), H[first:last, first:last])
-                    for row, values in zip((scale_T, zero_point_T), group, strict=True):
-                        row[group_of[first]] = values[:, 0]
+            for first in range(start, stop, size) if params_T is None else (start,):
+                if params_T is None:
+                    last = first + size
+                    found.append(self._params(W_T[first:last].T, _one_group(fmt), H[first:last, first:last], whole))
+                    shared, groups = found[-1].map(_transposed), [0] * size
+                else:
+                    last, shared, groups = stop, params_T, group_of[start:stop]
                 tensors = W_T[first:stop], Q_T[first:last], Err[first - start : last - start], U[first:last, first:stop]
-                solve_columns(Columns(*tensors, scale_T, zero_point_T, group_of[first:last]), fmt)
+                solve_columns(Columns(*tensors, shared, groups), fmt)
             W_T[stop:].addmm_(U[start:stop, stop:].T, Err, alpha=-1)
-        return Q_T[permutation.argsort()].T, scale_T.T.contiguous(), zero_point_T.T.contiguous()
+        Q = Q_T[permutation.argsort()].T
+        return Q, Params.cat(found, 1) if params is None else params
+
+
+def _transposed(values: Tensor) -> Tensor:
+    return values.T.contiguous()
 
 
 def inverse_factor(hessian: Tensor, damp: float) -> Tensor:

@@ -18,10 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.core import Method, QTensor, Scheme, Stats, WeightFormat, above_zero, at_least, round_to_grid
-from harness.core.formats import grid
-
-Params = tuple[Tensor, Tensor]  # scale and zero point
+from harness.core import IntWeight, Method, QTensor, Scheme, Stats, above_zero, at_least
+from harness.core.finite import check_finite
+from harness.core.formats import Params, compute_dtype, scales
 
 _CACHED = 2**17  # weights that are solved at once, so that they stay in the processor's cache
 
@@ -52,6 +51,11 @@ class HQQ(Method):
 
     def check(self, scheme: Scheme) -> None:
         super().check(scheme)
+        if not isinstance(scheme.weight, IntWeight):
+            raise ValueError(
+                f"scheme={scheme.name} has codes of {scheme.weight.label}, but hqq adjusts zero points; use an integer "
+                "scheme such as scheme=group64"
+            )
         if scheme.weight.symmetric:
             raise ValueError(
                 f"scheme={scheme.name} is symmetric, but hqq adjusts zero points; use an asymmetric scheme such as "
@@ -60,38 +64,40 @@ class HQQ(Method):
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         fmt = scheme.weight
-        grid.check_finite(weight)
-        W = weight.to(grid.compute_dtype(weight))
+        assert isinstance(fmt, IntWeight)
+        check_finite(weight)
+        W = weight.to(compute_dtype(weight))
         rows = len(W) if fmt.granularity == "tensor" else max(1, _CACHED // W.shape[1])
-        scale, zero_point = zip(*(self._solve(part, fmt) for part in W.split(rows)), strict=True)
-        grid.check_scales(W, torch.cat(scale), fmt)
-        return round_to_grid(W, torch.cat(scale), torch.cat(zero_point), fmt)
+        params = Params.cat([self._solve(part, fmt) for part in W.split(rows)])
+        fmt.check_scales(W, params)
+        return fmt.quantized(W, params)
 
-    def _solve(self, W: Tensor, fmt: WeightFormat) -> Params:
+    def _solve(self, W: Tensor, fmt: IntWeight) -> Params:
         """Return the best scale and zero point of each group of W (N, K), in their stored precision."""
-        groups, beta = grid.to_groups(W, fmt), self.beta
-        scale, zero_point = best = self._start(groups, fmt)
-        W_r = _snap(groups, best, fmt)
+        groups, beta = fmt.to_groups(W), self.beta
+        params = best = self._start(groups, fmt)
+        W_r = fmt.snap(groups, best.spread())
         error = groups - W_r
         best_error = _mean_magnitude(error)
         improving = torch.ones_like(best_error, dtype=torch.bool)
         for _ in range(self.iterations):
             target_change = error.sub_(shrink(error, beta, self.norm))
-            scale, zero_point = _fit(W_r, target_change, scale, zero_point, fmt)
-            W_r = _snap(groups, (scale, zero_point), fmt)
+            params = _fit(W_r, target_change, params, fmt)
+            W_r = fmt.snap(groups, params.spread())
             torch.sub(groups, W_r, out=error)
             mean_error = _mean_magnitude(error)
             improving &= mean_error < best_error
             if not improving.any():
                 break
             best_error = torch.where(improving, mean_error, best_error)
-            best = torch.where(improving, scale, best[0]), torch.where(improving, zero_point, best[1])
+            best = params.where(improving, best)
             beta *= self.beta_growth
         return best
 
-    def _start(self, groups: Tensor, fmt: WeightFormat) -> Params:
-        scale, zero_point = grid.stored_params(groups.amin(-1), groups.amax(-1), fmt)
-        return scale, zero_point.round() if self.round_zero else zero_point
+    def _start(self, groups: Tensor, fmt: IntWeight) -> Params:
+        params = fmt.params(groups)
+        assert params.zero_point is not None
+        return Params(params.scale, params.zero_point.round() if self.round_zero else params.zero_point)
 
 
 def shrink(error: Tensor, beta: float, norm: float) -> Tensor | float:
@@ -108,24 +114,23 @@ def shrink(error: Tensor, beta: float, norm: float) -> Tensor | float:
     return magnitude.sub_(magnitude.pow(norm - 1).div_(beta)).clamp_(min=0).copysign_(error)
 
 
-def _fit(W_r: Tensor, target_change: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat) -> Params:
+def _fit(W_r: Tensor, target_change: Tensor, params: Params, fmt: IntWeight) -> Params:
     """Sub-problem 2: with fixed codes, fit W' to W - e = W' + target_change by least squares.
 
     W_r is W' and target_change is W - e - W', both (N, G, group_size). A float zero point becomes the group's mean of
     code - (W - e) / scale; if zero points are integers, the scale is fitted instead.
     """
+    scale, zero_point = params.scale, params.zero_point
+    assert zero_point is not None
     if fmt.zero_point == "float":
         fitted_zero = zero_point - target_change.mean(-1) / scale
-        return scale, fitted_zero.to(getattr(torch, fmt.scale_dtype)).to(scale.dtype)
+        return Params(scale, fitted_zero.to(getattr(torch, fmt.scale_dtype)).to(scale.dtype))
     energy = (W_r * W_r).sum(-1)
     fitted_scale = scale * (1 + (W_r * target_change).sum(-1) / energy)
     largest = torch.finfo(getattr(torch, fmt.scale_dtype)).max
     usable = (energy > 0) & (fitted_scale > 0)
-    return grid.store_scale(torch.where(usable, fitted_scale, scale).clamp(max=largest), fmt), zero_point
-
-
-def _snap(groups: Tensor, params: Params, fmt: WeightFormat) -> Tensor:
-    return grid.snap(groups, params[0][..., None], params[1][..., None], fmt)
+    fitted_scale = torch.where(usable, fitted_scale, scale).clamp(max=largest)
+    return Params(scales.store(fitted_scale, fmt.scale_dtype, fmt.where), zero_point)
 
 
 def _mean_magnitude(error: Tensor) -> Tensor:

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 
 from harness.core import Finetuned, Hessian, QTensor, Scheme, Stats, above_zero, at_least, require_native
-from harness.core.formats import IncoherentQTensor, grid, lattice
+from harness.core.finite import check_finite
+from harness.core.formats import IncoherentQTensor, compute_dtype, lattice
 from harness.core.formats.incoherent import STAGES
 from harness.core.hadamard import random_signs, rotate
 from harness.core.solvers.damping import cholesky, damped_factor
@@ -67,8 +68,8 @@ class QuIPSharp(Finetuned):
             )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        grid.check_finite(weight)
-        bits, W = scheme.weight.bits, weight.to(grid.compute_dtype(weight))
+        check_finite(weight)
+        bits, W = scheme.weight.bits, weight.to(compute_dtype(weight))
         N, K = weight.shape
         if K % lattice.WIDTH:
             raise ValueError(

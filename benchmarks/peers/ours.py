@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from harness import models, quantization
 from harness.config import DataConfig, MeasureConfig, ModelConfig, RunConfig, build_run
-from harness.core import Scheme, WeightFormat
+from harness.core import IntWeight, Scheme
 from harness.evaluation.compiled import Compiled
 from harness.evaluation.workload import Eager, Workload
 from harness.models import Decoder
@@ -50,7 +50,7 @@ def load(model_cfg: ModelConfig, form: Form) -> nn.Module:
     """The model in a form, packed."""
     model = models.open(model_cfg, seed=0).load(form.dtype, torch.device("cpu"))
     if form.group_size is not None:
-        fmt = WeightFormat(bits=4, granularity="group", group_size=form.group_size)
+        fmt = IntWeight(bits=4, granularity="group", group_size=form.group_size)
         scheme = Scheme(name=f"group{form.group_size}", weight=fmt)
         cfg = RunConfig(
             model=model_cfg,

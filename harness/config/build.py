@@ -60,6 +60,8 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
         if value is None and type(None) in get_args(hint):
             return None
         inner = [arg for arg in get_args(hint) if arg is not type(None)]
+        if len(inner) > 1 and all(map(dataclasses.is_dataclass, inner)):
+            return build(_closest(inner, value), value, key)
         if len(inner) > 1:  # several types are allowed: the class itself checks
             return value
         return _convert(value, inner[0], key)
@@ -76,6 +78,17 @@ def _convert(value: Any, hint: Any, key: str) -> Any:
     if not isinstance(hint, type) or origin is not None:  # mappings and other containers: the class itself checks
         return value
     return _convert_scalar(value, hint, key)
+
+
+def _closest(classes: Sequence[type], value: Any) -> type:
+    """The class whose fields the keys of `value` fit best; the first one of several that fit alike."""
+    keys = set(value) if isinstance(value, Mapping) else set()
+
+    def misfits(cls: type) -> int:
+        known = {item.name for item in dataclasses.fields(cls)}
+        return len(keys - known) + len(set(_required(cls)) - keys)
+
+    return min(classes, key=misfits)
 
 
 def _convert_list(value: Any, hint: Any, key: str) -> list[Any]:

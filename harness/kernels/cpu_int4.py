@@ -14,7 +14,7 @@ import functools
 import torch
 from torch import Tensor
 
-from harness.core import IntQTensor, WeightFormat
+from harness.core import IntQTensor, IntWeight
 from harness.kernels.base import Kernel
 
 MAX_DIRECT_ROWS = 64  # up to this number of rows of x the kernel is faster, by `python -m harness.kernels.bench`
@@ -130,7 +130,7 @@ def _as_slice(rows: list[int]) -> slice:
     return places
 
 
-def _group_size(fmt: WeightFormat, columns: int) -> int:
+def _group_size(fmt: IntWeight, columns: int) -> int:
     """The largest group size of the kernel that divides the format's; 0 if none does."""
     size = columns if fmt.granularity != "group" or fmt.group_size == -1 else fmt.group_size
     return next((group for group in _GROUPS if size % group == 0), 0)

@@ -23,7 +23,7 @@ _MID_CODE = 128
 
 def supports(weight: IntQTensor, inputs: InputQuantizer, dtype: torch.dtype) -> bool:
     """Whether a kernel runs this: symmetric 8 bits for both operands, one scale per row or tensor, a CPU with VNNI."""
-    symmetric = all(fmt.bits == 8 and fmt.symmetric for fmt in (weight.fmt, inputs.fmt))
+    symmetric = all(fmt is not None and fmt.bits == 8 and fmt.symmetric for fmt in (weight.fmt, inputs.integers))
     supported_dtype = dtype in (torch.float32, torch.bfloat16)
     return symmetric and supported_dtype and weight.scale.shape[1] == 1 and torch.cpu._is_vnni_supported()
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from harness.core import Method, Scheme, Stats, WeightFormat
+from harness.core import IntWeight, Method, Scheme, Stats
 from harness.models import linears_of, weight_of
 from harness.nn import DenseLinear, replace
 from harness.quantization.install import convert, install
@@ -43,7 +43,7 @@ def quantize_head(model: nn.Module, bits: int, execution: str, notes: list[str])
     """
     name = _head(model)
     assert name is not None
-    fmt = WeightFormat(bits=bits, symmetric=True, grid="narrow", granularity="group", group_size=_GROUP)
+    fmt = IntWeight(bits=bits, symmetric=True, grid="narrow", granularity="group", group_size=_GROUP)
     linear, row = install(model, name, Method(), Scheme(name="head", weight=fmt), Stats(), notes)
     return row, convert(linear, execution)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.calibration import Surveyed, survey
-from harness.config import RunConfig
+from harness.config import RunConfig, build
 from harness.core import Hessian, Scheme, round_to_nearest
 from harness.core.rotated import Rotated
 from harness.models import Decoder, split_skipped
@@ -233,7 +233,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _measured_at(measured: Record) -> int:
     """The width at which a record's sensitivities were measured."""
-    return int(measured.config["scheme"]["weight"]["bits"])
+    return build(Scheme, measured.config["scheme"], "scheme").weight.bits
 
 
 def _differences(measured: Record, cfg: RunConfig) -> list[str]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from harness.calibration import Stream
 from harness.core import Hessian, InputGroup, Stats
-from harness.core.formats import InputQuantizer, snap_weight
+from harness.core.formats import InputQuantizer
 from harness.nn import first_of, hooked
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -47,7 +47,7 @@ class Trial:
     def _rounded(self, scale: Tensor) -> dict[str, Tensor]:
         """The group's weights (N, K), scaled and rounded to nearest."""
         return {
-            name: snap_weight(weight * scale.to(weight.dtype), self.group.scheme_of(name).weight)
+            name: self.group.scheme_of(name).weight.snap_weight(weight * scale.to(weight.dtype))
             for name, weight in self.group.weights.items()
         }
 

@@ -13,6 +13,7 @@ from harness.records import Record, read
 from harness.records.folder import load_records
 from harness.records.metrics import LINEAR_METRICS, metric_of
 from harness.reports.cells import STALE, STALE_NOTE
+from harness.reports.describe import code_bits
 from harness.reports.frame import is_stale
 from harness.reports.names import told_apart
 from harness.reports.render import Sheet
@@ -80,7 +81,7 @@ def summary(record: Record, rows: Sequence[Row]) -> list[str]:
     scheme, method = record.config["scheme"], "_".join(record.config["method"])
     alone = sum(row["kl_alone"] for row in rows)
     lines = [
-        f"{record.model.name} {method} {scheme['name']} bits={scheme['weight']['bits']}, by {total['by']}, "
+        f"{record.model.name} {method} {scheme['name']} bits={code_bits(scheme['weight'])}, by {total['by']}, "
         f"{total['windows']} calibration sequences of {total['seq_len']} tokens (run {record.run_id})",
         f"all quantized: KL {total['kl']:.4g}, nll {total['nll']:.4f} (float {total['nll_float']:.4f}); "
         f"sum over each alone: KL {alone:.4g}",

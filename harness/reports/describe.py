@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from harness.config import one_source
+from harness.core.formats.elements import element
 from harness.records import Record, Text
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -21,6 +22,16 @@ _SCALE_DTYPE = "float16"
 
 Json = dict[str, Any]
 
+# What the schemes of small floats have, by a word in their names.
+_FLOATS: dict[str, Json] = {
+    "mxfp8": {"element": "e4m3", "scale_dtype": "e8m0", "group_size": 32},
+    "mxfp6": {"element": "e2m3", "scale_dtype": "e8m0", "group_size": 32},
+    "mxfp4": {"element": "e2m1", "scale_dtype": "e8m0", "group_size": 32},
+    "nvfp4": {"element": "e2m1", "scale_dtype": "e4m3", "group_size": 16, "tensor_scale": True},
+    "fp8_block": {"element": "e4m3", "group_size": 128},
+    "fp8": {"element": "e4m3"},
+}
+
 
 def describe(record: Record) -> Json:
     """The columns that describe a run, as far as its record has them; a failed run may lack any."""
@@ -33,7 +44,7 @@ def describe(record: Record) -> Json:
         "model": record.model.name or _configured_model(config),
         "method": "_".join(steps) if isinstance(steps, dict) and steps else "none",
         "scheme": at(scheme, "name"),
-        "bits": None if "mixed.budget" in record.options else at(scheme, "weight", "bits"),
+        "bits": None if "mixed.budget" in record.options else code_bits(at(scheme, "weight")),
         "options": options_text(config, record.options),
         "kv": execution.kv or str(at(config, "kv", "name") or "none"),
         "dtype": execution.dtype or _configured_dtype(config),
@@ -90,18 +101,40 @@ def _unusual_fields(scheme: Any) -> list[str]:
     weight = at(scheme, "weight")
     if not isinstance(weight, dict):
         return []
-    usual = usual_fields(scheme)
+    usual = _usual_floats(scheme) if "element" in weight else usual_fields(scheme)
     parts = [f"{key}={weight[key]}" for key in usual if weight.get(key, usual[key]) != usual[key]]
-    size = weight.get("group_size")
+    size = None if "group_size" in usual else weight.get("group_size")
     if size not in (None, -1) and str(size) not in str(at(scheme, "name")):
         parts.append(f"group_size={size}")
     return parts
+
+
+def code_bits(fmt: Any) -> Any:
+    """Bits of a code: `bits` of an integer format, those of the element of a float format."""
+    try:
+        return element(str(at(fmt, "element"))).bits
+    except ValueError:
+        return at(fmt, "bits")
 
 
 def usual_fields(scheme: Any) -> dict[str, str]:
     """The fields of a scheme's weights that its name does not say, with the values of this project's schemes."""
     grid = _GRID[bool(at(scheme, "activation"))]
     return {"grid": grid, "zero_point": _ZERO_POINT, "scale_dtype": _SCALE_DTYPE}
+
+
+def _usual_floats(scheme: Any) -> Json:
+    """The fields of weights in small floats, with the values that the name of the scheme says."""
+    name = str(at(scheme, "name"))
+    said = next((fields for word, fields in _FLOATS.items() if word in name), {})
+    return {
+        "element": None,
+        "scale_dtype": "float32",
+        "scale_rule": "floor",
+        "top": None,
+        "tensor_scale": False,
+        "scale_search": "none",
+    } | said
 
 
 def at(config: Any, *keys: str) -> Any:

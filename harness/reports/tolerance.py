@@ -27,6 +27,7 @@ from typing import Any
 
 from harness.records import Record
 from harness.records.metrics import metric_of
+from harness.reports.describe import code_bits
 
 _PEAK = 0.5
 _WRITTEN = re.compile(r"(\+-|\+)(\d+(?:\.\d+)?)(%?)")
@@ -103,8 +104,7 @@ def _of_perplexity(record: Record) -> float:
     if not config.get("method"):
         return 0.001
     scheme = config["scheme"]
-    input_bits = (scheme.get("activation") or {}).get("bits", 16)
-    bits = scheme["weight"]["bits"]
+    input_bits, bits = code_bits(scheme.get("activation")) or 16, code_bits(scheme["weight"])
     if bits == 2 or input_bits <= 4:
         return 0.2
     if bits == 3:

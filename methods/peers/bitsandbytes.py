@@ -20,14 +20,24 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from harness.core import ActivationFormat, Method, QTensor, Scheme, Stats, WeightFormat, at_least, require_native
-from harness.core.formats import grid
+from harness.core import (
+    IntActivation,
+    IntWeight,
+    Method,
+    QTensor,
+    Scheme,
+    Stats,
+    WeightFormat,
+    at_least,
+    require_native,
+)
+from harness.core.finite import check_finite
 from harness.core.formats.additive import half
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns at every product whose inputs are not float16
 
-_INT8_ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow")
-_INT8_TOKENS = ActivationFormat(bits=8, symmetric=True, grid="narrow")
+_INT8_ROWS = IntWeight(bits=8, symmetric=True, grid="narrow")
+_INT8_TOKENS = IntActivation(bits=8, symmetric=True, grid="narrow")
 _BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 _NESTED_BLOCK = 256  # scales that share a second scale
 
@@ -143,9 +153,12 @@ class BnbInt8(Method):
 
     def check(self, scheme: Scheme) -> None:
         _library()
-        inputs, scale_dtype = scheme.activation, scheme.weight.scale_dtype
-        rows = dataclasses.replace(_INT8_ROWS, scale_dtype=scale_dtype)  # any value: float32 is always stored
-        if scheme.weight != rows or inputs is None or dataclasses.replace(inputs, threshold=None) != _INT8_TOKENS:
+        inputs = scheme.activation
+        if (
+            not _stores_rows(scheme.weight)
+            or inputs is None
+            or dataclasses.replace(inputs, threshold=None) != _INT8_TOKENS
+        ):
             raise ValueError(
                 f"scheme={scheme.name} is not the format of bitsandbytes, int8 weight rows and int8 tokens; "
                 "use scheme=llm_int8"
@@ -230,7 +243,12 @@ def _library() -> ModuleType:
     return bitsandbytes
 
 
+def _stores_rows(fmt: WeightFormat) -> bool:
+    """Whether a format is int8 rows; its `scale_dtype` is free, because float32 is always stored."""
+    return isinstance(fmt, IntWeight) and dataclasses.replace(fmt, scale_dtype=_INT8_ROWS.scale_dtype) == _INT8_ROWS
+
+
 def _check_weight(weight: Tensor) -> None:
-    grid.check_finite(weight)
+    check_finite(weight)
     if weight.dtype == torch.float64:
         raise ValueError("the weight is float64, which bitsandbytes does not support; use model.dtype=float32")

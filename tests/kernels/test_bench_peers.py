@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import WeightFormat, round_to_nearest
+from harness.core import IntWeight, round_to_nearest
 from harness.kernels.bench.peers import PEERS, Peer, base, fbgemm, gemlite, int4pack
 
 MODULES = {
@@ -134,7 +134,7 @@ def test_groups_are_checked() -> None:
 
 
 def test_int4pack_parts_hold_the_weight() -> None:
-    fmt = WeightFormat(bits=4, granularity="group", group_size=64, scale_dtype="bfloat16")
+    fmt = IntWeight(bits=4, granularity="group", group_size=64, scale_dtype="bfloat16")
     rounded = round_to_nearest(weights(24, 256), fmt)
     halves, pairs = int4pack.parts(rounded)
     assert halves.shape == (24, 128)

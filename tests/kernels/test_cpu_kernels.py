@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from harness.core import ActivationFormat, WeightFormat
+from harness.core import IntActivation, IntWeight
 from harness.core.formats import InputQuantizer, PermutedQTensor
 from harness.kernels import cpu_int4, cpu_int8, cpu_w8a8
 from harness.kernels.base import Kernel
@@ -17,7 +17,7 @@ from tests.support.kernels import CPU, error, exact, uneven
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")
 
-INT8_ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow")
+INT8_ROWS = IntWeight(bits=8, symmetric=True, grid="narrow")
 vnni = pytest.mark.skipif(not torch.cpu._is_vnni_supported(), reason="this processor has no VNNI")
 ROWS = (1, 3, 65, 130)  # of inputs: below and above the limits at which the kernels change their path
 
@@ -35,7 +35,7 @@ ROWS = (1, 3, 65, 130)  # of inputs: below and above the limits at which the ker
     ],
 )
 def test_int4(tokens: int, rows: int, columns: int, options: dict[str, Any]) -> None:
-    weight = uneven(rows, columns, WeightFormat(bits=4, **options))
+    weight = uneven(rows, columns, IntWeight(bits=4, **options))
     kernel = choose(weight, None, torch.bfloat16, CPU)
     assert isinstance(kernel, cpu_int4.CpuInt4)
     inputs, bias = torch.randn(1, tokens, columns).bfloat16(), torch.randn(rows).bfloat16()
@@ -46,7 +46,7 @@ def test_int4(tokens: int, rows: int, columns: int, options: dict[str, Any]) -> 
 
 
 def test_int4_rows_of_several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = uneven(176, 64, WeightFormat(bits=4, granularity="group", group_size=32))
+    weight = uneven(176, 64, IntWeight(bits=4, granularity="group", group_size=32))
     monkeypatch.setattr(cpu_int4, "_SLAB", 128)
     kernel, inputs = cpu_int4.CpuInt4(weight), torch.randn(100, 64).bfloat16()
     assert error(kernel(inputs, None), exact(weight, inputs)) < 0.006
@@ -54,7 +54,7 @@ def test_int4_rows_of_several_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("size", [64, 128, 256, 512])
 def test_int4_groups_of_the_format_may_span_several_of_the_kernel(size: int) -> None:
-    weight = uneven(32, 1024, WeightFormat(bits=4, granularity="group", group_size=size))
+    weight = uneven(32, 1024, IntWeight(bits=4, granularity="group", group_size=size))
     kernel = choose(weight, None, torch.bfloat16, CPU)
     inputs = torch.randn(2, 1024).bfloat16()
     assert kernel is not None
@@ -72,7 +72,7 @@ def test_int4_rows_are_found_in_whatever_order_torch_packs_them() -> None:
 @pytest.mark.parametrize("tokens", ROWS)
 @pytest.mark.parametrize("options", [{"symmetric": True}, {}, {"zero_point": "float"}, {"granularity": "tensor"}])
 def test_int8_weights_alone(tokens: int, options: dict[str, Any]) -> None:
-    weight = uneven(40, 112, WeightFormat(bits=8, **options))
+    weight = uneven(40, 112, IntWeight(bits=8, **options))
     kernel = choose(weight, None, torch.bfloat16, CPU)
     assert isinstance(kernel, cpu_int8.CpuInt8)
     inputs, bias = torch.randn(tokens, 112).bfloat16(), torch.randn(40).bfloat16()
@@ -81,14 +81,14 @@ def test_int8_weights_alone(tokens: int, options: dict[str, Any]) -> None:
 
 
 ACTIVATIONS = {
-    "token": ActivationFormat(bits=8, symmetric=True, grid="narrow"),
-    "token full": ActivationFormat(bits=8, symmetric=True),
-    "tensor": ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor"),
-    "static": ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False),
-    "llm_int8": ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0),
-    "clipped": ActivationFormat(bits=8, symmetric=True, grid="narrow", clip=0.8),
-    "clipped llm_int8": ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0, clip=0.8),
-    "no outlier": ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=1e9),
+    "token": IntActivation(bits=8, symmetric=True, grid="narrow"),
+    "token full": IntActivation(bits=8, symmetric=True),
+    "tensor": IntActivation(bits=8, symmetric=True, grid="narrow", granularity="tensor"),
+    "static": IntActivation(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False),
+    "llm_int8": IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0),
+    "clipped": IntActivation(bits=8, symmetric=True, grid="narrow", clip=0.8),
+    "clipped llm_int8": IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0, clip=0.8),
+    "no outlier": IntActivation(bits=8, symmetric=True, grid="narrow", threshold=1e9),
 }
 
 
@@ -103,7 +103,7 @@ def quantizer(kind: str) -> InputQuantizer:
 @pytest.mark.parametrize("kind", ACTIVATIONS)
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
 def test_int8_inputs(dtype: torch.dtype, shape: tuple[int, int], kind: str, granularity: Any) -> None:
-    weight = uneven(48, 100, WeightFormat(bits=8, symmetric=True, grid="narrow", granularity=granularity))
+    weight = uneven(48, 100, IntWeight(bits=8, symmetric=True, grid="narrow", granularity=granularity))
     inputs = torch.randn(*shape, 100) * torch.rand(*shape, 1).mul(2).exp()
     inputs[..., 7] *= 10  # above the threshold in most sequences
     inputs, rounding = inputs.to(dtype), quantizer(kind)
@@ -147,7 +147,7 @@ def test_zeros_stay_zeros() -> None:
 
 
 def test_columns_in_another_order() -> None:
-    base, order = uneven(32, 64, WeightFormat(bits=4, granularity="group", group_size=32)), torch.randperm(64)
+    base, order = uneven(32, 64, IntWeight(bits=4, granularity="group", group_size=32)), torch.randperm(64)
     weight = PermutedQTensor(base, order)
     kernel = choose(weight, None, torch.bfloat16, CPU)
     assert kernel is not None
@@ -160,34 +160,34 @@ def test_columns_in_another_order() -> None:
     ("fmt", "dtype", "name"),
     [
         (
-            WeightFormat(bits=4, granularity="group", group_size=32),
+            IntWeight(bits=4, granularity="group", group_size=32),
             torch.float32,
             None,
         ),  # vectorised only for bfloat16
-        (WeightFormat(bits=3, granularity="group", group_size=32), torch.bfloat16, None),
-        (WeightFormat(bits=4, granularity="group", group_size=16), torch.bfloat16, None),
-        (WeightFormat(bits=8, granularity="group", group_size=32), torch.bfloat16, None),
-        (WeightFormat(bits=8), torch.float32, None),
-        (WeightFormat(bits=8), torch.bfloat16, "cpu_w8a16"),
-        (WeightFormat(bits=4), torch.bfloat16, "cpu_w4a16"),
+        (IntWeight(bits=3, granularity="group", group_size=32), torch.bfloat16, None),
+        (IntWeight(bits=4, granularity="group", group_size=16), torch.bfloat16, None),
+        (IntWeight(bits=8, granularity="group", group_size=32), torch.bfloat16, None),
+        (IntWeight(bits=8), torch.float32, None),
+        (IntWeight(bits=8), torch.bfloat16, "cpu_w8a16"),
+        (IntWeight(bits=4), torch.bfloat16, "cpu_w4a16"),
     ],
 )
 def test_the_table_leaves_to_the_reference_what_it_has_no_kernel_for(
-    fmt: WeightFormat, dtype: torch.dtype, name: str | None
+    fmt: IntWeight, dtype: torch.dtype, name: str | None
 ) -> None:
     kernel = choose(uneven(32, 64, fmt), None, dtype, CPU)
     assert (kernel.name if kernel else None) == name
 
 
 def test_shapes_that_torch_refuses_or_reads_past_the_end_of_are_decoded() -> None:
-    assert choose(uneven(24, 64, WeightFormat(bits=4)), None, torch.bfloat16, CPU) is None
-    assert choose(uneven(32, 100, WeightFormat(bits=8)), None, torch.bfloat16, CPU) is None
+    assert choose(uneven(24, 64, IntWeight(bits=4)), None, torch.bfloat16, CPU) is None
+    assert choose(uneven(32, 100, IntWeight(bits=8)), None, torch.bfloat16, CPU) is None
 
 
 @vnni
 def test_inputs_that_the_kernel_cannot_quantize_are_quantized_before_it() -> None:
     weight = uneven(48, 64, INT8_ROWS)
-    rounding = InputQuantizer(ActivationFormat(bits=8))  # asymmetric
+    rounding = InputQuantizer(IntActivation(bits=8))  # asymmetric
     linear = QuantLinear(weight, None, torch.bfloat16, rounding).pack()
     assert linear.kernel == "cpu_w8a16"
     inputs = torch.rand(3, 64).bfloat16()
@@ -195,7 +195,7 @@ def test_inputs_that_the_kernel_cannot_quantize_are_quantized_before_it() -> Non
 
 
 def test_packed_keeps_what_the_kernel_reads_and_nothing_else() -> None:
-    weight = uneven(64, 128, WeightFormat(bits=4, granularity="group", group_size=64))
+    weight = uneven(64, 128, IntWeight(bits=4, granularity="group", group_size=64))
     linear = QuantLinear(weight, torch.zeros(64).bfloat16(), torch.bfloat16).pack()
     assert isinstance(linear.packed, Kernel)
     assert resident_bytes(linear) == 64 * 128 // 2 + 64 * 2 * 4 + 64 * 2
@@ -204,14 +204,14 @@ def test_packed_keeps_what_the_kernel_reads_and_nothing_else() -> None:
 @pytest.mark.parametrize(
     ("fmt", "inputs", "name"),
     [
-        (WeightFormat(bits=4, granularity="group", group_size=32), None, "triton_w4a16"),
-        (WeightFormat(bits=8), None, "triton_w8a16"),
-        (WeightFormat(bits=3), None, None),
+        (IntWeight(bits=4, granularity="group", group_size=32), None, "triton_w4a16"),
+        (IntWeight(bits=8), None, "triton_w8a16"),
+        (IntWeight(bits=3), None, None),
         (INT8_ROWS, "token", "triton_w8a8"),
         (INT8_ROWS, "llm_int8", "triton_llm_int8"),
     ],
 )
-def test_the_table_of_a_gpu(fmt: WeightFormat, inputs: str | None, name: str | None) -> None:
+def test_the_table_of_a_gpu(fmt: IntWeight, inputs: str | None, name: str | None) -> None:
     rounding = quantizer(inputs) if inputs else None
     kernel = choose(uneven(64, 128, fmt), rounding, torch.float16, torch.device("cuda"))
     assert (kernel.name if kernel else None) == name

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import WeightFormat
+from harness.core import IntWeight
 from harness.core.formats import LevelsQTensor
 from harness.kernels.base import JoinableKernel, Kernel
 from harness.kernels.joint import JoinedLinear, Joint, join
@@ -18,12 +18,12 @@ from harness.kernels.native import grouped, int8
 from tests.support.kernels import INPUTS, built, quantizer, uneven
 
 ROWS, COLUMNS = (48, 16, 32), 64
-GROUPS = WeightFormat(bits=4, granularity="group", group_size=32)
+GROUPS = IntWeight(bits=4, granularity="group", group_size=32)
 FORMATS = {
     "zero points": GROUPS,
-    "symmetric": WeightFormat(bits=3, granularity="group", group_size=16, symmetric=True),
-    "float zero points": WeightFormat(bits=8, granularity="group", group_size=32, zero_point="float"),
-    "rows": WeightFormat(bits=6, granularity="channel", scale_dtype="float32"),
+    "symmetric": IntWeight(bits=3, granularity="group", group_size=16, symmetric=True),
+    "float zero points": IntWeight(bits=8, granularity="group", group_size=32, zero_point="float"),
+    "rows": IntWeight(bits=6, granularity="channel", scale_dtype="float32"),
 }
 
 
@@ -33,7 +33,7 @@ def kernels(kind: str) -> list[JoinableKernel]:
         weights = [LevelsQTensor(torch.randn(rows, COLUMNS), levels, 32, True) for rows in ROWS]
         return [grouped.build(weight) for weight in weights]
     if kind in INPUTS:
-        fmt = WeightFormat(bits=8, symmetric=True, grid="narrow")
+        fmt = IntWeight(bits=8, symmetric=True, grid="narrow")
         return [int8.Int8Linear.of(uneven(rows, COLUMNS, fmt), quantizer(kind)) for rows in ROWS]
     return [grouped.build(uneven(rows, COLUMNS, FORMATS[kind])) for rows in ROWS]
 
@@ -125,17 +125,17 @@ def test_several_tokens_are_computed_by_each_linear() -> None:
 def test_what_cannot_be_stored_as_one_weight_is_not_joined() -> None:
     four = grouped.build(uneven(32, COLUMNS, GROUPS))
     for other in (
-        uneven(32, COLUMNS, WeightFormat(bits=3, granularity="group", group_size=32)),
-        uneven(32, COLUMNS, WeightFormat(bits=4, granularity="group", group_size=16)),
-        uneven(32, COLUMNS, WeightFormat(bits=4, granularity="group", group_size=32, scale_dtype="float32")),
-        uneven(32, COLUMNS, WeightFormat(bits=4, granularity="group", group_size=32, symmetric=True)),
+        uneven(32, COLUMNS, IntWeight(bits=3, granularity="group", group_size=32)),
+        uneven(32, COLUMNS, IntWeight(bits=4, granularity="group", group_size=16)),
+        uneven(32, COLUMNS, IntWeight(bits=4, granularity="group", group_size=32, scale_dtype="float32")),
+        uneven(32, COLUMNS, IntWeight(bits=4, granularity="group", group_size=32, symmetric=True)),
         uneven(24, COLUMNS, GROUPS),  # its last panel is half empty
     ):
         assert join([four, grouped.build(other)], [None] * 2) is None
     fitting = grouped.build(uneven(16, COLUMNS, GROUPS))
     assert join([four, fitting], [torch.zeros(32), None]) is None
     assert join([four], [None]) is None
-    eight = uneven(16, COLUMNS, WeightFormat(bits=8))
+    eight = uneven(16, COLUMNS, IntWeight(bits=8))
     static = [int8.Int8Linear.of(eight, quantizer("static", low)) for low in (-2, -9)]
     assert join(static, [None] * 2) is None
     assert join([Counting(2), Counting(3)], [None] * 2) is not None

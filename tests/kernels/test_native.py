@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.core import IntQTensor, WeightFormat
+from harness.core import FloatQTensor, FloatWeight, IntQTensor, IntWeight, round_to_nearest
 from harness.core.formats import LevelsQTensor
 from harness.kernels.native import grouped, library
 from harness.kernels.native.panels import WIDTHS, pack_panels, unpack_panels
@@ -19,7 +19,7 @@ from harness.nn import QuantLinear
 from tests.support.kernels import BOUNDS, CPU, LEVELS, TOKENS, built, check, check_threads, uneven
 
 
-def compare(weight: IntQTensor | LevelsQTensor, dtype: torch.dtype, tokens: int) -> None:
+def compare(weight: IntQTensor | FloatQTensor | LevelsQTensor, dtype: torch.dtype, tokens: int) -> None:
     check(grouped.build(weight), weight, dtype, tokens)
 
 
@@ -43,7 +43,7 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
 @pytest.mark.parametrize("bits", [*WIDTHS, 7])
 def test_every_width(level: str, bits: int, dtype: torch.dtype) -> None:
     for tokens, (rows, columns, size) in zip(TOKENS, ((48, 96, 32), (40, 80, 16), (16, 192, 64)) * 2, strict=True):
-        compare(uneven(rows, columns, WeightFormat(bits=bits, granularity="group", group_size=size)), dtype, tokens)
+        compare(uneven(rows, columns, IntWeight(bits=bits, granularity="group", group_size=size)), dtype, tokens)
 
 
 @built
@@ -61,7 +61,7 @@ def test_every_width(level: str, bits: int, dtype: torch.dtype) -> None:
 )
 def test_every_format(level: str, bits: int, options: dict[str, Any]) -> None:
     for tokens in (1, 5, 20):
-        compare(uneven(37, 144, WeightFormat(bits=bits, **options)), torch.float32, tokens)
+        compare(uneven(37, 144, IntWeight(bits=bits, **options)), torch.float32, tokens)
 
 
 @built
@@ -69,7 +69,33 @@ def test_every_format(level: str, bits: int, options: dict[str, Any]) -> None:
 def test_rows_of_any_length(level: str, columns: int) -> None:
     for dtype in BOUNDS:
         for tokens in (2, 11):
-            compare(uneven(19, columns, WeightFormat(bits=4)), dtype, tokens)
+            compare(uneven(19, columns, IntWeight(bits=4)), dtype, tokens)
+
+
+@built
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"granularity": "group", "group_size": 32, "scale_dtype": "e8m0"},
+        {"granularity": "group", "group_size": 16, "scale_dtype": "e4m3", "tensor_scale": True},
+        {"granularity": "group", "group_size": 48},
+        {"granularity": "channel", "scale_dtype": "bfloat16"},
+    ],
+)
+def test_small_floats(level: str, options: dict[str, Any]) -> None:
+    generator = torch.Generator().manual_seed(5)
+    spread = torch.rand(37, 12, generator=generator).mul(4).exp().repeat_interleave(16, 1)[:, :192]
+    fmt = FloatWeight(element="e2m1", **options)
+    weight = round_to_nearest(torch.randn(37, 192, generator=generator) * spread, fmt)
+    assert grouped.build(weight).name == "native_e2m1"
+    for dtype in BOUNDS:
+        for tokens in (1, 3, 5, 20):
+            compare(weight, dtype, tokens)
+
+
+def test_wider_floats_have_no_kernel_yet() -> None:
+    assert not grouped.supports(round_to_nearest(torch.randn(32, 64), FloatWeight(element="e4m3")), torch.float32)
+    assert not grouped.supports(round_to_nearest(torch.randn(32, 64), FloatWeight(element="e2m3")), torch.float32)
 
 
 @built
@@ -84,26 +110,26 @@ def test_levels(level: str, double_quant: bool) -> None:
 
 @built
 def test_no_rows(level: str) -> None:
-    assert grouped.build(uneven(20, 64, WeightFormat(bits=4)))(torch.zeros(2, 0, 64), None).shape == (2, 0, 20)
+    assert grouped.build(uneven(20, 64, IntWeight(bits=4)))(torch.zeros(2, 0, 64), None).shape == (2, 0, 20)
 
 
 @built
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_many_rows_in_several_parts(level: str, dtype: torch.dtype) -> None:
-    compare(uneven(48, 1024, WeightFormat(bits=4, granularity="group", group_size=512)), dtype, 600)
-    compare(uneven(1040, 32, WeightFormat(bits=2)), dtype, 250)  # several slabs of panels
+    compare(uneven(48, 1024, IntWeight(bits=4, granularity="group", group_size=512)), dtype, 600)
+    compare(uneven(1040, 32, IntWeight(bits=2)), dtype, 250)  # several slabs of panels
 
 
 @built
 def test_many_rows_and_many_panels_in_several_blocks_of_inputs(level: str) -> None:
     for size in (64, 80):  # inputs become digits in chunks of 64
-        compare(uneven(4300, 20 * size, WeightFormat(bits=3, granularity="group", group_size=size)), torch.float32, 300)
+        compare(uneven(4300, 20 * size, IntWeight(bits=3, granularity="group", group_size=size)), torch.float32, 300)
 
 
 @built
 def test_a_large_mean_does_not_cancel(level: str) -> None:
     """Sums over groups with zero points lose digits where inputs have a large mean; a few are allowed."""
-    weight, inputs = uneven(32, 128, WeightFormat(bits=8, granularity="group", group_size=64)), torch.randn(2, 128) + 30
+    weight, inputs = uneven(32, 128, IntWeight(bits=8, granularity="group", group_size=64)), torch.randn(2, 128) + 30
     expected = inputs.double() @ weight.dequantize(torch.float64).t()
     outputs = grouped.build(weight)(inputs, None)
     assert float((outputs - expected).norm() / expected.norm()) < 1e-5
@@ -111,7 +137,7 @@ def test_a_large_mean_does_not_cancel(level: str) -> None:
 
 @built
 def test_a_sum_does_not_depend_on_threads(level: str) -> None:
-    check_threads(grouped.build(uneven(80, 64, WeightFormat(bits=4))))
+    check_threads(grouped.build(uneven(80, 64, IntWeight(bits=4))))
 
 
 @given(st.integers(1, 70), st.integers(1, 70), st.sampled_from(WIDTHS), st.integers(0, 1 << 30))
@@ -126,13 +152,13 @@ def test_panels_hold_every_code(rows: int, columns: int, bits: int, seed: int) -
 @pytest.mark.parametrize(
     ("fmt", "dtype"),
     [
-        (WeightFormat(bits=4, granularity="group", group_size=8), torch.float32),
-        (WeightFormat(bits=4, granularity="group", group_size=24), torch.float32),
-        (WeightFormat(bits=4), torch.float16),
-        (WeightFormat(bits=4), torch.float64),
+        (IntWeight(bits=4, granularity="group", group_size=8), torch.float32),
+        (IntWeight(bits=4, granularity="group", group_size=24), torch.float32),
+        (IntWeight(bits=4), torch.float16),
+        (IntWeight(bits=4), torch.float64),
     ],
 )
-def test_what_the_kernel_does_not_run_is_left_to_others(fmt: WeightFormat, dtype: torch.dtype) -> None:
+def test_what_the_kernel_does_not_run_is_left_to_others(fmt: IntWeight, dtype: torch.dtype) -> None:
     assert not grouped.supports(uneven(16, 48, fmt), dtype)
 
 
@@ -144,7 +170,7 @@ def test_blocks_that_span_rows_are_left_to_others() -> None:
 
 @built
 def test_the_table_prefers_the_native_kernel_and_does_without_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = uneven(32, 64, WeightFormat(bits=4, granularity="group", group_size=32))
+    weight = uneven(32, 64, IntWeight(bits=4, granularity="group", group_size=32))
     kernel = choose(weight, None, torch.bfloat16, CPU)
     assert kernel is not None
     assert kernel.name == "native_int4"
@@ -156,7 +182,7 @@ def test_the_table_prefers_the_native_kernel_and_does_without_it(monkeypatch: py
 
 @built
 def test_the_operator_compiles() -> None:
-    kernel, inputs = grouped.build(uneven(32, 64, WeightFormat(bits=4))), torch.randn(3, 64)
+    kernel, inputs = grouped.build(uneven(32, 64, IntWeight(bits=4))), torch.randn(3, 64)
     stored = (kernel.qweight, kernel.levels, kernel.scale, kernel.zero_point)
     torch.library.opcheck(torch.ops.ptqbench_native.grouped_linear, (inputs, *stored, None, 32))
 
@@ -164,7 +190,7 @@ def test_the_operator_compiles() -> None:
 @built
 @pytest.mark.parametrize("wrong", ["codes", "scale", "columns", "dtype"])
 def test_tensors_that_do_not_fit_are_refused(wrong: str) -> None:
-    kernel = grouped.build(uneven(32, 64, WeightFormat(bits=4, granularity="group", group_size=32)))
+    kernel = grouped.build(uneven(32, 64, IntWeight(bits=4, granularity="group", group_size=32)))
     inputs = torch.randn(2, 63 if wrong == "columns" else 64)
     if wrong == "codes":
         kernel.qweight = kernel.qweight[:1]
@@ -178,7 +204,7 @@ def test_tensors_that_do_not_fit_are_refused(wrong: str) -> None:
 
 @built
 def test_resident_memory_is_that_of_codes_and_groups() -> None:
-    weight = uneven(64, 256, WeightFormat(bits=3, granularity="group", group_size=64))
+    weight = uneven(64, 256, IntWeight(bits=3, granularity="group", group_size=64))
     linear = QuantLinear(weight, None, torch.float32).pack()
     groups = 64 * 4
     assert sum(buffer.nbytes for buffer in linear.buffers()) == 64 * 256 * 3 // 8 + groups * 4 + 32 * 4

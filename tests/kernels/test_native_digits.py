@@ -8,16 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import WeightFormat
+from harness.core import IntWeight
 from harness.kernels.native import grouped
 from tests.support.kernels import BOUNDS, built, check, error, exact, uneven
 
 pytestmark = built
-GROUPS = WeightFormat(bits=4, granularity="group", group_size=96)  # two chunks of inputs, of 64 and of 32
-CHUNKS = WeightFormat(bits=4, granularity="group", group_size=64)  # one chunk each
+GROUPS = IntWeight(bits=4, granularity="group", group_size=96)  # two chunks of inputs, of 64 and of 32
+CHUNKS = IntWeight(bits=4, granularity="group", group_size=64)  # one chunk each
 
 
-def outputs(inputs: Tensor, fmt: WeightFormat = GROUPS) -> tuple[Tensor, Tensor]:
+def outputs(inputs: Tensor, fmt: IntWeight = GROUPS) -> tuple[Tensor, Tensor]:
     """Of the kernel, and in float64."""
     weight = uneven(40, inputs.shape[1], fmt)
     return grouped.build(weight)(inputs, None), exact(weight, inputs)
@@ -25,7 +25,7 @@ def outputs(inputs: Tensor, fmt: WeightFormat = GROUPS) -> tuple[Tensor, Tensor]
 
 @pytest.mark.parametrize("size", [80, 96, 160, 240])
 def test_groups_of_several_chunks(level: str, size: int) -> None:
-    weight = uneven(24, 480, WeightFormat(bits=3, granularity="group", group_size=size))
+    weight = uneven(24, 480, IntWeight(bits=3, granularity="group", group_size=size))
     for dtype in BOUNDS:
         check(grouped.build(weight), weight, dtype, 3)
 
@@ -60,7 +60,7 @@ def test_chunks_of_any_magnitude_keep_their_digits(level: str, dtype: torch.dtyp
 
 def test_values_far_below_the_largest_of_their_chunk(level: str) -> None:
     """They keep the digits above 2^-23 of the largest; here the largest meets a weight of zero."""
-    weight = uneven(16, 64, WeightFormat(bits=8, granularity="group", group_size=64))
+    weight = uneven(16, 64, IntWeight(bits=8, granularity="group", group_size=64))
     weight.codes[:, 0] = weight.zero_points().to(weight.codes.dtype)[:, 0]
     inputs = torch.randn(1, 64)
     inputs[0, 0] = 1000
@@ -92,7 +92,7 @@ def test_inputs_that_are_not_finite_reach_the_outputs(level: str, dtype: torch.d
 )
 def test_many_rows(level: str, bits: int, options: dict[str, Any]) -> None:
     """Stacks of rows of any height, several tiles of inputs, and an odd number of panels."""
-    weight = uneven(40, 576, WeightFormat(bits=bits, **options))
+    weight = uneven(40, 576, IntWeight(bits=bits, **options))
     kernel = grouped.build(weight)
     for dtype in BOUNDS:
         for tokens in (9, 13, 31):
@@ -101,6 +101,6 @@ def test_many_rows(level: str, bits: int, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("columns", [16, 80, 500, 528])
 def test_many_rows_whose_last_chunk_is_short(level: str, columns: int) -> None:
-    weight = uneven(24, columns, WeightFormat(bits=4))
+    weight = uneven(24, columns, IntWeight(bits=4))
     for dtype in BOUNDS:
         check(grouped.build(weight), weight, dtype, 11)

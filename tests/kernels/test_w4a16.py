@@ -14,7 +14,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import IntQTensor, WeightFormat
+from harness.core import IntQTensor, IntWeight
+from harness.core.formats import Params
 from harness.kernels.triton import tune, w4a16
 from harness.kernels.triton.tune import Config
 from harness.kernels.triton.w4a16 import TritonInt, dequantize, matmul, supports, weight_only_linear
@@ -30,18 +31,18 @@ PATHS = (SPLIT, PARTS, TENSOR, DEQUANTIZE)
 def random_weight(N: int, K: int, group_size: int = -1, kind: str = "integer", bits: int = 4) -> IntQTensor:
     """Random codes, with a different scale and zero point in every group."""
     zero_point = "float" if kind == "float" else "integer"
-    fmt = WeightFormat(
+    fmt = IntWeight(
         bits=bits, symmetric=kind == "none", zero_point=zero_point, granularity="group", group_size=group_size
     )
     shape = fmt.groups((N, K))
     codes = torch.randint(0, 1 << bits, (N, K), dtype=torch.uint8)
     scale = (torch.rand(shape) * 0.05 + 0.001).half().float()
     zeros = {
-        "none": torch.full(shape, float(fmt.mid_code)),
+        "none": None,
         "integer": torch.randint(0, 1 << bits, shape).float(),
         "float": (torch.rand(shape) * (1 << bits)).half().float(),
     }[kind]
-    return IntQTensor(codes, scale, zeros, fmt)
+    return IntQTensor(codes, Params(scale, zeros), fmt)
 
 
 def run(kernel: TritonInt, x: Tensor, bias: Tensor | None, config: Config) -> Tensor:
@@ -111,9 +112,9 @@ def test_large_constant_inputs_cancel_exactly(dtype: torch.dtype, config: Config
     """If the codes still contained the offset 1024 in the dot, the sums would be thousands of times the result."""
     codes = torch.tensor([7, 9], dtype=torch.uint8).repeat(64, 64)  # symmetric about the zero point 8: every sum is 0
     codes[:, 0] = 10  # except for this code, 3 steps above the 7 that it replaces
-    fmt = WeightFormat(bits=4, granularity="group", group_size=64)
+    fmt = IntWeight(bits=4, granularity="group", group_size=64)
     scale = (torch.rand(64, 2) * 0.05 + 0.01).half().float()
-    weight = IntQTensor(codes, scale, torch.full((64, 2), 8.0), fmt)
+    weight = IntQTensor(codes, Params(scale, torch.full((64, 2), 8.0)), fmt)
     x = torch.full((2, 128), 512.0).to(dtype)
     y = run(TritonInt(weight, dtype), x, None, config)
     assert error(y, weight, x) < bound(config, dtype, "integer")
@@ -145,9 +146,9 @@ def test_the_module_takes_any_leading_shape_and_counts_its_bits() -> None:
 
 
 def test_a_scale_of_the_whole_tensor() -> None:
-    fmt = WeightFormat(bits=8, symmetric=True, granularity="tensor")
+    fmt = IntWeight(bits=8, symmetric=True, granularity="tensor")
     codes = torch.randint(0, 256, (20, 40), dtype=torch.uint8)
-    weight = IntQTensor(codes, torch.tensor([[0.5]]), torch.tensor([[128.0]]), fmt)
+    weight = IntQTensor(codes, Params(torch.tensor([[0.5]])), fmt)
     kernel, x = TritonInt(weight, torch.float16), torch.randn(2, 40).half()
     assert kernel.name == "triton_w8a16"
     assert error(kernel(x, None), weight, x) < BOUNDS[torch.float16]

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import ActivationFormat, IntQTensor, WeightFormat, round_to_nearest
-from harness.core.formats import InputQuantizer, grid
+from harness.core import IntActivation, IntQTensor, IntWeight, round_to_nearest
+from harness.core.formats import InputQuantizer
 from harness.kernels.triton import int8_matmul
 from harness.kernels.triton.int8_rows import quantize_rows
 from harness.kernels.triton.w8a8 import TritonW8A8, supports
 
-ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow", scale_dtype="float32")
-TOKENS = ActivationFormat(bits=8, symmetric=True, grid="narrow")
-FULL = ActivationFormat(bits=8, symmetric=True)
-SEQUENCES = ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor")
-STATIC = ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False)
-OUTLIERS = ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0)
+ROWS = IntWeight(bits=8, symmetric=True, grid="narrow", scale_dtype="float32")
+TOKENS = IntActivation(bits=8, symmetric=True, grid="narrow")
+FULL = IntActivation(bits=8, symmetric=True)
+SEQUENCES = IntActivation(bits=8, symmetric=True, grid="narrow", granularity="tensor")
+STATIC = IntActivation(bits=8, symmetric=True, grid="narrow", granularity="tensor", dynamic=False)
+OUTLIERS = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0)
 EPS = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
 
@@ -30,12 +30,12 @@ def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return (torch.randn(shape) * sizes).to(dtype)
 
 
-def weights(rows: int, columns: int, fmt: WeightFormat = ROWS) -> IntQTensor:
+def weights(rows: int, columns: int, fmt: IntWeight = ROWS) -> IntQTensor:
     """A weight (N, K) with a different scale in each row."""
     return round_to_nearest(torch.randn(rows, columns) * torch.linspace(-2, 2, rows).exp()[:, None], fmt)
 
 
-def quantizer(fmt: ActivationFormat) -> InputQuantizer:
+def quantizer(fmt: IntActivation) -> InputQuantizer:
     return InputQuantizer(fmt, None if fmt.dynamic else (torch.tensor(-4.0), torch.tensor(5.0)))
 
 
@@ -55,13 +55,13 @@ def assert_close(outputs: Tensor, expected: Tensor, dtype: torch.dtype) -> None:
 
 
 def kernel_codes(x: Tensor, rounding: InputQuantizer) -> tuple[Tensor, Tensor]:
-    return quantize_rows(x, grid.symmetric_steps(rounding.fmt), None, None)
+    return quantize_rows(x, rounding.integers.steps, None, None)
 
 
 @pytest.mark.parametrize("fmt", [TOKENS, FULL], ids=["narrow", "full"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(1, 96), (3, 130), (17, 576)])
-def test_codes_are_the_input_quantizer_s(fmt: ActivationFormat, dtype: torch.dtype, shape: tuple[int, int]) -> None:
+def test_codes_are_the_input_quantizer_s(fmt: IntActivation, dtype: torch.dtype, shape: tuple[int, int]) -> None:
     x = inputs(*shape, dtype=dtype)
     x[-1, 5:] = 0
     rounding = quantizer(fmt)
@@ -128,7 +128,7 @@ def test_linear_against_float64(rows: int, columns: int, inner: int, dtype: torc
 
 @pytest.mark.parametrize("fmt", [TOKENS, SEQUENCES, STATIC], ids=["tokens", "sequences", "static"])
 @pytest.mark.parametrize("granularity", ["channel", "tensor"])
-def test_formats(fmt: ActivationFormat, granularity: Any) -> None:
+def test_formats(fmt: IntActivation, granularity: Any) -> None:
     weight = weights(100, 130, replace(ROWS, granularity=granularity, grid="full", scale_dtype="float16"))
     rounding, x = quantizer(fmt), inputs(3, 5, 130)
     x[0, 1] = 0

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import Hessian, Scheme, Stats, WeightFormat
+from harness.core import Hessian, IntWeight, Scheme, Stats
 from harness.core.formats import AdditiveQTensor
 from harness.core.solvers.additive_fit import Fit, Problem
 from methods.aqlm import AQLM
@@ -22,7 +22,7 @@ GROUPS = COLUMNS // SIZE
 
 
 def scheme(bits: int = 2) -> Scheme:
-    return Scheme(name="native", weight=WeightFormat(bits=bits))
+    return Scheme(name="native", weight=IntWeight(bits=bits))
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -304,7 +304,7 @@ def test_options_out_of_range_are_refused(key: str, value: Any, expected: str) -
 
 def test_schemes_and_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="scheme=group64 is another format .*; use scheme=native"):
-        AQLM().check(Scheme(name="group64", weight=WeightFormat(bits=2, granularity="group", group_size=64)))
+        AQLM().check(Scheme(name="group64", weight=IntWeight(bits=2, granularity="group", group_size=64)))
     with pytest.raises(
         ValueError, match="bits=4 does not match codebooks=2 of code_bits=8 for group_size=8; use bits=2"
     ):

@@ -12,14 +12,13 @@ from torch.nn import functional as F
 
 from harness.core import (
     AbsMean,
-    ActivationFormat,
     Hessian,
     InputGroup,
+    IntActivation,
+    IntWeight,
     Producer,
     Scheme,
     Stats,
-    WeightFormat,
-    round_to_grid,
     round_to_nearest,
 )
 from harness.core.solvers.clip import clipped_params
@@ -28,7 +27,7 @@ from tests.support.blocks import GROUP8, TOKENS, Block, logits, relative
 from tests.support.families import build, uneven
 from tests.support.reference import naive_awq_search
 
-SYMMETRIC = Scheme(name="test", weight=WeightFormat(bits=3, symmetric=True, scale_dtype="float32"))
+SYMMETRIC = Scheme(name="test", weight=IntWeight(bits=3, symmetric=True, scale_dtype="float32"))
 
 
 @pytest.fixture(autouse=True)
@@ -136,7 +135,7 @@ def test_a_search_takes_as_many_whole_sequences_as_fit_evenly_spread() -> None:
 
 
 def test_quantized_inputs_count_where_the_scheme_has_them() -> None:
-    activation = ActivationFormat(bits=4, symmetric=True, grid="narrow", granularity="token")
+    activation = IntActivation(bits=4, symmetric=True, grid="narrow", granularity="token")
     block = block_of(scheme=Scheme(name="test", weight=GROUP8.weight, activation=activation))
     group = block.group("down_proj")
     block.search(group, stats_of(block, group))
@@ -239,7 +238,7 @@ def test_each_search_can_be_left_out() -> None:
     unclipped, clipped = (AWQ(clip=on).quantize(weight, GROUP8, stats).dequantize() for on in (False, True))
     params = clipped_params(weight, GROUP8.weight, stats[Hessian].value)
     assert torch.equal(unclipped, round_to_nearest(weight, GROUP8.weight).dequantize())
-    assert torch.equal(clipped, round_to_grid(weight, *params, GROUP8.weight).dequantize())
+    assert torch.equal(clipped, GROUP8.weight.quantized(weight, params).dequantize())
     assert not torch.equal(unclipped, clipped)
 
 

@@ -20,14 +20,15 @@ from torch import Tensor
 from harness.config import build, build_steps
 from harness.core import (
     NATIVE,
-    ActivationFormat,
+    FloatWeight,
     Hessian,
+    IntActivation,
     IntQTensor,
+    IntWeight,
     Method,
     QTensor,
     Scheme,
     Stats,
-    WeightFormat,
     overrides,
     round_to_nearest,
 )
@@ -37,22 +38,31 @@ from tests.conftest import ROOT, resolve
 
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml") if path.stem != "none")
 COMPOSITES = [name for name in METHODS if "_target_:" not in (ROOT / f"conf/method/{name}.yaml").read_text()]
-INT8_TOKENS = ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0)
+INT8_TOKENS = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0)
 SCHEMES = {
-    "channel": Scheme(name="channel", weight=WeightFormat(bits=4)),
-    "group": Scheme(name="group", weight=WeightFormat(bits=3, granularity="group", group_size=16)),
+    "channel": Scheme(name="channel", weight=IntWeight(bits=4)),
+    "group": Scheme(name="group", weight=IntWeight(bits=3, granularity="group", group_size=16)),
     "float_zero": Scheme(
-        name="float_zero", weight=WeightFormat(bits=3, granularity="group", group_size=16, zero_point="float")
+        name="float_zero", weight=IntWeight(bits=3, granularity="group", group_size=16, zero_point="float")
     ),
-    "symmetric": Scheme(name="symmetric", weight=WeightFormat(bits=4, symmetric=True, grid="narrow")),
-    "tensor": Scheme(name="tensor", weight=WeightFormat(bits=8, granularity="tensor")),
+    "symmetric": Scheme(name="symmetric", weight=IntWeight(bits=4, symmetric=True, grid="narrow")),
+    "tensor": Scheme(name="tensor", weight=IntWeight(bits=8, granularity="tensor")),
     "llm_int8": Scheme(
-        name="llm_int8", weight=WeightFormat(bits=8, symmetric=True, grid="narrow"), activation=INT8_TOKENS
+        name="llm_int8", weight=IntWeight(bits=8, symmetric=True, grid="narrow"), activation=INT8_TOKENS
     ),
-    "native": Scheme(name="native", weight=WeightFormat(bits=4)),
-    "native_2": Scheme(name="native", weight=WeightFormat(bits=2)),
+    "mxfp4": Scheme(
+        name="mxfp4", weight=FloatWeight(element="e2m1", granularity="group", group_size=32, scale_dtype="e8m0")
+    ),
+    "nvfp4": Scheme(
+        name="nvfp4",
+        weight=FloatWeight(element="e2m1", granularity="group", group_size=16, scale_dtype="e4m3", tensor_scale=True),
+    ),
+    "fp8_block": Scheme(name="fp8_block", weight=FloatWeight(element="e4m3", granularity="block", group_size=20)),
+    "native": Scheme(name="native", weight=IntWeight(bits=4)),
+    "native_2": Scheme(name="native", weight=IntWeight(bits=2)),
 }
 FORMATS = {name for name, scheme in SCHEMES.items() if scheme.name != NATIVE}
+INTEGERS = {name for name in FORMATS if isinstance(SCHEMES[name].weight, IntWeight)}
 # The schemes that methods with a `check` of their own serve. All other methods serve every scheme but `native`.
 SERVED_BY = {
     "aqlm": {"native_2"},
@@ -93,7 +103,7 @@ def refusal(method: str, scheme: Scheme) -> str | None:
 PAIRS = [(method, scheme) for method in METHODS for scheme in SCHEMES]
 REFUSED = [pair for pair in PAIRS if refusal(pair[0], SCHEMES[pair[1]])]
 SERVED = [pair for pair in PAIRS if pair not in REFUSED]
-# Pairs whose codes are on the uniform grid that the scheme describes. Peers and formats behind `native` have grids of
+# Pairs whose codes are those of the format that the scheme describes. Peers and formats behind `native` have grids of
 # their own.
 ON_THE_GRID = [
     (method, scheme)
@@ -204,7 +214,7 @@ def test_degenerate_weights_stay_finite(method: str, kind: str, scheme: str) -> 
         "outlier": torch.eye(ROWS, COLUMNS) * 100 + weights(),
         "tiny": weights() * 1e-8,
     }[kind]
-    if kind == "tiny" and ((method, scheme) in ON_THE_GRID or method in FLOAT16):
+    if kind == "tiny" and (((method, scheme) in ON_THE_GRID and scheme in INTEGERS) or method in FLOAT16):
         with pytest.raises(
             ValueError, match=r"^scheme\.weight\.scale_dtype=float16 cannot hold .*=float32$|float16's range"
         ):
@@ -216,7 +226,9 @@ def test_degenerate_weights_stay_finite(method: str, kind: str, scheme: str) -> 
 @pytest.mark.parametrize(("method", "scheme"), [pair for pair in SERVED if pair[0] not in FLOAT16])
 def test_tiny_weights_are_not_lost(method: str, scheme: str) -> None:
     """The remedy of the refusal works: tiny weights have the error of others."""
-    wide = dataclasses.replace(SCHEMES[scheme].weight, scale_dtype="float32")
+    wide = SCHEMES[scheme].weight
+    if isinstance(wide, IntWeight):
+        wide = dataclasses.replace(wide, scale_dtype="float32")
     step = quantizer(method)
     stats = Stats(step.needs, COLUMNS)
     stats.update(inputs())

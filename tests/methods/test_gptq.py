@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.core import Hessian, IntQTensor, QTensor, Scheme, Stats, WeightFormat, round_to_nearest
+from harness.core import Hessian, IntQTensor, IntWeight, QTensor, Scheme, Stats, round_to_nearest
 from harness.core.formats import PermutedQTensor
 from methods import gptq
 from methods.gptq import GPTQ, inverse_factor
@@ -50,7 +50,7 @@ def stats_with(hessian: Tensor) -> Stats:
     return stats
 
 
-def solve(weight: Tensor, fmt: WeightFormat, stats: Stats, **options: Any) -> QTensor:
+def solve(weight: Tensor, fmt: IntWeight, stats: Stats, **options: Any) -> QTensor:
     """Quantize by the paper's algorithm: without clipping, unless `options` set it."""
     return GPTQ(**{"clip": False, **options}).quantize(weight, Scheme(name="test", weight=fmt), stats)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.config import build
-from harness.core import IntQTensor, Scheme, Stats, WeightFormat, round_to_nearest
+from harness.core import IntQTensor, IntWeight, Scheme, Stats, round_to_nearest
 from methods.hqq import HQQ, shrink
 from tests.conftest import resolve
 from tests.support.reference import FORMATS, naive_hqq, naive_shrink
@@ -27,7 +27,7 @@ def weights(seed: int = 1, rows: int = ROWS, columns: int = COLUMNS, dtype: torc
     return (weight * torch.rand(rows, columns, generator=generator).mul(4).exp() * 0.05).to(dtype)
 
 
-def solve(weight: Tensor, fmt: WeightFormat, **options: Any) -> IntQTensor:
+def solve(weight: Tensor, fmt: IntWeight, **options: Any) -> IntQTensor:
     qtensor = HQQ(**options).quantize(weight, Scheme(name="test", weight=fmt), Stats())
     assert isinstance(qtensor, IntQTensor)
     return qtensor
@@ -103,7 +103,7 @@ def test_never_worse_than_round_to_nearest_in_its_own_error(
     bits: int, granularity: Any, zero_point: Any, groups: int, seed: int
 ) -> None:
     size = 7 if granularity == "group" else -1
-    fmt = WeightFormat(bits=bits, granularity=granularity, group_size=size, zero_point=zero_point)
+    fmt = IntWeight(bits=bits, granularity=granularity, group_size=size, zero_point=zero_point)
     weight = weights(seed, 3, 7 * groups, torch.float32)
     qtensor, nearest = solve(weight, fmt, round_zero=False), round_to_nearest(weight, fmt)
     assert mean_error(weight, qtensor) <= mean_error(weight, nearest) * (1 + 1e-6)
@@ -115,7 +115,7 @@ def test_never_worse_than_round_to_nearest_in_its_own_error(
 def test_float_zero_points_move_and_integer_ones_stay() -> None:
     weight = weights(rows=30, dtype=torch.float32)
     for zero_point in ("float", "integer"):
-        fmt = WeightFormat(bits=3, granularity="group", group_size=8, zero_point=zero_point)
+        fmt = IntWeight(bits=3, granularity="group", group_size=8, zero_point=zero_point)
         qtensor, start = solve(weight, fmt), solve(weight, fmt, iterations=0)
         moved = float((qtensor.zero_points() != start.zero_points()).float().mean())
         fitted = float((qtensor.scale != start.scale).float().mean())
@@ -124,7 +124,7 @@ def test_float_zero_points_move_and_integer_ones_stay() -> None:
 
 
 def test_rows_do_not_affect_each_other() -> None:
-    fmt = WeightFormat(bits=3, granularity="group", group_size=64, zero_point="float")
+    fmt = IntWeight(bits=3, granularity="group", group_size=64, zero_point="float")
     weight = weights(3, 300, 1024, torch.float32)  # solved in several parts
     qtensor, order = solve(weight, fmt), torch.randperm(300)
     assert torch.equal(qtensor.codes[order], solve(weight[order], fmt).codes)
@@ -135,7 +135,7 @@ def test_an_integer_start_keeps_zero_near_a_code() -> None:
     """Weights with a large offset and many zeros: the integer start decodes zeros more exactly."""
     weight = weights(5, 50, 64, torch.float32)
     weight[:, ::3] = 0
-    fmt = WeightFormat(bits=3, granularity="group", group_size=32, zero_point="float")
+    fmt = IntWeight(bits=3, granularity="group", group_size=32, zero_point="float")
     integer_start, float_start = (
         solve(weight, fmt, round_zero=on, iterations=0).dequantize()[:, ::3] for on in (True, False)
     )
@@ -143,7 +143,7 @@ def test_an_integer_start_keeps_zero_near_a_code() -> None:
 
 
 def test_groups_far_from_zero_are_refused_with_the_remedy() -> None:
-    fmt = WeightFormat(bits=4, zero_point="float")
+    fmt = IntWeight(bits=4, zero_point="float")
     far = 1000 + torch.arange(64.0).view(1, 64) * 1e-4
     with pytest.raises(ValueError, match="cannot hold the zero point .* use scheme.weight.scale_dtype=float32"):
         solve(far, fmt)

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from harness.config import build_run
-from harness.core import ActivationFormat, MinMax, Scheme, Stats, WeightFormat, round_to_nearest
+from harness.core import IntActivation, IntWeight, MinMax, Scheme, Stats, round_to_nearest
 from harness.core.formats import InputQuantizer, MixedQTensor
 from harness.nn import QuantLinear
 from methods.llm_int8 import LLMInt8
 from tests.conftest import resolve
 
-ROWS = WeightFormat(bits=8, symmetric=True, grid="narrow", scale_dtype="float32")
-TOKENS = ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0)
+ROWS = IntWeight(bits=8, symmetric=True, grid="narrow", scale_dtype="float32")
+TOKENS = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0)
 SCHEME = Scheme(name="llm_int8", weight=ROWS, activation=TOKENS)
 
 
@@ -98,7 +98,7 @@ def test_the_method_brings_its_scheme_and_needs_no_data() -> None:
 
 def test_a_threshold_needs_a_dynamic_format() -> None:
     with pytest.raises(ValueError, match="threshold=6.0 with dynamic=False has no meaning"):
-        ActivationFormat(bits=8, granularity="tensor", dynamic=False, threshold=6.0)
+        IntActivation(bits=8, granularity="tensor", dynamic=False, threshold=6.0)
 
 
 def test_each_step_of_the_ladder_lowers_the_error() -> None:
@@ -112,8 +112,8 @@ def test_each_step_of_the_ladder_lowers_the_error() -> None:
         ("channel", "token", None),
         ("channel", "token", 6.0),
     ):
-        fmt = WeightFormat(bits=8, symmetric=True, grid="narrow", granularity=granularity)  # type: ignore[arg-type]
-        rounding = ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity=tokens, threshold=threshold)  # type: ignore[arg-type]
+        fmt = IntWeight(bits=8, symmetric=True, grid="narrow", granularity=granularity)  # type: ignore[arg-type]
+        rounding = IntActivation(bits=8, symmetric=True, grid="narrow", granularity=tokens, threshold=threshold)  # type: ignore[arg-type]
         layer = QuantLinear(round_to_nearest(weight, fmt), None, torch.float32, InputQuantizer(rounding))
         errors.append(float(((layer(X[None])[0].double() - exact) / weight.norm(dim=1)).norm()))
     assert errors == sorted(errors, reverse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import Hessian, Scheme, Stats, WeightFormat, round_to_nearest
+from harness.core import Hessian, IntWeight, Scheme, Stats, round_to_nearest
 from harness.core.formats import IncoherentQTensor
 from harness.core.formats.incoherent import STAGES
 from harness.core.formats.lattice import E8P, SMALL
@@ -22,7 +22,7 @@ BITS = [2, 3, 4]
 
 
 def scheme(bits: int, name: str = "native") -> Scheme:
-    return Scheme(name=name, weight=WeightFormat(bits=bits))
+    return Scheme(name=name, weight=IntWeight(bits=bits))
 
 
 def weights(rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
@@ -149,7 +149,7 @@ def test_more_bits_cost_less_and_two_beat_two_bit_rounding() -> None:
     weight, X = weights(96, 192), inputs(800, 192)
     hessian = stats_of(X)[Hessian].value
     cost = [float(loss(weight, quantized(weight, bits, X).dequantize(), hessian).sum()) for bits in BITS]
-    group = WeightFormat(bits=2, granularity="group", group_size=64)
+    group = IntWeight(bits=2, granularity="group", group_size=64)
     rounding_loss = float(loss(weight, round_to_nearest(weight, group).dequantize(), hessian).sum())
     assert cost[0] < 0.3 * rounding_loss
     assert cost[1] < 0.45 * cost[0]

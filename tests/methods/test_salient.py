@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import AbsMean, Scheme, Stats, WeightFormat, round_to_nearest
+from harness.core import AbsMean, IntWeight, Scheme, Stats, round_to_nearest
 from harness.core.formats import MixedQTensor, ScaledQTensor
 from methods.salient import Salient
 
-FMT = WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32")
+FMT = IntWeight(bits=3, granularity="group", group_size=8, scale_dtype="float32")
 SCHEME = Scheme(name="test", weight=FMT)
 N, K = 6, 32
 
@@ -97,7 +97,7 @@ def test_options_out_of_range(option: dict[str, float], message: str) -> None:
 
 
 def test_columns_below_float16_are_refused_unless_the_others_are_larger() -> None:
-    wide = Scheme(name="wide", weight=WeightFormat(bits=4, scale_dtype="float32"))
+    wide = Scheme(name="wide", weight=IntWeight(bits=4, scale_dtype="float32"))
     with pytest.raises(ValueError, match="^the largest weight of the float16 columns is .*, below float16's range"):
         Salient(share=0.1).quantize(weights() * 1e-9, wide, stats())
     weight = weights()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from harness.config import build_run
-from harness.core import ActivationFormat, InputGroup, MinMax, Scheme, WeightFormat
+from harness.core import InputGroup, IntActivation, IntWeight, MinMax, Scheme
 from methods.smoothquant import SmoothQuant
 from tests.support.blocks import TOKENS, Block, logits, relative
 from tests.support.decoders import quantize
@@ -19,8 +19,8 @@ from tests.support.reference import naive_smoothquant_scale
 
 W8A8 = Scheme(
     name="test",
-    weight=WeightFormat(bits=8, symmetric=True, grid="narrow"),
-    activation=ActivationFormat(bits=8, symmetric=True, grid="narrow", granularity="tensor"),
+    weight=IntWeight(bits=8, symmetric=True, grid="narrow"),
+    activation=IntActivation(bits=8, symmetric=True, grid="narrow", granularity="tensor"),
 )
 
 

@@ -14,8 +14,8 @@ from transformers import AutoConfig, DynamicCache
 
 from harness import quantization
 from harness.config import build_run
-from harness.core import KVFormat
-from harness.core.formats import States, StatesFormat
+from harness.core import FloatWeight, KVFormat
+from harness.core.formats import FloatStates, IntStates, States
 from harness.evaluation import perplexity
 from harness.nn import kvcache
 from harness.runs import execute_run
@@ -27,8 +27,16 @@ GRANULARITIES = ("token", "channel")
 SMALL = ("kv.key.group_size=8", "kv.value.group_size=8")
 
 
-def states_format(bits: int, granularity: Any, group_size: int = 8, **options: Any) -> StatesFormat:
-    return StatesFormat(bits=bits, granularity=granularity, group_size=group_size, **options)
+FLOATS: dict[str, dict[str, Any]] = {
+    "fp8": {"element": "e4m3", "granularity": "token", "group_size": -1, "scale_dtype": "bfloat16"},
+    "fp8_channel": {"element": "e5m2", "granularity": "channel", "group_size": 8, "scale_dtype": "float32"},
+    "nvfp4": {"element": "e2m1", "granularity": "token", "group_size": 8, "scale_dtype": "e4m3"},
+    "mxfp4": {"element": "e2m1", "granularity": "channel", "group_size": 8, "scale_dtype": "e8m0"},
+}
+
+
+def states_format(bits: int, granularity: Any, group_size: int = 8, **options: Any) -> IntStates:
+    return IntStates(bits=bits, granularity=granularity, group_size=group_size, **options)
 
 
 def kv_format(bits: int, granularity: Any, group_size: int = 8, residual: int = 0, **options: Any) -> KVFormat:
@@ -45,8 +53,8 @@ def uneven_states(tokens: int, batch: int = 2, heads: int = 3, head_dim: int = 1
     return (noise + by_channel.sin()) * by_channel * by_token
 
 
-def naive_group(values: np.ndarray[Any, Any], fmt: StatesFormat) -> np.ndarray[Any, Any]:
-    """One group in float64, by the formulas of grid.py with a float zero point, scales stored as float16."""
+def naive_group(values: np.ndarray[Any, Any], fmt: IntStates) -> np.ndarray[Any, Any]:
+    """One group in float64, by the formulas of integer.py with a float zero point, scales stored as float16."""
     largest = 2**fmt.bits - 1
     scale = float(np.float16((values.max() - values.min()) / largest))
     zero_point = float(np.float16(-values.min() / scale))
@@ -54,7 +62,7 @@ def naive_group(values: np.ndarray[Any, Any], fmt: StatesFormat) -> np.ndarray[A
     return np.asarray((quantized - zero_point) * scale)
 
 
-def naive(states: Tensor, fmt: StatesFormat, residual: int) -> Tensor:
+def naive(states: Tensor, fmt: IntStates, residual: int) -> Tensor:
     """The states that a cache should decode, by a loop over sequences, heads and groups."""
     out = states.double().numpy().copy()
     tokens, head_dim = out.shape[2:]
@@ -75,6 +83,32 @@ def naive(states: Tensor, fmt: StatesFormat, residual: int) -> Tensor:
 def error(actual: Tensor, expected: Tensor) -> float:
     """Relative Frobenius error."""
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_small_floats_are_those_of_weights(name: str) -> None:
+    """Each token, or each channel, is rounded as a row of a weight; in any number of calls."""
+    options, states = FLOATS[name], uneven_states(16)
+    decoded = States(FloatStates(**options)).append(states)
+    by_channel = options["granularity"] == "channel"
+    rows = (states.transpose(2, 3) if by_channel else states).flatten(0, 2)
+    expected = FloatWeight(**options | {"granularity": "group"}).snap_weight(rows)
+    expected = expected.view(2, 3, 16, 16)
+    assert torch.equal(decoded, expected.transpose(2, 3) if by_channel else expected)
+    cache = States(FloatStates(**options))
+    for part in states.split([3, 8, 5], 2):
+        last = cache.append(part)
+    assert torch.equal(last, decoded)
+    bits = 8 * sum(tensor.nbytes for tensor in cache.tensors)
+    scales = states.numel() // (16 if options["group_size"] == -1 else options["group_size"])
+    fmt = FloatStates(**options)
+    assert bits == states.numel() * fmt.bits + scales * 8 * fmt.scale_storage.itemsize
+
+
+@pytest.mark.parametrize("changes", [{"tensor_scale": True}, {"scale_search": "mse"}])
+def test_a_growing_cache_has_no_scale_of_the_tensor(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="a cache grows token by token; expected tensor_scale=false and"):
+        FloatStates(**FLOATS["nvfp4"] | changes)
 
 
 @pytest.mark.parametrize("granularity", GRANULARITIES)
@@ -293,7 +327,7 @@ def test_no_bytes_are_reported_past_positions_or_windows(monkeypatch: pytest.Mon
 )
 def test_impossible_formats_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        StatesFormat(**{"bits": 4, "granularity": "channel"} | options)
+        IntStates(**{"bits": 4, "granularity": "channel"} | options)
 
 
 def test_heads_that_do_not_fit_a_format_are_refused() -> None:
@@ -328,9 +362,11 @@ def test_shipped_formats_build_and_name_themselves(path: Any) -> None:
         return
     assert fmt is not None
     assert fmt.label == path.stem + (" residual=128" if fmt.residual else "")
-    other = replace(fmt.key, group_size=16, bits=7)
-    assert replace(fmt, key=other, value=other).label.startswith(f"{path.stem} bits=7 group_size=16")
-    assert "value.group_size=16" in replace(fmt, value=replace(fmt.value, group_size=16)).label
+    bits = {"bits": 7} if isinstance(fmt.key, IntStates) else {"element": "e3m3"}
+    other = replace(fmt.key, group_size=8, **bits)
+    changed = " ".join(f"{key}={value}" for key, value in bits.items())
+    assert replace(fmt, key=other, value=other).label.startswith(f"{path.stem} {changed} group_size=8")
+    assert "value.group_size=8" in replace(fmt, value=replace(fmt.value, group_size=8)).label
 
 
 def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:

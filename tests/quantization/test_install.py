@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from harness.core import ActivationFormat, MinMax, Scheme, Stats, WeightFormat
+from harness.core import IntActivation, IntWeight, MinMax, Scheme, Stats
 from harness.quantization.install import _input_quantizer
 
-STATIC = ActivationFormat(bits=8, granularity="tensor", dynamic=False)
-SCHEME = Scheme(name="static", weight=WeightFormat(bits=8), activation=STATIC)
+STATIC = IntActivation(bits=8, granularity="tensor", dynamic=False)
+SCHEME = Scheme(name="static", weight=IntWeight(bits=8), activation=STATIC)
 
 
 def test_a_static_range_without_inputs_is_a_warning() -> None:

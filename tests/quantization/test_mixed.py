@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from harness import data, models
 from harness.config import RunConfig, build_run
 from harness.core import QTensor, round_to_nearest
-from harness.core.formats import snap_weight
 from harness.models import Decoder, weight_of
 from harness.nn import QuantLinear
 from harness.quantization import mixed
@@ -234,7 +233,7 @@ def test_a_trial_rounds_each_linear_of_a_group_to_its_width() -> None:
         rounded = copy.deepcopy(mlp)
         for name, bits in zip(names, (3, 8), strict=True):
             weight = weight_of(rounded.get_submodule(name.rpartition(".")[2]))
-            weight.copy_(snap_weight(weight, GROUP8.at(bits).weight))
+            weight.copy_(GROUP8.at(bits).weight.snap_weight(weight))
         expected = float((rounded(x) - mlp(x)).square().mean())
         error = group.error(torch.ones(32))
     assert error == pytest.approx(expected, rel=1e-3)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from harness.core import InputGroup, Scheme, Stat, Stats, WeightFormat
+from harness.core import InputGroup, IntWeight, Scheme, Stat, Stats
 from harness.models import Decoder, input_groups, weight_of
 from harness.nn import QuantLinear
 from harness.quantization.producers import Discovery
@@ -16,7 +16,7 @@ from tests.support.decoders import linears
 from tests.support.decoders import stream as stream_of
 
 TOKENS = torch.randint(3, 128, (4, 16), generator=torch.Generator().manual_seed(5))
-GROUP8 = Scheme(name="test", weight=WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"))
+GROUP8 = Scheme(name="test", weight=IntWeight(bits=3, granularity="group", group_size=8, scale_dtype="float32"))
 
 
 class Block:

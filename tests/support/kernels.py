@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import ActivationFormat, IntQTensor, QTensor, WeightFormat, round_to_nearest
+from harness.core import IntActivation, IntQTensor, IntWeight, QTensor, round_to_nearest
 from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 from harness.kernels.native import library
@@ -30,7 +30,7 @@ INPUTS: dict[str, dict[str, Any]] = {
 built = pytest.mark.skipif(not library.available(), reason=f"the native library is {library.problem()}")
 
 
-def uneven(rows: int, columns: int, fmt: WeightFormat) -> IntQTensor:
+def uneven(rows: int, columns: int, fmt: IntWeight) -> IntQTensor:
     """A weight whose groups differ in scale and offset, so that a wrong group index is detected."""
     spread = torch.rand(fmt.groups((rows, columns))).mul(4).exp()[..., None]
     offset = torch.randn(fmt.groups((rows, columns)))[..., None]
@@ -40,7 +40,7 @@ def uneven(rows: int, columns: int, fmt: WeightFormat) -> IntQTensor:
 
 def quantizer(kind: str, low: float = -2.0) -> InputQuantizer:
     """The quantizer of a kind of INPUTS; inputs in [low, 3] have been observed, if it is static."""
-    fmt = ActivationFormat(**{"bits": 8, "symmetric": True, "grid": "narrow", **INPUTS[kind]})
+    fmt = IntActivation(**{"bits": 8, "symmetric": True, "grid": "narrow", **INPUTS[kind]})
     return InputQuantizer(fmt, None if fmt.dynamic else (torch.tensor(low), torch.tensor(3.0)))
 
 

@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from harness.core import WeightFormat
+from harness.core import IntWeight
 
 # Weight formats of every kind, with float32 scales.
 FORMATS = {
-    "channel": WeightFormat(bits=3, scale_dtype="float32"),
-    "group": WeightFormat(bits=3, granularity="group", group_size=8, scale_dtype="float32"),
-    "float_zero": WeightFormat(bits=2, granularity="group", group_size=8, zero_point="float", scale_dtype="float32"),
-    "tensor": WeightFormat(bits=4, granularity="tensor", scale_dtype="float32"),
-    "narrow": WeightFormat(bits=4, symmetric=True, grid="narrow", scale_dtype="float32"),
-    "full": WeightFormat(bits=3, symmetric=True, grid="full", granularity="group", group_size=8, scale_dtype="float32"),
+    "channel": IntWeight(bits=3, scale_dtype="float32"),
+    "group": IntWeight(bits=3, granularity="group", group_size=8, scale_dtype="float32"),
+    "float_zero": IntWeight(bits=2, granularity="group", group_size=8, zero_point="float", scale_dtype="float32"),
+    "tensor": IntWeight(bits=4, granularity="tensor", scale_dtype="float32"),
+    "narrow": IntWeight(bits=4, symmetric=True, grid="narrow", scale_dtype="float32"),
+    "full": IntWeight(bits=3, symmetric=True, grid="full", granularity="group", group_size=8, scale_dtype="float32"),
 }
 
 
-def naive_rtn(weight: Tensor, fmt: WeightFormat) -> tuple[list[list[int]], Tensor]:
+def naive_rtn(weight: Tensor, fmt: IntWeight) -> tuple[list[list[int]], Tensor]:
     """Codes and decoded values of round-to-nearest with float32 scales, one group and one value at a time."""
     rows, columns = weight.shape
     values = weight.double()
@@ -38,14 +38,14 @@ def naive_rtn(weight: Tensor, fmt: WeightFormat) -> tuple[list[list[int]], Tenso
     return codes, decoded
 
 
-def _groups(rows: int, columns: int, fmt: WeightFormat) -> list[list[tuple[int, int]]]:
+def _groups(rows: int, columns: int, fmt: IntWeight) -> list[list[tuple[int, int]]]:
     if fmt.granularity == "tensor":
         return [[(i, j) for i in range(rows) for j in range(columns)]]
     size = columns if fmt.group_size == -1 else fmt.group_size
     return [[(i, j) for j in range(start, start + size)] for i in range(rows) for start in range(0, columns, size)]
 
 
-def _params(group: list[float], fmt: WeightFormat) -> tuple[float, float]:
+def _params(group: list[float], fmt: IntWeight) -> tuple[float, float]:
     top = 2**fmt.bits - 1
     if fmt.symmetric:
         absmax = max(abs(value) for value in group)
@@ -95,7 +95,7 @@ def naive_damped(hessian: Tensor, damp: float) -> Tensor:
 def naive_gptq(
     weight: Tensor,
     hessian: Tensor,
-    fmt: WeightFormat,
+    fmt: IntWeight,
     damp: float,
     order: list[int] | None = None,
     dynamic_groups: bool = False,
@@ -124,7 +124,7 @@ def naive_gptq(
     return Solved(codes, decoded, loss)
 
 
-def naive_ldlq(weight: Tensor, hessian: Tensor, fmt: WeightFormat, damp: float) -> Solved:
+def naive_ldlq(weight: Tensor, hessian: Tensor, fmt: IntWeight, damp: float) -> Solved:
     """LDLQ: H = (U + I) D (U + I)^T with U strictly upper, w'_k = Q(w_k + (w - w')_{<k} U_{<k, k}).
 
     Chee et al. 2023, arXiv 2307.13304, equation 2: the feedback term contains the errors of all previous columns.
@@ -155,7 +155,7 @@ def _udu(matrix: list[list[float]]) -> tuple[list[list[float]], list[float]]:
 
 
 def _cell_params(
-    weight: Tensor, fmt: WeightFormat, column: int | None = None
+    weight: Tensor, fmt: IntWeight, column: int | None = None
 ) -> dict[tuple[int, int], tuple[float, float]]:
     """Scale and zero point of every value; with `column`, only of values in groups that include this column."""
     params: dict[tuple[int, int], tuple[float, float]] = {}
@@ -166,7 +166,7 @@ def _cell_params(
     return params
 
 
-def _nearest(value: float, scale: float, zero_point: float, fmt: WeightFormat) -> tuple[int, float]:
+def _nearest(value: float, scale: float, zero_point: float, fmt: IntWeight) -> tuple[int, float]:
     code = min(max(round(value / scale + zero_point), 0), 2**fmt.bits - 1)
     return code, (code - zero_point) * scale
 
@@ -184,7 +184,7 @@ def naive_smoothquant_scale(inputs: Tensor, weights: list[Tensor], alpha: float)
 def naive_awq_search(
     inputs: Tensor,
     weights: list[Tensor],
-    fmt: WeightFormat,
+    fmt: IntWeight,
     ratios: int,
     output: Callable[[list[Tensor]], Tensor],
     tied: list[int] | None = None,
@@ -209,7 +209,7 @@ def naive_awq_search(
     return scales[errors.index(min(errors))], errors
 
 
-def naive_group_errors(weight: Tensor, decoded: Tensor, inputs: Tensor, fmt: WeightFormat) -> Tensor:
+def naive_group_errors(weight: Tensor, decoded: Tensor, inputs: Tensor, fmt: IntWeight) -> Tensor:
     """Twice the mean over inputs (T, K) of each group's squared output error: (N, G), or (1, 1) per tensor."""
     rows, columns = weight.shape
     errors = []
@@ -224,7 +224,7 @@ def naive_group_errors(weight: Tensor, decoded: Tensor, inputs: Tensor, fmt: Wei
     return torch.tensor(errors, dtype=torch.float64).view(fmt.groups((rows, columns)))
 
 
-def naive_clip(weight: Tensor, hessian: Tensor, fmt: WeightFormat, shares: list[float]) -> float:
+def naive_clip(weight: Tensor, hessian: Tensor, fmt: IntWeight, shares: list[float]) -> float:
     """The smallest error d H d^T of one group (1, K) over ranges whose two ends shrink by the same share."""
     exact = weight.double()
     best = math.inf
@@ -241,7 +241,7 @@ def naive_shrink(error: float, beta: float, norm: float) -> float:
     return math.copysign(max(abs(error) - abs(error) ** (norm - 1) / beta, 0.0), error) if error else 0.0
 
 
-def naive_hqq(weight: Tensor, fmt: WeightFormat, norm: float, beta: float, growth: float, iterations: int) -> Solved:
+def naive_hqq(weight: Tensor, fmt: IntWeight, norm: float, beta: float, growth: float, iterations: int) -> Solved:
     """Half-quadratic quantization from integer zero points, one group at a time; the loss is the mean |W - W'|.
 
     Badri and Shaji 2023: e = shrink(W - W'), then zero_point = mean(code - (W - e) / scale). If zero points are

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core.formats import grid
+from harness.core.finite import check_finite
 from harness.core.formats.packing import pack, unpack
 from harness.core.formats.qtensor import QTensor
 
@@ -55,7 +55,7 @@ class LevelsQTensor(QTensor):
         super().__init__((weight.shape[0], weight.shape[1]))
         self.block_size = block_size
         values = weight.reshape(-1).float()
-        grid.check_finite(values)
+        check_finite(values)
         codes, absmax = encode_blocks(values, levels, block_size)
         offset = book = nested = None
         if double_quant:

@@ -8,57 +8,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar, Literal
+from typing import Any
 
 from harness.core.checks import at_least
-from harness.core.scheme import StoredFormat
+from harness.core.formats.states_format import FloatStates, IntStates
 
 # Word in a format's name -> the granularities of keys and of values that it implies.
-_IMPLIED = {"token": ("token", "token"), "channel": ("channel", "channel"), "kivi": ("channel", "token")}
-
-
-@dataclass(frozen=True, kw_only=True)
-class StatesFormat(StoredFormat):
-    """Format of keys, or of values, (B, heads, T, head_dim).
-
-    granularity  token: `group_size` neighbouring channels of one token share a scale, -1 is the whole head;
-                 channel: `group_size` consecutive tokens of one channel share a scale
-    zero_point   an integer zero point takes one byte, a float one is stored as `scale_dtype`
-    """
-
-    granularity: Literal["token", "channel"]
-    group_size: int = 32
-    zero_point: Literal["integer", "float"] = "float"
-    where: ClassVar[str] = "kv.{key,value}"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.group_size < 1 and not (self.group_size == -1 and self.granularity == "token"):
-            raise ValueError(
-                f"group_size={self.group_size} is out of range with granularity={self.granularity}; expected a "
-                "positive number, or -1 with granularity=token"
-            )
-
-    @property
-    def tokens(self) -> int:
-        """Number of tokens that are quantized together."""
-        return self.group_size if self.granularity == "channel" else 1
-
-    def channels(self, head_dim: int) -> int:
-        """Number of channels of one token that share a scale.
-
-        Raises: ValueError if `group_size` does not divide `head_dim`, or a token's codes do not fill whole bytes.
-        """
-        size = head_dim if self.group_size == -1 else self.group_size
-        if self.granularity == "token" and head_dim % size:
-            raise ValueError(
-                f"{self.where}.group_size={size} does not divide head_dim={head_dim}; use a divisor, or -1"
-            )
-        if head_dim * self.bits % 8:
-            raise ValueError(
-                f"{self.where}.bits={self.bits} does not fill whole bytes with head_dim={head_dim}; use 8 bits, or 4"
-            )
-        return size if self.granularity == "token" else 1
+_IMPLIED = {
+    "token": ("token", "token"),
+    "channel": ("channel", "channel"),
+    "kivi": ("channel", "token"),
+    "fp": ("token", "token"),
+}
+# What the names of formats in small floats imply.
+_FLOATS: dict[str, dict[str, Any]] = {
+    "fp8": {"element": "e4m3", "group_size": -1, "scale_dtype": "bfloat16"},
+    "nvfp4": {"element": "e2m1", "group_size": 16, "scale_dtype": "e4m3"},
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,8 +32,8 @@ class KVFormat:
     """Formats of keys and values. The newest `residual` tokens stay float, as do the tokens of an incomplete group."""
 
     name: str
-    key: StatesFormat
-    value: StatesFormat
+    key: IntStates | FloatStates
+    value: IntStates | FloatStates
     residual: int = 0
 
     def __post_init__(self) -> None:
@@ -90,11 +56,12 @@ class KVFormat:
         return " ".join([self.name, *(f"{field}={x}" for field, x in settings.items())])
 
 
-def _extra(fmt: StatesFormat, name: str, granularity: str | None) -> dict[str, Any]:
+def _extra(fmt: IntStates | FloatStates, name: str, granularity: str | None) -> dict[str, Any]:
     """Fields of `fmt` that differ from their defaults and that the KV format's `name` does not imply."""
     changed = {item.name: getattr(fmt, item.name) for item in fields(fmt) if getattr(fmt, item.name) != item.default}
+    changed = {field: x for field, x in changed.items() if _FLOATS.get(name, {}).get(field) != x}
     if str(fmt.bits) in name:
-        del changed["bits"]
+        changed.pop("bits", None)
     if fmt.granularity == granularity:
         del changed["granularity"]
     return changed

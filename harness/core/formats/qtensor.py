@@ -11,9 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.core.formats import grid
-from harness.core.formats.packing import pack, packed_bytes, unpack
-from harness.core.scheme import WeightFormat
+from harness.core.formats.format import WeightFormat, padded
+from harness.core.formats.params import Params
 
 _SLAB_VALUES = 1 << 18  # 1 MiB of float32
 
@@ -81,73 +80,20 @@ class QTensor(nn.Module, ABC):
         return self.stored_bits / (self.shape[0] * self.shape[1])
 
 
-class IntQTensor(QTensor):
-    """Packed integer codes with scale (N, G), or (1, 1) per tensor, and zero point.
+class GroupedQTensor(QTensor):
+    """Codes of a format whose groups are consecutive inputs of an output row, decoded a few rows at a time."""
 
-    The zero point is packed at `bits` bits if it is an integer, stored as `scale_dtype` if it is a float, and not
-    stored if the format is symmetric.
-    """
-
-    qweight: Tensor
-    scale: Tensor
-    zero_point: Tensor | None
-
-    def __init__(self, codes: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat) -> None:
-        """Store `codes` (N, K) uint8 with `scale` and `zero_point` of shape `fmt.groups((N, K))`.
-
-        Raises: ValueError if a dtype or shape does not match the format, a scale is not exact in the stored dtype, or
-        a zero point is not one that the format can store.
-        """
-        if codes.dtype != torch.uint8:
-            raise ValueError(f"codes have dtype {codes.dtype}; expected torch.uint8")
-        shape = (codes.shape[0], codes.shape[1])
+    def __init__(self, shape: tuple[int, int], fmt: WeightFormat) -> None:
         super().__init__(shape)
         self.fmt = fmt
-        expected = fmt.groups(shape)
-        for name, part in (("scale", scale), ("zero_point", zero_point)):
-            if tuple(part.shape) != expected:
-                raise ValueError(f"{name} has shape {tuple(part.shape)}; expected {expected} for a weight of {shape}")
-        stored = scale.to(getattr(torch, fmt.scale_dtype))
-        if not torch.equal(stored.to(scale.dtype), scale):
-            raise ValueError(f"scale is not exact in {fmt.scale_dtype}; round it with grid.store_scale first")
-        self.register_buffer("qweight", pack(codes, fmt.bits))
-        self.register_buffer("scale", stored)
-        self.register_buffer("zero_point", self._stored_zero_point(zero_point))
 
-    @classmethod
-    def stored(cls, buffers: dict[str, Tensor], shape: tuple[int, int], fmt: WeightFormat) -> IntQTensor:
-        """Build a QTensor from the buffers of another one with the same shape and format."""
-        restored = cls.__new__(cls)
-        QTensor.__init__(restored, shape)
-        restored.fmt = fmt
-        for name in ("qweight", "scale", "zero_point"):
-            restored.register_buffer(name, buffers.get(name))
-        return restored
+    @abstractmethod
+    def params(self) -> Params:
+        """The parameters of the groups, (N, G) or (1, 1), in float32."""
 
-    def _stored_zero_point(self, zero_point: Tensor) -> Tensor | None:
-        if self.fmt.symmetric:
-            if not bool((zero_point == self.fmt.mid_code).all()):
-                raise ValueError(f"zero_point of a symmetric format must be {self.fmt.mid_code} everywhere")
-            return None
-        if self.fmt.zero_point == "float":
-            return zero_point.to(getattr(torch, self.fmt.scale_dtype))
-        packed = zero_point.to(torch.uint8)
-        if not torch.equal(packed.to(zero_point.dtype), zero_point):
-            raise ValueError(f"zero_point holds {zero_point.flatten()[:3].tolist()}...; expected integers of 0 or more")
-        return pack(packed, self.fmt.bits)
-
-    @property
-    def codes(self) -> Tensor:
-        """Unpacked codes (N, K), uint8."""
-        return unpack(self.qweight, self.fmt.bits, self.shape)
-
-    def zero_points(self) -> Tensor:
-        """Unpacked zero points in float32, in the shape of `scale`."""
-        if self.zero_point is None:
-            return torch.full_like(self.scale, self.fmt.mid_code, dtype=torch.float32)
-        if self.zero_point.is_floating_point():
-            return self.zero_point.float()
-        return unpack(self.zero_point, self.fmt.bits, tuple(self.scale.shape)).float()
+    @abstractmethod
+    def code_rows(self, start: int, stop: int) -> Tensor:
+        """Codes of the rows from `start` to `stop`, (rows, K) uint8; both are multiples of 8, or the last row."""
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         slabs = self._slabs(dtype)
@@ -167,14 +113,12 @@ class IntQTensor(QTensor):
         """Decoded rows, one slab at a time."""
         rows, columns = self.shape
         height = self._slab_rows(whole=8)  # the codes of 8 rows fill whole bytes
-        scale, zero_point = self.scale.float().expand(rows, -1), self.zero_points().expand(rows, -1)
+        params, span = self.params(), min(self.fmt.span(columns), columns)
         for start in range(0, rows, height):
             stop = min(start + height, rows)
-            first, last = (packed_bytes(row * columns, self.fmt.bits) for row in (start, stop))
-            codes = unpack(self.qweight[first:last], self.fmt.bits, (stop - start, columns))
-            groups = codes.view(stop - start, scale.shape[1], -1)
-            values = grid.decode(groups, scale[start:stop, :, None], zero_point[start:stop, :, None])
-            yield values.view(stop - start, columns).to(dtype)
+            part = self.fmt.by_row(params, torch.arange(start, stop, device=params.scale.device)).spread()
+            codes = padded(self.code_rows(start, stop), span).view(stop - start, -1, span)
+            yield self.fmt.decode(codes, part).view(stop - start, -1)[:, :columns].to(dtype)
 
 
 class MixedQTensor(QTensor):
@@ -235,20 +179,3 @@ class PermutedQTensor(QTensor):
 
 def _index_dtype(columns: int) -> torch.dtype:
     return torch.int16 if columns <= torch.iinfo(torch.int16).max else torch.int32
-
-
-def round_to_nearest(weight: Tensor, fmt: WeightFormat) -> IntQTensor:
-    """Quantize a weight (N, K) to its minimum-maximum grid, each value to the nearest code.
-
-    Raises: ValueError if the weight is not finite, or the dtype of the scales cannot hold them.
-    """
-    scale, zero_point = grid.weight_params(weight, fmt)
-    grid.check_scales(weight, scale, fmt)
-    return round_to_grid(weight, scale, zero_point, fmt)
-
-
-def round_to_grid(weight: Tensor, scale: Tensor, zero_point: Tensor, fmt: WeightFormat) -> IntQTensor:
-    """Quantize a weight (N, K) to the grid of `scale` and `zero_point`, each value to the nearest code."""
-    groups = grid.to_groups(weight.to(scale.dtype), fmt)
-    codes = grid.encode(groups, scale[..., None], zero_point[..., None], fmt)
-    return IntQTensor(codes.view(weight.shape), scale, zero_point, fmt)

@@ -1,23 +1,16 @@
-"""Keys or values of one layer in a cache: packed codes with their scales, and the newest tokens as floats.
-
-The range of a group is its minimum and maximum. With a float zero point, a group of nearly equal values gets a scale of
-at least 2^-15 of its largest magnitude, so that float16 can hold the zero point; this is far below the rounding error
-of the zero point itself.
-"""
+"""Keys or values of one layer in a cache: packed codes with their scales, and the newest tokens as floats."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
 
-from harness.core.formats import grid
-from harness.core.formats.kv import StatesFormat
+from harness.core.formats.format import compute_dtype
 from harness.core.formats.packing import pack, unpack
-
-_LEAST_STEP = 2.0**-15
-# Where scales are below the range of their dtype, the squared rounding error may grow by this factor, one bit. Weights
-# are refused sooner; but one call may hold a single token, whose values are small relative to those of other tokens.
-_MOST_GROWTH = 4.0
+from harness.core.formats.params import Params
+from harness.core.formats.states_format import StatesFormat
 
 
 class States:
@@ -59,30 +52,21 @@ class States:
         return torch.cat([self._decode(states.shape[-1]).to(states.dtype), self._recent], 2) if self._coded else recent
 
     def _encode(self, states: Tensor) -> tuple[Tensor, ...]:
-        """Packed codes, scale and, in an asymmetric format, zero point of complete groups."""
-        values = states.to(grid.compute_dtype(states))
-        axis, groups = self._groups(values)
-        low, high = groups.amin(axis), groups.amax(axis)
-        if self.fmt.zero_point == "float":
-            high = torch.maximum(high, low + torch.maximum(low.abs(), high.abs()) * _LEAST_STEP * self.fmt.max_code)
-        scale, zero_point = grid.stored_params(low, high, self.fmt)
-        if grid.below_range(scale, self.fmt):
-            grid.check_ranges(low, high, self.fmt, _MOST_GROWTH)
-        codes = grid.encode(groups, scale.unsqueeze(axis), zero_point.unsqueeze(axis), self.fmt)
-        packed = pack(codes, self.fmt.bits).view(*states.shape[:3], -1)
-        dtype = getattr(torch, self.fmt.scale_dtype)
-        if self.fmt.symmetric:
-            return packed, scale.to(dtype)
-        return packed, scale.to(dtype), zero_point.to(dtype if self.fmt.zero_point == "float" else torch.uint8)
+        """Packed codes of complete groups, and the stored parameters."""
+        axis, groups = self._groups(states.to(compute_dtype(states)))
+        stored = self.fmt.stored(groups.amin(axis), groups.amax(axis))
+        codes = self.fmt.encode(groups, self._params(stored, axis))
+        return pack(codes, self.fmt.bits).view(*states.shape[:3], -1), *stored
 
     def _decode(self, head_dim: int) -> Tensor:
         """All quantized tokens (B, H, T', D), decoded in float32."""
-        packed, scale, *zero_points = self._coded
+        packed, *stored = self._coded
         codes = unpack(packed.view(-1), self.fmt.bits, (*packed.shape[:3], head_dim))
         axis, groups = self._groups(codes)
-        scale = scale.to(torch.float32)
-        zero_point = zero_points[0].to(scale.dtype) if zero_points else torch.full_like(scale, self.fmt.mid_code)
-        return grid.decode(groups, scale.unsqueeze(axis), zero_point.unsqueeze(axis)).view(codes.shape)
+        return self.fmt.decode(groups, self._params(stored, axis)).view(codes.shape)
+
+    def _params(self, stored: Iterable[Tensor], axis: int) -> Params:
+        return self.fmt.restored(*stored).map(lambda tensor: tensor.unsqueeze(axis))
 
     def _groups(self, states: Tensor) -> tuple[int, Tensor]:
         """Split the axis along which values share a scale off states (B, H, T, D). Returns: that axis, and the view."""

@@ -8,14 +8,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from harness.core.formats import grid
+from harness.core.formats.format import Format
+from harness.core.formats.integer import IntFormat
+from harness.core.formats.integer_weight import IntWeight
+from harness.core.formats.params import Params
 from harness.core.operators import operator
-from harness.core.scheme import WeightFormat
 
 _CAPABLE = ("AVX2", "AVX512")  # processors, as torch names them, that have the instructions of the operator
 
@@ -28,23 +31,22 @@ class Columns:
     values      (C, N) receives the rounded columns
     errors      (C, N) receives their errors, divided by the pivots
     factor      (C, C') rows of the upper Cholesky factor of the inverse Hessian, from the diagonal on
-    scale       (G, N), and zero_point
-    groups      for each of the C columns its row of `scale`
+    params      of the groups, (G, N)
+    groups      for each of the C columns its row of the parameters
     """
 
     weight: Tensor
     values: Tensor
     errors: Tensor
     factor: Tensor
-    scale: Tensor
-    zero_point: Tensor
+    params: Params
     groups: list[int]
 
 
-def solve_columns(columns: Columns, fmt: WeightFormat) -> None:
-    """Round each column to the grid, and subtract its error from all later columns of `columns.weight`."""
+def solve_columns(columns: Columns, fmt: Format) -> None:
+    """Round each column to the format, and subtract its error from all later columns of `columns.weight`."""
     native = operator("solve_columns")
-    if native is not None and _suits(columns) and _rounds_as_torch(native):
+    if native is not None and isinstance(fmt, IntFormat) and _suits(columns) and _rounds_as_torch(native):
         _solve_natively(native, columns, fmt)
     else:
         _solve(columns, fmt)
@@ -54,29 +56,33 @@ def _suits(columns: Columns) -> bool:
     """Whether the operator takes these columns: float32 on a CPU, and a scale for each output."""
     weight, outputs = columns.weight, columns.weight.shape[1]
     on_cpu = weight.device.type == "cpu" and torch.backends.cpu.get_cpu_capability() in _CAPABLE
-    return on_cpu and weight.dtype == torch.float32 and columns.scale.shape[1] == outputs > 1
+    return on_cpu and weight.dtype == torch.float32 and columns.params.scale.shape[1] == outputs > 1
 
 
-def _solve(columns: Columns, fmt: WeightFormat) -> None:
-    W, U, scales, zero_points = columns.weight, columns.factor, columns.scale.unbind(), columns.zero_point.unbind()
+def _solve(columns: Columns, fmt: Format) -> None:
+    W, U = columns.weight, columns.factor
+    params = [columns.params.map(itemgetter(g)) for g in range(len(columns.params.scale))]
     rows = map(torch.unbind, (columns.values, columns.errors, U, U.diagonal()))
     for i, (g, q, err, u, pivot) in enumerate(zip(columns.groups, *rows, strict=True)):
         w = W[i]
-        grid.snap(w, scales[g], zero_points[g], fmt, out=q)
+        fmt.snap(w, params[g], out=q)
         torch.sub(w, q, out=err).div_(pivot)
         W[i + 1 :].addr_(u[i + 1 :], err, alpha=-1)
 
 
-def _solve_natively(native: Callable[..., Any], columns: Columns, fmt: WeightFormat) -> None:
-    low, high = (-fmt.mid_code, fmt.mid_code - 1) if fmt.symmetric else (0, fmt.max_code)
-    native(*vars(columns).values(), low, high, fmt.symmetric)
+def _solve_natively(native: Callable[..., Any], columns: Columns, fmt: IntFormat) -> None:
+    scale, zero_point = columns.params.scale, columns.params.zero_point
+    low, high = (0, fmt.max_code) if zero_point is not None else (-fmt.mid_code, fmt.mid_code - 1)
+    tensors = columns.weight, columns.values, columns.errors, columns.factor, scale
+    unread = scale  # takes the place of a zero point that is fixed
+    native(*tensors, unread if zero_point is None else zero_point, columns.groups, low, high, zero_point is None)
 
 
 @functools.cache
 def _rounds_as_torch(native: Callable[..., Any]) -> bool:
     """Whether the operator rounds products as this build of torch does, which fuses some with their sum: measured."""
     generator = torch.Generator().manual_seed(0)
-    shape, fmt = (9, 39), WeightFormat(bits=4)
+    shape, fmt = (9, 39), IntWeight(bits=4)
     weight, scale, zero_point = (
         torch.rand(size, generator=generator) for size in (shape, (1, shape[1]), (1, shape[1]))
     )
@@ -84,7 +90,7 @@ def _rounds_as_torch(native: Callable[..., Any]) -> bool:
     results = []
     for solve in (_solve, functools.partial(_solve_natively, native)):
         values, errors = torch.empty(2, *shape)
-        columns = Columns(weight.clone(), values, errors, factor, scale, zero_point, [0] * shape[0])
+        columns = Columns(weight.clone(), values, errors, factor, Params(scale, zero_point), [0] * shape[0])
         solve(columns, fmt)
         results.append(torch.stack([columns.weight, values, errors]))
     return torch.equal(*results)

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core import ActivationFormat, QTensor, WeightFormat, round_to_nearest
+from harness.core import IntActivation, IntWeight, QTensor, round_to_nearest
 from harness.core.formats import InputQuantizer, LevelsQTensor
 from harness.kernels.bench.peers import PEERS, Peer
 from harness.kernels.table import choose
 
-_TOKENS = ActivationFormat(bits=8, symmetric=True, grid="narrow")
-_OUTLIERS = ActivationFormat(bits=8, symmetric=True, grid="narrow", threshold=6.0)
+_TOKENS = IntActivation(bits=8, symmetric=True, grid="narrow")
+_OUTLIERS = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0)
 # Relative errors: a few roundings of 2^-9, 2^-12 or 2^-24, of inputs, scales, sums and outputs.
 _BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}
 _TIES = 2e-3
@@ -63,7 +63,7 @@ def baseline(dtype: torch.dtype) -> str:
 def contenders(device: torch.device, group_size: int, dtype: torch.dtype) -> list[Contender]:
     """All contenders for a device type. A contender that is not available raises an error when it is built."""
     bound = _BOUNDS[dtype]
-    int8 = WeightFormat(bits=8, symmetric=True, grid="narrow")
+    int8 = IntWeight(bits=8, symmetric=True, grid="narrow")
     entrants = [Contender("bf16", _plain(torch.bfloat16), _BOUNDS[torch.bfloat16])]
     if device.type == "cpu":
         entrants.append(Contender("fp32", _plain(torch.float32), _BOUNDS[torch.float32]))
@@ -76,10 +76,10 @@ def contenders(device: torch.device, group_size: int, dtype: torch.dtype) -> lis
     return entrants + [_contending(peer, group_size, dtype) for peer in PEERS if device.type in peer.devices]
 
 
-def _integers(device: torch.device, group_size: int) -> dict[str, WeightFormat]:
+def _integers(device: torch.device, group_size: int) -> dict[str, IntWeight]:
     """The integer grids in groups; those of a GPU have 4 bits."""
     widths = (4, 3, 2, 8) if device.type == "cpu" else (4,)
-    group = partial(WeightFormat, granularity="group", group_size=group_size)
+    group = partial(IntWeight, granularity="group", group_size=group_size)
     symmetric = {f"int4 g{group_size} sym": group(bits=4, symmetric=True)}
     return {f"int{bits} g{group_size}": group(bits=bits) for bits in widths} | symmetric
 
@@ -95,7 +95,7 @@ def _plain(dtype: torch.dtype) -> Callable[[Tensor], Copies]:
     return prepare
 
 
-def _nearest(fmt: WeightFormat) -> Callable[[Tensor], QTensor]:
+def _nearest(fmt: IntWeight) -> Callable[[Tensor], QTensor]:
     return lambda weight: round_to_nearest(weight, fmt)
 
 
@@ -105,7 +105,7 @@ def _levels(weight: Tensor) -> QTensor:
 
 
 def _ours(
-    quantize: Callable[[Tensor], QTensor], inputs: ActivationFormat | None, dtype: torch.dtype
+    quantize: Callable[[Tensor], QTensor], inputs: IntActivation | None, dtype: torch.dtype
 ) -> Callable[[Tensor], Copies]:
     def prepare(weight: Tensor) -> Copies:
         quantized, rounds = quantize(weight), None if inputs is None else InputQuantizer(inputs)
@@ -122,7 +122,7 @@ def _ours(
     return prepare
 
 
-def _reference(fmt: WeightFormat) -> Callable[[Tensor], Copies]:
+def _reference(fmt: IntWeight) -> Callable[[Tensor], Copies]:
     """Decode the weight at every call: the cost of a weight without a kernel."""
 
     def prepare(weight: Tensor) -> Copies:

@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.core import WeightFormat, round_to_nearest
+from harness.core import IntWeight, round_to_nearest
 from harness.kernels.bench import clock
 from harness.kernels.bench.contenders import Contender, Copies, Entry, baseline, contenders
 from harness.kernels.bench.options import SHAPES, parse
@@ -217,7 +217,7 @@ def _tune(options: argparse.Namespace, device: torch.device, dtype: torch.dtype)
     for model in options.models:
         for N, K in SHAPES[model].values():
             for symmetric in (False, True):
-                fmt = WeightFormat(bits=4, granularity="group", group_size=options.group_size, symmetric=symmetric)
+                fmt = IntWeight(bits=4, granularity="group", group_size=options.group_size, symmetric=symmetric)
                 kernel = TritonInt(round_to_nearest(torch.randn(N, K, device=device), fmt), dtype)
                 for M in options.rows:
                     print(f"tune {N} x {K}, M={M}: {autotune(kernel, M)}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""Weights of 2 to 8 bits with a scale for each group of inputs, and optionally a zero point: integer grids, NF4, FP4.
+"""Weights of 2 to 8 bits with a scale for each group of inputs, and optionally a zero point: integers, NF4, FP4, E2M1.
 
 A code of up to 5 bits selects one of 2^bits levels, so that integer grids and tables differ in the levels alone; wider
 codes are integers. Inputs are float32 or bfloat16 and are not rounded; sums are in float32.
@@ -12,7 +12,7 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor
 
-from harness.core import IntQTensor, QTensor
+from harness.core import FloatQTensor, IntQTensor, QTensor
 from harness.core.formats import LevelsQTensor
 from harness.kernels.native import library
 from harness.kernels.native.panel_kernel import PanelKernel, Tensors
@@ -23,21 +23,24 @@ _LEVELS_BITS = 4  # of LevelsQTensor
 _TABLE = 32  # entries of `levels`: a table of fewer repeats
 
 
-def supports(weight: QTensor, dtype: torch.dtype) -> TypeGuard[IntQTensor | LevelsQTensor]:
+def supports(weight: QTensor, dtype: torch.dtype) -> TypeGuard[IntQTensor | FloatQTensor | LevelsQTensor]:
     """Whether the kernel runs this weight: inputs in float32 or bfloat16, groups of 16, 32, 48, ... or whole rows."""
     columns = weight.shape[1]
-    if isinstance(weight, IntQTensor):
+    if isinstance(weight, IntQTensor | FloatQTensor):
         groups = weight.scale.shape[1]
         fits = groups == 1 or columns // groups % HALF == 0
+        fits = fits and (isinstance(weight, IntQTensor) or weight.fmt.bits <= _TABLE_BITS)
     else:
         fits = isinstance(weight, LevelsQTensor) and columns % weight.block_size == 0 == weight.block_size % HALF
     return fits and library.runs(dtype)
 
 
-def build(weight: IntQTensor | LevelsQTensor) -> GroupedLinear:
+def build(weight: IntQTensor | FloatQTensor | LevelsQTensor) -> GroupedLinear:
     """The kernel of a weight that is supported."""
     if isinstance(weight, IntQTensor):
         return _of_integers(weight)
+    if isinstance(weight, FloatQTensor):
+        return _of_floats(weight)
     scale = weight.scales().view(weight.shape[0], -1)
     return GroupedLinear.of("native_levels", Codes(weight.codes, _LEVELS_BITS, weight.levels), scale, None)
 
@@ -54,6 +57,15 @@ def _of_integers(weight: IntQTensor) -> GroupedLinear:
         scale = scale.float()
     zero_point = None if fmt.symmetric else (weight.zero_points() - middle).to(scale.dtype)
     return GroupedLinear.of(f"native_int{fmt.bits}", codes, scale, zero_point)
+
+
+def _of_floats(weight: FloatQTensor) -> GroupedLinear:
+    """Elements as levels, with the scale of the whole tensor; scales of 8 bits are exact in bfloat16."""
+    fmt, levels = weight.fmt, weight.fmt.kind.levels
+    if weight.tensor_scale is not None:
+        levels = levels * weight.tensor_scale.cpu()
+    scale = weight.scale if weight.scale.dtype == torch.float32 else weight.scale.to(torch.bfloat16)
+    return GroupedLinear.of(f"native_{fmt.element}", Codes(weight.codes, fmt.bits, levels), scale, None)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from harness.core import IntQTensor, QTensor
-from harness.core.formats import InputQuantizer, grid
+from harness.core.formats import InputQuantizer
 from harness.kernels.native import library
 from harness.kernels.native.panel_kernel import PanelKernel, Tensors
 from harness.kernels.native.panels import PANEL, pack_groups, pack_panels
@@ -22,10 +22,10 @@ _WIDTHS = (2, 4, 8)  # bits of a stored code
 
 def supports(weight: QTensor, inputs: InputQuantizer, dtype: torch.dtype) -> TypeGuard[IntQTensor]:
     """Whether the kernel runs this: a scale per row or tensor, integer zero points, inputs on a symmetric grid."""
-    if not isinstance(weight, IntQTensor) or not library.runs(dtype):
+    if not isinstance(weight, IntQTensor) or inputs.integers is None or not library.runs(dtype):
         return False
     integers = weight.fmt.symmetric or weight.fmt.zero_point == "integer"
-    return integers and weight.scale.shape[1] == 1 and inputs.fmt.symmetric
+    return integers and weight.scale.shape[1] == 1 and inputs.integers.symmetric
 
 
 class Int8Linear(PanelKernel):
@@ -44,10 +44,11 @@ class Int8Linear(PanelKernel):
 
     def __init__(self, name: str, shape: tuple[int, int], tensors: Tensors, inputs: InputQuantizer) -> None:
         super().__init__(name, shape, tensors)
-        self.inputs, fmt = inputs, inputs.fmt
+        self.inputs, fmt = inputs, inputs.integers
+        assert fmt is not None
         self._format = (
             fmt.clip if fmt.dynamic else 1.0,  # a calibrated scale is clipped already
-            float(grid.symmetric_steps(fmt)),
+            float(fmt.steps),
             -fmt.mid_code,
             fmt.mid_code - 1,
             fmt.threshold or 0.0,

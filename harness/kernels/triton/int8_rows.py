@@ -1,6 +1,6 @@
 """Quantize rows of activations to int8 codes with one scale per row, in one kernel, before an int8 matmul.
 
-The grid is that of `harness.core.formats.grid` for symmetric 8-bit formats. Codes are centred: code 0 decodes to 0.0.
+The grid is that of `harness.core.formats.integer` for symmetric formats of 8 bits. Codes are centred: 0 decodes to 0.0.
 """
 
 # Triton parses these functions itself: arguments have triton types, and a kernel needs many of them.

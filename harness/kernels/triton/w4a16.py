@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core import IntQTensor, WeightFormat
+from harness.core import IntQTensor
 from harness.kernels.base import Kernel
 from harness.kernels.triton import tiles, tune
 from harness.kernels.triton.case import Case
@@ -179,7 +179,7 @@ class TritonInt(Kernel):
         self.register_buffer("zero_point", self._pack_zero_point(weight))
 
     def _pack_zero_point(self, weight: IntQTensor) -> Tensor | None:
-        fmt: WeightFormat = weight.fmt
+        fmt = weight.fmt
         if weight.zero_point is None:
             return None
         if fmt.zero_point == "float":

@@ -12,8 +12,8 @@ import math
 import torch
 from torch import Tensor
 
-from harness.core import IntFormat, IntQTensor
-from harness.core.formats import InputQuantizer, grid
+from harness.core import IntQTensor
+from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 from harness.kernels.triton import int8_matmul as matmul
 from harness.kernels.triton import int8_rows as rows
@@ -26,9 +26,9 @@ _SIGN_BIT = 0x80
 
 def supports(weight: IntQTensor, quantizer: InputQuantizer, dtype: torch.dtype) -> bool:
     """Whether TritonW8A8 computes exactly this format: symmetric 8-bit codes, one scale per row or tensor, no clip."""
-    formats: tuple[IntFormat, ...] = (weight.fmt, quantizer.fmt)
+    formats = (weight.fmt, quantizer.integers)
     return (
-        all(fmt.bits == 8 and fmt.symmetric for fmt in formats)
+        all(fmt is not None and fmt.bits == 8 and fmt.symmetric for fmt in formats)
         and quantizer.fmt.clip == 1  # the kernel takes the scale of a row from its largest magnitude
         and weight.scale.shape[1] == 1
         and weight.shape[1] <= _MAX_K
@@ -52,14 +52,16 @@ class TritonW8A8(Kernel):
                 f"8-bit weights and activations, one scale per row or tensor, clip=1, and at most {_MAX_K} inputs"
             )
         self.name = "triton_w8a8" if quantizer.fmt.threshold is None else "triton_llm_int8"
-        self.quantizer = quantizer
+        self.quantizer, fmt = quantizer, quantizer.integers
+        assert fmt is not None
+        self.fmt = fmt
         self.register_buffer("weight", (weight.codes ^ _SIGN_BIT).view(torch.int8))
         self.register_buffer("scale", weight.scale)
 
     def forward(self, inputs: Tensor, bias: Tensor | None) -> Tensor:
         outliers, preset_scale = self._ranges(inputs)
         floats = inputs.reshape(-1, self.shape[1])
-        codes, scale = rows.quantize_rows(floats, grid.symmetric_steps(self.quantizer.fmt), preset_scale, outliers)
+        codes, scale = rows.quantize_rows(floats, self.fmt.steps, preset_scale, outliers)
         float_operands = (None, None) if outliers is None else (floats.contiguous(), outliers)
         out: Tensor = matmul.int8_matmul(codes, scale, self.weight, self.scale, bias, inputs.dtype, *float_operands)
         return out.view(*inputs.shape[:-1], self.shape[0])
@@ -69,7 +71,7 @@ class TritonW8A8(Kernel):
 
         Both follow from the largest magnitude of each channel in a sequence, so that x is read only once.
         """
-        fmt = self.quantizer.fmt
+        fmt = self.fmt
         if not fmt.dynamic:
             return None, self.quantizer.scale.float().reshape(1)
         if fmt.granularity == "token" and fmt.threshold is None:
@@ -84,7 +86,7 @@ class TritonW8A8(Kernel):
         if fmt.granularity == "token":
             return outliers, None
         absmax = largest.reshape(len(inputs) if inputs.dim() > 2 else 1, -1).amax(1)
-        return outliers, grid.range_params(-absmax, absmax, fmt)[0]
+        return outliers, fmt.symmetric_scale(absmax)
 
 
 def cases() -> list[Case]:

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from harness.config import build
-from harness.core import IntQTensor, QTensor, Scheme
+from harness.core import IntQTensor, IntWeight, QTensor, Scheme
 from harness.core.formats import InputQuantizer
 from harness.nn import QuantLinear, replace
 from harness.utils.errors import LIMIT, short
@@ -87,6 +87,7 @@ def load(model: nn.Module, folder: Path) -> nn.Module:
     if metadata["version"] != VERSION:
         raise ValueError(f"{folder} has version {metadata['version']}; expected {VERSION}")
     scheme = build(Scheme, metadata["scheme"], "scheme")
+    assert isinstance(scheme.weight, IntWeight)  # `save` refuses other weights
     modules = dict(model.named_modules())
     _check_names(folder, [name for name in metadata["linears"] if name not in modules])
     for name, (rows, columns) in metadata["linears"].items():
@@ -103,9 +104,9 @@ def _linear(float_linear: nn.Module, weight: QTensor, buffers: dict[str, Tensor]
     input_quantizer = None
     if scheme.activation is not None:
         input_quantizer = InputQuantizer(scheme.activation)
-        for part in ("scale", "zero_point"):
-            if f"input_quantizer.{part}" in buffers:
-                input_quantizer.register_buffer(part, buffers[f"input_quantizer.{part}"])
+        for part in ("scale", "zero_point") if not scheme.activation.dynamic else ():
+            fixed = part == "zero_point" and scheme.activation.symmetric  # which version 1 stores too
+            input_quantizer.register_buffer(part, None if fixed else buffers[f"input_quantizer.{part}"])
     float_weight = float_linear.weight
     assert isinstance(float_weight, Tensor)
     linear = QuantLinear(weight, buffers.get("bias"), float_weight.dtype, input_quantizer)

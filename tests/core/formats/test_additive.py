@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import WeightFormat, round_to_nearest
+from harness.core import IntWeight, round_to_nearest
 from harness.core.formats import AdditiveQTensor, Gather
 from harness.core.formats.additive import _LOOKUP_ROWS, half
 from harness.nn import QuantLinear
@@ -158,4 +158,4 @@ def test_floats_beyond_float16_are_refused_at_both_ends() -> None:
 
 
 def test_an_integer_grid_has_nothing_to_tune() -> None:
-    assert round_to_nearest(torch.randn(4, 8), WeightFormat(bits=4)).tuner() is None
+    assert round_to_nearest(torch.randn(4, 8), IntWeight(bits=4)).tuner() is None

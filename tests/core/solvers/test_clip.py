@@ -8,16 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.core import Hessian, WeightFormat, round_to_grid
-from harness.core.formats import grid
+from harness.core import Hessian, IntWeight
 from harness.core.solvers.clip import clipped_params, group_errors
 from tests.support.reference import FORMATS as EXACT
 from tests.support.reference import naive_clip, naive_group_errors
 
 FORMATS = {
     **EXACT,
-    "narrow": WeightFormat(bits=3, symmetric=True, grid="narrow", scale_dtype="float32"),
-    "float16": WeightFormat(bits=4, granularity="group", group_size=8),
+    "narrow": IntWeight(bits=3, symmetric=True, grid="narrow", scale_dtype="float32"),
+    "float16": IntWeight(bits=4, granularity="group", group_size=8),
 }
 SHARES = [1 - i / 20 for i in range(11)]  # down to half
 
@@ -45,9 +44,9 @@ def hessian_of(samples: Tensor) -> Tensor:
 @pytest.mark.parametrize("name", FORMATS)
 def test_group_errors_are_those_of_the_samples(name: str) -> None:
     weight, samples, fmt = weights(), inputs(), FORMATS[name]
-    scale, zero_point = grid.weight_params(weight, fmt)
-    decoded = round_to_grid(weight, scale, zero_point, fmt).dequantize(torch.float64)
-    errors = group_errors(weight, scale, zero_point, fmt, hessian_of(samples))
+    params = fmt.weight_params(weight)
+    decoded = fmt.quantized(weight, params).dequantize(torch.float64)
+    errors = group_errors(weight, params, fmt, hessian_of(samples))
     expected = naive_group_errors(weight, decoded, samples, fmt)
     assert errors.shape == fmt.groups((6, 32)) == expected.shape
     torch.testing.assert_close(errors, expected, rtol=1e-4, atol=0)
@@ -57,28 +56,28 @@ def test_group_errors_are_those_of_the_samples(name: str) -> None:
 @settings(max_examples=40)
 def test_never_worse_than_minimum_and_maximum(seed: int, name: str) -> None:
     weight, hessian, fmt = weights(seed), hessian_of(inputs(seed)), FORMATS[name]
-    plain = group_errors(weight, *grid.weight_params(weight, fmt), fmt, hessian)
-    clipped = group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian)
+    plain = group_errors(weight, fmt.weight_params(weight), fmt, hessian)
+    clipped = group_errors(weight, clipped_params(weight, fmt, hessian), fmt, hessian)
     assert (clipped <= plain).all()
 
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_tails_are_worth_clipping(name: str) -> None:
     weight, hessian, fmt = weights(), hessian_of(inputs()), FORMATS[name]
-    plain = group_errors(weight, *grid.weight_params(weight, fmt), fmt, hessian).sum()
-    clipped = group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian).sum()
+    plain = group_errors(weight, fmt.weight_params(weight), fmt, hessian).sum()
+    clipped = group_errors(weight, clipped_params(weight, fmt, hessian), fmt, hessian).sum()
     assert clipped < 0.99 * plain
 
 
 @pytest.mark.parametrize("name", ["narrow", "channel", "float_zero"])
 def test_each_group_has_the_best_of_the_shares_that_were_tried(name: str) -> None:
     weight, hessian, fmt = weights(), hessian_of(inputs()), FORMATS[name]
-    errors = group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian)
+    errors = group_errors(weight, clipped_params(weight, fmt, hessian), fmt, hessian)
     size = 32 // errors.shape[1]
     for g in range(errors.shape[1]):
         cells = slice(g * size, (g + 1) * size)
         for i in range(len(weight)):
-            one = WeightFormat(
+            one = IntWeight(
                 bits=fmt.bits, symmetric=fmt.symmetric, grid=fmt.grid, zero_point=fmt.zero_point, scale_dtype="float32"
             )
             best = naive_clip(weight[i : i + 1, cells], hessian[cells, cells], one, SHARES)
@@ -90,16 +89,17 @@ def test_each_group_has_the_best_of_the_shares_that_were_tried(name: str) -> Non
 
 def test_each_end_of_an_asymmetric_range_moves_alone() -> None:
     weight = torch.tensor([[-1.0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8, 6.0]]).double()
-    fmt = WeightFormat(bits=2, scale_dtype="float32")
+    fmt = IntWeight(bits=2, scale_dtype="float32")
     hessian = torch.eye(8, dtype=torch.float64)
     hessian[7, 7] = 1e-3  # the output hardly depends on the tail
-    error = float(group_errors(weight, *clipped_params(weight, fmt, hessian), fmt, hessian))
+    error = float(group_errors(weight, clipped_params(weight, fmt, hessian), fmt, hessian))
     assert error < naive_clip(weight, hessian, fmt, SHARES)
 
 
 def test_the_scale_is_exact_in_its_dtype() -> None:
-    scale, zero_point = clipped_params(weights(), FORMATS["float16"], hessian_of(inputs()))
-    assert torch.equal(scale.half().double(), scale)
+    params = clipped_params(weights(), FORMATS["float16"], hessian_of(inputs()))
+    zero_point = params.zero_point
+    assert torch.equal(params.scale.half().double(), params.scale)
     assert torch.equal(zero_point.round().clamp(0, 15), zero_point)
 
 

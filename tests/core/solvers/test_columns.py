@@ -8,15 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from harness.core import WeightFormat
+from harness.core import IntWeight
+from harness.core.formats import Params
 from harness.core.solvers import columns as module
 from harness.core.solvers.columns import Columns, solve_columns
 from tests.support.kernels import built
 
 FORMATS = {
-    "integer": WeightFormat(bits=4, granularity="group", group_size=8),
-    "symmetric": WeightFormat(bits=3, granularity="group", group_size=8, symmetric=True),
-    "float": WeightFormat(bits=2, granularity="group", group_size=8, zero_point="float"),
+    "integer": IntWeight(bits=4, granularity="group", group_size=8),
+    "symmetric": IntWeight(bits=3, granularity="group", group_size=8, symmetric=True),
+    "float": IntWeight(bits=2, granularity="group", group_size=8, zero_point="float"),
 }
 
 
@@ -28,7 +29,7 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(before)
 
 
-def columns_of(count: int, later: int, outputs: int, fmt: WeightFormat) -> Columns:
+def columns_of(count: int, later: int, outputs: int, fmt: IntWeight) -> Columns:
     """Columns whose groups differ in scale and zero point, in mixed order; their factor is a view, as in GPTQ."""
     every, groups = count + later, -(-count // 8)
     scale = torch.rand(groups, outputs).mul(3).exp().mul(0.02)
@@ -39,10 +40,11 @@ def columns_of(count: int, later: int, outputs: int, fmt: WeightFormat) -> Colum
     order = (torch.randperm(count) // 8).tolist()
     factor = factor.T.contiguous().T if count % 16 == 0 else factor  # as Cholesky factors are stored
     values, errors = torch.empty(2, count, outputs)
-    return Columns(torch.randn(every, outputs), values, errors, factor, scale, zero_point, order)
+    params = Params(scale, None if fmt.symmetric else zero_point)
+    return Columns(torch.randn(every, outputs), values, errors, factor, params, order)
 
 
-def solved(columns: Columns, fmt: WeightFormat) -> torch.Tensor:
+def solved(columns: Columns, fmt: IntWeight) -> torch.Tensor:
     copy = replace(columns, **{name: getattr(columns, name).clone() for name in ("weight", "values", "errors")})
     solve_columns(copy, fmt)
     return torch.cat([copy.weight, copy.values, copy.errors])
@@ -67,7 +69,10 @@ def test_the_operator_changes_only_what_its_schema_says() -> None:
     columns = columns_of(8, 3, 40, FORMATS["integer"])
     torch.library.opcheck(
         torch.ops.ptqbench_native.solve_columns.default,
-        (*vars(columns).values(), 0.0, 15.0, False),
+        (
+            *(columns.weight, columns.values, columns.errors, columns.factor),
+            *(columns.params.scale, columns.params.zero_point, columns.groups, 0.0, 15.0, False),
+        ),
         test_utils="test_schema",
     )
 
@@ -88,7 +93,7 @@ def test_the_loop_rounds_each_column_and_compensates_for_its_error() -> None:
     before, U = columns.weight.double(), columns.factor.double()
     solve_columns(columns, fmt)
     for i, g in enumerate(columns.groups):
-        scale, zero_point = columns.scale[g].double(), columns.zero_point[g].double()
+        scale, zero_point = columns.params.scale[g].double(), columns.params.zero_point[g].double()
         codes = (before[i] / scale + zero_point).round().clamp(0, fmt.max_code)
         assert torch.allclose(columns.values[i].double(), (codes - zero_point) * scale, atol=1e-6)
         error = (before[i] - columns.values[i]) / U[i, i]

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from harness.core import IntQTensor, WeightFormat, round_to_nearest
-from harness.core.scheme import ScaleDtype
+from harness.core import IntQTensor, IntWeight, round_to_nearest
+from harness.core.formats.scales import ScaleDtype
 
 Built = tuple[Callable[[Tensor], Tensor], Callable[[], Tensor], int]
 
@@ -44,7 +44,7 @@ class Peer:
 
 def rounded(weight: Tensor, group_size: int, dtype: torch.dtype) -> IntQTensor:
     """A weight (N, K) rounded to an asymmetric 4-bit grid per group, with scales in `dtype`."""
-    fmt = WeightFormat(bits=4, granularity="group", group_size=group_size, scale_dtype=_SCALE_NAMES[dtype])
+    fmt = IntWeight(bits=4, granularity="group", group_size=group_size, scale_dtype=_SCALE_NAMES[dtype])
     return round_to_nearest(weight, fmt)
 
 

@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from harness.core import ActivationFormat, IntQTensor, WeightFormat, round_to_nearest
-from harness.core.formats import grid
+from harness.core import IntActivation, IntQTensor, IntWeight, round_to_nearest
+from harness.core.formats import Params
 from tests.support.reference import naive_rtn
 
 KINDS: list[dict[str, Any]] = [
@@ -30,7 +30,7 @@ SHARES: list[dict[str, Any]] = [
     {"granularity": "group", "group_size": -1},
 ]
 formats = st.builds(
-    lambda bits, kind, share, dtype: WeightFormat(bits=bits, **kind, **share, scale_dtype=dtype),
+    lambda bits, kind, share, dtype: IntWeight(bits=bits, **kind, **share, scale_dtype=dtype),
     st.integers(2, 8),
     st.sampled_from(KINDS),
     st.sampled_from(SHARES),
@@ -47,7 +47,7 @@ def uneven(rows: int, columns: int, seed: int = 0) -> Tensor:
 
 
 def test_asymmetric_by_hand() -> None:
-    fmt = WeightFormat(bits=2, scale_dtype="float32")
+    fmt = IntWeight(bits=2, scale_dtype="float32")
     quantized = round_to_nearest(torch.tensor([[-1.0, 0.0, 0.4, 2.0]]), fmt)
     assert quantized.scale.item() == 1.0  # (2 - -1) / 3
     assert quantized.zero_points().item() == 1.0
@@ -56,14 +56,14 @@ def test_asymmetric_by_hand() -> None:
 
 
 def test_asymmetric_range_is_widened_to_hold_zero() -> None:
-    quantized = round_to_nearest(torch.tensor([[2.0, 3.0]]), WeightFormat(bits=2, scale_dtype="float32"))
+    quantized = round_to_nearest(torch.tensor([[2.0, 3.0]]), IntWeight(bits=2, scale_dtype="float32"))
     assert quantized.scale.item() == 1.0
     assert quantized.zero_points().item() == 0.0
     assert quantized.codes.tolist() == [[2, 3]]
 
 
 def test_float_zero_point_spends_no_code_on_zero() -> None:
-    fmt = WeightFormat(bits=2, zero_point="float", scale_dtype="float32")
+    fmt = IntWeight(bits=2, zero_point="float", scale_dtype="float32")
     quantized = round_to_nearest(torch.tensor([[2.0, 2.25, 3.5]]), fmt)
     assert quantized.scale.item() == 0.5
     assert quantized.zero_points().item() == -4.0
@@ -72,8 +72,8 @@ def test_float_zero_point_spends_no_code_on_zero() -> None:
 
 def test_the_two_symmetric_grids_differ() -> None:
     weight = torch.tensor([[-3.0, 3.0, 1.0]])
-    full = round_to_nearest(weight, WeightFormat(bits=3, symmetric=True, grid="full", scale_dtype="float32"))
-    narrow = round_to_nearest(weight, WeightFormat(bits=3, symmetric=True, grid="narrow", scale_dtype="float32"))
+    full = round_to_nearest(weight, IntWeight(bits=3, symmetric=True, grid="full", scale_dtype="float32"))
+    narrow = round_to_nearest(weight, IntWeight(bits=3, symmetric=True, grid="narrow", scale_dtype="float32"))
     assert full.scale.item() == pytest.approx(6 / 7)
     assert full.codes.tolist() == [[0, 7, 5]]  # 3 / (6/7) = 3.5 rounds to even 4, and is clipped to 3
     assert narrow.scale.item() == 1.0
@@ -84,7 +84,7 @@ def test_the_two_symmetric_grids_differ() -> None:
 
 @pytest.mark.parametrize(("bits", "kind", "share"), list(itertools.product((2, 3, 4, 8), KINDS, SHARES)))
 def test_equals_naive_float64(bits: int, kind: dict[str, Any], share: dict[str, Any]) -> None:
-    fmt = WeightFormat(bits=bits, **kind, **share, scale_dtype="float32")
+    fmt = IntWeight(bits=bits, **kind, **share, scale_dtype="float32")
     weight = uneven(6, 32).double()
     quantized = round_to_nearest(weight, fmt)
     codes, decoded = naive_rtn(weight, fmt)
@@ -93,13 +93,13 @@ def test_equals_naive_float64(bits: int, kind: dict[str, Any], share: dict[str, 
 
 
 @given(fmt=formats, seed=st.integers(0, 2**16), exponent=st.integers(-30, 12))
-def test_error_is_at_most_one_scale(fmt: WeightFormat, seed: int, exponent: int) -> None:
+def test_error_is_at_most_one_scale(fmt: IntWeight, seed: int, exponent: int) -> None:
     weight = uneven(5, 16, seed) * 2.0**exponent
     if fmt.scale_dtype == "float16":  # scales below its range are refused, or a warning
         weight = weight * 2.0 ** max(0, -8 - exponent)
     quantized = round_to_nearest(weight, fmt)
     scale = quantized.scale.float()
-    error = grid.to_groups((quantized.dequantize() - weight).abs(), fmt)
+    error = fmt.to_groups((quantized.dequantize() - weight).abs())
     slack = 1.0 if fmt.scale_dtype != "bfloat16" else 1.5  # a scale error of 2^-9 over 2^8 - 1 steps adds half a step
     if fmt.zero_point == "float" and not fmt.symmetric and fmt.scale_dtype != "float32":
         slack += float((quantized.zero_points().abs().max() + fmt.max_code) * 2**-8)
@@ -107,7 +107,7 @@ def test_error_is_at_most_one_scale(fmt: WeightFormat, seed: int, exponent: int)
 
 
 @given(fmt=formats, seed=st.integers(0, 2**16))
-def test_scaling_the_weight_scales_scale_and_leaves_codes(fmt: WeightFormat, seed: int) -> None:
+def test_scaling_the_weight_scales_scale_and_leaves_codes(fmt: IntWeight, seed: int) -> None:
     weight = uneven(4, 16, seed) + 0.5  # keeps scales above the subnormal range of float16
     plain, larger = round_to_nearest(weight, fmt), round_to_nearest(weight * 4, fmt)
     assert torch.equal(plain.codes, larger.codes)
@@ -115,7 +115,7 @@ def test_scaling_the_weight_scales_scale_and_leaves_codes(fmt: WeightFormat, see
 
 
 @given(fmt=formats, seed=st.integers(0, 2**16))
-def test_permuting_rows_permutes_everything(fmt: WeightFormat, seed: int) -> None:
+def test_permuting_rows_permutes_everything(fmt: IntWeight, seed: int) -> None:
     weight = uneven(6, 16, seed)
     order = torch.randperm(6, generator=torch.Generator().manual_seed(seed))
     plain, permuted = round_to_nearest(weight, fmt), round_to_nearest(weight[order], fmt)
@@ -123,25 +123,23 @@ def test_permuting_rows_permutes_everything(fmt: WeightFormat, seed: int) -> Non
 
 
 @given(fmt=formats, seed=st.integers(0, 2**16))
-def test_decoded_values_are_fixed_points(fmt: WeightFormat, seed: int) -> None:
+def test_decoded_values_are_fixed_points(fmt: IntWeight, seed: int) -> None:
     quantized = round_to_nearest(uneven(4, 16, seed), fmt)
-    scale, zero_point = quantized.scale.float()[..., None], quantized.zero_points()[..., None]
-    codes = grid.encode(grid.to_groups(quantized.dequantize(), fmt), scale, zero_point, fmt)
+    codes = fmt.encode(fmt.to_groups(quantized.dequantize()), quantized.params().spread())
     assert torch.equal(codes.view(quantized.shape), quantized.codes)
 
 
 def test_snap_is_decode_of_encode() -> None:
-    fmt = ActivationFormat(bits=4)
+    fmt = IntActivation(bits=4)
     values = torch.randn(7, 9)
-    scale, zero_point = grid.range_params(values.amin(-1, keepdim=True), values.amax(-1, keepdim=True), fmt)
-    decoded = grid.decode(grid.encode(values, scale, zero_point, fmt), scale, zero_point)
-    assert torch.equal(grid.snap(values, scale, zero_point, fmt), decoded)
+    params = fmt.params(values).spread()
+    assert torch.equal(fmt.snap(values, params), fmt.decode(fmt.encode(values, params), params))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("value", [0.0, 1e-7, -1e-7, 3.0, -5e-5, 1e-30])
 def test_constant_groups_stay_finite_and_close(kind: dict[str, Any], value: float) -> None:
-    fmt = WeightFormat(bits=4, **kind, scale_dtype="float32")
+    fmt = IntWeight(bits=4, **kind, scale_dtype="float32")
     quantized = round_to_nearest(torch.full((2, 8), value), fmt)
     assert torch.isfinite(quantized.dequantize()).all()
     assert (quantized.dequantize() - value).abs().max() <= quantized.scale.float().max()
@@ -152,18 +150,18 @@ def test_non_finite_weights_are_refused(bad: float) -> None:
     weight = torch.ones(2, 8)
     weight[1, 3] = bad
     with pytest.raises(ValueError, match="NaN or infinite"):
-        round_to_nearest(weight, WeightFormat(bits=4))
+        round_to_nearest(weight, IntWeight(bits=4))
 
 
 def test_float_zero_point_beyond_float16_is_refused_with_the_remedy() -> None:
-    fmt = WeightFormat(bits=4, zero_point="float")
+    fmt = IntWeight(bits=4, zero_point="float")
     with pytest.raises(ValueError, match="cannot hold the zero point of a group far from 0; use .*float32"):
         round_to_nearest(1 + 1e-6 * torch.randn(2, 8), fmt)
 
 
 def test_scale_beyond_float16_is_refused_with_the_remedy() -> None:
     with pytest.raises(ValueError, match="scale_dtype=float32"):
-        round_to_nearest(torch.full((1, 8), 1e7), WeightFormat(bits=4))
+        round_to_nearest(torch.full((1, 8), 1e7), IntWeight(bits=4))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -172,7 +170,7 @@ def test_scale_beyond_float16_is_refused_with_the_remedy() -> None:
 def test_scales_below_float16_are_refused_with_a_remedy_that_works(
     kind: dict[str, Any], share: dict[str, Any], factor: float
 ) -> None:
-    weight, fmt = uneven(6, 32), WeightFormat(bits=4, **kind, **share)
+    weight, fmt = uneven(6, 32), IntWeight(bits=4, **kind, **share)
     with pytest.raises(ValueError, match=r"scale_dtype=float16 cannot hold the scales, .* smaller; use .*=float32$"):
         round_to_nearest(weight * factor, fmt)
     exact = dataclasses.replace(fmt, scale_dtype="float32")
@@ -183,12 +181,12 @@ def test_scales_below_float16_are_refused_with_a_remedy_that_works(
 def test_scales_that_bfloat16_and_float32_cannot_hold_are_refused() -> None:
     weight = torch.tensor([[1e-40, -1e-40, 3e-41, 0.0]])
     with pytest.raises(ValueError, match="scale_dtype=bfloat16 cannot hold the scales, .*; use .*=float32"):
-        round_to_nearest(weight, WeightFormat(bits=8, scale_dtype="bfloat16"))
+        round_to_nearest(weight, IntWeight(bits=8, scale_dtype="bfloat16"))
 
 
 def test_the_limit_is_the_growth_of_the_error() -> None:
     """Subnormal scales are accepted where rounding them up costs less than 1 %, whatever their position."""
-    fmt = WeightFormat(bits=4, symmetric=True, grid="narrow")
+    fmt = IntWeight(bits=4, symmetric=True, grid="narrow")
     largest = 7 * 2.0**-24 * torch.tensor([[60.4], [80.7], [90.2]])  # scales in steps of the subnormal numbers
     weight = largest * torch.linspace(-1, 1, 8)
     assert float(round_to_nearest(weight, fmt).scale.max()) < torch.finfo(torch.float16).tiny
@@ -197,7 +195,7 @@ def test_the_limit_is_the_growth_of_the_error() -> None:
 
 
 def test_dead_channels_of_a_normal_weight_are_a_warning_with_their_number() -> None:
-    weight, fmt = uneven(6, 32), WeightFormat(bits=4, granularity="group", group_size=8)
+    weight, fmt = uneven(6, 32), IntWeight(bits=4, granularity="group", group_size=8)
     expected = round_to_nearest(weight, fmt).dequantize()
     weight[2], weight[4, 8:16], weight[5] = weight[2] * 1e-7, weight[4, 8:16] * 1e-8, 0
     with pytest.warns(UserWarning, match=r"^5 of 20 groups have scales below the range of scheme.weight.scale_dtype"):
@@ -210,8 +208,8 @@ def test_dead_channels_of_a_normal_weight_are_a_warning_with_their_number() -> N
 def test_a_group_of_zeros_gives_no_warning(recwarn: pytest.WarningsRecorder) -> None:
     weight = uneven(6, 32)
     weight[:3] = 0
-    round_to_nearest(weight, WeightFormat(bits=4))
-    assert not round_to_nearest(torch.zeros(4, 16), WeightFormat(bits=4)).dequantize().any()
+    round_to_nearest(weight, IntWeight(bits=4))
+    assert not round_to_nearest(torch.zeros(4, 16), IntWeight(bits=4)).dequantize().any()
     assert not recwarn.list
 
 
@@ -219,30 +217,33 @@ def test_a_group_of_zeros_gives_no_warning(recwarn: pytest.WarningsRecorder) -> 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("share", SHARES)
 def test_stored_bits_equal_the_analytic_figure(bits: int, kind: dict[str, Any], share: dict[str, Any]) -> None:
-    fmt = WeightFormat(bits=bits, **kind, **share)
+    fmt = IntWeight(bits=bits, **kind, **share)
     quantized = round_to_nearest(torch.randn(64, 128), fmt)
     padding = 7 / (64 * 128) if fmt.granularity == "tensor" else 0  # a single zero point does not fill its last byte
     assert quantized.bits_per_weight == pytest.approx(fmt.bits_per_weight((64, 128)), abs=padding + 1e-12)
 
 
 def test_bits_per_weight_of_the_glossary() -> None:
-    fmt = WeightFormat(bits=4, granularity="group", group_size=128)
+    fmt = IntWeight(bits=4, granularity="group", group_size=128)
     assert fmt.bits_per_weight((256, 1024)) == 4 + 20 / 128
 
 
 def test_qtensor_refuses_parts_that_it_cannot_store() -> None:
-    fmt = WeightFormat(bits=4, granularity="group", group_size=8)
+    fmt = IntWeight(bits=4, granularity="group", group_size=8)
     codes = torch.zeros(2, 16, dtype=torch.uint8)
     ones = torch.ones(2, 2)
     with pytest.raises(ValueError, match=r"scale has shape \(2, 1\); expected \(2, 2\)"):
-        IntQTensor(codes, ones[:, :1], ones, fmt)
+        IntQTensor(codes, Params(ones[:, :1], ones), fmt)
     with pytest.raises(ValueError, match="not exact in float16"):
-        IntQTensor(codes, ones * 1.0001, ones, fmt)
+        IntQTensor(codes, Params(ones * 1.0001, ones), fmt)
     with pytest.raises(ValueError, match="code 16 does not fit bits=4"):
-        IntQTensor(codes + 16, ones, ones, fmt)
+        IntQTensor(codes + 16, Params(ones, ones), fmt)
     with pytest.raises(ValueError, match="expected integers of 0 or more"):
-        IntQTensor(codes, ones, ones * 3.7, fmt)
+        IntQTensor(codes, Params(ones, ones * 3.7), fmt)
     with pytest.raises(ValueError, match="codes have dtype torch.float32"):
-        IntQTensor(codes.float(), ones, ones, fmt)
-    with pytest.raises(ValueError, match="must be 8 everywhere"):
-        IntQTensor(codes, ones, ones, WeightFormat(bits=4, symmetric=True, granularity="group", group_size=8))
+        IntQTensor(codes.float(), Params(ones, ones), fmt)
+    with pytest.raises(ValueError, match="does not fit symmetric=False; expected a zero point"):
+        IntQTensor(codes, Params(ones), fmt)
+    symmetric = IntWeight(bits=4, symmetric=True, granularity="group", group_size=8)
+    with pytest.raises(ValueError, match="does not fit symmetric=True; expected no zero point"):
+        IntQTensor(codes, Params(ones, ones), symmetric)

@@ -1,0 +1,133 @@
+"""Weights on the uniform integer grid: the format, and the stored tensors."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harness.core.formats import scales
+from harness.core.formats.format import WeightFormat, compute_dtype
+from harness.core.formats.integer import StoredInt
+from harness.core.formats.packing import pack, packed_bytes, unpack
+from harness.core.formats.params import Params
+from harness.core.formats.qtensor import GroupedQTensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class IntWeight(WeightFormat, StoredInt):
+    """Integer codes of one weight (N out, K in); scales are stored as `scale_dtype`, integer zero points as codes."""
+
+    granularity: Literal["tensor", "channel", "group"] = "channel"
+
+    def check_scales(self, weight: Tensor, params: Params) -> None:
+        """Check that the dtype of the stored scales is wide enough for the small weights of a weight (N, K).
+
+        The check costs time only if a scale, any clipping included, is below the normal numbers of its dtype. Groups
+        that lose more than one bit are a warning.
+        Raises: ValueError if the rounding of the scales raises the error of the whole weight by more than 1 %.
+        """
+        if not scales.below_range(params.scale, self.scale_dtype):
+            return
+        groups = self.to_groups(weight.to(compute_dtype(weight)))
+        lost, count = self.check_ranges(groups.amin(-1), groups.amax(-1))
+        if lost:
+            warnings.warn(
+                f"{lost} of {count} groups have scales below the range of {self.where}.scale_dtype={self.scale_dtype}; "
+                "their weights, tiny relative to the others, are lost",
+                stacklevel=3,
+            )
+
+    def quantized(self, weight: Tensor, params: Params) -> IntQTensor:
+        groups = self.to_groups(weight.to(params.scale.dtype))
+        return IntQTensor(self.encode(groups, params.spread()).view(weight.shape), params, self)
+
+    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+        rows, columns = self.groups(shape)
+        per_group = scales.BITS[self.scale_dtype]
+        if not self.symmetric:
+            per_group += self.bits if self.zero_point == "integer" else scales.BITS[self.scale_dtype]
+        return self.bits + rows * columns * per_group / (shape[0] * shape[1])
+
+    def at(self, bits: int) -> IntWeight:
+        return replace(self, bits=bits)
+
+
+class IntQTensor(GroupedQTensor):
+    """Packed integer codes with scale (N, G), or (1, 1) per tensor, and zero point.
+
+    The zero point is packed at `bits` bits if it is an integer, stored as `scale_dtype` if it is a float, and not
+    stored if the format is symmetric.
+    """
+
+    fmt: IntWeight
+    qweight: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def __init__(self, codes: Tensor, params: Params, fmt: IntWeight) -> None:
+        """Store `codes` (N, K) uint8 with parameters of shape `fmt.groups((N, K))`.
+
+        Raises: ValueError if a dtype or shape does not match the format, a scale is not exact in the stored dtype, or
+        a zero point is not one that the format can store.
+        """
+        if codes.dtype != torch.uint8:
+            raise ValueError(f"codes have dtype {codes.dtype}; expected torch.uint8")
+        shape = (codes.shape[0], codes.shape[1])
+        super().__init__(shape, fmt)
+        expected = fmt.groups(shape)
+        for name, part in (("scale", params.scale), ("zero_point", params.zero_point)):
+            if part is not None and tuple(part.shape) != expected:
+                raise ValueError(f"{name} has shape {tuple(part.shape)}; expected {expected} for a weight of {shape}")
+        stored = params.scale.to(getattr(torch, fmt.scale_dtype))
+        if not torch.equal(stored.to(params.scale.dtype), params.scale):
+            raise ValueError(f"scale is not exact in {fmt.scale_dtype}; round it with scales.store first")
+        self.register_buffer("qweight", pack(codes, fmt.bits))
+        self.register_buffer("scale", stored)
+        self.register_buffer("zero_point", self._stored_zero_point(params.zero_point))
+
+    @classmethod
+    def stored(cls, buffers: dict[str, Tensor], shape: tuple[int, int], fmt: IntWeight) -> IntQTensor:
+        """Build a QTensor from the buffers of another one with the same shape and format."""
+        restored = cls.__new__(cls)
+        GroupedQTensor.__init__(restored, shape, fmt)
+        for name in ("qweight", "scale", "zero_point"):
+            restored.register_buffer(name, buffers.get(name))
+        return restored
+
+    def _stored_zero_point(self, zero_point: Tensor | None) -> Tensor | None:
+        if (zero_point is None) != self.fmt.symmetric:
+            expected = "no zero point" if self.fmt.symmetric else "a zero point"
+            raise ValueError(f"zero_point does not fit symmetric={self.fmt.symmetric}; expected {expected}")
+        if zero_point is None:
+            return None
+        if self.fmt.zero_point == "float":
+            return zero_point.to(getattr(torch, self.fmt.scale_dtype))
+        packed = zero_point.to(torch.uint8)
+        if not torch.equal(packed.to(zero_point.dtype), zero_point):
+            raise ValueError(f"zero_point holds {zero_point.flatten()[:3].tolist()}...; expected integers of 0 or more")
+        return pack(packed, self.fmt.bits)
+
+    @property
+    def codes(self) -> Tensor:
+        """Unpacked codes (N, K), uint8."""
+        return unpack(self.qweight, self.fmt.bits, self.shape)
+
+    def zero_points(self) -> Tensor:
+        """Unpacked zero points in float32, in the shape of `scale`; the middle code of a symmetric format."""
+        if self.zero_point is None:
+            return torch.full_like(self.scale, self.fmt.mid_code, dtype=torch.float32)
+        if self.zero_point.is_floating_point():
+            return self.zero_point.float()
+        return unpack(self.zero_point, self.fmt.bits, tuple(self.scale.shape)).float()
+
+    def params(self) -> Params:
+        return Params(self.scale.float(), None if self.fmt.symmetric else self.zero_points())
+
+    def code_rows(self, start: int, stop: int) -> Tensor:
+        rows, columns = stop - start, self.shape[1]
+        first, last = (packed_bytes(row * columns, self.fmt.bits) for row in (start, stop))
+        return unpack(self.qweight[first:last], self.fmt.bits, (rows, columns))

@@ -27,9 +27,11 @@ _LARGEST_PALEY = 512  # limit of the cost, because a factor is applied as a dens
 _CHUNK = 6  # largest Sylvester factor 2^6: small enough to be cheap, large enough for an efficient matmul
 
 
-def rotate(values: Tensor) -> Tensor:
-    """x Q_n for values x (..., n), in the same dtype."""
-    return _apply(values, transposed=False)
+def rotate(values: Tensor, size: int | None = None) -> Tensor:
+    """x Q_n for values x (..., n), in the same dtype; with `size`, x_i Q_size for each part x_i of that size."""
+    if size is None:
+        return _apply(values, transposed=False)
+    return _apply(values.unflatten(-1, (-1, size)), transposed=False).view(values.shape)
 
 
 def unrotate(values: Tensor) -> Tensor:

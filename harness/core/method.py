@@ -7,13 +7,14 @@ users of a run must know (for example a raised damping) goes into the run's reco
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from harness.core.checks import above_zero, at_least
-from harness.core.formats.qtensor import QTensor, round_to_nearest
+from harness.core.formats.qtensor import QTensor
+from harness.core.formats.rounding import round_to_nearest
 from harness.core.groups import InputGroup as InputGroup
 from harness.core.residual import Residual as Residual
 from harness.core.scheme import NATIVE, Scheme
@@ -80,8 +81,12 @@ class Method:
                 f"scheme={NATIVE} is for methods with a format of their own; use another scheme, such as scheme=group64"
             )
 
-    def prepare(self, model: nn.Module) -> None:
-        """Rewrite the float model once, without data (rotations). Must not change the function that it computes."""
+    def prepare(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
+        """Rewrite the float model once, without data. Must not change the function that it computes.
+
+        `weights` (N out, K in) are views of those that will be quantized, by the names of their linears. A linear that
+        is replaced by a `Rotated` stays one that will be quantized.
+        """
 
     def rotate(self, residual: Residual) -> None:
         """Rewrite the float model once at its residual stream, by `fold`, `turn` and `online`; needs no data.

@@ -18,11 +18,12 @@ class Rotated(nn.Module):
 
     INNER: ClassVar[str] = "linear"
 
-    def __init__(self, linear: nn.Module) -> None:
+    def __init__(self, linear: nn.Module, size: int | None = None) -> None:
+        """With `size`, Q is block diagonal: each `size` consecutive inputs are rotated alone."""
         super().__init__()
-        self.linear = linear
+        self.linear, self.size = linear, size
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Output (..., N) of inputs (..., K)."""
-        outputs: Tensor = self.linear(hadamard.rotate(inputs))
+        outputs: Tensor = self.linear(hadamard.rotate(inputs, self.size))
         return outputs

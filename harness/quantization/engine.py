@@ -7,7 +7,7 @@ function. The step that quantizes observes the inputs that the quantized blocks 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from harness.calibration import PROBE_TOKENS, SAME_TURNED
 from harness.config import RunConfig
 from harness.core import Method, overrides
+from harness.core.rotated import Rotated
 from harness.models import Decoder, logits, matching, split_skipped, weight_of
 from harness.quantization.install import float_row, recorded
 from harness.quantization.joining import join_linears
@@ -86,10 +87,12 @@ def quantize(
     schemes = {name: cfg.scheme.at(bits) for name, bits in (widths or {}).items()} if cfg.scheme else {}
     result.renamed = dict(zip(names, names, strict=True))
     for label, step in cfg.steps.items():
+        renamed: dict[str, str] = {}
         if overrides(step, "prepare"):
-            _prepare(decoder, label, step, tokens, result.warnings)
+            renamed = _prepare(decoder, label, step, names, tokens, result.warnings)
         if overrides(step, "rotate"):
-            renamed = _rotate(decoder, label, step, tokens, result.warnings)
+            renamed |= _rotate(decoder, label, step, tokens, result.warnings)
+        if renamed:
             linears = decoder.linears()
             names, skipped = ([renamed.get(name, name) for name in listed] for listed in (names, skipped))
             rescaled = {renamed.get(name, name): producers for name, producers in rescaled.items()}
@@ -116,12 +119,19 @@ def _twins(linears: Mapping[str, nn.Module]) -> list[str]:
     return [name for name, module in linears.items() if owners.setdefault(id(module.weight), name) != name]
 
 
-def _prepare(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: list[str]) -> None:
+def _prepare(
+    decoder: Decoder, label: str, step: Method, names: Sequence[str], tokens: Tensor, notes: list[str]
+) -> dict[str, str]:
+    """Let a step rewrite the model, which has the linears `names`.
+
+    Returns: the linears that were renamed, old name -> new name.
+    """
     model, probe = decoder.model, tokens[:1, :PROBE_TOKENS]
     before = logits(model, probe)
     with recorded(f"method.{label}", notes):
-        step.prepare(model)
+        step.prepare(model, {name: weight_of(model.get_submodule(name)).detach() for name in names})
     same_function(label, before, logits(model, probe), "the logits")
+    return {name: f"{name}.{Rotated.INNER}" for name in names if isinstance(model.get_submodule(name), Rotated)}
 
 
 def _rotate(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: list[str]) -> dict[str, str]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import nn
+from torch import Tensor, nn
 
 from harness.config import RunConfig, build, build_run, build_steps
 from harness.core import Method
@@ -150,7 +150,7 @@ def test_method_fields_are_the_keys_and_their_types() -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Rewrites(Method):
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Change nothing."""
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -57,7 +57,7 @@ class Recorder(Method):
 class SwapChannels(Method):
     """Permutes the hidden channels of each mlp: the weights change, the function does not."""
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         for name, module in linears(model).items():
             order = torch.arange(64).flip(0)
             if name.endswith("down_proj"):
@@ -72,7 +72,7 @@ class Doubles(Method):
 
     hook: str
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         if self.hook == "prepare":
             next(iter(linears(model).values())).weight.data.mul_(2)  # type: ignore[union-attr,operator]
 
@@ -113,7 +113,7 @@ def test_a_rewrite_and_rtn_equal_both_steps_by_hand(tiny: Tiny) -> None:
     composed, by_hand = build("llama"), build("llama")
     cfg = config(tiny, "scheme=channel", swap=SwapChannels(), rtn=RTN())
     quantize(composed, cfg, TOKENS)
-    SwapChannels().prepare(by_hand)
+    SwapChannels().prepare(by_hand, {})
     assert cfg.scheme is not None
     for name, module in linears(by_hand).items():
         linear = composed.get_submodule(name)
@@ -328,7 +328,7 @@ def test_warnings_of_a_method_are_kept_with_the_name_of_the_linear(tiny: Tiny) -
 class WarnsOnce(Method):
     """Warns about the whole model, in `prepare` and in `rotate`."""
 
-    def prepare(self, model: nn.Module) -> None:
+    def prepare(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         warnings.warn("prepared", stacklevel=2)
 
     def rotate(self, residual: Residual) -> None:

@@ -11,7 +11,8 @@ from harness.records import Record, Text
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # The columns in which runs of one model and text may differ, in the order of tables.
-SETTING = ("method", "scheme", "bits", "options", "calibration", "kv", "dtype", "execution", "runtime")
+TIMED = ("batch", "prompt")  # what the times of a run are of: sequences at once, and tokens of the prompt
+SETTING = ("method", "scheme", "bits", "options", "calibration", "kv", "dtype", "execution", "runtime", *TIMED)
 
 EAGER = "eager"  # how calls are timed unless a run says otherwise
 
@@ -52,6 +53,8 @@ def describe(record: Record) -> Json:
         "execution": execution.mode,
         "kernel": execution.kernel,
         "runtime": str(at(config, "measure", "runtime") or EAGER),
+        "batch": at(config, "measure", "batch_size"),
+        "prompt": at(config, "measure", "prompt_len"),
         "device": execution.device,
         "data": text.source or _configured_text(config),
         "protocol": record.data.protocol,

@@ -29,6 +29,8 @@ _ORDER = [
     "calibration",
     "kv",
     "precision",
+    "batch",
+    "prompt",
     "seed",
     "run_id",
 ]

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import Tensor, nn
 
 from harness.config import RunConfig, build, build_run, build_steps
@@ -146,6 +148,19 @@ def test_method_fields_are_the_keys_and_their_types() -> None:
         build(Fields, {"rounds": 2.5}, "method.f")
     with pytest.raises(ValueError, match=r"^method.f.rounds=True has type bool; expected int$"):
         build(Fields, {"rounds": True}, "method.f")
+
+
+@pytest.mark.parametrize("experiment", ["latency", "w8a16_blocks"])
+def test_the_runs_of_a_shipped_sweep_build(experiment: str) -> None:
+    sweeps = yaml.safe_load((ROOT / f"conf/experiment/{experiment}.yaml").read_text())["hydra"]["sweeper"]["sweeps"]
+    for sweep in sweeps:
+        parsed = OverridesParser.create().parse_overrides(sweep.split())
+        first = [
+            f"{item.key_or_group}={next(item.sweep_string_iterator())}" if item.is_sweep_override() else item.input_line
+            for item in parsed
+        ]
+        cfg = build_run(resolve(f"experiment={experiment}", *map(str, first)))
+        assert cfg.model.package is not None
 
 
 @dataclass(frozen=True, kw_only=True)

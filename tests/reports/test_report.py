@@ -17,7 +17,7 @@ from harness.cli.report import main
 from harness.records import Analysis, Environment, Record, write
 from harness.reports import to_frame
 from harness.reports.cells import STALE, STALE_NOTE
-from harness.reports.html import charts, details, layers, names, page, pareto, rows
+from harness.reports.html import charts, curves, details, layers, names, page, pareto, rows
 from tests.reports.test_table import make
 
 HOSTILE = "</script><script>document.title = 'owned'</script><b>&"
@@ -64,6 +64,55 @@ def analysed() -> list[Record]:
     magnitudes = {"before": [float(1 + channel % 7) for channel in range(400)], "after": [1.0] * 400}
     found[3].analysis = Analysis(outliers={"model.layers.0.mlp.up_proj": magnitudes})
     return found
+
+
+def timed(method: str, batch: int, prompt: int, decode: float | None, **changes: Any) -> Record:
+    """A run of a latency sweep."""
+    found = make(f"{method}{batch}x{prompt}", 10.0, method=method, **changes)
+    found.config["measure"] = {"batch_size": batch, "prompt_len": prompt}
+    found.metrics |= {"prefill_ms_p50": 100.0 * batch} | ({} if decode is None else {"decode_ms_p50": decode})
+    return found
+
+
+def test_speeds_of_a_latency_sweep_are_curves() -> None:
+    sweep = [timed("none", 1, 128, 20.0), timed("none", 8, 128, 40.0), timed("rtn", 1, 128, 10.0)]
+    sweep += [timed("rtn", 8, 128, 25.0), timed("rtn", 1, 512, 12.5), timed("rtn", 4, 128, None)]
+    drawn = {curve.title: curve for curve in curves.curves(to_frame(sweep))}
+    assert list(drawn) == [
+        "decode, prompts of 128 tokens",
+        "prefill, prompts of 128 tokens",
+        "decode, a batch of 1",
+        "prefill, a batch of 1",
+    ]
+    by_batch = drawn["decode, prompts of 128 tokens"]
+    assert by_batch.axis == "sequences at once"
+    found = {(point["run"], point["across"]): point["speed"] for point in by_batch.points}
+    assert found == {
+        ("none1x128", 1): 50.0,  # one token in 20 ms
+        ("none8x128", 8): 200.0,
+        ("rtn1x128", 1): 100.0,
+        ("rtn8x128", 8): 320.0,
+    }
+    prefill = {point["run"]: point["speed"] for point in drawn["prefill, prompts of 128 tokens"].points}
+    assert prefill["rtn8x128"] == 1280.0  # 8 x 128 tokens in 800 ms
+    by_prompt = drawn["decode, a batch of 1"].points
+    assert [(point["across"], point["speed"]) for point in by_prompt] == [(128, 100.0), (512, 80.0)]
+    assert len({point["line"] for point in by_batch.points}) == 2
+
+
+def test_runs_of_one_batch_have_no_curves() -> None:
+    assert not list(curves.curves(to_frame([timed("none", 1, 128, 20.0), timed("rtn", 1, 128, 10.0)])))
+    assert not list(curves.curves(to_frame(records())))
+
+
+def test_curves_are_in_the_page_after_the_plots(tmp_path: Path) -> None:
+    sweep = [timed("none", 1, 128, 20.0), timed("none", 8, 128, 40.0)]
+    loads = Loads(page.html(sweep, tmp_path))
+    charted = json.loads(loads.data)["charts"]
+    titles = re.findall(r"<figcaption>(.*?)</figcaption>", page.html(sweep, tmp_path))
+    assert titles[-2:] == ["decode, prompts of 128 tokens", "prefill, prompts of 128 tokens"]
+    assert len(charted) == len(titles)
+    assert charted[-2]["layer"][0]["encoding"]["y"]["title"] == "tokens per second"
 
 
 class Loads(HTMLParser):

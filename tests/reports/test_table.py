@@ -248,6 +248,16 @@ def test_compiled_and_eager_times_are_told_apart() -> None:
         assert ("runtime" in sheet.head[0]) == bool(expected)
 
 
+def test_times_of_other_batches_and_prompts_are_told_apart() -> None:
+    runs = [make(name, 20.0) for name in "abc"]
+    for run, measure in zip(runs, ((1, 128), (8, 128), (8, 512)), strict=True):
+        run.config["measure"] = dict(zip(("batch_size", "prompt_len"), measure, strict=True))
+    shown = display(to_frame(runs[:2]))
+    assert list(shown["batch"]) == ["1", "8"]
+    assert "prompt" not in shown
+    assert list(display(to_frame(runs))["prompt"]) == ["128", "128", "512"]
+
+
 def test_the_head_is_wrapped_and_the_table_is_not() -> None:
     text = table.to_markdown(to_frame(realistic()))
     head, rows, *_ = text.split("\n\n")

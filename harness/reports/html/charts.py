@@ -11,6 +11,7 @@ from typing import Any
 
 import altair as alt
 
+from harness.reports.html.curves import Curve
 from harness.reports.html.names import WIDE, Domains, float_names, named_points
 from harness.reports.html.pareto import Plot
 
@@ -49,6 +50,44 @@ def pareto(plot: Plot, colors: dict[str, str], *, wide: bool, legend: bool = Fal
     ]
     chart = alt.layer(*marks).add_params(alt.param(name="shown", value="all"), alt.param(name="selected", value=""))
     return finish(chart.properties(height=HEIGHTS[wide], width="container"), font)
+
+
+def speeds(curve: Curve, font: int = 12) -> Json:
+    """Tokens per second by batch or prompt, a line for each method and format."""
+    names = sorted({str(point["line"]) for point in curve.points})
+    places = sorted({int(point["across"]) for point in curve.points})
+    color = alt.Color(
+        "line:N",
+        title=None,
+        scale=alt.Scale(domain=names, range=[COLORS[i % len(COLORS)] for i in range(len(names))]),
+        legend=alt.Legend(orient="top", symbolType="circle", columns=2, labelLimit=320),
+    )
+    base = alt.Chart(alt.InlineData(values=curve.points)).encode(
+        x=alt.X(
+            "across:Q",
+            title=curve.axis,
+            scale=alt.Scale(type="log", domain=[places[0], places[-1]], nice=False, padding=14),
+            axis=alt.Axis(values=places, format="d", labelOverlap=True),
+        ),
+        y=alt.Y("speed:Q", title="tokens per second"),
+        color=color,
+        tooltip=[
+            alt.Tooltip("line:N", title="run"),
+            alt.Tooltip("across:Q", title=curve.axis),
+            alt.Tooltip("speed:Q", title="tokens per second", format=".4~g"),
+        ],
+    )
+    lines = base.mark_line(strokeWidth=1.6).encode(opacity=alt.value(0.7))
+    points = base.mark_point(filled=True, size=70, cursor="pointer").encode(
+        stroke=alt.condition("datum.run == selected", alt.value(INK), alt.value("white")),
+        strokeWidth=alt.condition("datum.run == selected", alt.value(3), alt.value(1)),
+        opacity=_opacity(1),
+        description="line:N",
+    )
+    chart = alt.layer(lines, points).add_params(
+        alt.param(name="shown", value="all"), alt.param(name="selected", value="")
+    )
+    return finish(chart.properties(height=HEIGHTS[False], width="container"), font)
 
 
 def layers(font: int = 12) -> Json:

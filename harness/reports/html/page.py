@@ -22,6 +22,7 @@ from harness.records.folder import runs_of
 from harness.reports.cells import STALE_NOTE, number
 from harness.reports.frame import to_frame
 from harness.reports.html import charts, details, layers, pareto, rows
+from harness.reports.html.curves import curves
 from harness.reports.names import told_apart
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -85,11 +86,11 @@ def _context(records: list[Record], folder: Path, stale: Set[str]) -> dict[str, 
     frame = _frame(records, stale)
     labels, colors = pareto.labels(frame), charts.palette(list(frame["method"]))
     groups = [_group(title, part, labels, colors) for title, part in pareto.groups(frame)]
-    groups = [group for group in groups if group["losses"]]
+    groups = [group for group in groups if group["losses"] or group["curves"]]
     sensitivity, outliers = layers.sensitivity(records, labels), layers.outliers(records, labels)
     columns, table = rows.table(frame)
     data = {
-        "charts": [plot.pop("spec") for group in groups for loss in group["losses"] for plot in loss["plots"]],
+        "charts": [plot.pop("spec") for group in groups for plot in _plots(group)],
         "layers": sensitivity | {"spec": charts.layers()},
         "outliers": {"runs": outliers, "spec": charts.outliers()},
     }
@@ -127,9 +128,15 @@ def _group(title: str, part: pd.DataFrame, labels: dict[str, str], colors: dict[
     return {
         "title": title,
         "losses": [loss for loss in losses if loss["plots"]],
+        "curves": [{"title": curve.title, "spec": charts.speeds(curve)} for curve in curves(part)],
         "best": _best(part),
         "methods": methods,
     }
+
+
+def _plots(group: dict[str, Any]) -> list[dict[str, Any]]:
+    """The plots of a group, in the order of the page."""
+    return [*(plot for loss in group["losses"] for plot in loss["plots"]), *group["curves"]]
 
 
 def _loss(plots: list[pareto.Plot], colors: dict[str, str]) -> dict[str, Any]:

@@ -21,7 +21,10 @@ TIMES = "\u00d7"
 FLOAT_ROOM = 1.4  # float models that cost more than this times the dearest other run are lines and no points
 STACKED = 0.95  # points at an edge that would hide each other are drawn this far apart
 # Columns that may tell two runs apart that agree in method, scheme, bits and options.
-_DISTINCTIVE = ("model", "data", "dtype", "execution", "kernel", "runtime", "calibration", "device", "seed", "run_id")
+_DISTINCTIVE = (
+    *("model", "data", "dtype", "execution", "kernel", "runtime", "batch", "prompt", "calibration", "device", "seed"),
+    "run_id",
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +91,7 @@ def labels(frame: pd.DataFrame) -> dict[str, str]:
 
     Names of stale rows end with the sign of such rows.
     """
-    named = {index: _name(row) for index, row in frame.iterrows()}
+    named = {index: name_of(row) for index, row in frame.iterrows()}
     for column in _DISTINCTIVE:
         names = pd.Series(named)
         for name, same in names[names.duplicated(keep=False)].groupby(names):
@@ -138,7 +141,8 @@ def front(points: Sequence[tuple[float, float]]) -> list[bool]:
     return [not any(a <= cost and b <= loss and (a, b) != (cost, loss) for a, b in points) for cost, loss in points]
 
 
-def _name(row: pd.Series[Any]) -> str:
+def name_of(row: pd.Series[Any]) -> str:
+    """Method, scheme, bits, options and KV cache of a run."""
     kv = "" if row["kv"] == "none" else row["kv"]
     if row["method"] == "none":
         changes = " ".join(part for part in (row["options"], kv) if part)

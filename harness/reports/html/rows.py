@@ -16,7 +16,7 @@ from harness.reports.html.pareto import TIMES
 # Columns that describe a run: those that are always shown, and those shown where rows differ, before and after metrics.
 ALWAYS = ("method", "scheme", "bits")
 FIRST = "perplexity"  # the metric that follows them, so that a phone shows it
-BEFORE = ("options", "kv", "dtype", "execution", "runtime")
+BEFORE = ("options", "kv", "dtype", "execution", "runtime", "batch", "prompt")
 AFTER = ("calibration", "model", "data", "windows", "device", "seed", "protocol_class", "environment_class")
 
 
@@ -75,7 +75,7 @@ def _differing(frame: pd.DataFrame, names: Sequence[str]) -> list[str]:
 
 
 def _naming_column(name: str) -> Column:
-    return Column(name.removesuffix("_class"), "", name in ("bits", "windows", "seed"))
+    return Column(name.removesuffix("_class"), "", name in ("bits", "batch", "prompt", "windows", "seed"))
 
 
 def _metric_column(metric: Metric) -> Column:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from torch import Tensor, nn
 
 from harness.config import RunConfig, build, build_run, build_steps
-from harness.core import Method
+from harness.core import FloatActivation, FloatWeight, IntActivation, IntWeight, Method, Scheme
 from harness.utils.errors import Conflict, Refusal, choices
 from methods.rtn import RTN
 from tests.conftest import ROOT, resolve
@@ -148,6 +148,40 @@ def test_method_fields_are_the_keys_and_their_types() -> None:
         build(Fields, {"rounds": 2.5}, "method.f")
     with pytest.raises(ValueError, match=r"^method.f.rounds=True has type bool; expected int$"):
         build(Fields, {"rounds": True}, "method.f")
+
+
+OWN_FLOATS = {"element": "e3m2", "granularity": "group", "group_size": 16, "scale_dtype": "e8m0", "scale_rule": "ceil"}
+
+
+def test_a_scheme_of_ones_own_needs_no_code() -> None:
+    """The keys say whether a format is of integers or of small floats, for weights and inputs separately."""
+    tokens = {"bits": 8, "symmetric": True}
+    own = build(Scheme, {"name": "own", "weight": OWN_FLOATS, "activation": tokens}, "scheme")
+    assert own.weight == FloatWeight(**OWN_FLOATS)
+    assert own.activation == IntActivation(**tokens)
+    own = build(Scheme, {"name": "own", "weight": {"bits": 3}, "activation": {"element": "e4m3"}}, "scheme")
+    assert own.weight == IntWeight(bits=3)
+    assert own.activation == FloatActivation(element="e4m3")
+
+
+@pytest.mark.parametrize(
+    ("weight", "message"),
+    [
+        (OWN_FLOATS | {"element": "e9m9"}, "scheme.weight.element=e9m9 is no float of 3 to 8 bits; expected e and"),
+        (OWN_FLOATS | {"scale_dtype": "e5m3"}, "scheme.weight.scale_dtype='e5m3' is unknown; expected one of"),
+        (OWN_FLOATS | {"groupsize": 16}, "scheme.weight.groupsize=16 is an unknown key; did you mean scheme.weight.gr"),
+        (OWN_FLOATS | {"scale_rule": "floor", "top": 20}, "scheme.weight.top=20 has no use with scale_rule=floor; set"),
+        ({"element": 4}, "scheme.weight.element=4 is no float of 3 to 8 bits"),
+        ({"bits": 4, "elements": "e2m1"}, "scheme.weight.elements='e2m1' is an unknown key; did you mean"),
+        ({"group_size": 16}, "scheme.weight.bits is missing"),
+        (None, "scheme.weight=None is not a mapping"),
+    ],
+)
+def test_an_impossible_scheme_is_one_line_that_names_the_key(weight: Any, message: str) -> None:
+    with pytest.raises(Refusal) as caught:
+        build(Scheme, {"name": "own", "weight": weight}, "scheme")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("experiment", ["latency", "w8a16_blocks"])

@@ -397,6 +397,20 @@ def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:
         assert mib[32] == 32 * mib[1]
 
 
+@pytest.mark.parametrize("kv", ["kv8_token", "kivi4", "fp8", "nvfp4"])
+def test_the_cache_is_read(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kv: str) -> None:
+    """A corrupted cache moves the perplexity: keys and values of a run come from the stored codes."""
+    groups = SMALL if kv != "fp8" else ()
+    overrides = ("method=none", f"kv={kv}", *groups, *(["kv.residual=8"] if kv == "kivi4" else []))
+    sound = execute_run(tiny(*overrides))[0]
+    assert sound.status == "ok", sound.error
+    decode = States._decode
+    monkeypatch.setattr(States, "_decode", lambda self, head_dim: decode(self, head_dim).roll(1, -1))
+    corrupted = execute_run(tiny(*overrides, "force=true"))[0]
+    assert corrupted.run_id == sound.run_id
+    assert abs(corrupted.metrics["nll"] - sound.metrics["nll"]) > 1e-3
+
+
 def test_batch_size_does_not_change_a_run(tiny: Tiny) -> None:
     one, two = (execute_run(tiny("kv=kv2_channel", f"data.batch_size={n}"))[0].window_nll for n in (1, 2))
     assert one == pytest.approx(two, rel=1e-6)

@@ -1,7 +1,7 @@
 """Formats of weights, inputs and KV caches: how values become codes and back. The only place that rounds.
 
-`format` says what a format is. Integers and small floats are formats of weights, inputs and caches; tables of levels, the
-E8 lattice and sums of codebook vectors are quantized weights of their own.
+`format` says what a format is. Integers and small floats are formats of weights, inputs and caches; tables of levels,
+the E8 lattice and sums of codebook vectors are quantized weights of their own.
 """
 
 from harness.core.formats.activation import InputQuantizer as InputQuantizer

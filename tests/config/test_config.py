@@ -168,7 +168,7 @@ def test_a_scheme_of_ones_own_needs_no_code() -> None:
     ("weight", "message"),
     [
         (OWN_FLOATS | {"element": "e9m9"}, "scheme.weight.element=e9m9 is no float of 3 to 8 bits; expected e and"),
-        (OWN_FLOATS | {"scale_dtype": "e5m3"}, "scheme.weight.scale_dtype='e5m3' is unknown; did you mean e4m3? expected"),
+        (OWN_FLOATS | {"scale_dtype": "e5m3"}, "scheme.weight.scale_dtype='e5m3' is unknown; did you mean e4m3?"),
         (OWN_FLOATS | {"groupsize": 16}, "scheme.weight.groupsize=16 is an unknown key; did you mean scheme.weight.gr"),
         (OWN_FLOATS | {"scale_rule": "floor", "top": 20}, "scheme.weight.top=20 has no use with scale_rule=floor; set"),
         ({"element": 4}, "scheme.weight.element=4 is no float of 3 to 8 bits"),

@@ -11,12 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-from torchao.prototype.mx_formats import mx_tensor as mx
-from torchao.prototype.mx_formats import nvfp4_tensor as nv
 
 from harness.core import FloatActivation, FloatQTensor, FloatWeight, round_to_nearest
 from harness.core.formats import InputQuantizer
 from harness.core.formats.floating import factor_of
+from tests.core.formats import torchao_codes
 
 MX = {"granularity": "group", "group_size": 32, "scale_dtype": "e8m0"}
 NV = {"element": "e2m1", "granularity": "group", "group_size": 16, "scale_dtype": "e4m3", "tensor_scale": True}
@@ -275,35 +274,28 @@ def test_qweight_and_scale_have_the_dtypes_of_torch() -> None:
     assert isinstance(nv, FloatQTensor)
 
 
-# torchao's own code for the same formats. Its codes of 4 bits lie as here, the first in the lower bits of a byte.
-ELEMENTS = {
-    "mxfp8": torch.float8_e4m3fn,
-    "mxfp6": "fp6_e2m3",
-    "mxfp6_e3m2": "fp6_e3m2",
-    "mxfp4": torch.float4_e2m1fn_x2,
-}
+def bytes_of(values: Tensor) -> bytes:
+    return bytes(values.contiguous().view(torch.uint8).flatten().tolist())
 
 
 @pytest.mark.parametrize("rule", ["floor", "ceil"])
-@pytest.mark.parametrize("name", ELEMENTS)
+@pytest.mark.parametrize("name", torchao_codes.ELEMENTS)
 def test_mx_codes_and_scales_are_those_of_torchao(name: str, rule: str) -> None:
-    fmt, weight = FloatWeight(**FORMATS[name], scale_rule=rule), uneven(64, 128)
-    weight[3] = 0
-    mode = mx.ScaleCalculationMode.FLOOR if rule == "floor" else mx.ScaleCalculationMode.RCEIL
-    scale, codes = mx.to_mx(weight, ELEMENTS[name], 32, mode)
-    quantized = round_to_nearest(weight, fmt)
-    busy = torch.arange(64) != 3  # the scale of zeros is free
-    assert torch.equal(quantized.scale.view(torch.uint8)[busy], scale.view(64, -1).view(torch.uint8)[busy])
-    own = quantized.qweight.view(torch.uint8) if name == "mxfp4" else quantized.codes
-    assert torch.equal(own.view(-1), codes.view(torch.uint8).view(-1))
+    """Codes of 4 bits lie as here, the first in the lower bits of a byte. The scale of zeros is free."""
+    fmt, expected = FloatWeight(**FORMATS[name], scale_rule=rule), torchao_codes.stored()[f"{name}_{rule}"]
+    quantized = round_to_nearest(torchao_codes.weight(), fmt)
+    groups = 2
+    scale = bytes_of(quantized.scale)
+    assert scale[: 3 * groups] + scale[4 * groups :] == (
+        expected["scale"][: 3 * groups] + expected["scale"][4 * groups :]
+    )
+    assert bytes_of(quantized.qweight if name == "mxfp4" else quantized.codes) == expected["codes"]
 
 
 def test_nvfp4_codes_and_scales_are_those_of_torchao() -> None:
-    weight = uneven(64, 128)
-    weight[3] = 0
-    whole = nv.per_tensor_amax_to_scale(weight.abs().amax())
-    scale, codes = nv.nvfp4_quantize(weight, 16, whole)
-    quantized = round_to_nearest(weight, FloatWeight(**NV))
-    assert torch.equal(quantized.tensor_scale, whole)
-    assert torch.equal(quantized.scale.view(torch.uint8), scale.view(torch.uint8))
-    assert torch.equal(quantized.qweight, codes.view(-1))
+    expected = torchao_codes.stored()["nvfp4"]
+    quantized = round_to_nearest(torchao_codes.weight(), FloatWeight(**NV))
+    assert quantized.tensor_scale is not None
+    assert bytes_of(quantized.tensor_scale.reshape(1)) == expected["whole"]
+    assert bytes_of(quantized.scale) == expected["scale"]
+    assert bytes_of(quantized.qweight) == expected["codes"]

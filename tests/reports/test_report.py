@@ -100,6 +100,18 @@ def test_speeds_of_a_latency_sweep_are_curves() -> None:
     assert len({point["line"] for point in by_batch.points}) == 2
 
 
+def test_lines_are_told_apart_by_what_quantized_runs_differ_in() -> None:
+    sweep = [timed(method, batch, 128, 10.0) for method in ("none", "rtn", "gptq") for batch in (1, 8)]
+    for run in sweep:
+        run.execution = replace(run.execution, mode="float" if run.run_id.startswith("none") else "packed")
+    shared = {point["line"] for curve in curves.curves(to_frame(sweep)) for point in curve.points}
+    assert not [line for line in shared if line.endswith((" float", " packed"))]
+    for run in sweep[-2:]:
+        run.execution = replace(run.execution, mode="simulated")
+    told = {point["line"] for curve in curves.curves(to_frame(sweep)) for point in curve.points}
+    assert sorted(line.rpartition(" ")[2] for line in told - shared) == ["packed", "simulated"]
+
+
 def test_runs_of_one_batch_have_no_curves() -> None:
     assert not list(curves.curves(to_frame([timed("none", 1, 128, 20.0), timed("rtn", 1, 128, 10.0)])))
     assert not list(curves.curves(to_frame(records())))

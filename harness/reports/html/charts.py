@@ -60,7 +60,7 @@ def speeds(curve: Curve, font: int = 12) -> Json:
         "line:N",
         title=None,
         scale=alt.Scale(domain=names, range=[COLORS[i % len(COLORS)] for i in range(len(names))]),
-        legend=alt.Legend(orient="top", symbolType="circle", columns=2, labelLimit=320),
+        legend=alt.Legend(orient="top", symbolType="circle", columns=1, labelLimit=320),
     )
     base = alt.Chart(alt.InlineData(values=curve.points)).encode(
         x=alt.X(

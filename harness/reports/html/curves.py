@@ -14,7 +14,7 @@ from harness.reports.html.pareto import name_of
 # The column of the horizontal axis -> its title, and how the other column is named in the title of a plot.
 _AXES = {"batch": ("sequences at once", "a batch of {}"), "prompt": ("tokens of the prompt", "prompts of {} tokens")}
 _SPEEDS = {"decode": "decode_ms_p50", "prefill": "prefill_ms_p50"}
-# Rows that differ in these have a line each.
+# Quantized rows that differ in these have a line each; the names of float rows have their dtype.
 _LINE = ("dtype", "execution", "runtime")
 
 
@@ -42,11 +42,12 @@ def curves(frame: pd.DataFrame) -> Iterator[Curve]:
 
 def _lines(frame: pd.DataFrame) -> dict[str, str]:
     """The line of each run_id: its name, and what tells it from another line."""
-    differing = [column for column in _LINE if frame[column].nunique() > 1]
-    return {
-        row["run_id"]: " ".join([name_of(row), *(str(row[column]) for column in differing)])
-        for _, row in frame.iterrows()
-    }
+    quantized = frame[frame["method"] != "none"]
+    differing = [column for column in _LINE if quantized[column].nunique() > 1]
+    lines = {row["run_id"]: name_of(row) for _, row in frame.iterrows()}
+    for _, row in quantized.iterrows():
+        lines[row["run_id"]] = " ".join([name_of(row), *(str(row[column]) for column in differing)])
+    return lines
 
 
 def _point(row: pd.Series[Any], across: str, kind: str, column: str, lines: dict[str, str]) -> dict[str, Any] | None:

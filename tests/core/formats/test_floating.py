@@ -282,7 +282,7 @@ def bytes_of(values: Tensor) -> bytes:
 @pytest.mark.parametrize("name", torchao_codes.ELEMENTS)
 def test_mx_codes_and_scales_are_those_of_torchao(name: str, rule: str) -> None:
     """Codes of 4 bits lie as here, the first in the lower bits of a byte. The scale of zeros is free."""
-    fmt, expected = FloatWeight(**FORMATS[name], scale_rule=rule), torchao_codes.stored()[f"{name}_{rule}"]
+    fmt, expected = FloatWeight(**FORMATS[name], scale_rule=rule), torchao_codes.stored(f"{name}_{rule}")
     quantized = round_to_nearest(torchao_codes.weight(), fmt)
     groups = 2
     scale = bytes_of(quantized.scale)
@@ -293,7 +293,7 @@ def test_mx_codes_and_scales_are_those_of_torchao(name: str, rule: str) -> None:
 
 
 def test_nvfp4_codes_and_scales_are_those_of_torchao() -> None:
-    expected = torchao_codes.stored()["nvfp4"]
+    expected = torchao_codes.stored("nvfp4")
     quantized = round_to_nearest(torchao_codes.weight(), FloatWeight(**NV))
     assert quantized.tensor_scale is not None
     assert bytes_of(quantized.tensor_scale.reshape(1)) == expected["whole"]

@@ -22,12 +22,9 @@ ELEMENTS = {
 }
 
 
-def stored() -> dict[str, Any]:
-    """The tensors of the file, as bytes: `weight`, and for each format `scale`, `codes` and, of NVFP4, `whole`."""
-    return {
-        name: {part: bytes.fromhex(text) for part, text in value.items()} if isinstance(value, dict) else value
-        for name, value in json.loads(FILE.read_text()).items()
-    }
+def stored(name: str) -> dict[str, bytes]:
+    """The tensors of a format: `scale`, `codes` and, of NVFP4, `whole`."""
+    return {part: bytes.fromhex(text) for part, text in json.loads(FILE.read_text())[name].items()}
 
 
 def weight() -> Tensor:

@@ -91,10 +91,8 @@ class RunConfig:
                 f"measure.latency=False leaves nothing to do: model={self.model.name} has random weights, whose "
                 "perplexity means nothing; expected measure=default or quick, or a trained model"
             )
-        rewriting = [
-            name for name, step in self.steps.items() if overrides(step, "rotate") or overrides(step, "prepare")
-        ]
-        rotating = next(iter(rewriting), None)
+        hooks = ("rotate", "prepare")
+        rotating = next((name for name, step in self.steps.items() if any(overrides(step, x) for x in hooks)), None)
         if self.save is not None and rotating is not None:
             raise Conflict(
                 f"save={self.save} cannot keep the changes that method.{rotating} makes to modules other than linears; "

@@ -9,6 +9,7 @@ the largest become the largest. Rounding is to nearest, ties to even.
 from __future__ import annotations
 
 import functools
+import math
 import re
 from dataclasses import dataclass
 
@@ -48,14 +49,14 @@ class Element:
     def largest(self) -> float:
         """The largest value."""
         if self.name == "e5m2":
-            return (2 - 2.0**-self.mantissa) * 2.0 ** (self.bias)
+            return (2 - 2.0**-self.mantissa) * 2.0**self.bias
         missing = 2 if self.bits == 8 else 1  # the last code of a sign is NaN
         return (2 - missing * 2.0**-self.mantissa) * 2.0 ** ((1 << self.exponent) - 1 - self.bias)
 
     @property
     def largest_exponent(self) -> int:
         """The exponent of the largest power of two that is a value."""
-        return int(torch.tensor(self.largest).frexp().exponent) - 1
+        return math.frexp(self.largest)[1] - 1
 
     @property
     def smallest_normal(self) -> float:

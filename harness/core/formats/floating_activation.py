@@ -8,7 +8,7 @@ from typing import Literal
 from torch import Tensor
 
 from harness.core.formats.floating import FloatFormat
-from harness.core.formats.format import ActivationFormat, padded
+from harness.core.formats.format import ActivationFormat, padded, sequence_axes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +54,5 @@ class FloatActivation(ActivationFormat, FloatFormat):
     def whole(self, values: Tensor) -> Tensor | None:
         if not self.tensor_scale:
             return None
-        plain = 3 if self.granularity == "group" else 2  # axes of one sequence
-        axes = tuple(range(1 if values.dim() > plain else 0, values.dim()))
+        axes = sequence_axes(values, 3 if self.granularity == "group" else 2)
         return self.tensor_factor(values.abs().amax(axes, keepdim=True).squeeze(-1))

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from harness.core.formats.floating import FloatFormat
 from harness.core.formats.format import WeightFormat
-from harness.core.formats.packing import pack, packed_bytes, unpack
+from harness.core.formats.packing import pack
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor
 
@@ -50,18 +50,12 @@ class FloatWeight(WeightFormat, FloatFormat):
         whole = groups.view(rows, columns, size, size).transpose(1, 2).reshape(rows * size, columns * size)
         return whole[: shape[0], : shape[1]]
 
-    def by_row(self, params: Params, rows: Tensor) -> Params:
-        return super().by_row(params, rows // self.group_size if self.granularity == "block" else rows)
-
-    def row_sums(self, values: Tensor) -> Tensor:
-        if self.granularity != "block":
-            return values
-        size = self.group_size
-        return F.pad(values, (0, 0, 0, -len(values) % size)).view(-1, size, values.shape[1]).sum(1)
+    @property
+    def height(self) -> int:
+        return self.group_size if self.granularity == "block" else 1
 
     def quantized(self, weight: Tensor, params: Params) -> FloatQTensor:
-        codes = self.encode(self.to_groups(weight.to(params.scale.dtype)), params.spread())
-        return FloatQTensor(self.from_groups(codes, (weight.shape[0], weight.shape[1])), params, self)
+        return FloatQTensor(self.codes(weight, params), params, self)
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         rows, columns = self.groups(shape)
@@ -85,7 +79,6 @@ class FloatQTensor(GroupedQTensor):
     """
 
     fmt: FloatWeight
-    qweight: Tensor
     scale: Tensor
     tensor_scale: Tensor | None
 
@@ -97,17 +90,9 @@ class FloatQTensor(GroupedQTensor):
         self.register_buffer("scale", params.scale.float().to(fmt.scale_storage))
         self.register_buffer("tensor_scale", None if params.whole is None else params.whole.float())
 
-    @property
-    def codes(self) -> Tensor:
-        """Unpacked codes (N, K), uint8."""
-        return self.code_rows(0, self.shape[0])
-
     def params(self) -> Params:
         return Params(self.scale.float(), whole=self.tensor_scale)
 
     def code_rows(self, start: int, stop: int) -> Tensor:
-        if self.fmt.kind.dtype is not None:
-            return self.qweight[start:stop].view(torch.uint8)
-        rows, columns = stop - start, self.shape[1]
-        first, last = (packed_bytes(row * columns, self.fmt.bits) for row in (start, stop))
-        return unpack(self.qweight[first:last], self.fmt.bits, (rows, columns))
+        packed = self.fmt.kind.dtype is None
+        return super().code_rows(start, stop) if packed else self.qweight[start:stop].view(torch.uint8)

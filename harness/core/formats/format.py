@@ -16,8 +16,6 @@ from harness.core.formats.params import Params
 if TYPE_CHECKING:
     from harness.core.formats.qtensor import QTensor
 
-Granularity = Literal["tensor", "channel", "group", "block"]
-
 
 def compute_dtype(value: Tensor) -> torch.dtype:
     """The dtype of a format's arithmetic on `value`: float64 for float64, otherwise float32."""
@@ -28,6 +26,11 @@ def padded(values: Tensor, size: int) -> Tensor:
     """`values` (..., K) with zeros up to a multiple of `size`; the same tensor if K is one."""
     missing = -values.shape[-1] % size
     return F.pad(values, (0, missing)) if missing else values
+
+
+def sequence_axes(values: Tensor, dims: int) -> tuple[int, ...]:
+    """The axes of one sequence, which has `dims`; a tensor of more has an axis of the batch before them."""
+    return tuple(range(1 if values.dim() > dims else 0, values.dim()))
 
 
 class Format(ABC):
@@ -96,7 +99,7 @@ class WeightFormat(Format):
                  an output row, -1 is the whole row
     """
 
-    granularity: Granularity = "channel"
+    granularity: Literal["tensor", "channel", "group", "block"] = "channel"
     group_size: int = -1
 
     def __post_init__(self) -> None:
@@ -137,13 +140,15 @@ class WeightFormat(Format):
         """The inverse of `to_groups`, for a weight of `shape`."""
         return groups.view(shape)
 
+    @property
+    def height(self) -> int:
+        """Number of output rows that share a scale; not for granularity `tensor`."""
+        return 1
+
     def by_row(self, params: Params, rows: Tensor) -> Params:
         """The parameters (n, G) of the n output `rows`, int64."""
-        return params.map(lambda values: values.expand(len(rows), -1) if len(values) == 1 else values[rows])
-
-    def row_sums(self, values: Tensor) -> Tensor:
-        """Sums of `values` (N, G) over the output rows that share a scale; not for granularity `tensor`."""
-        return values
+        places = rows // self.height
+        return params.map(lambda values: values.expand(len(rows), -1) if len(values) == 1 else values[places])
 
     def weight_params(self, weight: Tensor) -> Params:
         """The parameters (N, G), or (1, 1) per tensor, of a weight (N, K) from its groups' minimum and maximum.
@@ -165,6 +170,11 @@ class WeightFormat(Format):
 
         Raises: ValueError if it is not.
         """
+
+    def codes(self, weight: Tensor, params: Params) -> Tensor:
+        """Nearest codes (N, K), uint8, of a weight with these parameters."""
+        codes = self.encode(self.to_groups(weight.to(params.scale.dtype)), params.spread())
+        return self.from_groups(codes, (weight.shape[0], weight.shape[1]))
 
     @abstractmethod
     def quantized(self, weight: Tensor, params: Params) -> QTensor:
@@ -225,9 +235,7 @@ class ActivationFormat(Format):
 
     def axes(self, groups: Tensor) -> tuple[int, ...]:
         """Axes of `groups` that share a scale: the channels of a token, or all axes of a sequence."""
-        if self.granularity == "token":
-            return (-1,)
-        return tuple(range(1 if groups.dim() > 2 else 0, groups.dim()))
+        return (-1,) if self.granularity == "token" else sequence_axes(groups, 2)
 
     def clipped(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The range that the codes cover: the observed range [low, high] times `clip`."""

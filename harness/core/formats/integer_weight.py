@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.core.formats import scales
 from harness.core.formats.format import WeightFormat, compute_dtype
 from harness.core.formats.integer import StoredInt
-from harness.core.formats.packing import pack, packed_bytes, unpack
+from harness.core.formats.packing import pack, unpack
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor
 
@@ -42,8 +42,7 @@ class IntWeight(WeightFormat, StoredInt):
             )
 
     def quantized(self, weight: Tensor, params: Params) -> IntQTensor:
-        groups = self.to_groups(weight.to(params.scale.dtype))
-        return IntQTensor(self.encode(groups, params.spread()).view(weight.shape), params, self)
+        return IntQTensor(self.codes(weight, params), params, self)
 
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
         rows, columns = self.groups(shape)
@@ -64,7 +63,6 @@ class IntQTensor(GroupedQTensor):
     """
 
     fmt: IntWeight
-    qweight: Tensor
     scale: Tensor
     zero_point: Tensor | None
 
@@ -111,11 +109,6 @@ class IntQTensor(GroupedQTensor):
             raise ValueError(f"zero_point holds {zero_point.flatten()[:3].tolist()}...; expected integers of 0 or more")
         return pack(packed, self.fmt.bits)
 
-    @property
-    def codes(self) -> Tensor:
-        """Unpacked codes (N, K), uint8."""
-        return unpack(self.qweight, self.fmt.bits, self.shape)
-
     def zero_points(self) -> Tensor:
         """Unpacked zero points in float32, in the shape of `scale`; the middle code of a symmetric format."""
         if self.zero_point is None:
@@ -126,8 +119,3 @@ class IntQTensor(GroupedQTensor):
 
     def params(self) -> Params:
         return Params(self.scale.float(), None if self.fmt.symmetric else self.zero_points())
-
-    def code_rows(self, start: int, stop: int) -> Tensor:
-        rows, columns = stop - start, self.shape[1]
-        first, last = (packed_bytes(row * columns, self.fmt.bits) for row in (start, stop))
-        return unpack(self.qweight[first:last], self.fmt.bits, (rows, columns))

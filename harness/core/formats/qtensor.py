@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.core.formats.format import WeightFormat, padded
+from harness.core.formats.packing import packed_bytes, unpack
 from harness.core.formats.params import Params
 
 _SLAB_VALUES = 1 << 18  # 1 MiB of float32
@@ -81,7 +82,12 @@ class QTensor(nn.Module, ABC):
 
 
 class GroupedQTensor(QTensor):
-    """Codes of a format whose groups are consecutive inputs of an output row, decoded a few rows at a time."""
+    """Codes of a format whose groups are consecutive inputs of an output row, decoded a few rows at a time.
+
+    qweight  the packed codes
+    """
+
+    qweight: Tensor
 
     def __init__(self, shape: tuple[int, int], fmt: WeightFormat) -> None:
         super().__init__(shape)
@@ -91,9 +97,16 @@ class GroupedQTensor(QTensor):
     def params(self) -> Params:
         """The parameters of the groups, (N, G) or (1, 1), in float32."""
 
-    @abstractmethod
     def code_rows(self, start: int, stop: int) -> Tensor:
         """Codes of the rows from `start` to `stop`, (rows, K) uint8; both are multiples of 8, or the last row."""
+        rows, columns = stop - start, self.shape[1]
+        first, last = (packed_bytes(row * columns, self.fmt.bits) for row in (start, stop))
+        return unpack(self.qweight[first:last], self.fmt.bits, (rows, columns))
+
+    @property
+    def codes(self) -> Tensor:
+        """Unpacked codes (N, K), uint8."""
+        return self.code_rows(0, self.shape[0])
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         slabs = self._slabs(dtype)

@@ -34,8 +34,7 @@ def clipped_params(weight: Tensor, fmt: WeightFormat, hessian: Tensor, whole: Te
     whole = fmt.whole(values) if whole is None else whole
     if fmt.granularity == "tensor":
         return _search(values, fmt, hessian, whole)
-    whole_groups = fmt.group_size if fmt.granularity == "block" else 1
-    rows = max(1, _CACHED // values.shape[1] // whole_groups) * whole_groups  # a few rows stay in the CPU cache
+    rows = max(1, _CACHED // values.shape[1] // fmt.height) * fmt.height  # a few rows stay in the CPU cache
     return Params.cat([_search(part, fmt, hessian, whole) for part in values.split(rows)])
 
 
@@ -81,7 +80,8 @@ def _errors(weight: Tensor, params: Params, fmt: WeightFormat, blocks: Tensor) -
         return ((delta @ blocks) * delta).sum().view(1, 1)
     span = blocks.shape[1]
     delta = padded(delta, span).view(shape[0], -1, span).transpose(0, 1)  # (G, N, g)
-    return fmt.row_sums(((delta @ blocks).mul_(delta)).sum(-1).T)
+    by_row = ((delta @ blocks).mul_(delta)).sum(-1)  # (G, N)
+    return padded(by_row, fmt.height).view(len(by_row), -1, fmt.height).sum(-1).T
 
 
 def _stages(fmt: WeightFormat) -> list[list[tuple[float, float]]]:

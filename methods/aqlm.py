@@ -22,7 +22,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.core import Finetuned, Hessian, QTensor, Scheme, Stats, above_zero, at_least, require_native
+from harness.core import Finetuned, Hessian, QTensor, Scheme, Stats, above_zero, at_least, require_none
 from harness.core.finite import check_finite
 from harness.core.formats import AdditiveQTensor
 from harness.core.formats.additive import half
@@ -31,7 +31,7 @@ from harness.core.solvers.kmeans import assign, kmeans
 from harness.core.solvers.silent import fill_silent
 
 _SAMPLE = 64  # training vectors of k-means for each codebook entry
-_FEWEST_BITS, _MOST_BITS = 2, 8  # the range of a scheme's `bits`
+_FEWEST_BITS, _MOST_BITS = 2, 8  # the range of `bits`
 _EXTREME = 10  # for weights of magnitude 2^power with a larger |power|, float16 scales alone do not suffice
 
 
@@ -39,6 +39,7 @@ _EXTREME = 10  # for weights of magnitude 2^power with a larger |power|, float16
 class AQLM(Finetuned):
     """Additive codebooks that minimise the output error, measured by the Hessian of the inputs.
 
+    bits               of one weight, rounded up: what the codebooks take; names the row
     codebooks          number of codebooks; each group is a sum of one vector from each
     code_bits          bits of one code: a codebook has 2^code_bits vectors
     group_size         consecutive weights of a row that one sum of vectors represents
@@ -54,6 +55,7 @@ class AQLM(Finetuned):
 
     needs: ClassVar = (Hessian,)
 
+    bits: int = 2
     codebooks: int = 2
     code_bits: int = 8
     group_size: int = 8
@@ -76,19 +78,20 @@ class AQLM(Finetuned):
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance} is out of range; expected 0 or more, and less than 1")
 
-    def check(self, scheme: Scheme) -> None:
-        require_native(scheme, "additive codebooks")
         bits = max(_FEWEST_BITS, math.ceil(self.codebooks * self.code_bits / self.group_size))
         if bits > _MOST_BITS:
             raise ValueError(
                 f"codebooks={self.codebooks} of code_bits={self.code_bits} for group_size={self.group_size} take "
                 f"{bits} bits per weight; expected at most {_MOST_BITS}, use fewer codebooks"
             )
-        if scheme.weight.bits != bits:
+        if self.bits != bits:
             raise ValueError(
-                f"bits={scheme.weight.bits} does not match codebooks={self.codebooks} of code_bits={self.code_bits} "
+                f"bits={self.bits} does not match codebooks={self.codebooks} of code_bits={self.code_bits} "
                 f"for group_size={self.group_size}; use bits={bits}"
             )
+
+    def check(self, scheme: Scheme) -> None:
+        require_none(scheme, "additive codebooks")
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         check_finite(weight)

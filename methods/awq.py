@@ -87,14 +87,14 @@ class AWQ(Method):
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         if not self.clip:
-            return round_to_nearest(weight, scheme.weight)
+            return round_to_nearest(weight, scheme.format)
         H, silent = fill_silent(stats[Hessian].value)
         if silent.all():
             warn_silent(silent, "the weight is rounded to nearest")
-            return round_to_nearest(weight, scheme.weight)
-        params = clipped_params(weight, scheme.weight, H)
-        scheme.weight.check_scales(weight, params)
-        return scheme.weight.quantized(weight, params)
+            return round_to_nearest(weight, scheme.format)
+        params = clipped_params(weight, scheme.format, H)
+        scheme.format.check_scales(weight, params)
+        return scheme.format.quantized(weight, params)
 
     def _may_scale(self, group: InputGroup) -> bool:
         producer = group.producer

@@ -75,8 +75,8 @@ class GPTQ(Method):
         check_finite(weight)
         if not int(stats[Hessian].tokens):
             warnings.warn("no calibration token reached this linear; its weight is rounded to nearest", stacklevel=2)
-            return round_to_nearest(weight, scheme.weight)
-        fmt = scheme.weight
+            return round_to_nearest(weight, scheme.format)
+        fmt = scheme.format
         W = weight.to(compute_dtype(weight)).clone()
         H, silent = fill_silent(stats[Hessian].value.to(W.dtype))
         if silent.all():

@@ -50,13 +50,13 @@ class HQQ(Method):
         at_least(self, 0, "iterations")
 
     def check(self, scheme: Scheme) -> None:
-        super().check(scheme)
-        if not isinstance(scheme.weight, IntWeight):
+        fmt = scheme.format
+        if not isinstance(fmt, IntWeight):
             raise ValueError(
-                f"scheme={scheme.name} has codes of {scheme.weight.label}, but hqq adjusts zero points; use an integer "
+                f"scheme={scheme.name} has codes of {fmt.label}, but hqq adjusts zero points; use an integer "
                 "scheme such as scheme=group64"
             )
-        if scheme.weight.symmetric:
+        if fmt.symmetric:
             raise ValueError(
                 f"scheme={scheme.name} is symmetric, but hqq adjusts zero points; use an asymmetric scheme such as "
                 "scheme=group64"

@@ -45,7 +45,7 @@ class LLMInt8(Method):
             )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        rounded = round_to_nearest(weight, scheme.weight)
+        rounded = round_to_nearest(weight, scheme.format)
         if self.outlier_weights == "int8":
             return rounded
         assert scheme.activation is not None

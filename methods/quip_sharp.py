@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.core import Finetuned, Hessian, QTensor, Scheme, Stats, above_zero, at_least, require_native
+from harness.core import Finetuned, Hessian, QTensor, Scheme, Stats, above_zero, at_least, require_none
 from harness.core.finite import check_finite
 from harness.core.formats import IncoherentQTensor, compute_dtype, lattice
 from harness.core.formats.incoherent import STAGES
@@ -39,8 +39,9 @@ _SAFE_TO_SQUARE = 1e-12
 
 @dataclass(frozen=True, kw_only=True)
 class QuIPSharp(Finetuned):
-    """Lattice codes of two, three or four bits per weight (`bits`), in a native format.
+    """Lattice codes.
 
+    bits    per weight: 2, 3 or 4
     damp    added to the Hessian's diagonal, as a share of the diagonal's mean
     passes  sweeps over all columns after the first one
     spread  scale of the weights, as a share of the codebook's optimal spread; below 1 leaves room for error feedback
@@ -50,6 +51,7 @@ class QuIPSharp(Finetuned):
 
     needs: ClassVar = (Hessian,)
 
+    bits: int = 2
     damp: float = 0.01
     passes: int = 1
     spread: float = 1.0
@@ -59,17 +61,15 @@ class QuIPSharp(Finetuned):
         super().__post_init__()
         above_zero(self, "damp", "spread")
         at_least(self, 0, "passes", "seed")
+        if self.bits not in STAGES:
+            raise ValueError(f"bits={self.bits} is out of range for lattice codes; expected one of {sorted(STAGES)}")
 
     def check(self, scheme: Scheme) -> None:
-        require_native(scheme, "lattice codes")
-        if scheme.weight.bits not in STAGES:
-            raise ValueError(
-                f"bits={scheme.weight.bits} is out of range for lattice codes; expected one of {sorted(STAGES)}"
-            )
+        require_none(scheme, "lattice codes")
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         check_finite(weight)
-        bits, W = scheme.weight.bits, weight.to(compute_dtype(weight))
+        bits, W = self.bits, weight.to(compute_dtype(weight))
         N, K = weight.shape
         if K % lattice.WIDTH:
             raise ValueError(

@@ -19,4 +19,4 @@ class RTN(Method):
     """Needs no calibration data; all options are the scheme's."""
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
-        return round_to_nearest(weight, scheme.weight)
+        return round_to_nearest(weight, scheme.format)

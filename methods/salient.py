@@ -47,12 +47,12 @@ class Salient(Method):
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         columns = self._columns(weight, stats)
         if self.scale is None:
-            rounded = round_to_nearest(weight, scheme.weight)
+            rounded = round_to_nearest(weight, scheme.format)
             float_columns = half(weight[:, columns], "the largest weight of the float16 columns", weight)
             return MixedQTensor(rounded, columns, float_columns)
         scaled = weight.clone()
         scaled[:, columns] *= self.scale
-        return ScaledQTensor(round_to_nearest(scaled, scheme.weight), columns, self.scale)
+        return ScaledQTensor(round_to_nearest(scaled, scheme.format), columns, self.scale)
 
     def _columns(self, weight: Tensor, stats: Stats) -> Tensor:
         """Indices (C,) of the chosen input columns of a weight (N, K), in increasing order."""

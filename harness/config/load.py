@@ -48,10 +48,8 @@ def _build_run(cfg: Mapping[str, Any]) -> RunConfig:
     steps = build_steps(cfg["method"])
     scheme = build(Scheme, cfg["scheme"], "scheme") if steps else None
     warnings: tuple[str, ...] = ()
-    if scheme and cfg["bits"] != scheme.weight.bits:
-        warnings = (
-            f"bits={cfg['bits']} has no effect: scheme={scheme.name} sets scheme.weight.bits={scheme.weight.bits}",
-        )
+    if scheme and scheme.weight and cfg["bits"] != (bits := scheme.weight.bits):
+        warnings = (f"bits={cfg['bits']} has no effect: scheme={scheme.name} sets scheme.weight.bits={bits}",)
     kv = build(KVFormat, cfg["kv"], "kv") if cfg.get("kv") else None
     extra = {"scheme": scheme, "steps": steps, "kv": kv, "warnings": warnings}
     return build(RunConfig, values, "", extra)

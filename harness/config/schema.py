@@ -15,7 +15,7 @@ from harness.config.parts import (
     MixedConfig,
     ModelConfig,
 )
-from harness.core import NATIVE, KVFormat, Method, Scheme, overrides
+from harness.core import KVFormat, Method, Scheme, overrides
 from harness.utils.errors import Conflict
 
 
@@ -132,10 +132,10 @@ class RunConfig:
             )
 
     def _check_mixed(self) -> None:
-        if self.mixes and self.scheme is not None and self.scheme.name == NATIVE:
+        if self.mixes and self.scheme is not None and self.scheme.weight is None:
             raise Conflict(
-                f"mixed.budget={self.mixed.budget:g} with scheme={NATIVE}: method={'_'.join(self.steps)} has its own "
-                "format, whose width cannot be chosen; expected mixed.budget=null, or a method that takes a scheme"
+                f"mixed.budget={self.mixed.budget:g} with scheme={self.scheme.name}: method={'_'.join(self.steps)} has "
+                "codes of its own, whose width cannot be chosen; use mixed.budget=null, or a method that takes a scheme"
             )
         if self.mixes and self.save is not None:
             raise Conflict(

@@ -16,6 +16,9 @@ from harness.core.formats.integer_activation import IntActivation as IntActivati
 from harness.core.formats.integer_weight import IntQTensor as IntQTensor
 from harness.core.formats.integer_weight import IntWeight as IntWeight
 from harness.core.formats.kv import KVFormat as KVFormat
+from harness.core.formats.learned_weight import LearnedWeight as LearnedWeight
+from harness.core.formats.levels_weight import LevelsQTensor as LevelsQTensor
+from harness.core.formats.levels_weight import LevelsWeight as LevelsWeight
 from harness.core.formats.qtensor import QTensor as QTensor
 from harness.core.formats.rounding import round_to_nearest as round_to_nearest
 from harness.core.groups import InputGroup as InputGroup
@@ -26,9 +29,8 @@ from harness.core.method import Method as Method
 from harness.core.method import overrides as overrides
 from harness.core.residual import Residual as Residual
 from harness.core.residual import Turn as Turn
-from harness.core.scheme import NATIVE as NATIVE
 from harness.core.scheme import Scheme as Scheme
-from harness.core.scheme import require_native as require_native
+from harness.core.scheme import require_none as require_none
 from harness.core.stats import AbsMean as AbsMean
 from harness.core.stats import Hessian as Hessian
 from harness.core.stats import MinMax as MinMax

@@ -17,7 +17,7 @@ from harness.core.formats.qtensor import QTensor
 from harness.core.formats.rounding import round_to_nearest
 from harness.core.groups import InputGroup as InputGroup
 from harness.core.residual import Residual as Residual
-from harness.core.scheme import NATIVE, Scheme
+from harness.core.scheme import Scheme
 from harness.core.stats import Stat, Stats
 
 
@@ -74,12 +74,9 @@ class Method:
     def check(self, scheme: Scheme) -> None:
         """Raise ValueError if the method cannot quantize to `scheme`; called before the model is loaded.
 
-        By default every scheme is accepted except `native`, which is only for methods that define their format.
+        By default every scheme that has a weight format is accepted.
         """
-        if scheme.name == NATIVE:
-            raise ValueError(
-                f"scheme={NATIVE} is for methods with a format of their own; use another scheme, such as scheme=group64"
-            )
+        _ = scheme.format
 
     def prepare(self, model: nn.Module, weights: Mapping[str, Tensor]) -> None:
         """Rewrite the float model once, without data. Must not change the function that it computes.
@@ -100,7 +97,7 @@ class Method:
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         """Choose the codes of one weight (N, K), without changing the weight. By default: round to nearest."""
-        return round_to_nearest(weight, scheme.weight)
+        return round_to_nearest(weight, scheme.format)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -52,10 +52,13 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
             raise ValueError(f"method.{label}: {error}") from error
     matching(list(linears), cfg.analysis.outliers, "analysis.outliers")
     names = split_skipped(list(linears), cfg.skip, decoder.uncovered())[0]
-    for name in names if decoder.probed else ():  # else some may be no linears of the decoder
+    fmt = cfg.scheme.weight
+    if fmt is None or not decoder.probed:  # without a probe, some may be no linears of the decoder
+        return
+    for name in names:
         rows, columns = weight_of(linears[name]).shape
         try:
-            cfg.scheme.weight.groups((rows, columns))
+            fmt.groups((rows, columns))
         except ValueError as error:
             raise ValueError(str(error).replace("; use", f" of {name}; use", 1)) from error
 

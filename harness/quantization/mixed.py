@@ -206,7 +206,7 @@ def _observe(observed: Surveyed, units: Mapping[str, _Unit], schemes: Sequence[S
         for group, group_stats in zip(groups, stats, strict=True):
             hessian = group_stats[Hessian].value
             for name, weight in group.weights.items():
-                rounded = {scheme.weight.bits: round_to_nearest(weight, scheme.weight) for scheme in schemes}
+                rounded = {scheme.format.bits: round_to_nearest(weight, scheme.format) for scheme in schemes}
                 owner[name].errors.append({b: hessian_error(weight, q, hessian) for b, q in rounded.items()})
                 owner[name].stored.append({b: q.stored_bits for b, q in rounded.items()})
                 total += weight.numel()
@@ -233,7 +233,7 @@ def _listed(names: Sequence[str]) -> str:
 
 def _measured_at(measured: Record) -> int:
     """The width at which a record's sensitivities were measured."""
-    return build(Scheme, measured.config["scheme"], "scheme").weight.bits
+    return build(Scheme, measured.config["scheme"], "scheme").format.bits
 
 
 def _differences(measured: Record, cfg: RunConfig) -> list[str]:

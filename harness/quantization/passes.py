@@ -202,7 +202,7 @@ class Pass:
         if self.cfg.analyses:
             self.result.floats[name] = self.decoder.model.get_submodule(name)
         linear, row = install(self.decoder.model, name, self.step, scheme, stats, self.result.warnings)
-        return linear, row | ({"bits": scheme.weight.bits} if name in self.schemes else {})
+        return linear, row | ({"bits": scheme.format.bits} if name in self.schemes else {})
 
     def _finish(self, quantized: Iterable[Quantized]) -> None:
         """Convert linears to the configured execution, after their block was replayed; add their rows to the result."""

@@ -47,7 +47,7 @@ class Trial:
     def _rounded(self, scale: Tensor) -> dict[str, Tensor]:
         """The group's weights (N, K), scaled and rounded to nearest."""
         return {
-            name: self.group.scheme_of(name).weight.snap_weight(weight * scale.to(weight.dtype))
+            name: self.group.scheme_of(name).format.snap_weight(weight * scale.to(weight.dtype))
             for name, weight in self.group.weights.items()
         }
 

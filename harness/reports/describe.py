@@ -45,7 +45,7 @@ def describe(record: Record) -> Json:
         "model": record.model.name or _configured_model(config),
         "method": "_".join(steps) if isinstance(steps, dict) and steps else "none",
         "scheme": at(scheme, "name"),
-        "bits": None if "mixed.budget" in record.options else code_bits(at(scheme, "weight")),
+        "bits": None if "mixed.budget" in record.options else _bits(config, scheme),
         "options": options_text(config, record.options),
         "kv": execution.kv or str(at(config, "kv", "name") or "none"),
         "dtype": execution.dtype or _configured_dtype(config),
@@ -104,12 +104,17 @@ def _unusual_fields(scheme: Any) -> list[str]:
     weight = at(scheme, "weight")
     if not isinstance(weight, dict):
         return []
-    usual = _usual_floats(scheme) if "element" in weight else usual_fields(scheme)
+    usual = next((fields(scheme) for key, fields in _USUAL.items() if key in weight), usual_fields(scheme))
     parts = [f"{key}={weight[key]}" for key in usual if weight.get(key, usual[key]) != usual[key]]
     size = None if "group_size" in usual else weight.get("group_size")
     if size not in (None, -1) and str(size) not in str(at(scheme, "name")):
         parts.append(f"group_size={size}")
     return parts
+
+
+def _bits(config: Json, scheme: Any) -> Any:
+    """Bits of a code; the configured ones where the method has codes of its own."""
+    return config.get("bits") if at(scheme, "name") == "none" else code_bits(at(scheme, "weight"))
 
 
 def code_bits(fmt: Any) -> Any:
@@ -138,6 +143,15 @@ def _usual_floats(scheme: Any) -> Json:
         "tensor_scale": False,
         "scale_search": "none",
     } | said
+
+
+def _usual_levels(scheme: Any) -> Json:
+    """The fields of weights with a table of levels, with the values that the name of the scheme says."""
+    said: Json = {"group_size": 64, "double_quant": True} if at(scheme, "name") in ("nf4", "fp4") else {}
+    return {"double_quant": False} | said
+
+
+_USUAL = {"element": _usual_floats, "table": _usual_levels}
 
 
 def at(config: Any, *keys: str) -> Any:

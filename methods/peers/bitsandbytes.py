@@ -23,13 +23,13 @@ from torch import Tensor
 from harness.core import (
     IntActivation,
     IntWeight,
+    LevelsWeight,
     Method,
     QTensor,
     Scheme,
     Stats,
     WeightFormat,
     at_least,
-    require_native,
 )
 from harness.core.finite import check_finite
 from harness.core.formats.additive import half
@@ -178,40 +178,36 @@ class BnbInt8(Method):
 
 @dataclass(frozen=True, kw_only=True)
 class Bnb4Bit(Method):
-    """Base of the two 4-bit codebooks of bitsandbytes.
-
-    double_quant  store the blocks' scales in 8 bits
-    block_size    consecutive values of the flattened weight that share a scale: 32, 64, 128, ... 4096
-    """
+    """Base of the two 4-bit tables of bitsandbytes, in blocks of 32, 64, 128, ... 4096 values of the flat weight."""
 
     quant_type: ClassVar[str]
 
-    double_quant: bool = True
-    block_size: int = 64
-
-    def __post_init__(self) -> None:
-        if self.block_size not in _BLOCK_SIZES:
-            raise ValueError(f"block_size={self.block_size} is unknown; expected one of {_BLOCK_SIZES}")
-
     def check(self, scheme: Scheme) -> None:
         _library()
-        require_native(scheme, f"the {self.quant_type} blocks of bitsandbytes")
-        if scheme.weight.bits != 4:
+        fmt = scheme.weight
+        if not isinstance(fmt, LevelsWeight) or fmt.table != self.quant_type or fmt.granularity != "flat":
             raise ValueError(
-                f"bits={scheme.weight.bits} does not match {self.quant_type}, which has 4 bits; use bits=4"
+                f"scheme={scheme.name} is another format than the {self.quant_type} blocks of bitsandbytes; use "
+                f"scheme={self.quant_type}"
+            )
+        if fmt.group_size not in _BLOCK_SIZES:
+            raise ValueError(
+                f"scheme.weight.group_size={fmt.group_size} is unknown to bitsandbytes; expected one of {_BLOCK_SIZES}"
             )
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
+        fmt = scheme.weight
+        assert isinstance(fmt, LevelsWeight)
         _check_weight(weight)
-        if weight.device.type == "cpu" and weight.shape[1] % self.block_size:
+        if weight.device.type == "cpu" and weight.shape[1] % fmt.group_size:
             raise ValueError(  # as of bitsandbytes 0.50.2
-                f"block_size={self.block_size} does not divide in_features={weight.shape[1]}, and on CPUs with AVX-512 "
-                "bitsandbytes decodes blocks that span rows wrongly; use a divisor, or skip this linear"
+                f"scheme.weight.group_size={fmt.group_size} does not divide in_features={weight.shape[1]}, and on CPUs "
+                "with AVX-512 bitsandbytes decodes blocks that span rows wrongly; use a divisor, or skip this linear"
             )
         qweight, state = _library().functional.quantize_4bit(
             weight.contiguous(),
-            blocksize=self.block_size,
-            compress_statistics=self.double_quant,
+            blocksize=fmt.group_size,
+            compress_statistics=fmt.double_quant,
             quant_type=self.quant_type,
         )
         return Bnb4BitQTensor(qweight, state)
@@ -243,7 +239,7 @@ def _library() -> ModuleType:
     return bitsandbytes
 
 
-def _stores_rows(fmt: WeightFormat) -> bool:
+def _stores_rows(fmt: WeightFormat | None) -> bool:
     """Whether a format is int8 rows; its `scale_dtype` is free, because float32 is always stored."""
     return isinstance(fmt, IntWeight) and dataclasses.replace(fmt, scale_dtype=_INT8_ROWS.scale_dtype) == _INT8_ROWS
 

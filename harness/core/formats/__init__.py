@@ -1,13 +1,12 @@
 """Formats of weights, inputs and KV caches: how values become codes and back. The only place that rounds.
 
-`format` says what a format is. Integers and small floats are formats of weights, inputs and caches; tables of levels,
-the E8 lattice and sums of codebook vectors are quantized weights of their own.
+`format` says what a format is. Integers and small floats are formats of weights, inputs and caches, tables of levels of
+weights and caches; the E8 lattice and sums of codebook vectors are quantized weights of their own.
 """
 
 from harness.core.formats.activation import InputQuantizer as InputQuantizer
 from harness.core.formats.additive import AdditiveQTensor as AdditiveQTensor
 from harness.core.formats.additive import Gather as Gather
-from harness.core.formats.codebook import LevelsQTensor as LevelsQTensor
 from harness.core.formats.format import compute_dtype as compute_dtype
 from harness.core.formats.incoherent import IncoherentQTensor as IncoherentQTensor
 from harness.core.formats.packing import pack as pack

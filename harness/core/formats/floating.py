@@ -143,6 +143,10 @@ class FloatFormat(Format):
         """Factors of a group's range with which a search tries other scales."""
         return (_FOUR_OVER_SIX,) if self.scale_search == "four_over_six" else FACTORS[self.scale_dtype]
 
+    @property
+    def shrinks(self) -> list[list[tuple[float, float]]]:
+        return [[(factor, factor) for factor in self.factors]]
+
     def params(self, groups: Tensor, whole: Tensor | None = None) -> Params:
         low, high = groups.amin(-1), groups.amax(-1)
         best = self.cover(low, high, whole)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from harness.core.formats.floating import FloatFormat
 from harness.core.formats.format import WeightFormat
-from harness.core.formats.packing import pack
+from harness.core.formats.packing import pack, packed_bytes
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor
 
@@ -57,10 +57,10 @@ class FloatWeight(WeightFormat, FloatFormat):
     def quantized(self, weight: Tensor, params: Params) -> FloatQTensor:
         return FloatQTensor(self.codes(weight, params), params, self)
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+    def stored_bits(self, shape: tuple[int, int]) -> int:
         rows, columns = self.groups(shape)
-        stored = rows * columns * 8 * self.scale_storage.itemsize + (32 if self.tensor_scale else 0)
-        return self.bits + stored / (shape[0] * shape[1])
+        scale_bits = rows * columns * 8 * self.scale_storage.itemsize + (32 if self.tensor_scale else 0)
+        return 8 * packed_bytes(shape[0] * shape[1], self.bits) + scale_bits
 
     def at(self, bits: int) -> FloatWeight:
         if bits != self.bits:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -59,13 +59,22 @@ class Format(ABC):
     def label(self) -> str:
         """The codes in a word: int4, e2m1."""
 
-    @abstractmethod
     def cover(self, low: Tensor, high: Tensor, whole: Tensor | None = None) -> Params:
         """The parameters of groups with the ranges [low, high], exact in the dtypes in which they are stored.
 
         `whole` is the factor of the whole tensor, for a format that has one. A group of zeros decodes to zeros.
-        Raises: ValueError if a parameter is too large for its dtype.
+        Raises: ValueError if a parameter is too large for its dtype; NotImplementedError for a format whose parameters
+        a range does not decide, which overrides `params`.
         """
+        raise NotImplementedError(f"{self.label} has no parameters that follow from a range alone")
+
+    @property
+    def shrinks(self) -> list[list[tuple[float, float]]]:
+        """Factors for the low and the high end of a range with which a search tries other ranges, in stages.
+
+        Each stage starts from the best range of the previous one. Empty: ranges of this format are not searched.
+        """
+        return []
 
     def params(self, groups: Tensor, whole: Tensor | None = None) -> Params:
         """The parameters of `groups` (..., size), whose last axis shares a scale, from their ranges."""
@@ -99,14 +108,14 @@ class WeightFormat(Format):
                  an output row, -1 is the whole row
     """
 
-    granularity: Literal["tensor", "channel", "group", "block"] = "channel"
+    granularity: Literal["tensor", "channel", "group", "block", "flat"] = "channel"
     group_size: int = -1
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.group_size != -1 and self.group_size < 1:
             raise ValueError(f"group_size={self.group_size} is out of range; expected a positive number, or -1")
-        if self.granularity not in ("group", "block") and self.group_size != -1:
+        if self.granularity in ("tensor", "channel") and self.group_size != -1:
             raise ValueError(
                 f"group_size={self.group_size} has no use with granularity={self.granularity}; "
                 "set granularity=group, or group_size=-1"
@@ -148,7 +157,8 @@ class WeightFormat(Format):
     def by_row(self, params: Params, rows: Tensor) -> Params:
         """The parameters (n, G) of the n output `rows`, int64."""
         places = rows // self.height
-        return params.map(lambda values: values.expand(len(rows), -1) if len(values) == 1 else values[places])
+        chosen = params.map(lambda values: values.expand(len(rows), -1) if len(values) == 1 else values[places])
+        return chosen if chosen.levels is None else replace(chosen, levels=chosen.levels[rows])
 
     def weight_params(self, weight: Tensor) -> Params:
         """The parameters (N, G), or (1, 1) per tensor, of a weight (N, K) from its groups' minimum and maximum.
@@ -181,8 +191,12 @@ class WeightFormat(Format):
         """Quantize a weight (N, K) with these parameters, each value to the nearest code."""
 
     @abstractmethod
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        """Analytic size: bits of codes and parameters of a weight (N, K) = `shape`, each tensor in whole bytes."""
+
     def bits_per_weight(self, shape: tuple[int, int]) -> float:
-        """Analytic size: bits of codes and parameters of a weight (N, K), divided by N K."""
+        """Stored bits of a weight (N, K) = `shape`, divided by N K."""
+        return self.stored_bits(shape) / (shape[0] * shape[1])
 
     @abstractmethod
     def at(self, bits: int) -> WeightFormat:

@@ -29,6 +29,10 @@ from harness.core.formats.format import Format
 from harness.core.formats.params import Params
 from harness.core.formats.scales import ScaleDtype
 
+# Factors with which a search tries other ranges: both ends shrink together first, then each end is moved alone.
+_TOGETHER = tuple(1 - i / 20 for i in range(1, 11))
+_ALONE = (1.05, 0.95, 0.9, 0.85)
+
 
 @dataclass(frozen=True, kw_only=True)
 class IntFormat(Format):
@@ -55,6 +59,13 @@ class IntFormat(Format):
     @property
     def label(self) -> str:
         return f"int{self.bits}"
+
+    @property
+    def shrinks(self) -> list[list[tuple[float, float]]]:
+        together = [(share, share) for share in _TOGETHER]
+        if self.symmetric:
+            return [together]
+        return [together, [(share, 1.0) for share in _ALONE], [(1.0, share) for share in _ALONE]]
 
     @property
     def max_code(self) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from harness.core.formats import scales
 from harness.core.formats.format import WeightFormat, compute_dtype
 from harness.core.formats.integer import StoredInt
-from harness.core.formats.packing import pack, unpack
+from harness.core.formats.packing import pack, packed_bytes, unpack
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor
 
@@ -44,12 +44,13 @@ class IntWeight(WeightFormat, StoredInt):
     def quantized(self, weight: Tensor, params: Params) -> IntQTensor:
         return IntQTensor(self.codes(weight, params), params, self)
 
-    def bits_per_weight(self, shape: tuple[int, int]) -> float:
+    def stored_bits(self, shape: tuple[int, int]) -> int:
         rows, columns = self.groups(shape)
-        per_group = scales.BITS[self.scale_dtype]
-        if not self.symmetric:
-            per_group += self.bits if self.zero_point == "integer" else scales.BITS[self.scale_dtype]
-        return self.bits + rows * columns * per_group / (shape[0] * shape[1])
+        count, scale_bits = rows * columns, rows * columns * scales.BITS[self.scale_dtype]
+        bits = 8 * packed_bytes(shape[0] * shape[1], self.bits) + scale_bits
+        if self.symmetric:
+            return bits
+        return bits + (8 * packed_bytes(count, self.bits) if self.zero_point == "integer" else scale_bits)
 
     def at(self, bits: int) -> IntWeight:
         return replace(self, bits=bits)

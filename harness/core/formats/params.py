@@ -17,11 +17,13 @@ class Params:
     zero_point  the same shape, in units of codes; None for formats in which it is fixed
     whole       a second factor, exact in float32, that all groups of a tensor share: () for a weight, one for each
                 sequence of inputs; None for formats without one
+    levels      for each row of a weight the values of its codes, (R, 2^bits) ascending; None where the format has them
     """
 
     scale: Tensor
     zero_point: Tensor | None = None
     whole: Tensor | None = None
+    levels: Tensor | None = None
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Params:
         """The same parameters with `change` applied to the tensors that have one value per group."""
@@ -44,5 +46,10 @@ class Params:
     def cat(parts: Sequence[Params], dim: int = 0) -> Params:
         """The groups of all parts, one part behind another in dimension `dim`; `whole` is that of the first."""
         zero_points = [part.zero_point for part in parts if part.zero_point is not None]
-        scale = torch.cat([part.scale for part in parts], dim)
-        return replace(parts[0], scale=scale, zero_point=torch.cat(zero_points, dim) if zero_points else None)
+        levels = [part.levels for part in parts if part.levels is not None]
+        return replace(
+            parts[0],
+            scale=torch.cat([part.scale for part in parts], dim),
+            zero_point=torch.cat(zero_points, dim) if zero_points else None,
+            levels=torch.cat(levels) if levels else None,
+        )

@@ -11,13 +11,9 @@ import torch
 from torch import Tensor
 
 from harness.core.finite import check_finite
-from harness.core.formats.floating import FloatFormat
 from harness.core.formats.format import WeightFormat, compute_dtype, padded
 from harness.core.formats.params import Params
 
-# Factors of the range: both ends shrink together first, then each end is moved alone.
-_TOGETHER = tuple(1 - i / 20 for i in range(1, 11))
-_ALONE = (1.05, 0.95, 0.9, 0.85)
 _CACHED = 2**20  # values of a weight searched at once
 
 
@@ -25,10 +21,13 @@ def clipped_params(weight: Tensor, fmt: WeightFormat, hessian: Tensor, whole: Te
     """The parameters of a weight (N, K); the range of a group is clipped where this lowers the error.
 
     `hessian` (K, K) belongs to the weight's inputs. `whole` is the factor of the whole tensor of which the weight is a
-    part. No group has a larger error than with its minimum and maximum.
+    part. A format whose ranges are not searched
+    keeps its parameters. No group has a larger error than with its minimum and maximum.
     Returns: parameters as `fmt.weight_params`.
     Raises: ValueError if the weight has a NaN or an infinity, or a parameter is too large for its dtype.
     """
+    if not fmt.shrinks:
+        return fmt.weight_params(weight)
     check_finite(weight)
     values = weight.to(compute_dtype(weight))
     whole = fmt.whole(values) if whole is None else whole
@@ -45,7 +44,7 @@ def _search(values: Tensor, fmt: WeightFormat, hessian: Tensor, whole: Tensor | 
     blocks = _blocks(hessian.to(values), fmt)
     best = _errors(values, params, fmt, blocks)
     ends = low, high
-    for stage in _stages(fmt):
+    for stage in fmt.shrinks:
         start = ends
         for shrink_low, shrink_high in stage:
             trial_ends = start[0] * shrink_low, start[1] * shrink_high
@@ -82,13 +81,3 @@ def _errors(weight: Tensor, params: Params, fmt: WeightFormat, blocks: Tensor) -
     delta = padded(delta, span).view(shape[0], -1, span).transpose(0, 1)  # (G, N, g)
     by_row = ((delta @ blocks).mul_(delta)).sum(-1)  # (G, N)
     return padded(by_row, fmt.height).view(len(by_row), -1, fmt.height).sum(-1).T
-
-
-def _stages(fmt: WeightFormat) -> list[list[tuple[float, float]]]:
-    """Factors for the low and the high end of the range; each stage starts from the best range of the previous one."""
-    if isinstance(fmt, FloatFormat):
-        return [[(factor, factor) for factor in fmt.factors]]
-    together = [(share, share) for share in _TOGETHER]
-    if fmt.symmetric:
-        return [together]
-    return [together, [(share, 1.0) for share in _ALONE], [(1.0, share) for share in _ALONE]]

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core import IntActivation, IntWeight, QTensor, round_to_nearest
-from harness.core.formats import InputQuantizer, LevelsQTensor
+from harness.core import IntActivation, IntWeight, LevelsWeight, QTensor, round_to_nearest
+from harness.core.formats import InputQuantizer
 from harness.kernels.bench.peers import PEERS, Peer
 from harness.kernels.table import choose
 
@@ -100,8 +100,8 @@ def _nearest(fmt: IntWeight) -> Callable[[Tensor], QTensor]:
 
 
 def _levels(weight: Tensor) -> QTensor:
-    """A table of 16 values for each block of 64, the format of NF4 and FP4; the values do not matter for its time."""
-    return LevelsQTensor(weight, torch.linspace(-1, 1, 16, device=weight.device), 64, double_quant=False)
+    """NF4 in groups of 64; the levels of a table do not matter for its time."""
+    return round_to_nearest(weight, LevelsWeight(table="nf4", granularity="group", group_size=64))
 
 
 def _ours(

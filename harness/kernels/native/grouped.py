@@ -12,27 +12,24 @@ from typing import Any, Self, TypeGuard
 import torch
 from torch import Tensor
 
-from harness.core import FloatQTensor, IntQTensor, QTensor
-from harness.core.formats import LevelsQTensor
+from harness.core import FloatQTensor, IntQTensor, LevelsQTensor, QTensor
 from harness.kernels.native import library
 from harness.kernels.native.panel_kernel import PanelKernel, Tensors
 from harness.kernels.native.panels import HALF, pack_groups, pack_panels
 
 _TABLE_BITS = 5  # the widest code whose levels fit into registers
-_LEVELS_BITS = 4  # of LevelsQTensor
 _TABLE = 32  # entries of `levels`: a table of fewer repeats
 
 
 def supports(weight: QTensor, dtype: torch.dtype) -> TypeGuard[IntQTensor | FloatQTensor | LevelsQTensor]:
     """Whether the kernel runs this weight: inputs in float32 or bfloat16, groups of 16, 32, 48, ... or whole rows."""
-    columns = weight.shape[1]
-    if isinstance(weight, IntQTensor | FloatQTensor):
-        groups = weight.scale.shape[1]
-        fits = groups == 1 or columns // groups % HALF == 0
-        fits = fits and (isinstance(weight, IntQTensor) or weight.fmt.bits <= _TABLE_BITS)
-    else:
-        fits = isinstance(weight, LevelsQTensor) and columns % weight.block_size == 0 == weight.block_size % HALF
-    return fits and library.runs(dtype)
+    if not isinstance(weight, IntQTensor | FloatQTensor | LevelsQTensor):
+        return False
+    columns, groups, fmt = weight.shape[1], weight.scale.shape[1], weight.fmt
+    if isinstance(weight, LevelsQTensor) and weight.fmt.spans_rows(weight.shape):
+        return False
+    in_order = groups == 1 or columns // groups % HALF == 0
+    return in_order and (isinstance(weight, IntQTensor) or fmt.bits <= _TABLE_BITS) and library.runs(dtype)
 
 
 def build(weight: IntQTensor | FloatQTensor | LevelsQTensor) -> GroupedLinear:
@@ -41,8 +38,8 @@ def build(weight: IntQTensor | FloatQTensor | LevelsQTensor) -> GroupedLinear:
         return _of_integers(weight)
     if isinstance(weight, FloatQTensor):
         return _of_floats(weight)
-    scale = weight.scales().view(weight.shape[0], -1)
-    return GroupedLinear.of("native_levels", Codes(weight.codes, _LEVELS_BITS, weight.levels), scale, None)
+    codes = Codes(weight.codes, weight.fmt.bits, weight.levels)
+    return GroupedLinear.of("native_levels", codes, weight.scales(), None)
 
 
 def _of_integers(weight: IntQTensor) -> GroupedLinear:

@@ -154,8 +154,8 @@ def name_of(row: pd.Series[Any]) -> str:
 
 def kind(row: pd.Series[Any]) -> str:
     """Method and scheme; the method alone where it has its own format."""
-    native = pd.isna(row["scheme"]) or row["scheme"] in ("native", row["method"])
-    return str(row["method"]) if native else f"{row['method']} {row['scheme']}"
+    own = pd.isna(row["scheme"]) or row["scheme"] in ("none", row["method"])
+    return str(row["method"]) if own else f"{row['method']} {row['scheme']}"
 
 
 def _short(row: pd.Series[Any]) -> str:

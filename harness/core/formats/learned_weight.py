@@ -1,0 +1,136 @@
+"""Weights whose rows each have a table of levels of their own, fitted to the row: the format, and the stored tensors.
+
+Lloyd's algorithm (Lloyd 1982) in one dimension, for all rows at once: each value goes to the nearest level, and each
+level becomes the mean of its values, starting from quantiles of the row. Such tables are those of SqueezeLLM (Kim et
+al. 2023, arXiv 2306.07629, section 4.1) without its weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from harness.core.formats import scales
+from harness.core.formats.format import WeightFormat
+from harness.core.formats.packing import pack, packed_bytes
+from harness.core.formats.params import Params
+from harness.core.formats.qtensor import GroupedQTensor
+from harness.core.formats.scales import ScaleDtype
+
+_ITERATIONS = 30
+
+
+@dataclass(frozen=True, kw_only=True)
+class LearnedWeight(WeightFormat):
+    """For each output row of a weight (N out, K in), 2^bits levels; there are no scales.
+
+    levels        learned
+    levels_dtype  how levels are stored
+    """
+
+    levels: Literal["learned"]
+    bits: int = 4
+    granularity: Literal["channel"] = "channel"
+    levels_dtype: ScaleDtype = "float16"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 2 <= self.bits <= 8:
+            raise ValueError(f"bits={self.bits} is out of range; expected 2 to 8")
+
+    @property
+    def symmetric(self) -> bool:
+        return False
+
+    @property
+    def label(self) -> str:
+        return f"learned{self.bits}"
+
+    def params(self, groups: Tensor, whole: Tensor | None = None) -> Params:
+        rows = groups.flatten(1)
+        return Params(rows.new_ones(len(rows), 1), levels=self._stored(fit_levels(rows, 1 << self.bits)))
+
+    def encode(self, values: Tensor, params: Params) -> Tensor:
+        return _ranks(values, _levels(params)).to(torch.uint8)
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        return _levels(params).gather(1, codes.flatten(1).long()).view(codes.shape)
+
+    def snap(self, values: Tensor, params: Params, out: Tensor | None = None) -> Tensor:
+        levels = _levels(params)
+        snapped = levels.gather(1, _ranks(values, levels).view(len(levels), -1)).view(values.shape)
+        return snapped if out is None else out.copy_(snapped)
+
+    def quantized(self, weight: Tensor, params: Params) -> LearnedQTensor:
+        return LearnedQTensor(self.codes(weight, params), params, self)
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        return (
+            8 * packed_bytes(shape[0] * shape[1], self.bits) + (shape[0] << self.bits) * scales.BITS[self.levels_dtype]
+        )
+
+    def at(self, bits: int) -> LearnedWeight:
+        return replace(self, bits=bits)
+
+    def _stored(self, levels: Tensor) -> Tensor:
+        """The levels rounded to the dtype in which they are stored.
+
+        Raises: ValueError if a level is too large for it.
+        """
+        stored = levels.to(getattr(torch, self.levels_dtype)).to(levels.dtype)
+        if not torch.isfinite(stored).all():
+            raise ValueError(
+                f"{self.where}.levels_dtype={self.levels_dtype} cannot hold the level {float(levels.abs().max()):.3g}; "
+                f"use {self.where}.levels_dtype=float32"
+            )
+        return stored
+
+
+class LearnedQTensor(GroupedQTensor):
+    """Packed codes (N, K) and the levels of each row.
+
+    levels  (N, 2^bits) ascending, in the dtype of the format
+    """
+
+    fmt: LearnedWeight
+    levels: Tensor
+
+    def __init__(self, codes: Tensor, params: Params, fmt: LearnedWeight) -> None:
+        """Store `codes` (N, K) uint8 that select from `params.levels` (N, 2^bits)."""
+        super().__init__((codes.shape[0], codes.shape[1]), fmt)
+        self.register_buffer("qweight", pack(codes, fmt.bits))
+        self.register_buffer("levels", _levels(params).to(getattr(torch, fmt.levels_dtype)))
+
+    def params(self) -> Params:
+        levels = self.levels.float()
+        return Params(levels.new_ones(len(levels), 1), levels=levels)
+
+
+def fit_levels(rows: Tensor, count: int) -> Tensor:
+    """Levels (R, count), ascending, near which the values of each of `rows` (R, n) lie, by Lloyd's algorithm."""
+    places = (torch.arange(count, dtype=rows.dtype, device=rows.device) + 0.5) / count
+    ascending = rows.sort(1).values
+    levels = ascending[:, (places * rows.shape[1]).long()].contiguous()
+    for _ in range(_ITERATIONS):
+        codes = _ranks(rows, levels)
+        sums = torch.zeros_like(levels).scatter_add_(1, codes, rows)
+        counts = torch.zeros_like(levels).scatter_add_(1, codes, torch.ones_like(rows))
+        means = torch.where(counts > 0, sums / counts.clamp(min=1), levels)
+        if torch.equal(means, levels):
+            break
+        levels = means
+    return levels
+
+
+def _ranks(values: Tensor, levels: Tensor) -> Tensor:
+    """Rank (int64) of the nearest level of its row for each of `values` (R, ...); a tie goes to the lower level."""
+    middles = (levels[:, 1:] + levels[:, :-1]) / 2
+    return torch.searchsorted(middles.contiguous(), values.reshape(len(levels), -1).contiguous()).view(values.shape)
+
+
+def _levels(params: Params) -> Tensor:
+    assert params.levels is not None
+    return params.levels

@@ -1,0 +1,90 @@
+"""Codes that select from a few levels, in any order and at any distance: value' = level[code] * scale.
+
+A value is divided by the scale of its group, and its code is that of the nearest level; a tie goes to the lower level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from harness.core.formats import scales, tables
+from harness.core.formats.format import Format
+from harness.core.formats.params import Params
+from harness.core.formats.scales import ScaleDtype
+from harness.core.formats.tables import Table
+
+_SMALLEST = 1e-38  # divisor of a group of zeros
+_SHARES = tuple(1 - i / 20 for i in range(1, 11))
+
+
+@dataclass(frozen=True, kw_only=True)
+class LevelsFormat(Format):
+    """A fixed table of levels, see `harness.core.formats.tables`; the largest value of a group is the largest level.
+
+    table        nf4, fp4 or lloyd_max
+    bits         bits of a code; nf4 and fp4 have 4
+    scale_dtype  how scales are stored
+    """
+
+    table: Table
+    bits: int = 4
+    scale_dtype: ScaleDtype = "float32"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        tables.levels(self.table, self.bits)
+
+    @property
+    def symmetric(self) -> bool:
+        return True
+
+    @property
+    def label(self) -> str:
+        return self.table if self.table in ("nf4", "fp4") else f"{self.table}{self.bits}"
+
+    @property
+    def levels(self) -> Tensor:
+        """The levels (2^bits,) float32, by code."""
+        return tables.levels(self.table, self.bits)
+
+    @property
+    def shrinks(self) -> list[list[tuple[float, float]]]:
+        return [[(share, share) for share in _SHARES]]
+
+    def cover(self, low: Tensor, high: Tensor, whole: Tensor | None = None) -> Params:
+        top = float(self.levels.max())
+        absmax = torch.maximum(high, -low)
+        return Params(scales.store(absmax if top == 1 else absmax / top, self.scale_dtype, self.where))
+
+    def encode(self, values: Tensor, params: Params) -> Tensor:
+        return nearest(self._shares(values, params), self.levels.to(values))
+
+    def decode(self, codes: Tensor, params: Params) -> Tensor:
+        return chosen(self.levels.to(params.scale), codes).mul_(params.scale)
+
+    def snap(self, values: Tensor, params: Params, out: Tensor | None = None) -> Tensor:
+        ascending = self.levels.to(values).sort().values
+        snapped = chosen(ascending, ranks(self._shares(values, params), ascending))
+        return torch.mul(snapped, params.scale, out=snapped if out is None else out)
+
+    def _shares(self, values: Tensor, params: Params) -> Tensor:
+        return values * params.scale.clamp(min=_SMALLEST).reciprocal()
+
+
+def nearest(values: Tensor, levels: Tensor) -> Tensor:
+    """Code (uint8) of the nearest level for each of `values`; `levels` has at most 256 entries, in any order."""
+    ascending, order = levels.sort(stable=True)
+    return chosen(order.to(torch.uint8), ranks(values, ascending))
+
+
+def ranks(values: Tensor, ascending: Tensor) -> Tensor:
+    """Rank (int32) of the nearest of the `ascending` levels for each of `values`."""
+    return torch.bucketize(values, (ascending[1:] + ascending[:-1]) / 2, out_int32=True)
+
+
+def chosen(table: Tensor, codes: Tensor) -> Tensor:
+    """Entries of a table (n,) in the shape of `codes`."""
+    return table.index_select(0, codes.reshape(-1).int()).view(codes.shape)

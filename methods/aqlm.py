@@ -78,6 +78,8 @@ class AQLM(Finetuned):
         if not 0 <= self.tolerance < 1:
             raise ValueError(f"tolerance={self.tolerance} is out of range; expected 0 or more, and less than 1")
 
+    def check(self, scheme: Scheme) -> None:
+        require_none(scheme, "additive codebooks")
         bits = max(_FEWEST_BITS, math.ceil(self.codebooks * self.code_bits / self.group_size))
         if bits > _MOST_BITS:
             raise ValueError(
@@ -89,9 +91,6 @@ class AQLM(Finetuned):
                 f"bits={self.bits} does not match codebooks={self.codebooks} of code_bits={self.code_bits} "
                 f"for group_size={self.group_size}; use bits={bits}"
             )
-
-    def check(self, scheme: Scheme) -> None:
-        require_none(scheme, "additive codebooks")
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         check_finite(weight)

@@ -52,4 +52,4 @@ def require_none(scheme: Scheme, what: str) -> None:
     Raises: ValueError if it has one.
     """
     if scheme.weight is not None:
-        raise ValueError(f"scheme={scheme.name} has another format of weights than {what}; use scheme=none")
+        raise ValueError(f"scheme={scheme.name} is another format than {what}; use scheme=none")

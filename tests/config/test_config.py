@@ -174,7 +174,7 @@ def test_a_scheme_of_ones_own_needs_no_code() -> None:
         ({"element": 4}, "scheme.weight.element=4 is no float of 3 to 8 bits"),
         ({"bits": 4, "elements": "e2m1"}, "scheme.weight.elements='e2m1' is an unknown key; did you mean"),
         ({"group_size": 16}, "scheme.weight.bits is missing"),
-        (None, "scheme.weight=None is not a mapping"),
+        (7, "scheme.weight=7 is not a mapping"),
     ],
 )
 def test_an_impossible_scheme_is_one_line_that_names_the_key(weight: Any, message: str) -> None:

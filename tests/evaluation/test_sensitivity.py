@@ -261,7 +261,7 @@ def test_what_decides_the_id_of_a_run(tiny: Tiny) -> None:
         (["analysis.sensitivity=linear", "analysis.windows=0"], "^analysis.windows=0 is out of range; expected 1"),
         (["analysis.outliers=[*nothing*]"], r"^analysis.outliers=\*nothing\* matches no linear; expected a pattern"),
         (
-            ["analysis.sensitivity=linear", "method=quip_sharp", "scheme=native"],
+            ["analysis.sensitivity=linear", "method=quip_sharp", "scheme=none"],
             "^analysis with method.quip_sharp, which is fine-tuned: .* expected method.quip_sharp.epochs=0",
         ),
     ],

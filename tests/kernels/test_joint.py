@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import IntWeight
-from harness.core.formats import LevelsQTensor
+from harness.core import IntWeight, LevelsWeight, round_to_nearest
 from harness.kernels.base import JoinableKernel, Kernel
 from harness.kernels.joint import JoinedLinear, Joint, join
 from harness.kernels.native import grouped, int8
@@ -29,9 +28,8 @@ FORMATS = {
 
 def kernels(kind: str) -> list[JoinableKernel]:
     if kind == "levels":
-        levels = torch.randn(16).sort().values
-        weights = [LevelsQTensor(torch.randn(rows, COLUMNS), levels, 32, True) for rows in ROWS]
-        return [grouped.build(weight) for weight in weights]
+        fmt = LevelsWeight(table="nf4", group_size=32, double_quant=True)
+        return [grouped.build(round_to_nearest(torch.randn(rows, COLUMNS), fmt)) for rows in ROWS]
     if kind in INPUTS:
         fmt = IntWeight(bits=8, symmetric=True, grid="narrow")
         return [int8.Int8Linear.of(uneven(rows, COLUMNS, fmt), quantizer(kind)) for rows in ROWS]

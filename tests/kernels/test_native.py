@@ -10,8 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harness.core import FloatQTensor, FloatWeight, IntQTensor, IntWeight, round_to_nearest
-from harness.core.formats import LevelsQTensor
+from harness.core import FloatQTensor, FloatWeight, IntQTensor, IntWeight, LevelsQTensor, LevelsWeight, round_to_nearest
 from harness.kernels.native import grouped, library
 from harness.kernels.native.panels import WIDTHS, pack_panels, unpack_panels
 from harness.kernels.table import choose
@@ -99,10 +98,19 @@ def test_wider_floats_have_no_kernel_yet() -> None:
 
 
 @built
-@pytest.mark.parametrize("double_quant", [False, True])
-def test_levels(level: str, double_quant: bool) -> None:
-    levels = torch.randn(16).sort().values / 2
-    weight = LevelsQTensor(torch.randn(48, 128) * torch.rand(48, 1).mul(4).exp(), levels, 64, double_quant)
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        LevelsWeight(table="nf4", granularity="flat", group_size=64, double_quant=True),
+        LevelsWeight(table="fp4", group_size=64),
+        LevelsWeight(table="lloyd_max", bits=3, group_size=16, scale_dtype="float16"),
+        LevelsWeight(table="lloyd_max", bits=5, granularity="channel"),
+        LevelsWeight(table="lloyd_max", bits=2, granularity="tensor"),
+    ],
+    ids=lambda fmt: fmt.label,
+)
+def test_levels(level: str, fmt: LevelsWeight) -> None:
+    weight = round_to_nearest(torch.randn(48, 128) * torch.rand(48, 1).mul(4).exp(), fmt)
     for dtype in BOUNDS:
         for tokens in TOKENS:
             compare(weight, dtype, tokens)
@@ -164,7 +172,7 @@ def test_what_the_kernel_does_not_run_is_left_to_others(fmt: IntWeight, dtype: t
 
 @built
 def test_blocks_that_span_rows_are_left_to_others() -> None:
-    weight = LevelsQTensor(torch.randn(8, 96), torch.linspace(-1, 1, 16), 64, False)
+    weight = round_to_nearest(torch.randn(8, 96), LevelsWeight(table="nf4", granularity="flat", group_size=64))
     assert not grouped.supports(weight, torch.float32)
 
 

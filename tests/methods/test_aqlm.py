@@ -21,8 +21,7 @@ ROWS, COLUMNS, SIZE = 7, 24, 4
 GROUPS = COLUMNS // SIZE
 
 
-def scheme(bits: int = 2) -> Scheme:
-    return Scheme(name="native", weight=IntWeight(bits=bits))
+NONE = Scheme(name="none", weight=None)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -199,7 +198,7 @@ def test_one_group_s_code_is_chosen_for_the_errors_of_all_others() -> None:
 
 
 def quantize(weight: Tensor, X: Tensor, **options: Any) -> AdditiveQTensor:
-    qtensor = AQLM(**options).quantize(weight, scheme(), stats_of(X))
+    qtensor = AQLM(**options).quantize(weight, NONE, stats_of(X))
     assert isinstance(qtensor, AdditiveQTensor)
     return qtensor
 
@@ -229,9 +228,9 @@ def test_more_rounds_and_a_wider_beam_lower_the_error() -> None:
 def test_bits_per_weight_are_those_of_the_formula(count: int, bits: int, size: int) -> None:
     rows, columns = 16, 48
     label = max(2, math.ceil(count * bits / size))
-    method = AQLM(codebooks=count, code_bits=bits, group_size=size, iterations=1, kmeans_iterations=2)
-    method.check(scheme(label))
-    qtensor = method.quantize(weights(rows, columns), scheme(label), stats_of(inputs(columns)))
+    method = AQLM(bits=label, codebooks=count, code_bits=bits, group_size=size, iterations=1, kmeans_iterations=2)
+    method.check(NONE)
+    qtensor = method.quantize(weights(rows, columns), NONE, stats_of(inputs(columns)))
     stored = 16 * count * size * 2**bits / (rows * columns) + 16 / columns
     assert qtensor.bits_per_weight == pytest.approx(count * bits / size + stored, rel=1e-12)
 
@@ -260,12 +259,10 @@ def test_a_weight_beyond_float16_is_refused() -> None:
 def test_without_tokens_all_inputs_get_equal_weight_with_a_warning() -> None:
     options: dict[str, Any] = {"code_bits": 4, "group_size": SIZE}
     with pytest.warns(UserWarning, match="no calibration token reached this linear; all its inputs get equal weight"):
-        without_tokens = AQLM(**options).quantize(weights(), scheme(), Stats([Hessian], COLUMNS)).dequantize()
+        without_tokens = AQLM(**options).quantize(weights(), NONE, Stats([Hessian], COLUMNS)).dequantize()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        equal_inputs = (
-            AQLM(**options, damp=1e-9).quantize(weights(), scheme(), stats_of(torch.eye(COLUMNS))).dequantize()
-        )
+        equal_inputs = AQLM(**options, damp=1e-9).quantize(weights(), NONE, stats_of(torch.eye(COLUMNS))).dequantize()
     assert (without_tokens - equal_inputs).norm() <= 1e-3 * equal_inputs.norm()
 
 
@@ -303,17 +300,17 @@ def test_options_out_of_range_are_refused(key: str, value: Any, expected: str) -
 
 
 def test_schemes_and_shapes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(ValueError, match="scheme=group64 is another format .*; use scheme=native"):
+    with pytest.raises(ValueError, match="scheme=group64 is another format .*; use scheme=none"):
         AQLM().check(Scheme(name="group64", weight=IntWeight(bits=2, granularity="group", group_size=64)))
     with pytest.raises(
         ValueError, match="bits=4 does not match codebooks=2 of code_bits=8 for group_size=8; use bits=2"
     ):
-        AQLM().check(scheme(4))
+        AQLM(bits=4).check(NONE)
     with pytest.raises(ValueError, match="bits=2 does not match codebooks=3 .*; use bits=3"):
-        AQLM(codebooks=3).check(scheme(2))
-    AQLM(codebooks=1, code_bits=8).check(scheme(2))
+        AQLM(codebooks=3).check(NONE)
+    AQLM(codebooks=1, code_bits=8).check(NONE)
     with pytest.raises(ValueError, match="codebooks=9 of code_bits=8 for group_size=8 take 9 bits per weight"):
-        AQLM(codebooks=9).check(scheme(8))
+        AQLM(codebooks=9, bits=8).check(NONE)
     with pytest.raises(
         ValueError, match="group_size=16 does not divide in_features=24; use a divisor, or skip this linear"
     ):
@@ -322,6 +319,6 @@ def test_schemes_and_shapes_that_do_not_fit_are_refused() -> None:
 
 def test_its_yaml_chooses_two_bits_and_the_command_line_wins() -> None:
     chosen = resolve("method=aqlm")
-    assert (chosen["bits"], chosen["scheme"]["name"], chosen["scheme"]["weight"]["bits"]) == (2, "native", 2)
+    assert (chosen["bits"], chosen["scheme"]["name"], chosen["method"]["aqlm"]["bits"]) == (2, "none", 2)
     other = resolve("method=aqlm", "bits=3", "method.aqlm.codebooks=3")
-    assert (other["bits"], other["scheme"]["weight"]["bits"], other["method"]["aqlm"]["codebooks"]) == (3, 3, 3)
+    assert (other["bits"], other["method"]["aqlm"]["bits"], other["method"]["aqlm"]["codebooks"]) == (3, 3, 3)

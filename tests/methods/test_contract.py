@@ -19,12 +19,13 @@ from torch import Tensor
 
 from harness.config import build, build_steps
 from harness.core import (
-    NATIVE,
     FloatWeight,
     Hessian,
     IntActivation,
     IntQTensor,
     IntWeight,
+    LearnedWeight,
+    LevelsWeight,
     Method,
     QTensor,
     Scheme,
@@ -58,22 +59,25 @@ SCHEMES = {
         weight=FloatWeight(element="e2m1", granularity="group", group_size=16, scale_dtype="e4m3", tensor_scale=True),
     ),
     "fp8_block": Scheme(name="fp8_block", weight=FloatWeight(element="e4m3", granularity="block", group_size=20)),
-    "native": Scheme(name="native", weight=IntWeight(bits=4)),
-    "native_2": Scheme(name="native", weight=IntWeight(bits=2)),
+    "nf4": Scheme(name="nf4", weight=LevelsWeight(table="nf4", granularity="flat", group_size=64, double_quant=True)),
+    "fp4": Scheme(name="fp4", weight=LevelsWeight(table="fp4", granularity="flat", group_size=64)),
+    "lloyd_max": Scheme(name="lloyd_max", weight=LevelsWeight(table="lloyd_max", bits=3, group_size=16)),
+    "learned": Scheme(name="learned", weight=LearnedWeight(levels="learned", bits=3, levels_dtype="float32")),
+    "none": Scheme(name="none", weight=None),
 }
-FORMATS = {name for name, scheme in SCHEMES.items() if scheme.name != NATIVE}
+FORMATS = {name for name, scheme in SCHEMES.items() if scheme.weight is not None}
 INTEGERS = {name for name in FORMATS if isinstance(SCHEMES[name].weight, IntWeight)}
-# The schemes that methods with a `check` of their own serve. All other methods serve every scheme but `native`.
+# The schemes that methods with a `check` of their own serve. All other methods serve every scheme but `none`.
 SERVED_BY = {
-    "aqlm": {"native_2"},
-    "bnb_fp4": {"native"},
+    "aqlm": {"none"},
+    "bnb_fp4": {"fp4"},
     "bnb_int8": {"llm_int8"},
-    "bnb_nf4": {"native"},
-    "fp4": {"native"},
+    "bnb_nf4": {"nf4"},
+    "fp4": {"fp4"},
     "hqq": {"channel", "group", "float_zero", "tensor"},
     "llm_int8": {"llm_int8"},
-    "nf4": {"native"},
-    "quip_sharp": {"native", "native_2"},
+    "nf4": {"nf4"},
+    "quip_sharp": {"none"},
 }
 FLOAT16 = ("salient", "bnb_int8")  # methods that store weights, or scales of their own, as float16
 ROWS, COLUMNS, TOKENS = 24, 64, 200
@@ -103,8 +107,7 @@ def refusal(method: str, scheme: Scheme) -> str | None:
 PAIRS = [(method, scheme) for method in METHODS for scheme in SCHEMES]
 REFUSED = [pair for pair in PAIRS if refusal(pair[0], SCHEMES[pair[1]])]
 SERVED = [pair for pair in PAIRS if pair not in REFUSED]
-# Pairs whose codes are those of the format that the scheme describes. Peers and formats behind `native` have grids of
-# their own.
+# Pairs whose codes are those of the format that the scheme describes. Peers have grids of their own.
 ON_THE_GRID = [
     (method, scheme)
     for method, scheme in SERVED
@@ -162,32 +165,13 @@ def test_serves_its_schemes_and_the_one_that_its_yaml_chooses(method: str) -> No
     assert refusal(method, build(Scheme, resolve(f"method={method}")["scheme"], "scheme")) is None
 
 
-@functools.cache
-def configured(scheme: str, bits: int) -> Scheme:
-    return build(Scheme, resolve(f"scheme={scheme}", f"bits={bits}")["scheme"], "scheme")
-
-
-def remedied(scheme: Scheme, message: str) -> Scheme:
-    """The scheme after the change that a refusal proposes, such as `use scheme=native` or `expected one of [2, 3]`."""
-    remedy = re.search(r"\buse .*?\b(scheme|bits)=(\w+)", message)
-    remedy = remedy or re.search(r"^(bits)=.* expected one of \[(\d+)", message)
-    assert remedy, f"no remedy in {message!r}"
-    if remedy[1] == "scheme":
-        return configured(remedy[2], scheme.weight.bits)
-    return dataclasses.replace(scheme, weight=dataclasses.replace(scheme.weight, bits=int(remedy[2])))
-
-
 @pytest.mark.parametrize(("method", "scheme"), REFUSED)
 def test_a_refusal_is_one_line_whose_remedy_is_served(method: str, scheme: str) -> None:
-    current = SCHEMES[scheme]
-    for _ in range(2):  # one remedy may change the scheme, the next one its bits
-        message = refusal(method, current)
-        if message is None:
-            break
-        assert "\n" not in message
-        assert message.split()[0] in (f"scheme={current.name}", f"bits={current.weight.bits}")
-        current = remedied(current, message)
-    assert refusal(method, current) is None
+    message = refusal(method, SCHEMES[scheme])
+    assert message is not None
+    assert re.match(rf"^scheme={scheme} .*\buse .*\bscheme=\w+$", message), message
+    remedy = message.rpartition("scheme=")[2]
+    assert refusal(method, build(Scheme, resolve(f"scheme={remedy}")["scheme"], "scheme")) is None
 
 
 @pytest.mark.parametrize(("method", "scheme"), SERVED)

@@ -176,5 +176,5 @@ def test_its_yaml_stores_float_zero_points_and_the_command_line_wins() -> None:
         match="scheme=group64_sym is symmetric, but hqq adjusts zero points; use an asymmetric scheme such as .*64$",
     ):
         HQQ().check(build(Scheme, resolve("scheme=group64_sym")["scheme"], "scheme"))
-    with pytest.raises(ValueError, match="scheme=native is for methods with a format of their own"):
-        HQQ().check(build(Scheme, resolve("scheme=native")["scheme"], "scheme"))
+    with pytest.raises(ValueError, match="scheme=none leaves the format of weights to the method"):
+        HQQ().check(build(Scheme, resolve("scheme=none")["scheme"], "scheme"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -35,10 +36,20 @@ def int8(weight: Tensor, **options: Any) -> BnbInt8QTensor:
     return qtensor
 
 
-def four_bit(method: Bnb4Bit, weight: Tensor) -> Bnb4BitQTensor:
-    qtensor = method.quantize(weight, scheme("native"), Stats())
+def blocks(method: Bnb4Bit, **options: Any) -> Scheme:
+    """The scheme of the method, with some `options` of its weight format."""
+    usual = scheme(method.quant_type)
+    return dataclasses.replace(usual, weight=dataclasses.replace(usual.format, **options))
+
+
+def four_bit(method: Bnb4Bit, weight: Tensor, **options: Any) -> Bnb4BitQTensor:
+    qtensor = method.quantize(weight, blocks(method, **options), Stats())
     assert isinstance(qtensor, Bnb4BitQTensor)
     return qtensor
+
+
+def scheme_of(method: BnbInt8 | Bnb4Bit) -> Scheme:
+    return scheme("llm_int8") if isinstance(method, BnbInt8) else blocks(method)
 
 
 def outlying() -> Tensor:
@@ -77,7 +88,7 @@ def test_int8_is_near_the_rounding_of_the_scheme_and_far_from_one_without_a_thre
     fmt, token_scheme = scheme("llm_int8"), scheme("w8a8_token")
     assert fmt.activation is not None
     assert token_scheme.activation is not None
-    decoded = round_to_nearest(weight, fmt.weight).dequantize()
+    decoded = round_to_nearest(weight, fmt.format).dequantize()
     with_threshold = InputQuantizer(fmt.activation)(inputs) @ decoded.T
     without_threshold = InputQuantizer(token_scheme.activation)(inputs) @ decoded.T
     output = int8(weight).linear(inputs, None)
@@ -97,7 +108,7 @@ def test_int8_does_not_depend_on_the_batch_and_takes_any_leading_shape() -> None
 @pytest.mark.parametrize("method", [BnbNF4, BnbFP4])
 def test_four_bits_decode_as_level_times_scale_of_the_block(method: type[Bnb4Bit], double_quant: bool) -> None:
     weight = torch.randn(40, 128) * torch.rand(40, 1).mul(3).exp()
-    qtensor = four_bit(method(double_quant=double_quant), weight)
+    qtensor = four_bit(method(), weight, double_quant=double_quant)
     levels = torch.tensor(LEVELS[qtensor.quant_type], dtype=torch.float64)
     # bitsandbytes stores fp4's smallest level with 4 digits.
     torch.testing.assert_close(qtensor.code.double(), levels, rtol=0, atol=1e-4)
@@ -135,14 +146,14 @@ def test_bits_are_counted_from_what_is_stored() -> None:
     books = (16 + 256 + 1) * 32  # both codebooks and the offset
     assert four_bit(BnbNF4(), weight).stored_bits == rows * columns * (4 + 8 / 64 + 32 / (64 * 256)) + books
     assert four_bit(BnbNF4(), weight).bits_per_weight == pytest.approx(4.127, abs=5e-3)
-    assert four_bit(BnbFP4(double_quant=False), weight).bits_per_weight == pytest.approx(4.5, abs=1e-3)
+    assert four_bit(BnbFP4(), weight, double_quant=False).bits_per_weight == pytest.approx(4.5, abs=1e-3)
     assert int8(weight).stored_bits == 8 * rows * columns + 32 * rows
 
 
-@pytest.mark.parametrize("method", [BnbInt8(), BnbNF4(), BnbFP4(double_quant=False)])
+@pytest.mark.parametrize("method", [BnbInt8(), BnbNF4(), BnbFP4()])
 def test_a_copy_and_a_move_include_all_tensors(method: BnbInt8 | Bnb4Bit) -> None:
     weight, inputs = torch.randn(48, 64), outlying()
-    linear = QuantLinear(method.quantize(weight, scheme("native"), Stats()), None, torch.float32).pack()
+    linear = QuantLinear(method.quantize(weight, scheme_of(method), Stats()), None, torch.float32).pack()
     expected, copied = linear(inputs), copy.deepcopy(linear)
     linear.to("meta")
     assert all(buffer.device.type == "meta" for buffer in linear.buffers())
@@ -161,7 +172,7 @@ def test_a_copy_and_a_move_include_all_tensors(method: BnbInt8 | Bnb4Bit) -> Non
             "threshold=5 differs from scheme.activation.threshold=6.0; set both to one value",
         ),
         (BnbInt8(), "w8a8_token", "threshold=6 differs from scheme.activation.threshold=None"),
-        (BnbNF4(), "group64", "scheme=group64 is another format than the nf4 blocks .*; use scheme=native"),
+        (BnbNF4(), "group64", "scheme=group64 is another format than the nf4 blocks .*; use scheme=nf4"),
     ],
 )
 def test_other_formats_are_refused(method: BnbInt8 | Bnb4Bit, name: str, message: str) -> None:
@@ -172,34 +183,34 @@ def test_other_formats_are_refused(method: BnbInt8 | Bnb4Bit, name: str, message
 def test_schemes_and_options_of_peers() -> None:
     BnbInt8().check(scheme("llm_int8"))
     BnbInt8(threshold=0).check(scheme("w8a8_token"))
-    BnbFP4().check(scheme("native"))
+    BnbFP4().check(scheme("fp4"))
     for options in ({"threshold": -1.0}, {"threshold": float("nan")}):
         with pytest.raises(ValueError, match="is out of range; expected 0 or more"):
             BnbInt8(**options)
-    with pytest.raises(ValueError, match="block_size=48 is unknown; expected one of"):
-        BnbNF4(block_size=48)
-    with pytest.raises(ValueError, match="block_size=64 does not divide in_features=96, and on CPUs with AVX-512"):
+    with pytest.raises(ValueError, match="scheme.weight.group_size=48 is unknown to bitsandbytes; expected one of"):
+        BnbNF4().check(blocks(BnbNF4(), group_size=48))
+    with pytest.raises(ValueError, match="group_size=64 does not divide in_features=96, and on CPUs with AVX-512"):
         four_bit(BnbNF4(), torch.randn(4, 96))
     for method in (BnbInt8(), BnbNF4()):
         with pytest.raises(ValueError, match="the weight is float64, .*; use model.dtype=float32"):
-            method.quantize(torch.randn(4, 64, dtype=torch.float64), scheme("native"), Stats())
+            method.quantize(torch.randn(4, 64, dtype=torch.float64), scheme_of(method), Stats())
 
 
 @pytest.mark.parametrize("method", [BnbInt8(), BnbNF4(), BnbFP4()])
 def test_missing_library_is_named_with_its_remedy(method: BnbInt8 | Bnb4Bit, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     with pytest.raises(ValueError, match=r"^bitsandbytes cannot be imported .*; install ptqbench\[peers\]$"):
-        method.check(scheme("native"))
+        method.check(scheme_of(method))
 
 
 def test_a_method_chooses_its_scheme_and_the_command_line_wins(tiny: Callable[..., dict[str, Any]]) -> None:
-    assert resolve("method=bnb_nf4")["scheme"]["name"] == "native"
+    assert resolve("method=bnb_nf4")["scheme"]["name"] == "nf4"
     assert resolve("method=bnb_int8")["scheme"]["name"] == "llm_int8"
     assert resolve("method=bnb_nf4", "scheme=group32")["scheme"]["name"] == "group32"
     for overrides, message in (
         (("method=bnb_nf4", "scheme=group32"), "method.bnb_nf4: scheme=group32 is another format"),
-        (("method=bnb_fp4", "bits=3"), "method.bnb_fp4: bits=3 does not match fp4, which has 4 bits; use bits=4"),
-        (("method=rtn", "scheme=native"), "method.rtn: scheme=native is for methods with a format of their own"),
+        (("method=bnb_fp4", "bits=3"), "scheme.weight.bits=3 does not match table=fp4; expected bits=4"),
+        (("method=rtn", "scheme=none"), "method.rtn: scheme=none leaves the format of weights to the method"),
     ):
         record = execute_run(tiny(*overrides))[0]
         assert record.status == "failed"

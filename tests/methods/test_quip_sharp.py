@@ -21,8 +21,7 @@ ROWS, COLUMNS = 12, 48
 BITS = [2, 3, 4]
 
 
-def scheme(bits: int, name: str = "native") -> Scheme:
-    return Scheme(name=name, weight=IntWeight(bits=bits))
+NONE = Scheme(name="none", weight=None)
 
 
 def weights(rows: int = ROWS, columns: int = COLUMNS) -> Tensor:
@@ -47,7 +46,7 @@ def stats_of(X: Tensor) -> Stats:
 
 def quantized(weight: Tensor, bits: int = 2, X: Tensor | None = None, **options: Any) -> IncoherentQTensor:
     stats = stats_of(inputs(columns=weight.shape[1]) if X is None else X)
-    qtensor = QuIPSharp(**options).quantize(weight, scheme(bits), stats)
+    qtensor = QuIPSharp(bits=bits, **options).quantize(weight, NONE, stats)
     assert isinstance(qtensor, IncoherentQTensor)
     return qtensor
 
@@ -201,17 +200,15 @@ def test_a_copy_packs_and_moves() -> None:
 
 def test_without_tokens_all_inputs_get_equal_weight_with_a_warning() -> None:
     with pytest.warns(UserWarning, match="^no calibration token reached this linear; all its inputs get equal weight$"):
-        qtensor = QuIPSharp().quantize(weights(), scheme(2), Stats([Hessian], COLUMNS))
+        qtensor = QuIPSharp().quantize(weights(), NONE, Stats([Hessian], COLUMNS))
     assert torch.equal(qtensor.dequantize(), quantized(weights(), 2, torch.eye(COLUMNS) * 3).dequantize())
 
 
 def test_what_it_refuses() -> None:
-    for refused, message in (
-        (scheme(2, "group64"), "scheme=group64 is another format than lattice codes; use scheme=native"),
-        (scheme(5), r"bits=5 is out of range for lattice codes; expected one of \[2, 3, 4\]"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            QuIPSharp().check(refused)
+    with pytest.raises(ValueError, match="scheme=group64 is another format than lattice codes; use scheme=none"):
+        QuIPSharp().check(Scheme(name="group64", weight=IntWeight(bits=2)))
+    with pytest.raises(ValueError, match=r"bits=5 is out of range for lattice codes; expected one of \[2, 3, 4\]"):
+        QuIPSharp(bits=5)
     with pytest.raises(ValueError, match="in_features=20 is not a multiple of 8, the weights of one code; skip this"):
         quantized(weights(8, 20))
     for key, value in (("damp", 0.0), ("spread", -1.0), ("lr", 0.0), ("passes", -1), ("epochs", -1), ("seed", -1)):

@@ -357,7 +357,8 @@ def test_a_method_that_exceeds_the_budget_gets_a_warning(
             "mixed.sensitivity=None with budget=4: nothing says which linears need more bits;",
         ),
         (["mixed.sensitivity=nowhere"], "nowhere is not a record"),
-        (["method=nf4", "scheme=native"], "mixed.budget=4 with scheme=native: method=nf4 has its own format"),
+        (["method=aqlm", "scheme=none"], "mixed.budget=4 with scheme=none: method=aqlm has codes of its own"),
+        (["method=nf4", "scheme=nf4"], "method.nf4: bits=2 does not match table=nf4; expected bits=4"),
         (["save=folder"], "save=folder with mixed.budget=4: the file has one width for all linears; expected"),
     ],
 )

@@ -146,7 +146,7 @@ CASES = {
     "float": ["method=none"],
     "gptq": ["method=gptq", "scheme=group32"],
     "composite": ["method=smoothquant_gptq", "scheme=w8a8_static", *CACHE],
-    "aqlm": ["method=aqlm", "scheme=native"],
+    "aqlm": ["method=aqlm", "scheme=none"],
 }
 
 

@@ -436,12 +436,12 @@ def test_the_experiment_lists_its_sweeps(tmp_path: Path, command: Command) -> No
     assert output.returncode == 0, output.stderr
     records = [json.loads(path.read_text()) for path in tmp_path.glob("*.json")]
     rows = {
-        ("+".join(r["config"]["method"]), r["config"]["scheme"]["name"], r["config"]["scheme"]["weight"]["bits"])
+        ("+".join(r["config"]["method"]), r["config"]["scheme"]["name"], r["config"]["bits"])
         for r in records
         if r["config"]["method"]
     }
     low = {(method, "group64", bits) for method in ("rtn", "gptq", "awq") for bits in (4, 3)}
     eight = {(method, f"w8a8_{kind}", 8) for method in ("rtn", "smoothquant") for kind in ("token", "tensor", "static")}
-    int8 = {("llm_int8", "llm_int8", 8), ("bnb_int8", "llm_int8", 8), ("bnb_nf4", "native", 4)}
+    int8 = {("llm_int8", "llm_int8", 8), ("bnb_int8", "llm_int8", 8), ("bnb_nf4", "nf4", 4)}
     assert rows == low | eight | int8
     assert {r["execution"]["dtype"] for r in records if not r["config"]["method"]} == {"float32", "bfloat16"}

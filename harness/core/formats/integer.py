@@ -86,7 +86,7 @@ class IntFormat(Format):
 
         A group of zeros gets scale 1.
         """
-        scale = _positive(self._step(low, high))
+        scale = _positive(self.exact_scale(low, high))
         return Params(scale) if self.symmetric else Params(scale, self._zero_point(low, scale))
 
     def symmetric_scale(self, absmax: Tensor) -> Tensor:
@@ -114,7 +114,7 @@ class IntFormat(Format):
         zero_point = params.zero_point
         return steps.add_(zero_point).round_().clamp_(0, self.max_code).sub_(zero_point).mul_(params.scale)
 
-    def _step(self, low: Tensor, high: Tensor) -> Tensor:
+    def exact_scale(self, low: Tensor, high: Tensor) -> Tensor:
         """The scale that covers the ranges; 0 for a group of zeros, and of equal values if 0.0 has no code."""
         if self.symmetric:
             return torch.maximum(high, -low) / self.steps
@@ -140,7 +140,7 @@ class StoredInt(IntFormat):
 
         Raises: ValueError if a scale or zero point is too large for its dtype.
         """
-        scale = scales.store(_positive(self._step(low, high)), self.scale_dtype, self.where)
+        scale = scales.store(_positive(self.exact_scale(low, high)), self.scale_dtype, self.where)
         if self.symmetric:
             return Params(scale)
         zero_point = self._zero_point(low, scale)
@@ -153,13 +153,13 @@ class StoredInt(IntFormat):
                 )
         return Params(scale, zero_point)
 
-    def check_ranges(self, low: Tensor, high: Tensor, most: float = scales.MOST_GROWTH) -> tuple[int, int]:
+    def check_ranges(self, low: Tensor, high: Tensor, most: float) -> tuple[int, int]:
         """Check the scales of groups with the ranges [low, high] against the lower end of their stored dtype.
 
         Returns: the number of groups that lose more than one bit, and the number of groups that are not constant.
         Raises: ValueError if the squared rounding error of all groups grows by more than the factor `most`.
         """
-        return scales.check(self._step(low, high), self.scale_dtype, self.where, most)
+        return scales.check(self.exact_scale(low, high), self.scale_dtype, self.where, most)
 
 
 def _positive(scale: Tensor) -> Tensor:

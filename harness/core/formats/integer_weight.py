@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -24,22 +23,11 @@ class IntWeight(WeightFormat, StoredInt):
     granularity: Literal["tensor", "channel", "group"] = "channel"
 
     def check_scales(self, weight: Tensor, params: Params) -> None:
-        """Check that the dtype of the stored scales is wide enough for the small weights of a weight (N, K).
+        def exact() -> Tensor:
+            groups = self.to_groups(weight.to(compute_dtype(weight)))
+            return self.exact_scale(groups.amin(-1), groups.amax(-1))
 
-        The check costs time only if a scale, any clipping included, is below the normal numbers of its dtype. Groups
-        that lose more than one bit are a warning.
-        Raises: ValueError if the rounding of the scales raises the error of the whole weight by more than 1 %.
-        """
-        if not scales.below_range(params.scale, self.scale_dtype):
-            return
-        groups = self.to_groups(weight.to(compute_dtype(weight)))
-        lost, count = self.check_ranges(groups.amin(-1), groups.amax(-1))
-        if lost:
-            warnings.warn(
-                f"{lost} of {count} groups have scales below the range of {self.where}.scale_dtype={self.scale_dtype}; "
-                "their weights, tiny relative to the others, are lost",
-                stacklevel=3,
-            )
+        scales.check_weight(params.scale, exact, self.scale_dtype, self.where)
 
     def quantized(self, weight: Tensor, params: Params) -> IntQTensor:
         return IntQTensor(self.codes(weight, params), params, self)

@@ -21,6 +21,7 @@ from harness.core.formats.qtensor import GroupedQTensor
 from harness.core.formats.scales import ScaleDtype
 
 _ITERATIONS = 30
+_MOST_ERROR = 0.01  # of levels that are rounded to the dtype in which they are stored, relative
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,12 +79,13 @@ class LearnedWeight(WeightFormat):
     def _stored(self, levels: Tensor) -> Tensor:
         """The levels rounded to the dtype in which they are stored.
 
-        Raises: ValueError if a level is too large for it.
+        Raises: ValueError if its range is too narrow for them.
         """
         stored = levels.to(getattr(torch, self.levels_dtype)).to(levels.dtype)
-        if not torch.isfinite(stored).all():
+        largest = levels.abs().max().clamp(min=torch.finfo(levels.dtype).tiny)  # squares of levels could be 0
+        if not ((stored - levels) / largest).norm() <= _MOST_ERROR * (levels / largest).norm():
             raise ValueError(
-                f"{self.where}.levels_dtype={self.levels_dtype} cannot hold the level {float(levels.abs().max()):.3g}; "
+                f"{self.where}.levels_dtype={self.levels_dtype} cannot hold the levels up to {float(largest):.3g}; "
                 f"use {self.where}.levels_dtype=float32"
             )
         return stored

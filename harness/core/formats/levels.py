@@ -55,9 +55,11 @@ class LevelsFormat(Format):
         return [[(share, share) for share in _SHARES]]
 
     def cover(self, low: Tensor, high: Tensor, whole: Tensor | None = None) -> Params:
-        top = float(self.levels.max())
-        absmax = torch.maximum(high, -low)
-        return Params(scales.store(absmax if top == 1 else absmax / top, self.scale_dtype, self.where))
+        return Params(scales.store(self.exact_scale(low, high), self.scale_dtype, self.where))
+
+    def exact_scale(self, low: Tensor, high: Tensor) -> Tensor:
+        """The scale at which the largest magnitude of a range becomes the largest level, before it is stored."""
+        return torch.maximum(high, -low) / float(self.levels.max())
 
     def encode(self, values: Tensor, params: Params) -> Tensor:
         return nearest(self._shares(values, params), self.levels.to(values))
@@ -82,7 +84,7 @@ def nearest(values: Tensor, levels: Tensor) -> Tensor:
 
 def ranks(values: Tensor, ascending: Tensor) -> Tensor:
     """Rank (int32) of the nearest of the `ascending` levels for each of `values`."""
-    return torch.bucketize(values, (ascending[1:] + ascending[:-1]) / 2, out_int32=True)
+    return torch.bucketize(values.contiguous(), (ascending[1:] + ascending[:-1]) / 2, out_int32=True)
 
 
 def chosen(table: Tensor, codes: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from harness.core.formats import scales
-from harness.core.formats.format import WeightFormat, padded
+from harness.core.formats.format import WeightFormat, compute_dtype, padded
 from harness.core.formats.levels import LevelsFormat, chosen, nearest
 from harness.core.formats.packing import pack, packed_bytes
 from harness.core.formats.params import Params
@@ -69,6 +69,13 @@ class LevelsWeight(WeightFormat, LevelsFormat):
                 "are only rounded to nearest; use a divisor, or method=rtn"
             )
         return size
+
+    def check_scales(self, weight: Tensor, params: Params) -> None:
+        def exact() -> Tensor:
+            groups = self.to_groups(weight.to(compute_dtype(weight)))
+            return self.exact_scale(groups.amin(-1), groups.amax(-1))
+
+        scales.check_weight(params.scale, exact, self.scale_dtype, self.where)
 
     def quantized(self, weight: Tensor, params: Params) -> LevelsQTensor:
         return LevelsQTensor(self.codes(weight, params), params, self)

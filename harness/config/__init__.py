@@ -10,8 +10,6 @@ from harness.config.load import build_run as build_run
 from harness.config.load import build_steps as build_steps
 from harness.config.naming import folder_name as folder_name
 from harness.config.naming import one_source as one_source
-from harness.config.options import Decides as Decides
-from harness.config.options import decides as decides
 from harness.config.parts import AnalysisConfig as AnalysisConfig
 from harness.config.parts import DataConfig as DataConfig
 from harness.config.parts import Dtype as Dtype
@@ -22,3 +20,5 @@ from harness.config.parts import MixedConfig as MixedConfig
 from harness.config.parts import ModelConfig as ModelConfig
 from harness.config.schema import JobConfig as JobConfig
 from harness.config.schema import RunConfig as RunConfig
+from harness.core.options import Decides as Decides
+from harness.core.options import decides as decides

@@ -1,6 +1,6 @@
 """The parts of a run's configuration, one class for each. Each error names the key, its value and what to do.
 
-The metadata of a field says when its value decides the result of a run: see `harness.config.options`.
+The metadata of a field says when its value decides the result of a run: see `harness.core.options`.
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from harness.config.options import ALWAYS, ANALYSED, CALIBRATED, CHANGED, MIXED, NEVER
 from harness.core import above_zero, at_least
+from harness.core.options import ALWAYS, ANALYSED, CALIBRATED, CHANGED, MIXED, NEVER
 
 Dtype = Literal["auto", "float64", "float32", "float16", "bfloat16"]
 _BOS_NAMES = {"protocol": "", "always": "-bos", "never": "-nobos"}  # in the protocol's name

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from harness.config.options import ALWAYS, ANALYSED, CALIBRATED, CHANGED, MIXED, NEVER, QUANTIZED
 from harness.config.parts import (
     AnalysisConfig,
     DataConfig,
@@ -16,6 +15,7 @@ from harness.config.parts import (
     ModelConfig,
 )
 from harness.core import KVFormat, Method, Scheme, overrides
+from harness.core.options import ALWAYS, ANALYSED, CALIBRATED, CHANGED, MIXED, NEVER, QUANTIZED
 from harness.utils.errors import Conflict
 
 

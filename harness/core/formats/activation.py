@@ -29,8 +29,8 @@ class InputQuantizer(nn.Module):
 
     @property
     def integers(self) -> IntActivation | None:
-        """The format, if codes are integers."""
-        return self.fmt if isinstance(self.fmt, IntActivation) else None
+        """The format, if codes are integers with a scale per token or sequence."""
+        return self.fmt if isinstance(self.fmt, IntActivation) and self.fmt.granularity != "group" else None
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Round `inputs` (..., K) to the format, in their dtype; outlier channels stay unchanged."""

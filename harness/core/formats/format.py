@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from harness.core.finite import check_finite
 from harness.core.formats.params import Params
+from harness.core.options import CHANGED
 
 if TYPE_CHECKING:
     from harness.core.formats.qtensor import QTensor
@@ -208,8 +209,9 @@ class WeightFormat(Format):
 
 @dataclass(frozen=True, kw_only=True)
 class ActivationFormat(Format):
-    """Format of a linear's input (..., T, K): one scale per token or per sequence, dynamic (at run time) or calibrated.
+    """Format of a linear's input (..., T, K): a scale per token, group or sequence, dynamic or calibrated.
 
+    With granularity `group`, `group_size` consecutive channels of a token share a scale, the last of them may be fewer.
     With granularity `tensor` and `dynamic`, all tokens of a sequence share one scale. The sequences of a batch
     never share a scale, so that a result does not depend on the batch size. With `threshold`, a channel in which
     any token of the sequence reaches the threshold in magnitude stays float and does not count for the ranges of
@@ -220,12 +222,18 @@ class ActivationFormat(Format):
 
     where: ClassVar[str] = "scheme.activation"
     granularity: Literal["token", "tensor", "group"] = "token"
+    group_size: int = field(default=-1, metadata=CHANGED)
     dynamic: bool = True
     threshold: float | None = None
     clip: float = 1.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if (self.granularity == "group") != (self.group_size > 0):
+            raise ValueError(
+                f"group_size={self.group_size} does not fit granularity={self.granularity}; expected a positive number "
+                "with granularity=group, otherwise -1"
+            )
         if not 0 < self.clip <= 1:
             raise ValueError(f"clip={self.clip} is out of range; expected a share of the range above 0, up to 1")
         if self.granularity != "tensor" and not self.dynamic:
@@ -240,16 +248,18 @@ class ActivationFormat(Format):
             )
 
     def to_groups(self, values: Tensor) -> Tensor:
-        """A view of `values` (..., T, K) in which whole axes share a scale."""
-        return values
+        """`values` (..., T, K) in a shape of which whole axes share a scale."""
+        if self.granularity != "group":
+            return values
+        return padded(values, self.group_size).view(*values.shape[:-1], -1, self.group_size)
 
     def from_groups(self, groups: Tensor, channels: int) -> Tensor:
         """The inverse of `to_groups`, for values of K = `channels`."""
-        return groups
+        return groups.flatten(-2)[..., :channels] if self.granularity == "group" else groups
 
     def axes(self, groups: Tensor) -> tuple[int, ...]:
-        """Axes of `groups` that share a scale: the channels of a token, or all axes of a sequence."""
-        return (-1,) if self.granularity == "token" else sequence_axes(groups, 2)
+        """Axes of `groups` that share a scale: the channels of a token or group, or all axes of a sequence."""
+        return sequence_axes(groups, 2) if self.granularity == "tensor" else (-1,)
 
     def clipped(self, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
         """The range that the codes cover: the observed range [low, high] times `clip`."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -14,8 +13,6 @@ from harness.core.formats.integer import IntFormat
 @dataclass(frozen=True, kw_only=True)
 class IntActivation(ActivationFormat, IntFormat):
     """Format of a linear's input in integer codes, see `ActivationFormat`; scales are not rounded."""
-
-    granularity: Literal["token", "tensor"] = "token"
 
     def dynamic_scale(self, values: Tensor) -> Tensor:
         """The scale of `values` in a symmetric dynamic format; it broadcasts against them."""

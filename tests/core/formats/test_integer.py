@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.core import IntActivation, IntQTensor, IntWeight, round_to_nearest
-from harness.core.formats import Params
+from harness.core.formats import InputQuantizer, Params
 from tests.support.reference import naive_rtn
 
 KINDS: list[dict[str, Any]] = [
@@ -247,3 +247,25 @@ def test_qtensor_refuses_parts_that_it_cannot_store() -> None:
     symmetric = IntWeight(bits=4, symmetric=True, granularity="group", group_size=8)
     with pytest.raises(ValueError, match="does not fit symmetric=True; expected no zero point"):
         IntQTensor(codes, Params(ones, ones), symmetric)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("columns", [96, 90])
+def test_inputs_in_groups_have_a_scale_for_each_of_them(columns: int, symmetric: bool) -> None:
+    """The last group may have fewer channels; sequences of a batch never share anything."""
+    fmt = IntActivation(bits=4, symmetric=symmetric, granularity="group", group_size=32)
+    quantizer = InputQuantizer(fmt)
+    inputs = torch.randn(2, 5, columns) * torch.rand(columns).mul(4).exp()
+    found = quantizer(inputs)
+    for start in range(0, columns, 32):
+        part = inputs[..., start : start + 32]
+        alone = IntActivation(bits=4, symmetric=symmetric)
+        torch.testing.assert_close(found[..., start : start + 32], InputQuantizer(alone)(part))
+    assert torch.equal(found[1], quantizer(inputs[1]))
+    whole = InputQuantizer(IntActivation(bits=4, symmetric=symmetric))(inputs)
+    assert (found - inputs).norm() < 0.8 * (whole - inputs).norm()
+
+
+def test_no_kernel_takes_inputs_in_groups() -> None:
+    fmt = IntActivation(bits=8, symmetric=True, grid="narrow", granularity="group", group_size=32)
+    assert InputQuantizer(fmt).integers is None

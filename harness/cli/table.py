@@ -66,7 +66,7 @@ def _sheet(folder: Path, table: folders.Table, options: dict[str, str]) -> Sheet
         rows = [record for record in rows if (record.status != "ok") == (options["failed"] == "list")]
     if kind == "kv":
         return kv_sheet(rows, stale, table.title)
-    if options["seeds"] == "mean":
+    if "mean" in (options["seeds"], table.seeds):
         rows = mean_over_seeds(rows)
     columns: Columns = "all" if (options["columns"] or table.columns) == "all" else "short"
     return to_sheet(to_frame(rows, records, stale), columns, table.title)

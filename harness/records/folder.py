@@ -30,12 +30,14 @@ class Table:
     show     runs: a row for each run. kv: the sizes of their KV caches. sweeps: a row for each sweep
     runs     the run ids, or the names of the sweeps; all of the folder's if empty
     columns  the short set of columns, or all
+    seeds    a row for each seed, or the mean of runs that differ in nothing else
     """
 
     title: str = ""
     show: Literal["runs", "kv", "sweeps"] = "runs"
     runs: tuple[str, ...] = ()
     columns: Literal["short", "all"] = "short"
+    seeds: Literal["all", "mean"] = "all"
 
 
 def runs_of(folder: Path) -> Path:

@@ -350,6 +350,19 @@ def test_a_table_has_its_rows_its_title_and_ratios_to_baselines_that_it_does_not
     assert "| execution |" in capsys.readouterr().out
 
 
+def test_a_table_may_show_means_over_seeds(reference: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed, value in ((0, 20.0), (1, 30.0)):
+        record = make(f"seed{seed}", value, "gptq")
+        record.config |= {"seed": seed}
+        write(record, reference / "runs")
+    with (reference / "tables.yaml").open("a") as file:
+        file.write("seeds: {runs: [seed0, seed1], seeds: mean}\n")
+    assert command.main([f"runs={reference}", "table=seeds"]) == 0
+    text = capsys.readouterr().out
+    assert "25.00" in text
+    assert text.count("| gptq ") == 1
+
+
 def test_a_folder_with_tables_shows_all_its_runs_without_a_name(
     reference: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -402,7 +415,7 @@ def test_errors_of_tables_are_one_line(
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        ("few: {rows: [b]}", "few.rows=['b'] is an unknown key; expected one of: title, show, runs, columns"),
+        ("few: {rows: [b]}", "few.rows=['b'] is an unknown key; expected one of: title, show, runs, columns, seeds"),
         ("few: {columns: some}", "few.columns='some' is unknown; expected one of: short, all"),
         ("- few", "cannot be read"),
     ],

@@ -15,7 +15,7 @@ from harness.utils.errors import Refusal
 def check(cfg: RunConfig, source: Source) -> list[str]:
     """Check lengths, method, scheme and KV cache against the shape of the model.
 
-    Returns: warnings for the record, also that of a native library that cannot be used.
+    Returns: warnings for the record, also that of a native library that a run on a CPU cannot use.
     Raises: ValueError, in one line, for a setting that does not fit the model.
     """
     source.check()
@@ -27,7 +27,7 @@ def check(cfg: RunConfig, source: Source) -> list[str]:
     warnings = list(cfg.warnings)
     if cfg.kv is not None and (warning := kvcache.check(cfg.kv, source.shape, cfg.data.seq_len, cfg.model.name)):
         warnings.append(warning)
-    if fault := library.fault():
+    if device_of(cfg.device).type == "cpu" and (fault := library.fault()):
         warnings.append(f"torch's kernels run instead of the native library: {fault}")
     return warnings
 

@@ -106,10 +106,11 @@ def test_a_model_that_is_not_scored_is_only_measured(tiny: Tiny) -> None:
     assert "measure.latency=False leaves nothing to do" in str(refused.error)
 
 
-@pytest.mark.parametrize("built", [True, False])
-def test_a_native_library_that_cannot_be_used_is_a_warning(
-    built: bool, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("built", "device", "warned"), [(True, "cpu", 1), (False, "cpu", 0), (True, "cuda", 0)])
+def test_a_native_library_that_a_cpu_cannot_use_is_a_warning(
+    built: bool, device: str, warned: int, tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("harness.runs.checks.device_of", lambda name: torch.device(device))
     file = tmp_path / "_native.so"
     if built:
         file.touch()
@@ -119,7 +120,7 @@ def test_a_native_library_that_cannot_be_used_is_a_warning(
     assert record.status == "ok", record.error
     assert record.execution.kernel == "reference"
     warnings = [text for text in record.warnings if "instead of the native library: built from other sources" in text]
-    assert len(warnings) == built
+    assert len(warnings) == warned
 
 
 @pytest.mark.parametrize("name", ["llama3_2_1b", "llama3_8b", "llama3_70b", "mistral_7b", "qwen3_8b"])

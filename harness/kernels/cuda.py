@@ -6,7 +6,7 @@ import importlib.util
 
 import torch
 
-from harness.core import IntQTensor, QTensor
+from harness.core import FloatQTensor, IntQTensor, QTensor
 from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 
@@ -25,4 +25,12 @@ def _weight_only(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dt
     return w4a16.TritonInt(weight, dtype) if isinstance(weight, IntQTensor) and w4a16.supports(weight, dtype) else None
 
 
-RULES = (_w8a8, _weight_only) if importlib.util.find_spec("triton") else ()
+def _small_floats(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    from harness.kernels.triton import small_floats
+
+    if not isinstance(weight, FloatQTensor) or not small_floats.supports(weight, dtype):
+        return None
+    return small_floats.TritonFloat(weight, dtype)
+
+
+RULES = (_w8a8, _weight_only, _small_floats) if importlib.util.find_spec("triton") else ()

@@ -24,7 +24,7 @@ from typing import Any
 
 from harness.kernels.triton.case import Case
 
-MODULES = ("w4a16", "w8a8")
+MODULES = ("w4a16", "small_floats", "w8a8")
 ARCHES = (80, 90)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024}  # bytes available to one block, from the CUDA programming guide
 _BITS = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}

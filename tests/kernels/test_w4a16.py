@@ -16,9 +16,10 @@ from torch import Tensor
 
 from harness.core import IntQTensor, IntWeight
 from harness.core.formats import Params
-from harness.kernels.triton import tune, w4a16
+from harness.kernels.triton import tune, w4a16, weight_only
 from harness.kernels.triton.tune import Config
-from harness.kernels.triton.w4a16 import TritonInt, dequantize, matmul, supports, weight_only_linear
+from harness.kernels.triton.w4a16 import TritonInt, supports
+from harness.kernels.triton.weight_only import dequantize, matmul, weight_only_linear
 
 BOUNDS = {torch.float16: 2.0**-11, torch.bfloat16: 2.0**-7}
 SPLIT = Config(64, 16, 1, path="split")
@@ -171,7 +172,7 @@ def test_what_is_supported() -> None:
 def test_the_operator_keeps_torchs_rules(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tune, "read_cache", lambda: {})
     kernel = TritonInt(random_weight(70, 96, 32), torch.float16)
-    arguments = (kernel.packed, kernel.scale, kernel.zero_point, torch.randn(70).half(), 70, 4, 32)
+    arguments = (kernel.packed, kernel.scale, kernel.zero_point, None, torch.randn(70).half(), 70, "int4", 32)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(weight_only_linear, (torch.randn(3, 96).half(), *arguments), test_utils=tests)
 
@@ -188,11 +189,11 @@ def test_autotuning_runs_every_candidate_and_is_obeyed(M: int, tmp_path: Path, m
     monkeypatch.setenv("PTQBENCH_KERNEL_CACHE", str(tmp_path / "kernels.json"))
     tune.read_cache.cache_clear()
     launched: list[Config] = []
-    monkeypatch.setattr(w4a16, "matmul", lambda x, weight, bias, config: launched.append(config))
+    monkeypatch.setattr(weight_only, "matmul", lambda x, weight, bias, config: launched.append(config))
     monkeypatch.setattr(tune, "_graph_time", lambda call: (call(), -len(launched))[1])  # the last one is the fastest
     kernel = TritonInt(random_weight(64, 128, 64), torch.float16)
-    best = w4a16.autotune(kernel, M)
-    assert launched == w4a16.candidates(M)
+    best = weight_only.autotune(kernel, M)
+    assert launched == weight_only.candidates(M)
     assert best == launched[-1] == tune.choose(kernel.name, M, 64, 128, 64, torch.float16, torch.device("cpu"))
     tune.read_cache.cache_clear()
 

@@ -212,7 +212,8 @@ def check(entry: Entry, inputs: Sequence[Tensor], bound: float) -> list[float]:
 
 def _tune(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     """Autotune all shapes of this benchmark and store the configurations in the cache."""
-    from harness.kernels.triton.w4a16 import TritonInt, autotune
+    from harness.kernels.triton.w4a16 import TritonInt
+    from harness.kernels.triton.weight_only import autotune
 
     for model in options.models:
         for N, K in SHAPES[model].values():

@@ -3,7 +3,8 @@
 The weights are the left operand of every dot, W x^T, so that on sm_90 they go directly from the registers in which
 they are decoded into the tensor cores. With HOIST, the dot takes codes minus zero points, which are exact in 16 bits,
 and groups are scaled in fp32 after the dot: no weight is rounded. Without HOIST, weights are scaled, and rounded,
-before the dot; this takes fewer registers and does not interrupt the tensor cores.
+before the dot; this takes fewer registers and does not interrupt the tensor cores. The same kernels decode integers
+and small floats (see `decode`); a scale of the whole tensor multiplies sums in fp32.
 """
 
 # Triton parses these functions itself: arguments have triton types, and a kernel needs many of them.
@@ -15,7 +16,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from harness.kernels.triton.decode import load_params, load_words, split_floats, split_words, weights
+from harness.kernels.triton.decode import (
+    INTEGERS,
+    factor,
+    load_params,
+    load_words,
+    split_floats,
+    split_words,
+    weights,
+)
 
 
 @triton.jit
@@ -40,13 +49,14 @@ def load_halves(
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
 ):
     """Load scales and zero points of both halves of a block, only once if both halves are in the same group."""
     at = block * (2 * HALF)
-    s0, z0 = load_params(scale, zero, at // GROUP if GROUP else 0, groups, rows, width, BITS, ZERO)
+    s0, z0 = load_params(scale, zero, at // GROUP if GROUP else 0, groups, rows, width, BITS, ZERO, SCALE)
     s1, z1 = s0, z0
     if GROUP % (2 * HALF):
-        s1, z1 = load_params(scale, zero, (at + HALF) // GROUP, groups, rows, width, BITS, ZERO)
+        s1, z1 = load_params(scale, zero, (at + HALF) // GROUP, groups, rows, width, BITS, ZERO, SCALE)
     return s0, z0, s1, z1
 
 
@@ -72,6 +82,7 @@ def matmul_kernel(
     packed,
     scale,
     zero,
+    whole,
     bias,
     out,
     M,
@@ -79,9 +90,12 @@ def matmul_kernel(
     K,
     groups,
     BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    EXPONENT: tl.constexpr,
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
     EVEN_K: tl.constexpr,
     BIAS: tl.constexpr,
     HOIST: tl.constexpr,
@@ -93,7 +107,8 @@ def matmul_kernel(
 ):
     """Write to `out` (SPLIT_K, M, N) the sum over each part of K, in its dtype; grid (tiles of N and M, SPLIT_K).
 
-    GROUP is the group size, or 0 for whole rows. ZERO is "none", "integer" or "float". WORK is the dtype of the dot's
+    GROUP is the group size, or 0 for whole rows. ZERO is "none", "integer" or "float", SCALE "float", "e8m0" or "e4m3".
+    `whole` points to the scale of the whole tensor, or is None. WORK is the dtype of the dot's
     operands: that of x, or fp32 for bf16 in the interpreter, which has no bf16. ASM allows inline assembly.
     """
     grid_m = tl.cdiv(M, BLOCK_M)
@@ -112,20 +127,22 @@ def matmul_kernel(
 
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     # Scales are loaded one iteration ahead: rows are too narrow for the asynchronous copies of the other operands.
-    s0, z0, s1, z1 = load_halves(scale, zero, start, groups, rows, width, BITS, HALF, GROUP, ZERO)
+    s0, z0, s1, z1 = load_halves(scale, zero, start, groups, rows, width, BITS, HALF, GROUP, ZERO, SCALE)
     for block in range(start, tl.minimum(start + share, blocks)):
         at = block * (2 * HALF)
         x0 = load_inputs(x, at, M, K, columns, HALF, EVEN_K, WORK)
         x1 = load_inputs(x, at + HALF, M, K, columns, HALF, EVEN_K, WORK)
         words = load_words(packed, pid_n * TILES, last, block, blocks, BITS, HALF, TILES)
-        low, high = split_floats(words, BITS, HALF, TILES, DTYPE, WORK, ASM)
-        w0 = weights(low, s0, z0, BITS, ZERO, HOIST, DTYPE, WORK)
-        w1 = weights(high, s1, z1, BITS, ZERO, HOIST, DTYPE, WORK)
+        low, high = split_floats(words, BITS, MANTISSA, HALF, TILES, DTYPE, WORK, ASM)
+        w0 = weights(low, s0, z0, BITS, MANTISSA, EXPONENT, ZERO, HOIST, DTYPE, WORK)
+        w1 = weights(high, s1, z1, BITS, MANTISSA, EXPONENT, ZERO, HOIST, DTYPE, WORK)
         acc = add_products(acc, w0, x0, w1, x1, s0, s1, HALF, GROUP, HOIST)
         if GROUP:
-            s0, z0, s1, z1 = load_halves(scale, zero, block + 1, groups, rows, width, BITS, HALF, GROUP, ZERO)
+            s0, z0, s1, z1 = load_halves(scale, zero, block + 1, groups, rows, width, BITS, HALF, GROUP, ZERO, SCALE)
     if HOIST and not GROUP:
         acc = acc * s0[:, None]
+    if whole is not None:
+        acc = acc * tl.load(whole)
 
     rows = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     if BIAS:
@@ -152,14 +169,18 @@ def dequantize_kernel(
     packed,
     scale,
     zero,
+    whole,
     out,
     N,
     K,
     groups,
     BITS: tl.constexpr,
+    MANTISSA: tl.constexpr,
+    EXPONENT: tl.constexpr,
     HALF: tl.constexpr,
     GROUP: tl.constexpr,
     ZERO: tl.constexpr,
+    SCALE: tl.constexpr,
     ASM: tl.constexpr,
 ):
     """Write the weight to `out` (N, K), computed in fp32; one tile per program, grid (tiles of N, blocks of K)."""
@@ -169,13 +190,21 @@ def dequantize_kernel(
     width = tl.cdiv(N, 64) * 64
     rows = tile * 64 + tl.arange(0, 64)
     words = load_words(packed, tile, tile, block, blocks, BITS, HALF, 1)
-    low, high = split_words(words, (1 << BITS) - 1, 0, BITS, HALF, 1, ASM)
+    if MANTISSA != INTEGERS:
+        low, high = split_floats(words, BITS, MANTISSA, HALF, 1, tl.float16, tl.float32, ASM)
+    else:
+        low, high = split_words(words, (1 << BITS) - 1, 0, BITS, HALF, 1, ASM)
     at = block * (2 * HALF)
     for half in tl.static_range(2):
         group = (at + half * HALF) // GROUP if GROUP else 0
-        scales, zeros = load_params(scale, zero, group, groups, rows, width, BITS, ZERO)
+        scales, zeros = load_params(scale, zero, group, groups, rows, width, BITS, ZERO, SCALE)
+        if whole is not None:
+            scales *= tl.load(whole)
         codes = high if half else low
-        values = (codes.to(tl.float32) - zeros[:, None]) * scales[:, None]
+        if MANTISSA != INTEGERS:
+            values = codes * factor(EXPONENT, tl.float16) * scales[:, None]
+        else:
+            values = (codes.to(tl.float32) - zeros[:, None]) * scales[:, None]
         k = at + half * HALF + tl.arange(0, HALF)
         mask = (rows < N)[:, None] & (k < K)[None, :]
         tl.store(out + (rows.to(tl.int64)[:, None] * K + k[None, :]), values.to(out.dtype.element_ty), mask=mask)

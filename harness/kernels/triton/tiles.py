@@ -1,4 +1,4 @@
-"""The packed layout of int4 and int8 weights; decode and prefill read the same layout.
+"""The packed layout of weights with codes of 4 or 8 bits; decode and prefill read the same layout.
 
 A weight (N out, K in) is cut into tiles of 64 output rows and 2 `half` inputs, stored one after another along K.
 Within a tile, input k and input k + half are stored together: in the low and the high nibble of one byte (4 bits), or
@@ -28,9 +28,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from harness.core.formats.elements import Element
+
 ROWS = 64
 _HALVES = (64, 32, 16)
 _STEP = 16  # inputs of one tensor-core instruction
+_SCALE_KINDS = {torch.float8_e8m0fnu: "e8m0", torch.float8_e4m3fn: "e4m3"}
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,9 @@ def unpack_codes(packed: Tensor, layout: Layout) -> Tensor:
 
 def pack_params(params: Tensor, layout: Layout) -> Tensor:
     """Pack scales or float zero points (N, G), or (1, 1) for the whole tensor, as (G, padded N) in the same dtype."""
-    return F.pad(params.expand(layout.N, layout.groups), (0, 0, 0, layout.padded_N - layout.N)).t().contiguous()
+    values = params.view(torch.uint8) if params.dtype in _SCALE_KINDS else params  # torch cannot pad 8-bit floats
+    padded = F.pad(values.expand(layout.N, layout.groups), (0, 0, 0, layout.padded_N - layout.N))
+    return padded.t().contiguous().view(params.dtype)
 
 
 def unpack_params(packed: Tensor, layout: Layout) -> Tensor:
@@ -134,12 +139,18 @@ def unpack_zero_points(packed: Tensor, layout: Layout) -> Tensor:
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight as the kernels read it: codes, scales and, unless symmetric, zero points, all packed in `layout`."""
+    """A weight as the kernels read it: codes, scales and, unless symmetric, zero points, all packed in `layout`.
+
+    element       the small float that each code is; None for integers
+    tensor_scale  one more scale () of all groups, or None
+    """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     layout: Layout
+    element: Element | None = None
+    tensor_scale: Tensor | None = None
 
     @property
     def zero_kind(self) -> str:
@@ -147,6 +158,11 @@ class Packed:
         if self.zero_point is None:
             return "none"
         return "float" if self.zero_point.is_floating_point() else "integer"
+
+    @property
+    def scale_kind(self) -> str:
+        """Kind of scale: "e8m0", "e4m3" or "float"."""
+        return _SCALE_KINDS.get(self.scale.dtype, "float")
 
 
 def _join_nibbles(codes: Tensor) -> Tensor:

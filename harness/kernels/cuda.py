@@ -1,4 +1,4 @@
-"""The kernel rules for NVIDIA GPUs; `harness.kernels.table` tries them in order. Without triton the list is empty."""
+"""The kernel rules for NVIDIA GPUs; `harness.kernels.table` tries them in order. Without triton, torch's is left."""
 
 from __future__ import annotations
 
@@ -9,6 +9,14 @@ import torch
 from harness.core import FloatQTensor, IntQTensor, QTensor
 from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
+
+
+def _scaled_mm(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
+    from harness.kernels import scaled_mm
+
+    if inputs is None or not isinstance(weight, FloatQTensor) or not scaled_mm.supports(weight, inputs, dtype):
+        return None
+    return scaled_mm.ScaledMM(weight, inputs, dtype)
 
 
 def _w8a8(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.dtype) -> Kernel | None:
@@ -33,4 +41,5 @@ def _small_floats(weight: QTensor, inputs: InputQuantizer | None, dtype: torch.d
     return small_floats.TritonFloat(weight, dtype)
 
 
-RULES = (_w8a8, _weight_only, _small_floats) if importlib.util.find_spec("triton") else ()
+_TRITON = (_w8a8, _weight_only, _small_floats) if importlib.util.find_spec("triton") else ()
+RULES = (_scaled_mm, *_TRITON)

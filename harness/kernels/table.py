@@ -8,6 +8,7 @@ groups or the dtype of the weight; then the next rule is tried. If no rule appli
     cuda    4       float16, bfloat16 triton_w4a16     few: split-K; many: tensor cores; most: decode and cuBLAS
     cuda    8       float16, bfloat16 triton_w8a16     likewise
     cuda    floats  float16, bfloat16 triton_e2m1, ... likewise (FP8, MXFP8, MXFP6, MXFP4, NVFP4)
+    cuda    E4M3    E4M3              scaled_mm        torch's product of 8-bit floats (compute capability from 8.9)
     cuda    8       int8              triton_w8a8      few: split-K; many: tensor cores
     cuda    8       int8, outliers    triton_llm_int8  likewise
     cpu     2 to 8  at most 8 bits    native_w*a*      integer products; one scale per row of the weight

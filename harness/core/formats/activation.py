@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from harness.core.formats.floating_activation import FloatActivation
 from harness.core.formats.format import ActivationFormat, compute_dtype
 from harness.core.formats.integer_activation import IntActivation
 from harness.core.formats.params import Params
@@ -42,12 +43,17 @@ class InputQuantizer(nn.Module):
         return (snapped if outliers is None else torch.where(outliers, values, snapped)).to(inputs.dtype)
 
     def encode(self, inputs: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode `inputs` (..., K) in a symmetric integer format; the caller must have removed the outliers.
+        """Encode `inputs` (..., K) in a symmetric integer format, or in 8-bit floats with a scale per token or tensor.
 
-        Returns: int8 codes (..., K) minus the zero point, and a scale whose shape broadcasts against the codes.
+        The caller must have removed the outliers.
+        Returns: int8 codes (..., K) minus the zero point, or floats in torch's dtype of 8 bits, and a scale whose shape
+        broadcasts against the codes.
         """
-        fmt, values = self.integers, inputs.to(compute_dtype(inputs))
-        assert fmt is not None
+        fmt, values = self.fmt, inputs.to(compute_dtype(inputs))
+        if isinstance(fmt, FloatActivation):
+            params = self._params(values)
+            return fmt.cast(values, params), params.scale
+        assert isinstance(fmt, IntActivation)
         scale = fmt.dynamic_scale(values) if fmt.dynamic else self.scale.to(values.dtype)
         return fmt.encode_centred(values, scale), scale
 

@@ -82,6 +82,11 @@ class Element:
         codes = torch.where(magnitude < self.smallest_normal, subnormal, normal)
         return (codes | torch.signbit(values).int() << self.bits - 1).to(torch.uint8)
 
+    def cast(self, values: Tensor) -> Tensor:
+        """The values that `round_` gives, in torch's dtype of this element; changes the float32 `values`."""
+        assert self.dtype is not None
+        return values.clamp_(-self.largest, self.largest).to(self.dtype)
+
     @functools.cached_property
     def levels(self) -> Tensor:
         """The value of each code, (2^bits,) float32; NaN for codes that are no finite value."""

@@ -172,11 +172,19 @@ class FloatFormat(Format):
     def snap(self, values: Tensor, params: Params, out: Tensor | None = None) -> Tensor:
         return self._elements(values, params, out).mul_(factor_of(params))
 
+    def cast(self, values: Tensor, params: Params) -> Tensor:
+        """Nearest elements of float32 `values` in torch's dtype of the element, which must have one."""
+        return self.kind.cast(self._scaled(values, params))
+
     def _elements(self, values: Tensor, params: Params, out: Tensor | None = None) -> Tensor:
         """The nearest element of each value, as a float."""
+        return self.kind.round_(self._scaled(values, params, out))
+
+    def _scaled(self, values: Tensor, params: Params, out: Tensor | None = None) -> Tensor:
+        """The values in units of their scale."""
         if params.whole is None:
-            return self.kind.round_(torch.div(values, params.scale, out=out))
-        return self.kind.round_(torch.mul(values, params.whole.reciprocal() / params.scale, out=out))
+            return torch.div(values, params.scale, out=out)
+        return torch.mul(values, params.whole.reciprocal() / params.scale, out=out)
 
     def _power(self, absmax: Tensor) -> Tensor:
         if self.scale_rule == "floor":

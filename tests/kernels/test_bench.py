@@ -10,11 +10,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from harness.kernels import scaled_mm
 from harness.kernels.bench import clock, race
 from harness.kernels.bench.contenders import Contender, Entry, contenders
+from harness.kernels.bench.options import parse
 from harness.kernels.bench.report import markdown
 from harness.kernels.bench.targets import cpu_targets
 from harness.kernels.native import library
+from harness.kernels.table import choose
+from harness.kernels.triton import weight_only
+from harness.kernels.triton.weight_only import WeightOnly
 
 CPU = torch.device("cpu")
 
@@ -59,6 +64,48 @@ def test_every_kernel_that_the_table_has_for_this_device_is_right(dtype: torch.d
         except (ImportError, ValueError):  # a peer that is not installed, a processor without VNNI
             continue
         race.check(entry, [torch.randn(M, 128).to(dtype) for M in (1, 70)], contender.bound)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("mxfp4", torch.float16),
+        ("nvfp4", torch.float16),
+        ("fp8", torch.float16),
+        ("w8a8 fp8", torch.bfloat16),
+        ("w8a8 fp8 tensor", torch.float16),
+    ],
+)
+def test_kernels_of_a_gpu_are_right(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In Triton's interpreter, and with the product of 8-bit floats of torch for CPUs."""
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(scaled_mm, "capable", lambda device: True)
+    monkeypatch.setattr(
+        "harness.kernels.bench.contenders.choose", lambda *three_and_cpu: choose(*three_and_cpu[:3], gpu)
+    )
+    contender = {contender.name: contender for contender in contenders(gpu, 64, dtype)}[name]
+    entry = contender.prepare(torch.randn(64, 128) * 0.02)()
+    race.check(entry, [torch.randn(M, 128).to(dtype) for M in (1, 20)], contender.bound)
+    swapped = Entry(lambda x: entry.call(x).flip(1), entry.decoded, entry.nbytes, entry.rounds)
+    with pytest.raises(ValueError, match="relative error 1"):
+        race.check(swapped, [torch.randn(3, 128).to(dtype)], contender.bound)
+
+
+def test_tuning_covers_integers_and_small_floats(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    tuned = list[tuple[str, int, int]]()
+
+    def autotune(kernel: WeightOnly, M: int) -> None:
+        tuned.append((kernel.name, kernel.layout.group_size, M))
+
+    monkeypatch.setattr(weight_only, "autotune", autotune)
+    monkeypatch.setattr(race, "choose", lambda *three_and_cpu: choose(*three_and_cpu[:3], torch.device("cuda")))
+    arguments = ["--models", "smollm2", "--rows", "1,20", "--device", "cpu", "--group-size", "32"]
+    race._tune(parse(arguments), CPU, torch.bfloat16)
+    assert set(tuned) == {
+        (name, size, M)
+        for name, size in (("triton_w4a16", 32), ("triton_e2m1", 32), ("triton_e2m1", 16), ("triton_e4m3", 64))
+        for M in (1, 20)
+    }
 
 
 def test_a_wrong_kernel_is_named_and_not_timed(quick: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

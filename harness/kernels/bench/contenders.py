@@ -11,13 +11,35 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core import IntActivation, IntWeight, LevelsWeight, QTensor, round_to_nearest
+from harness.core import (
+    ActivationFormat,
+    FloatActivation,
+    FloatWeight,
+    IntActivation,
+    IntWeight,
+    LevelsWeight,
+    QTensor,
+    WeightFormat,
+    round_to_nearest,
+)
 from harness.core.formats import InputQuantizer
 from harness.kernels.bench.peers import PEERS, Peer
 from harness.kernels.table import choose
 
 _TOKENS = IntActivation(bits=8, symmetric=True, grid="narrow")
 _OUTLIERS = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0)
+FLOATS = {  # weight-only formats of GPUs
+    "mxfp4": FloatWeight(element="e2m1", granularity="group", group_size=32, scale_dtype="e8m0"),
+    "nvfp4": FloatWeight(element="e2m1", granularity="group", group_size=16, scale_dtype="e4m3", tensor_scale=True),
+    "fp8": FloatWeight(element="e4m3"),
+}
+_FP8 = {  # weights and inputs
+    "w8a8 fp8": (FLOATS["fp8"], FloatActivation(element="e4m3")),
+    "w8a8 fp8 tensor": (
+        FloatWeight(element="e4m3", granularity="tensor"),
+        FloatActivation(element="e4m3", granularity="tensor"),
+    ),
+}
 # Relative errors: a few roundings of 2^-9, 2^-12 or 2^-24, of inputs, scales, sums and outputs.
 _BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 2e-3, torch.float32: 1e-5}
 _TIES = 2e-3
@@ -72,6 +94,12 @@ def contenders(device: torch.device, group_size: int, dtype: torch.dtype) -> lis
     entrants.append(Contender("16 levels (nf4, fp4)", _ours(_levels, None, dtype), bound))
     for name, inputs in (("w8a8", _TOKENS), ("llm_int8", _OUTLIERS)):  # a tie may be rounded to the other code
         entrants.append(Contender(name, _ours(_nearest(int8), inputs, dtype), max(bound, _TIES)))
+    if device.type == "cuda":
+        entrants += [Contender(name, _ours(_nearest(fmt), None, dtype), bound) for name, fmt in FLOATS.items()]
+        entrants += [
+            Contender(name, _ours(_nearest(fmt), inputs, dtype), max(bound, _TIES))
+            for name, (fmt, inputs) in _FP8.items()
+        ]
     entrants.append(Contender(f"int4 g{group_size} decoded", _reference(formats[f"int4 g{group_size}"]), bound))
     return entrants + [_contending(peer, group_size, dtype) for peer in PEERS if device.type in peer.devices]
 
@@ -95,7 +123,7 @@ def _plain(dtype: torch.dtype) -> Callable[[Tensor], Copies]:
     return prepare
 
 
-def _nearest(fmt: IntWeight) -> Callable[[Tensor], QTensor]:
+def _nearest(fmt: WeightFormat) -> Callable[[Tensor], QTensor]:
     return lambda weight: round_to_nearest(weight, fmt)
 
 
@@ -105,7 +133,7 @@ def _levels(weight: Tensor) -> QTensor:
 
 
 def _ours(
-    quantize: Callable[[Tensor], QTensor], inputs: IntActivation | None, dtype: torch.dtype
+    quantize: Callable[[Tensor], QTensor], inputs: ActivationFormat | None, dtype: torch.dtype
 ) -> Callable[[Tensor], Copies]:
     def prepare(weight: Tensor) -> Copies:
         quantized, rounds = quantize(weight), None if inputs is None else InputQuantizer(inputs)

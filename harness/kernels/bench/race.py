@@ -28,10 +28,11 @@ from torch import Tensor
 
 from harness.core import IntWeight, round_to_nearest
 from harness.kernels.bench import clock
-from harness.kernels.bench.contenders import Contender, Copies, Entry, baseline, contenders
+from harness.kernels.bench.contenders import FLOATS, Contender, Copies, Entry, baseline, contenders
 from harness.kernels.bench.options import SHAPES, parse
 from harness.kernels.bench.report import markdown
 from harness.kernels.native import library
+from harness.kernels.table import choose
 
 _CHECKED_OUTPUTS = 512  # output features compared with float64: enough to show a wrong tile, row or group
 
@@ -212,16 +213,18 @@ def check(entry: Entry, inputs: Sequence[Tensor], bound: float) -> list[float]:
 
 def _tune(options: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> None:
     """Autotune all shapes of this benchmark and store the configurations in the cache."""
-    from harness.kernels.triton.w4a16 import TritonInt
-    from harness.kernels.triton.weight_only import autotune
+    from harness.kernels.triton.weight_only import WeightOnly, autotune
 
+    int4 = partial(IntWeight, bits=4, granularity="group", group_size=options.group_size)
+    formats = [int4(symmetric=False), int4(symmetric=True), *FLOATS.values()]
     for model in options.models:
         for N, K in SHAPES[model].values():
-            for symmetric in (False, True):
-                fmt = IntWeight(bits=4, granularity="group", group_size=options.group_size, symmetric=symmetric)
-                kernel = TritonInt(round_to_nearest(torch.randn(N, K, device=device), fmt), dtype)
+            for fmt in formats:
+                kernel = choose(round_to_nearest(torch.randn(N, K, device=device), fmt), None, dtype, device)
+                if not isinstance(kernel, WeightOnly):
+                    continue  # the race says that it is absent
                 for M in options.rows:
-                    print(f"tune {N} x {K}, M={M}: {autotune(kernel, M)}", file=sys.stderr)
+                    print(f"tune {kernel.name} {N} x {K}, M={M}: {autotune(kernel, M)}", file=sys.stderr)
 
 
 def _processor() -> str:

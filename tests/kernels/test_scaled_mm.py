@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from harness.core import FloatActivation, FloatQTensor, FloatWeight, IntActivation, round_to_nearest
 from harness.core.formats import InputQuantizer
@@ -168,6 +169,21 @@ def test_codes_are_those_of_the_simulated_format(kind: str, dtype: torch.dtype) 
     assert codes.dtype == torch.float8_e4m3fn
     assert torch.equal(codes.float() * scale, rounds(x.float()))
     assert len(codes.view(torch.uint8).unique()) > 100
+
+
+@pytest.mark.parametrize("kind", [kind for kind in INPUTS if kind != "token mse"])
+def test_a_call_does_not_wait_for_a_gpu(kind: str, gpu: list[str]) -> None:
+    """Fake tensors refuse every operator whose result Python reads, as the capture of a CUDA graph does."""
+    kernel = ScaledMM(fp8_weight("tensor"), quantizer(kind), torch.bfloat16)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert kernel(torch.empty(3, 5, 64, dtype=torch.bfloat16), None).shape == (3, 5, 48)
+
+
+def test_a_compiled_model_has_the_same_bits(able: None) -> None:
+    kernel = ScaledMM(fp8_weight("channel"), quantizer("token"), torch.bfloat16)
+    x = random_inputs((2, 5, 64), torch.bfloat16)
+    compiled = torch.compile(kernel, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(x, None), kernel(x, None))
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m2"])

@@ -45,7 +45,7 @@ class Element:
     def bias(self) -> int:
         return (1 << self.exponent - 1) - 1
 
-    @functools.cached_property
+    @property  # not cached: torch.compile cannot trace the lock of cached_property
     def largest(self) -> float:
         """The largest value."""
         if self.name == "e5m2":

@@ -136,7 +136,10 @@ class FloatFormat(Format):
         if self.scale_dtype == "e4m3":
             scale = scale if whole is None else scale / whole
             return Params(_E4M3.round_(scale.clamp(min=_E4M3.smallest_normal)), whole=whole)
-        return Params(scales.store(torch.where(scale > 0, scale, 1), self.scale_dtype, self.where))
+        scale = torch.where(scale > 0, scale, 1)
+        if scale.dtype == self.scale_storage:  # nothing to round, and no check for which a GPU would wait
+            return Params(scale)
+        return Params(scales.store(scale, self.scale_dtype, self.where))
 
     @property
     def factors(self) -> tuple[float, ...]:

@@ -15,6 +15,7 @@ groups or the dtype of the weight; then the next rule is tried. If no rule appli
     cpu     2 to 8  8 bits, outliers  native_llm_int8  likewise; outlier channels in float32
     cpu     2 to 8  float32, bfloat16 native_int*      few: decoded in registers; many: in tiles in the cache
     cpu     levels  float32, bfloat16 native_levels    likewise (NF4, FP4)
+    cpu     floats  float32, bfloat16 native_e*m*      likewise (FP8, FP6, and those of up to 5 bits)
     cpu     E8P     float32, bfloat16 native_e8p       few: points read and multiplied; many: in tiles in the cache
     cpu     vectors float32, bfloat16 native_additive  likewise (codebooks of vectors of 8)
             without the native library:

@@ -10,11 +10,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import IntWeight, LevelsWeight, round_to_nearest
+from harness.core import FloatWeight, IntWeight, LevelsWeight, round_to_nearest
 from harness.kernels.base import JoinableKernel, Kernel
 from harness.kernels.joint import JoinedLinear, Joint, join
 from harness.kernels.native import grouped, int8
-from tests.support.kernels import INPUTS, built, quantizer, uneven
+from tests.support.kernels import INPUTS, built, quantizer, uneven, uneven_floats
 
 ROWS, COLUMNS = (48, 16, 32), 64
 GROUPS = IntWeight(bits=4, granularity="group", group_size=32)
@@ -23,6 +23,11 @@ FORMATS = {
     "symmetric": IntWeight(bits=3, granularity="group", group_size=16, symmetric=True),
     "float zero points": IntWeight(bits=8, granularity="group", group_size=32, zero_point="float"),
     "rows": IntWeight(bits=6, granularity="channel", scale_dtype="float32"),
+}
+FLOATS = {
+    "FP8": FloatWeight(element="e5m2"),
+    "FP8 in blocks": FloatWeight(element="e4m3", granularity="block", group_size=48),
+    "MXFP6": FloatWeight(element="e3m2", granularity="group", group_size=32, scale_dtype="e8m0"),
 }
 
 
@@ -33,12 +38,14 @@ def kernels(kind: str) -> list[JoinableKernel]:
     if kind in INPUTS:
         fmt = IntWeight(bits=8, symmetric=True, grid="narrow")
         return [int8.Int8Linear.of(uneven(rows, COLUMNS, fmt), quantizer(kind)) for rows in ROWS]
+    if kind in FLOATS:
+        return [grouped.build(uneven_floats(rows, COLUMNS, FLOATS[kind])) for rows in ROWS]
     return [grouped.build(uneven(rows, COLUMNS, FORMATS[kind])) for rows in ROWS]
 
 
 @built
 @pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("kind", ["levels", *FORMATS, *INPUTS])
+@pytest.mark.parametrize("kind", ["levels", *FORMATS, *FLOATS, *INPUTS])
 def test_joined_linears_give_the_same_bits(kind: str, with_bias: bool) -> None:
     own = kernels(kind)
     biases = [torch.randn(rows) if with_bias else None for rows in ROWS]
@@ -130,6 +137,8 @@ def test_what_cannot_be_stored_as_one_weight_is_not_joined() -> None:
         uneven(24, COLUMNS, GROUPS),  # its last panel is half empty
     ):
         assert join([four, grouped.build(other)], [None] * 2) is None
+    floats = [grouped.build(uneven_floats(16, COLUMNS, FloatWeight(element=name))) for name in ("e4m3", "e5m2")]
+    assert join(floats, [None] * 2) is None
     fitting = grouped.build(uneven(16, COLUMNS, GROUPS))
     assert join([four, fitting], [torch.zeros(32), None]) is None
     assert join([four], [None]) is None

@@ -11,11 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from harness.core import FloatQTensor, FloatWeight, IntQTensor, IntWeight, LevelsQTensor, LevelsWeight, round_to_nearest
+from harness.core.formats import Params
 from harness.kernels.native import grouped, library
 from harness.kernels.native.panels import WIDTHS, pack_panels, unpack_panels
 from harness.kernels.table import choose
 from harness.nn import QuantLinear
-from tests.support.kernels import BOUNDS, CPU, LEVELS, TOKENS, built, check, check_threads, uneven
+from tests.support.kernels import BOUNDS, CPU, LEVELS, TOKENS, built, check, check_threads, uneven, uneven_floats
+
+ELEMENTS = ("e2m1", "e2m3", "e3m2", "e4m3", "e5m2")
 
 
 def compare(weight: IntQTensor | FloatQTensor | LevelsQTensor, dtype: torch.dtype, tokens: int) -> None:
@@ -72,6 +75,7 @@ def test_rows_of_any_length(level: str, columns: int) -> None:
 
 
 @built
+@pytest.mark.parametrize("element", ELEMENTS)
 @pytest.mark.parametrize(
     "options",
     [
@@ -79,22 +83,88 @@ def test_rows_of_any_length(level: str, columns: int) -> None:
         {"granularity": "group", "group_size": 16, "scale_dtype": "e4m3", "tensor_scale": True},
         {"granularity": "group", "group_size": 48},
         {"granularity": "channel", "scale_dtype": "bfloat16"},
+        {"granularity": "tensor"},
+        {"granularity": "block", "group_size": 32},
+        {"granularity": "block", "group_size": 128},  # the last blocks of rows and inputs are cut
+        {"granularity": "block", "group_size": 1000},
     ],
 )
-def test_small_floats(level: str, options: dict[str, Any]) -> None:
-    generator = torch.Generator().manual_seed(5)
-    spread = torch.rand(37, 12, generator=generator).mul(4).exp().repeat_interleave(16, 1)[:, :192]
-    fmt = FloatWeight(element="e2m1", **options)
-    weight = round_to_nearest(torch.randn(37, 192, generator=generator) * spread, fmt)
-    assert grouped.build(weight).name == "native_e2m1"
+def test_small_floats(level: str, element: str, options: dict[str, Any]) -> None:
+    weight = uneven_floats(37, 192, FloatWeight(element=element, **options))
+    assert grouped.build(weight).name == f"native_{element}"
     for dtype in BOUNDS:
-        for tokens in (1, 3, 5, 20):
+        for tokens in TOKENS:
             compare(weight, dtype, tokens)
 
 
-def test_wider_floats_have_no_kernel_yet() -> None:
-    assert not grouped.supports(round_to_nearest(torch.randn(32, 64), FloatWeight(element="e4m3")), torch.float32)
-    assert not grouped.supports(round_to_nearest(torch.randn(32, 64), FloatWeight(element="e2m3")), torch.float32)
+@built
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_every_code_of_small_floats(level: str, element: str) -> None:
+    """Rows of the identity select one code each, so that the outputs are its exact value."""
+    kind = FloatWeight(element=element).kind
+    codes = torch.arange(1 << kind.bits)
+    codes = torch.where(kind.levels.isnan(), 0, codes)
+    codes = torch.stack([codes.roll(row) for row in range(21)]).to(torch.uint8)
+    weight = FloatQTensor(codes, Params(torch.ones(1, 1)), FloatWeight(element=element, granularity="tensor"))
+    kernel = grouped.build(weight)
+    for dtype in BOUNDS:
+        inputs = torch.eye(codes.shape[1], dtype=dtype)
+        expected = kind.levels[codes.int()].t().to(dtype)
+        for count in (1, 2, 4, 8, len(inputs)):
+            outputs = torch.cat([kernel(part, None) for part in inputs.split(count)])
+            assert torch.equal(outputs, expected)
+
+
+@built
+@pytest.mark.parametrize("columns", [1, 15, 17, 77])
+def test_small_floats_in_rows_of_any_length(level: str, columns: int) -> None:
+    for element in ("e4m3", "e3m2"):
+        weight = uneven_floats(19, columns, FloatWeight(element=element, granularity="block", group_size=128))
+        for dtype in BOUNDS:
+            for tokens in (2, 11):
+                compare(weight, dtype, tokens)
+
+
+@built
+@pytest.mark.parametrize("dtype", BOUNDS)
+def test_small_floats_of_many_rows_in_several_parts(level: str, dtype: torch.dtype) -> None:
+    compare(uneven_floats(48, 1040, FloatWeight(element="e4m3", granularity="block", group_size=128)), dtype, 600)
+    compare(uneven_floats(1040, 32, FloatWeight(element="e2m3")), dtype, 250)  # several slabs of panels
+
+
+@pytest.mark.parametrize(
+    "fmt",
+    [
+        FloatWeight(element="e4m2"),  # 7 bits
+        FloatWeight(element="e3m4"),
+        FloatWeight(element="e1m4"),
+        FloatWeight(element="e4m3", granularity="group", group_size=8),
+        FloatWeight(element="e4m3", granularity="block", group_size=24),
+        FloatWeight(element="e2m1", granularity="block", group_size=20),
+    ],
+)
+def test_small_floats_that_the_kernel_does_not_run(fmt: FloatWeight) -> None:
+    assert not grouped.supports(uneven_floats(32, 80, fmt), torch.float32)
+
+
+@built
+def test_scales_that_leave_the_range_of_the_kernel_are_left_to_others() -> None:
+    fmt = FloatWeight(element="e4m3", scale_dtype="e8m0")
+    for exponent, fits in ((119.0, True), (120.0, False)):  # values of the kernel are 2^-8 of the element's
+        scale = torch.tensor([[1.0], [2.0**exponent]])
+        weight = FloatQTensor(torch.ones(2, 32, dtype=torch.uint8), Params(scale), fmt)
+        assert grouped.supports(weight, torch.float32) == fits
+        if fits:
+            compare(weight, torch.float32, 3)
+
+
+@built
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("element", ELEMENTS)
+def test_the_table_chooses_the_native_kernel_for_small_floats(element: str, dtype: torch.dtype) -> None:
+    kernel = choose(uneven_floats(32, 64, FloatWeight(element=element)), None, dtype, CPU)
+    assert kernel is not None
+    assert kernel.name == f"native_{element}"
 
 
 @built
@@ -190,13 +260,15 @@ def test_the_table_prefers_the_native_kernel_and_does_without_it(monkeypatch: py
 
 @built
 def test_the_operator_compiles() -> None:
-    kernel, inputs = grouped.build(uneven(32, 64, IntWeight(bits=4))), torch.randn(3, 64)
-    stored = (kernel.qweight, kernel.levels, kernel.scale, kernel.zero_point)
-    torch.library.opcheck(torch.ops.ptqbench_native.grouped_linear, (inputs, *stored, None, 32))
+    four, float8 = uneven(32, 64, IntWeight(bits=4)), uneven_floats(32, 64, FloatWeight(element="e4m3"))
+    for kernel, exponent in ((grouped.build(four), 0), (grouped.build(float8), 4)):
+        stored = (kernel.qweight, kernel.levels, kernel.scale, kernel.zero_point)
+        arguments = (torch.randn(3, 64), *stored, None, exponent, 32)
+        torch.library.opcheck(torch.ops.ptqbench_native.grouped_linear, arguments)
 
 
 @built
-@pytest.mark.parametrize("wrong", ["codes", "scale", "columns", "dtype"])
+@pytest.mark.parametrize("wrong", ["codes", "scale", "columns", "dtype", "exponent"])
 def test_tensors_that_do_not_fit_are_refused(wrong: str) -> None:
     kernel = grouped.build(uneven(32, 64, IntWeight(bits=4, granularity="group", group_size=32)))
     inputs = torch.randn(2, 63 if wrong == "columns" else 64)
@@ -206,6 +278,8 @@ def test_tensors_that_do_not_fit_are_refused(wrong: str) -> None:
         kernel.scale = kernel.scale[..., :8]
     elif wrong == "dtype":
         inputs = inputs.half()
+    elif wrong == "exponent":
+        kernel._exponent = 2  # of 4 bits
     with pytest.raises(RuntimeError, match=r"expected|do not hold|must have"):
         kernel(inputs, None)
 
@@ -216,3 +290,6 @@ def test_resident_memory_is_that_of_codes_and_groups() -> None:
     linear = QuantLinear(weight, None, torch.float32).pack()
     groups = 64 * 4
     assert sum(buffer.nbytes for buffer in linear.buffers()) == 64 * 256 * 3 // 8 + groups * 4 + 32 * 4
+    blocks = uneven_floats(64, 256, FloatWeight(element="e4m3", granularity="block", group_size=128))
+    linear = QuantLinear(blocks, None, torch.float32).pack()
+    assert sum(buffer.nbytes for buffer in linear.buffers()) == 64 * 256 + 64 * 2 * 4 + 32 * 4

@@ -8,7 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import IntActivation, IntQTensor, IntWeight, QTensor, round_to_nearest
+from harness.core import (
+    FloatQTensor,
+    FloatWeight,
+    IntActivation,
+    IntQTensor,
+    IntWeight,
+    QTensor,
+    round_to_nearest,
+)
 from harness.core.formats import InputQuantizer
 from harness.kernels.base import Kernel
 from harness.kernels.native import library
@@ -36,6 +44,12 @@ def uneven(rows: int, columns: int, fmt: IntWeight) -> IntQTensor:
     offset = torch.randn(fmt.groups((rows, columns)))[..., None]
     groups = torch.randn(*spread.shape[:2], columns * rows // spread[..., 0].numel()) + offset
     return round_to_nearest((groups * spread).view(rows, columns) * 0.01, fmt)
+
+
+def uneven_floats(rows: int, columns: int, fmt: FloatWeight) -> FloatQTensor:
+    """Likewise in small floats: 16 inputs of a row differ in scale from the next ones, and from other rows."""
+    spread = torch.rand(rows, -(-columns // 16)).mul(4).exp().repeat_interleave(16, 1)[:, :columns]
+    return round_to_nearest(torch.randn(rows, columns) * spread, fmt)
 
 
 def quantizer(kind: str, low: float = -2.0) -> InputQuantizer:

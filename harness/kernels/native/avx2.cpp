@@ -92,6 +92,19 @@ struct V {
             choose(of_16(low, index.b), of_16(high, index.b), index.b, 4)};
   }
   static ALWAYS_INLINE F to_float(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+  template <int s>
+  static ALWAYS_INLINE I left_of_16(I x) {  // of 32 lanes of 16 bits
+    return {_mm256_slli_epi16(x.a, s), _mm256_slli_epi16(x.b, s)};
+  }
+  template <int s>
+  static ALWAYS_INLINE I arithmetic_of_16(I x) {
+    return {_mm256_srai_epi16(x.a, s), _mm256_srai_epi16(x.b, s)};
+  }
+  template <int part>
+  static ALWAYS_INLINE F widened(I halves) {  // 16 of 32 float16
+    const __m256i x = part ? halves.b : halves.a;
+    return {_mm256_cvtph_ps(_mm256_castsi256_si128(x)), _mm256_cvtph_ps(_mm256_extracti128_si256(x, 1))};
+  }
   static ALWAYS_INLINE F zero() { return broadcast(0); }
   static ALWAYS_INLINE F broadcast(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
   static ALWAYS_INLINE F add(F x, F y) { return {_mm256_add_ps(x.a, y.a), _mm256_add_ps(x.b, y.b)}; }

@@ -38,12 +38,12 @@ struct BfloatProduct {
   }
 
   // The inputs [first, last) of panel p, 64 bytes for each two of them.
-  template <int bits>
+  template <class Kind>
   static void decode(const Weight& w, int64_t p, int64_t first, int64_t last, uint8_t* tile) {
     const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                                 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
     __m512 even = _mm512_setzero_ps();
-    decode_panel<V, bits>(w, p, first, last, [&](int64_t k, __m512 value) {
+    decode_panel<V, Kind>(w, p, first, last, [&](int64_t k, __m512 value) {
       if (k % 2 == 0) {
         even = value;
       } else {

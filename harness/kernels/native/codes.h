@@ -5,6 +5,22 @@
 // bits, and what is left of three bytes holds two more.
 #pragma once
 
+// What the codes of a weight are, as a type: floats with so many bits of exponent; 0: levels, or signed integers.
+template <int bits_, int exponent_ = 0>
+struct KindOf {
+  static constexpr int bits = bits_, exponent = exponent_;
+};
+
+// Calls use(kind) with the kind of the codes of a weight.
+template <class Use>
+ALWAYS_INLINE void with_kind(const Weight& w, Use&& use) {
+  if (w.bits == 8 && w.exponent == 4) return use(KindOf<8, 4>{});
+  if (w.bits == 8 && w.exponent == 5) return use(KindOf<8, 5>{});
+  if (w.bits == 6 && w.exponent == 2) return use(KindOf<6, 2>{});
+  if (w.bits == 6 && w.exponent == 3) return use(KindOf<6, 3>{});
+  with_bits(w.bits, [&](auto bits) { use(KindOf<decltype(bits)::value>{}); });
+}
+
 // The planes of a width: `low` bits, and above them `high` bits or none.
 template <int bits>
 struct Planes {
@@ -91,10 +107,45 @@ ALWAYS_INLINE void each(const uint8_t* block, const Levels<V, bits>& levels, Use
   (use(Index<k>{}, levels(code<V, bits, half, k>(block))), ...);
 }
 
-template <class V, int bits, class Use>
-ALWAYS_INLINE void each_value(const uint8_t* block, bool second, const Levels<V, bits>& levels, Use&& use) {
-  if (second) each<V, bits, 1>(block, levels, use, Sixteen{});
-  else each<V, bits, 0>(block, levels, use, Sixteen{});
+// Floats in the low (byte 0) or high bytes of 16-bit lanes as halves (IEEE 754), by shifts: with the exponent and the
+// mantissa of a half's widths, a number is 2^(bias - 15) of its value, a subnormal one too.
+template <class V, class Kind, int byte>
+ALWAYS_INLINE typename V::I halves_of(typename V::I words) {
+  constexpr int places = 10 - (Kind::bits - 1 - Kind::exponent);
+  constexpr uint32_t used = 0x8000u | ((1u << (Kind::bits - 1)) - 1) << places;
+  const typename V::I top = V::template left_of_16<16 - 8 * byte - Kind::bits>(words);
+  const typename V::I wide = V::template arithmetic_of_16<5 - Kind::exponent>(top);
+  return V::both(wide, V::integer(static_cast<int32_t>(used | used << 16)));
+}
+
+// Calls use(k, value) for inputs 4 * four and the next three of a half block of floats, whose words lie in another
+// order: the bytes of the first two inputs of all rows, and then those of the last two.
+template <class V, class Kind, int half, class Use, int four>
+ALWAYS_INLINE void each_float_of(const uint8_t* block, Use&& use, Index<four>) {
+  const typename V::I words = four_codes<V, Kind::bits, half * 4 + four, 0>(block);
+  const typename V::I even = halves_of<V, Kind, 0>(words), odd = halves_of<V, Kind, 1>(words);
+  use(Index<4 * four>{}, V::template widened<0>(even));
+  use(Index<4 * four + 1>{}, V::template widened<0>(odd));
+  use(Index<4 * four + 2>{}, V::template widened<1>(even));
+  use(Index<4 * four + 3>{}, V::template widened<1>(odd));
+}
+
+template <class V, class Kind, int half, class Use, int... four>
+ALWAYS_INLINE void each_float(const uint8_t* block, Use&& use, Indices<four...>) {
+  (each_float_of<V, Kind, half>(block, use, Index<four>{}), ...);
+}
+
+// Calls use(k, value) for the 16 inputs of a half block, whatever its codes are.
+template <class V, class Kind, class Use>
+ALWAYS_INLINE void each_value(const uint8_t* block, bool second, const Levels<V, Kind::bits>& levels, Use&& use) {
+  using Fours = Indices<0, 1, 2, 3>;
+  if constexpr (Kind::exponent) {
+    if (second) each_float<V, Kind, 1>(block, use, Fours{});
+    else each_float<V, Kind, 0>(block, use, Fours{});
+  } else {
+    if (second) each<V, Kind::bits, 1>(block, levels, use, Sixteen{});
+    else each<V, Kind::bits, 0>(block, levels, use, Sixteen{});
+  }
 }
 
 template <class V>

@@ -3,8 +3,9 @@
 //   y[m, n] = sum over groups g of scale[n, g] (sum_k level(code[n, k]) x[m, k] - zero[n, g] sum_k x[m, k])
 #pragma once
 
-template <class V, int bits, int M>
+template <class V, class Kind, int M>
 struct Few {
+  static constexpr int bits = Kind::bits;
   static constexpr int chains = M == 1 ? 4 : M == 2 ? 2 : 1;  // independent sums, because a product has a latency
 
   static void panel(const Weight& w, const Rows& x, const float* group_sums, int64_t p, typename V::F (&total)[M]) {
@@ -22,7 +23,7 @@ struct Few {
       for (; half < end; ++half) {
         const float* inputs = x.values + half * kHalf;
         if (half % 2 == 0) prefetch<bits>(codes + half / 2 * bits * 64);
-        each_value<V, bits>(codes + half / 2 * bits * 64, half & 1, levels, [&](auto k, typename V::F value) {
+        each_value<V, Kind>(codes + half / 2 * bits * 64, half & 1, levels, [&](auto k, typename V::F value) {
           UNROLL for (int m = 0; m < M; ++m) {
             auto& sum = sums[m * chains + k.value % chains];
             sum = V::fma(V::broadcast(inputs[row[m] * x.stride + k.value]), value, sum);
@@ -53,20 +54,20 @@ struct Few {
   }
 };
 
-template <class V, int bits>
+template <class V, class Kind>
 void one_by_one(const Weight& w, const Rows& x, const float* group_sums, const Output& y, int64_t first, int64_t last) {
   for (int64_t m = 0; m < x.count; ++m)
-    Few<V, bits, 1>::run(w, {x.values + m * x.stride, 1, x.stride}, group_sums + m * w.groups, y.from(m), first, last);
+    Few<V, Kind, 1>::run(w, {x.values + m * x.stride, 1, x.stride}, group_sums + m * w.groups, y.from(m), first, last);
 }
 
 template <class V>
 void few(const Weight& w, const Rows& x, const float* group_sums, const Output& y, int64_t first, int64_t last) {
-  with_bits(w.bits, [&](auto width) {
-    constexpr int bits = decltype(width)::value;
-    if constexpr (!V::registers) one_by_one<V, bits>(w, x, group_sums, y, first, last);
-    else if (x.count == 1) Few<V, bits, 1>::run(w, x, group_sums, y, first, last);
-    else if (x.count == 2) Few<V, bits, 2>::run(w, x, group_sums, y, first, last);
-    else if (x.count <= 4) Few<V, bits, 4>::run(w, x, group_sums, y, first, last);
-    else Few<V, bits, 8>::run(w, x, group_sums, y, first, last);
+  with_kind(w, [&](auto kind) {
+    using K = decltype(kind);
+    if constexpr (!V::registers) one_by_one<V, K>(w, x, group_sums, y, first, last);
+    else if (x.count == 1) Few<V, K, 1>::run(w, x, group_sums, y, first, last);
+    else if (x.count == 2) Few<V, K, 2>::run(w, x, group_sums, y, first, last);
+    else if (x.count <= 4) Few<V, K, 4>::run(w, x, group_sums, y, first, last);
+    else Few<V, K, 8>::run(w, x, group_sums, y, first, last);
   });
 }

@@ -29,8 +29,9 @@ Scale scale_type(const Tensor& scale) {
   }
 }
 
-// Codes of more than 5 bits are integers; the levels of others may be.
+// Codes of more than 5 bits are integers, or floats; the levels of others may be integers.
 void find_integers(Weight& w) {
+  if (w.exponent) return;
   w.lowest = w.bits > 5 ? static_cast<float>(-(1 << (w.bits - 1))) : w.levels[0];
   w.integers = true;
   for (int code = 0; w.bits <= 5 && code < 1 << w.bits; ++code)
@@ -38,7 +39,7 @@ void find_integers(Weight& w) {
 }
 
 Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale, const optional<Tensor>& zero,
-                 int64_t rows, int64_t inputs) {
+                 int64_t exponent, int64_t rows, int64_t inputs) {
   const Panels panels = panels_of(codes, rows, inputs);
   const int bits = panels.bits;
   TORCH_CHECK(bits >= 2 && bits <= 8 && bits != 7, "codes have ", bits, " bits; expected 2 to 6, or 8");
@@ -49,8 +50,12 @@ Weight weight_of(const Tensor& codes, const Tensor& levels, const Tensor& scale,
               "zero must have the shape and dtype of scale");
   TORCH_CHECK(levels.scalar_type() == at::kFloat && levels.is_contiguous() && levels.numel() >= (bits == 5 ? 32 : 16),
               "levels must be 16 float32, or 32 for 5 bits");
+  TORCH_CHECK(exponent == 0 || (bits == 6 && (exponent == 2 || exponent == 3)) ||
+                  (bits == 8 && (exponent == 4 || exponent == 5)),
+              "codes of ", bits, " bits have ", exponent, " bits of exponent; expected 2 or 3 of 6, 4 or 5 of 8, or 0");
   Weight w{panels,
            levels.const_data_ptr<float>(),
+           static_cast<int>(exponent),
            scale.const_data_ptr(),
            zero ? zero->const_data_ptr() : nullptr,
            scale_type(scale),
@@ -111,9 +116,9 @@ Tensor by_slabs(const Level& level, const Weight& w, const Tensor& x, const opti
 }
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& levels, const Tensor& scale,
-              const optional<Tensor>& zero, const optional<Tensor>& bias, int64_t rows) {
+              const optional<Tensor>& zero, const optional<Tensor>& bias, int64_t exponent, int64_t rows) {
   const bool bfloat = in_bfloat(x);
-  const Weight w = weight_of(codes, levels, scale, zero, rows, x.size(-1));
+  const Weight w = weight_of(codes, levels, scale, zero, exponent, rows, x.size(-1));
   const Level& level = current_level();
   const Tensor flat = as_matrix(x), y = outputs_for(x, rows);
   if (!flat.size(0)) return y;
@@ -138,8 +143,8 @@ std::string set_level(const std::string& name) {
 
 TORCH_LIBRARY(ptqbench_native, m) {
   m.def(
-      "grouped_linear(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? zero, Tensor? bias, int rows)"
-      " -> Tensor");
+      "grouped_linear(Tensor x, Tensor codes, Tensor levels, Tensor scale, Tensor? zero, Tensor? bias, int exponent, "
+      "int rows) -> Tensor");
   m.def("set_level(str name) -> str", &ptqbench::set_level);
   m.def("level() -> str", &ptqbench::level_name);
 }

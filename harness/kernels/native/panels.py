@@ -46,6 +46,15 @@ def pack_panels(codes: Tensor, bits: int) -> Tensor:
     return words
 
 
+def in_pairs(words: Tensor) -> Tensor:
+    """Words of `pack_panels` in the order of floats: a pair of inputs of all 16 rows, and then the next pair.
+
+    A pair has 16 bits, of which shifts make two halves (IEEE 754); 16 of these in a row are widened by one instruction.
+    """
+    pairs = words.view(torch.int16).view(*words.shape, 2).transpose(-1, -2)
+    return pairs.contiguous().view(torch.int32).view(words.shape)
+
+
 def unpack_panels(words: Tensor, shape: tuple[int, int]) -> Tensor:
     """Codes (N, K) uint8 from the result of `pack_panels`."""
     panels, blocks, bits, _ = words.shape

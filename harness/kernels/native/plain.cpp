@@ -90,6 +90,22 @@ struct V {
   static F to_float(I a) {
     return lanes<F>([&](int i) { return static_cast<float>(static_cast<int32_t>(a.lane[i])); });
   }
+  static uint32_t lane_of_16(I a, int i) { return a.lane[i / 2] >> (i % 2 * 16) & 0xFFFF; }
+  template <int s>
+  static I left_of_16(I a) {  // of 32 lanes of 16 bits
+    return lanes<I>([&](int i) { return (a.lane[i] & 0xFFFF0000) << s | (a.lane[i] << s & 0xFFFF); });
+  }
+  template <int s>
+  static I arithmetic_of_16(I a) {
+    return lanes<I>([&](int i) {
+      const int32_t low = static_cast<int16_t>(a.lane[i]), high = static_cast<int32_t>(a.lane[i]) >> 16;
+      return (static_cast<uint32_t>(high >> s) << 16) | (static_cast<uint32_t>(low >> s) & 0xFFFF);
+    });
+  }
+  template <int part>
+  static F widened(I halves) {  // 16 of 32 float16
+    return lanes<F>([&](int i) { return half_of(lane_of_16(halves, 16 * part + i)); });
+  }
   static F zero() { return broadcast(0); }
   static F broadcast(float a) { return lanes<F>([&](int) { return a; }); }
   static F add(F a, F b) { return lanes<F>([&](int i) { return a.lane[i] + b.lane[i]; }); }

@@ -60,9 +60,9 @@ ALWAYS_INLINE void multiply_part(int64_t panels, const Stacks<typename P::Word>&
 
 template <class P>
 void many(const Weight& w, const Stacks<typename P::Word>& x, const Part& part, const Output& y) {
-  with_bits(w.bits, [&](auto bits) {
+  with_kind(w, [&](auto kind) {
     const auto tile = [&](int64_t panel, int64_t k, int64_t end, uint8_t* memory) {
-      P::template decode<decltype(bits)::value>(w, panel, k * P::pack, end * P::pack, memory);
+      P::template decode<decltype(kind)>(w, panel, k * P::pack, end * P::pack, memory);
       return memory;
     };
     multiply_part<P>(w.panels(), x, part, tile,

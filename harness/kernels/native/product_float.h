@@ -14,10 +14,10 @@ struct FloatProduct {
   static ALWAYS_INLINE Sum words(const float* inputs) { return V::load(inputs); }
 
   // The inputs [first, last) of panel p, 64 bytes each.
-  template <int bits>
+  template <class Kind>
   static void decode(const Weight& w, int64_t p, int64_t first, int64_t last, uint8_t* tile) {
     float* out = reinterpret_cast<float*>(tile);
-    decode_panel<V, bits>(w, p, first, last,
+    decode_panel<V, Kind>(w, p, first, last,
                           [&](int64_t k, Sum value) { V::store(out + (k - first) * kPanel, value); });
   }
 };

@@ -49,6 +49,18 @@ struct V {
   static ALWAYS_INLINE F lookup(F table, I index) { return _mm512_permutexvar_ps(index, table); }
   static ALWAYS_INLINE F lookup(F low, F high, I index) { return _mm512_permutex2var_ps(low, index, high); }
   static ALWAYS_INLINE F to_float(I a) { return _mm512_cvtepi32_ps(a); }
+  template <int s>
+  static ALWAYS_INLINE I left_of_16(I a) {  // of 32 lanes of 16 bits
+    return s ? _mm512_slli_epi16(a, s) : a;
+  }
+  template <int s>
+  static ALWAYS_INLINE I arithmetic_of_16(I a) {
+    return s ? _mm512_srai_epi16(a, s) : a;
+  }
+  template <int part>
+  static ALWAYS_INLINE F widened(I halves) {  // 16 of 32 float16
+    return _mm512_cvtph_ps(part ? _mm512_extracti64x4_epi64(halves, 1) : _mm512_castsi512_si256(halves));
+  }
   static ALWAYS_INLINE F zero() { return _mm512_setzero_ps(); }
   static ALWAYS_INLINE F broadcast(float a) { return _mm512_set1_ps(a); }
   static ALWAYS_INLINE F add(F a, F b) { return _mm512_add_ps(a, b); }

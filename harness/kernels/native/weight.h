@@ -28,7 +28,8 @@ struct Panels {
 };
 
 struct Weight : Panels {
-  const float* levels;  // value of each code for bits <= 5, padded to 16 or 32; codes of more bits are signed integers
+  const float* levels;  // value of each code for bits <= 5, padded to 16 or 32; codes of more bits are numbers
+  int exponent;         // bits of exponent, if codes of 6 or 8 bits are floats; 0: they are signed integers
   const void* scale;    // (panels, groups, 16)
   const void* zero;     // likewise, in units of levels; null: no zero points
   Scale scale_type;

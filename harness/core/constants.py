@@ -14,8 +14,11 @@ _MAX_RESULTS = 64  # of one function
 
 
 def constant(function: Callable[P, T]) -> Callable[P, T]:
-    """Compute the result for each set of arguments once; code that torch.compile makes contains the result itself."""
-    cached = functools.lru_cache(maxsize=_MAX_RESULTS)(function)
+    """Compute the result for each set of arguments once; code that torch.compile makes contains the result itself.
+
+    Later callers may train, so the result is an ordinary tensor even if the first call is made in inference mode.
+    """
+    cached = functools.lru_cache(maxsize=_MAX_RESULTS)(torch.inference_mode(False)(function))
 
     @functools.wraps(function)
     def call(*args: Hashable) -> T:

@@ -1,7 +1,8 @@
 """When the value of a configuration field decides the result of a run.
 
 Each field of a configuration class has one of these mappings as its metadata. `harness.runs.identity` reads them to
-compute the run id; there is no other list. A field without metadata, such as an option of a method, always decides.
+compute the run id; there is no other list. A field without metadata, such as an option of a method, always decides; a
+field that a method or format gets later has CHANGED.
 """
 
 from __future__ import annotations

@@ -62,3 +62,12 @@ def test_with_random_signs_a_spike_becomes_flat(size: int) -> None:
 def test_a_size_out_of_range_is_refused() -> None:
     with pytest.raises(ValueError, match="^size=0 is out of range; expected 1 or more"):
         factors(0)
+
+
+def test_a_matrix_made_in_inference_mode_can_be_trained_through() -> None:
+    size = 88  # of no other test, so that its factors are made here
+    with torch.inference_mode():
+        rotate(torch.ones(size))
+    values = torch.ones(size, requires_grad=True)
+    rotate(values).square().sum().backward()
+    torch.testing.assert_close(values.grad, 2 * torch.ones(size))

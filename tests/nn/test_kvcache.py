@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from tests.support.families import FAMILIES, build
 
 Tiny = Callable[..., dict[str, Any]]
 GRANULARITIES = ("token", "channel")
+SHIPPED = sorted((ROOT / "conf/kv").glob("*.yaml"))
 SMALL = ("kv.key.group_size=8", "kv.value.group_size=8")
 
 
@@ -354,19 +356,37 @@ def test_layers_that_cache_anything_but_keys_and_values_are_refused() -> None:
 # Whole runs.
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "conf/kv").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_formats_build_and_name_themselves(path: Any) -> None:
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
+def test_shipped_formats_build_and_name_themselves(path: Path) -> None:
     fmt = build_run(resolve(f"kv={path.stem}")).kv
     if path.stem == "none":
         assert fmt is None
         return
     assert fmt is not None
     assert fmt.label == path.stem + (" residual=128" if fmt.residual else "")
-    bits = {"bits": 7} if isinstance(fmt.key, IntStates) else {"element": "e3m3"}
+    bits = {"element": "e3m3"} if isinstance(fmt.key, FloatStates) else {"bits": 5}
     other = replace(fmt.key, group_size=8, **bits)
     changed = " ".join(f"{key}={value}" for key, value in bits.items())
     assert replace(fmt, key=other, value=other).label.startswith(f"{path.stem} {changed} group_size=8")
     assert "value.group_size=8" in replace(fmt, value=replace(fmt.value, group_size=8)).label
+    turned = replace(fmt.key, rotated=not fmt.key.rotated)
+    assert f"key.rotated={turned.rotated}" in replace(fmt, key=turned).label
+
+
+@pytest.mark.parametrize(
+    ("overrides", "label"),
+    [
+        (("kv=rotated_lm3", "kv.key.bits=4", "kv.value.bits=4"), "rotated_lm3 bits=4"),
+        (("kv=rotated_lm4", "kv.key.rotated=false", "kv.value.rotated=false"), "rotated_lm4 rotated=False"),
+        (("kv=kv4_token", "kv.key.rotated=true"), "kv4_token key.rotated=True"),
+        (("kv=nvfp4", "kv.value.scale_dtype=float32"), "nvfp4 value.scale_dtype=float32"),
+        (("kv=lm4", "kv.key.scale_dtype=bfloat16"), "lm4 key.scale_dtype=bfloat16"),
+    ],
+)
+def test_a_changed_format_is_told_apart(overrides: tuple[str, ...], label: str) -> None:
+    fmt = build_run(resolve(*overrides)).kv
+    assert fmt is not None
+    assert fmt.label == label
 
 
 def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:
@@ -397,11 +417,13 @@ def test_a_run_with_a_coded_cache(tiny: Tiny) -> None:
         assert mib[32] == 32 * mib[1]
 
 
-@pytest.mark.parametrize("kv", ["kv8_token", "kivi4", "fp8", "nvfp4"])
-def test_the_cache_is_read(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kv: str) -> None:
+@pytest.mark.parametrize("path", [path for path in SHIPPED if path.stem != "none"], ids=lambda path: path.stem)
+def test_the_cache_is_read(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
     """A corrupted cache moves the perplexity: keys and values of a run come from the stored codes."""
-    groups = SMALL if kv != "fp8" else ()
-    overrides = ("method=none", f"kv={kv}", *groups, *(["kv.residual=8"] if kv == "kivi4" else []))
+    fmt = build_run(resolve(f"kv={path.stem}")).kv
+    assert fmt is not None
+    groups = SMALL if fmt.key.group_size != -1 else ()
+    overrides = ("method=none", f"kv={path.stem}", *groups, *(["kv.residual=8"] if fmt.residual else []))
     sound = execute_run(tiny(*overrides))[0]
     assert sound.status == "ok", sound.error
     decode = States._decode
@@ -409,6 +431,15 @@ def test_the_cache_is_read(tiny: Tiny, monkeypatch: pytest.MonkeyPatch, kv: str)
     corrupted = execute_run(tiny(*overrides, "force=true"))[0]
     assert corrupted.run_id == sound.run_id
     assert abs(corrupted.metrics["nll"] - sound.metrics["nll"]) > 1e-3
+
+
+def test_a_rotated_cache_gives_another_result_from_equal_bytes(tiny: Tiny) -> None:
+    plain, rotated = (execute_run(tiny("method=none", f"kv={kv}", *SMALL))[0] for kv in ("lm4", "rotated_lm4"))
+    assert (plain.status, rotated.status) == ("ok", "ok"), (plain.error, rotated.error)
+    assert plain.run_id != rotated.run_id
+    assert plain.metrics["nll"] != rotated.metrics["nll"]
+    expected = 2 * 2 * 2 * (16 // 2 + 2 * 2)  # layers, keys and values, heads; codes and scales
+    assert plain.metrics["kv_bytes_per_token"] == rotated.metrics["kv_bytes_per_token"] == expected
 
 
 def test_batch_size_does_not_change_a_run(tiny: Tiny) -> None:
@@ -428,6 +459,9 @@ def test_simulated_weights_report_no_cache(tiny: Tiny) -> None:
     [
         (("kv=kv4_token",), "kv.{key,value}.group_size=32 does not divide head_dim=16; use a divisor, or -1"),
         (("kv=kv4_token", "kv.key.bits=9"), "kv.key.bits=9 is out of range; expected 2 to 8"),
+        (("kv=lm4", "kv.key.bits=9"), "kv.key.bits=9 does not match table=lloyd_max; expected 2 to 8"),
+        (("kv=lm4", "kv.key.table=nf4"), "kv.key.table='nf4' is unknown; expected"),
+        (("kv=kv4_token", "kv.key.rotated=2"), "kv.key.rotated=2 has type int; expected bool"),
         (("kv=kv4_token", "kv.residual=-1"), "kv.residual=-1 is out of range; expected 0 or more"),
         (
             ("kv=kv4_channel", "kv.residual=60"),

@@ -119,6 +119,16 @@ def test_the_default_of_a_later_field_leaves_the_run_id_unchanged(everything: Ru
     assert identity._deciding(changed, conditions)["bos"] == "never"
 
 
+@pytest.mark.parametrize("kv", ["kv4_token", "kivi4", "nvfp4"])
+def test_a_cache_that_is_not_rotated_keeps_its_run_id(kv: str) -> None:
+    base = build_run(resolve(*TINY, f"kv={kv}"))
+    assert base.kv is not None
+    assert "rotated" not in identity._deciding(base.kv, identity._conditions(base))["key"]
+    for part in ("key", "value"):
+        changed = build_run(resolve(*TINY, f"kv={kv}", f"kv.{part}.rotated=true"))
+        assert identity.run_id(changed, WEIGHTS) != identity.run_id(base, WEIGHTS)
+
+
 @pytest.mark.parametrize(
     "override", ["method.gptq.damp=0.5", "method=rtn", "scheme.weight.symmetric=true", "bits=5", "+seed=3"]
 )

@@ -20,3 +20,4 @@ from harness.core.formats.qtensor import Tuner as Tuner
 from harness.core.formats.states import States as States
 from harness.core.formats.states_format import FloatStates as FloatStates
 from harness.core.formats.states_format import IntStates as IntStates
+from harness.core.formats.states_format import LevelsStates as LevelsStates

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from harness.core.checks import at_least
-from harness.core.formats.states_format import FloatStates, IntStates
+from harness.core.formats.states_format import FloatStates, IntStates, LevelsStates
 
 # Word in a format's name -> the granularities of keys and of values that it implies.
 _IMPLIED = {
@@ -19,21 +19,27 @@ _IMPLIED = {
     "channel": ("channel", "channel"),
     "kivi": ("channel", "token"),
     "fp": ("token", "token"),
+    "lm": ("token", "token"),
 }
-# What the names of formats in small floats imply.
-_FLOATS: dict[str, dict[str, Any]] = {
+# Word in a format's name -> other fields that it implies, of keys and of values.
+_FIELDS: dict[str, dict[str, Any]] = {
     "fp8": {"element": "e4m3", "group_size": -1, "scale_dtype": "bfloat16"},
     "nvfp4": {"element": "e2m1", "group_size": 16, "scale_dtype": "e4m3"},
+    "lm": {"table": "lloyd_max"},
+    "rotated": {"rotated": True},
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class KVFormat:
-    """Formats of keys and values. The newest `residual` tokens stay float, as do the tokens of an incomplete group."""
+    """Formats of keys, after their rotary embedding, and of values.
+
+    The newest `residual` tokens stay float, as do the tokens of an incomplete group.
+    """
 
     name: str
-    key: IntStates | FloatStates
-    value: IntStates | FloatStates
+    key: IntStates | FloatStates | LevelsStates
+    value: IntStates | FloatStates | LevelsStates
     residual: int = 0
 
     def __post_init__(self) -> None:
@@ -56,12 +62,10 @@ class KVFormat:
         return " ".join([self.name, *(f"{field}={x}" for field, x in settings.items())])
 
 
-def _extra(fmt: IntStates | FloatStates, name: str, granularity: str | None) -> dict[str, Any]:
-    """Fields of `fmt` that differ from their defaults and that the KV format's `name` does not imply."""
-    changed = {item.name: getattr(fmt, item.name) for item in fields(fmt) if getattr(fmt, item.name) != item.default}
-    changed = {field: x for field, x in changed.items() if _FLOATS.get(name, {}).get(field) != x}
-    if str(fmt.bits) in name:
-        changed.pop("bits", None)
-    if fmt.granularity == granularity:
-        del changed["granularity"]
-    return changed
+def _extra(fmt: IntStates | FloatStates | LevelsStates, name: str, granularity: str | None) -> dict[str, Any]:
+    """Fields of `fmt` that differ from what the KV format's `name` implies, or else from their defaults."""
+    implied: dict[str, Any] = {item.name: item.default for item in fields(fmt)}
+    implied |= {"granularity": granularity, "bits": fmt.bits if str(fmt.bits) in name else None}
+    for word, settings in _FIELDS.items():
+        implied |= settings if word in name else {}
+    return {item.name: x for item in fields(fmt) if (x := getattr(fmt, item.name)) != implied[item.name]}

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
+from harness.core import hadamard
 from harness.core.formats.format import compute_dtype
 from harness.core.formats.packing import pack, unpack
-from harness.core.formats.params import Params
 from harness.core.formats.states_format import StatesFormat
 
 
@@ -53,9 +51,11 @@ class States:
 
     def _encode(self, states: Tensor) -> tuple[Tensor, ...]:
         """Packed codes of complete groups, and the stored parameters."""
-        axis, groups = self._groups(states.to(compute_dtype(states)))
-        stored = self.fmt.stored(groups.amin(axis), groups.amax(axis))
-        codes = self.fmt.encode(groups, self._params(stored, axis))
+        dtype = compute_dtype(states)
+        if self.fmt.rotated:  # in float64, because the rounding of a product in float32 depends on the number of rows
+            states = hadamard.rotate(states.double())
+        axis, groups = self._groups(states.to(dtype))
+        codes, *stored = self.fmt.coded(groups, axis)
         return pack(codes, self.fmt.bits).view(*states.shape[:3], -1), *stored
 
     def _decode(self, head_dim: int) -> Tensor:
@@ -63,10 +63,9 @@ class States:
         packed, *stored = self._coded
         codes = unpack(packed.view(-1), self.fmt.bits, (*packed.shape[:3], head_dim))
         axis, groups = self._groups(codes)
-        return self.fmt.decode(groups, self._params(stored, axis)).view(codes.shape)
-
-    def _params(self, stored: Iterable[Tensor], axis: int) -> Params:
-        return self.fmt.restored(*stored).map(lambda tensor: tensor.unsqueeze(axis))
+        params = self.fmt.restored(*stored).map(lambda tensor: tensor.unsqueeze(axis))
+        states = self.fmt.decode(groups, params).view(codes.shape)
+        return hadamard.unrotate(states) if self.fmt.rotated else states
 
     def _groups(self, states: Tensor) -> tuple[int, Tensor]:
         """Split the axis along which values share a scale off states (B, H, T, D). Returns: that axis, and the view."""

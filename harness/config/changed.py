@@ -13,7 +13,7 @@ _LEFT_OUT = ("engine.cache_gib", "mixed.sensitivity")  # neither distinguishes o
 def changed_options(cfg: RunConfig) -> dict[str, Any]:
     """Options of steps, engine, analysis and mixed that differ from the defaults of their class, by `step.option`.
 
-    The float baseline has none.
+    `bits` of a step with codes of its own is the row's width, no option. The float baseline has none.
     """
     if not cfg.steps:
         return {}
@@ -24,7 +24,9 @@ def changed_options(cfg: RunConfig) -> dict[str, Any]:
         f"{label}.{item.name}": getattr(part, item.name)
         for label, part in parts.items()
         for item in dataclasses.fields(part)
-        if f"{label}.{item.name}" not in _LEFT_OUT and getattr(part, item.name) != _default(item)
+        if item.name != "bits"
+        and f"{label}.{item.name}" not in _LEFT_OUT
+        and getattr(part, item.name) != _default(item)
     }
 
 

@@ -104,7 +104,7 @@ def _unusual_fields(scheme: Any) -> list[str]:
     weight = at(scheme, "weight")
     if not isinstance(weight, dict):
         return []
-    usual = next((fields(scheme) for key, fields in _USUAL.items() if key in weight), usual_fields(scheme))
+    usual = usual_fields(scheme)
     parts = [f"{key}={weight[key]}" for key in usual if weight.get(key, usual[key]) != usual[key]]
     size = None if "group_size" in usual else weight.get("group_size")
     if size not in (None, -1) and str(size) not in str(at(scheme, "name")):
@@ -113,8 +113,11 @@ def _unusual_fields(scheme: Any) -> list[str]:
 
 
 def _bits(config: Json, scheme: Any) -> Any:
-    """Bits of a code; the configured ones where the method has codes of its own."""
-    return config.get("bits") if at(scheme, "name") == "none" else code_bits(at(scheme, "weight"))
+    """Bits of a code; those of the step that has codes of its own, where the scheme leaves them to it."""
+    if at(scheme, "weight") is not None:
+        return code_bits(at(scheme, "weight"))
+    steps = at(config, "method") if isinstance(scheme, dict) else None
+    return next((step["bits"] for step in steps.values() if "bits" in step), None) if isinstance(steps, dict) else None
 
 
 def code_bits(fmt: Any) -> Any:
@@ -125,14 +128,18 @@ def code_bits(fmt: Any) -> Any:
         return at(fmt, "bits")
 
 
-def usual_fields(scheme: Any) -> dict[str, str]:
-    """The fields of a scheme's weights that its name does not say, with the values of this project's schemes."""
+def usual_fields(scheme: Any) -> Json:
+    """The fields of a scheme's weights with the values that its name says, or that this project's schemes have."""
+    weight = at(scheme, "weight") or {}
+    return next((fields(scheme) for key, fields in _USUAL.items() if key in weight), {})
+
+
+def _usual_integers(scheme: Any) -> Json:
     grid = _GRID[bool(at(scheme, "activation"))]
     return {"grid": grid, "zero_point": _ZERO_POINT, "scale_dtype": _SCALE_DTYPE}
 
 
 def _usual_floats(scheme: Any) -> Json:
-    """The fields of weights in small floats, with the values that the name of the scheme says."""
     name = str(at(scheme, "name"))
     said = next((fields for word, fields in _FLOATS.items() if word in name), {})
     return {
@@ -146,12 +153,15 @@ def _usual_floats(scheme: Any) -> Json:
 
 
 def _usual_levels(scheme: Any) -> Json:
-    """The fields of weights with a table of levels, with the values that the name of the scheme says."""
-    said: Json = {"group_size": 64, "double_quant": True} if at(scheme, "name") in ("nf4", "fp4") else {}
-    return {"double_quant": False} | said
+    named = at(scheme, "name") in ("nf4", "fp4")
+    return {"group_size": 64, "double_quant": named, "scale_dtype": "float32" if named else "float16"}
 
 
-_USUAL = {"element": _usual_floats, "table": _usual_levels}
+def _usual_learned(scheme: Any) -> Json:
+    return {"levels_dtype": "float16"}
+
+
+_USUAL = {"element": _usual_floats, "table": _usual_levels, "levels": _usual_learned, "grid": _usual_integers}
 
 
 def at(config: Any, *keys: str) -> Any:

@@ -147,11 +147,17 @@ def _protocol(config: Json) -> str:
 
 def _format(row: Row, config: Json) -> Iterator[tuple[str, Any]]:
     """The numeric format by key of the configuration: that of the shipped scheme with this name."""
-    yield from {"scheme.name": row.scheme, "scheme.weight.bits": row.bits, "skip": []}.items()
-    usual = usual_fields(config["scheme"])
-    yield from {f"scheme.weight.{name}": usual[name] for name in ("grid", "zero_point")}.items()
     size = row.scheme.removeprefix("group").removesuffix("_sym")
-    yield "scheme.weight.group_size", int(size) if size.isdecimal() else -1
+    fields = {"group_size": int(size) if size.isdecimal() else -1} | usual_fields(config["scheme"])
+    weight = {name: value for name, value in fields.items() if name != "scale_dtype"}
+    own = row.scheme == "none"  # codes of the method, which has the width
+    yield from {
+        "scheme.name": row.scheme,
+        f"method.{row.method}.bits" if own else "scheme.weight.bits": row.bits,
+        "skip": [],
+    }.items()
+    if not own:
+        yield from {f"scheme.weight.{name}": value for name, value in weight.items()}.items()
 
 
 def _figure(row: Row, record: Record) -> Figure:

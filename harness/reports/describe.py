@@ -20,6 +20,7 @@ EAGER = "eager"  # how calls are timed unless a run says otherwise
 _GRID = {False: "full", True: "narrow"}  # of symmetric weights: without and with quantized activations
 _ZERO_POINT = "integer"
 _SCALE_DTYPE = "float16"
+_W4A8, _W4A8_GROUP = ("w4a8", "w4afp8"), 64  # of 4-bit weights with 8-bit activations
 
 Json = dict[str, Any]
 
@@ -135,8 +136,9 @@ def usual_fields(scheme: Any) -> Json:
 
 
 def _usual_integers(scheme: Any) -> Json:
-    grid = _GRID[bool(at(scheme, "activation"))]
-    return {"grid": grid, "zero_point": _ZERO_POINT, "scale_dtype": _SCALE_DTYPE}
+    grid = _GRID[bool(at(scheme, "activation"))] if at(scheme, "weight", "symmetric") else "full"
+    size = {"group_size": _W4A8_GROUP} if str(at(scheme, "name")).startswith(_W4A8) else {}
+    return {"grid": grid, "zero_point": _ZERO_POINT, "scale_dtype": _SCALE_DTYPE} | size
 
 
 def _usual_floats(scheme: Any) -> Json:

@@ -84,9 +84,8 @@ class ScaledMM(Kernel):
         N, K = self.shape
         scales = scale, self.scale
         if scale.numel() > 1 or self.scale.numel() > 1:
-            rows = (
-                scale.expand(*codes.shape[:-1], 1).flatten().contiguous()[:, None]
-            )  # the last stride is 1, also of one row
+            # With a last axis of its own, whose stride is 1 also where there is one row.
+            rows = scale.expand(*codes.shape[:-1], 1).flatten().contiguous()[:, None]
             scales = rows, self.scale.expand(1, N).contiguous()
         inside = bias if dtype != torch.float32 else None  # the product adds a bias of 16 bits alone
         y: Tensor = torch._scaled_mm(

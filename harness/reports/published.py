@@ -150,14 +150,11 @@ def _format(row: Row, config: Json) -> Iterator[tuple[str, Any]]:
     size = row.scheme.removeprefix("group").removesuffix("_sym")
     fields = {"group_size": int(size) if size.isdecimal() else -1} | usual_fields(config["scheme"])
     weight = {name: value for name, value in fields.items() if name != "scale_dtype"}
-    own = row.scheme == "none"  # codes of the method, which has the width
-    yield from {
-        "scheme.name": row.scheme,
-        f"method.{row.method}.bits" if own else "scheme.weight.bits": row.bits,
-        "skip": [],
-    }.items()
-    if not own:
-        yield from {f"scheme.weight.{name}": value for name, value in weight.items()}.items()
+    yield from {"scheme.name": row.scheme, "skip": []}.items()
+    if row.scheme == "none":  # the method has codes of its own, and their width
+        yield f"method.{row.method}.bits", row.bits
+    else:
+        yield from {f"scheme.weight.{name}": value for name, value in {**weight, "bits": row.bits}.items()}.items()
 
 
 def _figure(row: Row, record: Record) -> Figure:

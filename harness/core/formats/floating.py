@@ -44,8 +44,8 @@ _LARGEST_POWER = 2.0**127  # of E8M0, whose smallest is 2^-127
 FACTORS = {
     "e8m0": (0.5, 2.0),
     "e4m3": (1.5, 1.375, 1.25, 1.125, *(1 - i / 16 for i in range(1, 9))),
-    "bfloat16": tuple(1 - i / 20 for i in range(1, 11)),
-    "float32": tuple(1 - i / 20 for i in range(1, 11)),
+    "bfloat16": scales.SHRUNK,
+    "float32": scales.SHRUNK,
 }
 _FOUR_OVER_SIX = 6 / 4
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
@@ -158,8 +158,7 @@ class WeightFormat(Format):
     def by_row(self, params: Params, rows: Tensor) -> Params:
         """The parameters (n, G) of the n output `rows`, int64."""
         places = rows // self.height
-        chosen = params.map(lambda values: values.expand(len(rows), -1) if len(values) == 1 else values[places])
-        return chosen if chosen.levels is None else replace(chosen, levels=chosen.levels[rows])
+        return params.map(lambda values: values.expand(len(rows), -1) if len(values) == 1 else values[places])
 
     def weight_params(self, weight: Tensor) -> Params:
         """The parameters (N, G), or (1, 1) per tensor, of a weight (N, K) from its groups' minimum and maximum.

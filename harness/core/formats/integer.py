@@ -29,9 +29,7 @@ from harness.core.formats.format import Format
 from harness.core.formats.params import Params
 from harness.core.formats.scales import ScaleDtype
 
-# Factors with which a search tries other ranges: both ends shrink together first, then each end is moved alone.
-_TOGETHER = tuple(1 - i / 20 for i in range(1, 11))
-_ALONE = (1.05, 0.95, 0.9, 0.85)
+_ALONE = (1.05, 0.95, 0.9, 0.85)  # factors of one end of a range, after both ends shrank together
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +60,7 @@ class IntFormat(Format):
 
     @property
     def shrinks(self) -> list[list[tuple[float, float]]]:
-        together = [(share, share) for share in _TOGETHER]
+        together = [(share, share) for share in scales.SHRUNK]
         if self.symmetric:
             return [together]
         return [together, [(share, 1.0) for share in _ALONE], [(1.0, share) for share in _ALONE]]
@@ -152,14 +150,6 @@ class StoredInt(IntFormat):
                     f"use {self.where}.scale_dtype=float32, or {self.where}.zero_point=integer"
                 )
         return Params(scale, zero_point)
-
-    def check_ranges(self, low: Tensor, high: Tensor, most: float) -> tuple[int, int]:
-        """Check the scales of groups with the ranges [low, high] against the lower end of their stored dtype.
-
-        Returns: the number of groups that lose more than one bit, and the number of groups that are not constant.
-        Raises: ValueError if the squared rounding error of all groups grows by more than the factor `most`.
-        """
-        return scales.check(self.exact_scale(low, high), self.scale_dtype, self.where, most)
 
 
 def _positive(scale: Tensor) -> Tensor:

@@ -9,25 +9,18 @@ import torch
 from torch import Tensor
 
 from harness.core.formats import scales
-from harness.core.formats.format import WeightFormat, compute_dtype
 from harness.core.formats.integer import StoredInt
 from harness.core.formats.packing import pack, packed_bytes, unpack
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor
+from harness.core.formats.scaled_weight import ScaledWeight
 
 
 @dataclass(frozen=True, kw_only=True)
-class IntWeight(WeightFormat, StoredInt):
+class IntWeight(ScaledWeight, StoredInt):
     """Integer codes of one weight (N out, K in); scales are stored as `scale_dtype`, integer zero points as codes."""
 
     granularity: Literal["tensor", "channel", "group"] = "channel"
-
-    def check_scales(self, weight: Tensor, params: Params) -> None:
-        def exact() -> Tensor:
-            groups = self.to_groups(weight.to(compute_dtype(weight)))
-            return self.exact_scale(groups.amin(-1), groups.amax(-1))
-
-        scales.check_weight(params.scale, exact, self.scale_dtype, self.where)
 
     def quantized(self, weight: Tensor, params: Params) -> IntQTensor:
         return IntQTensor(self.codes(weight, params), params, self)

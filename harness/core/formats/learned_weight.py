@@ -15,6 +15,7 @@ from torch import Tensor
 
 from harness.core.formats import scales
 from harness.core.formats.format import WeightFormat
+from harness.core.formats.levels import ranks
 from harness.core.formats.packing import pack, packed_bytes
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor
@@ -55,23 +56,24 @@ class LearnedWeight(WeightFormat):
         return Params(rows.new_ones(len(rows), 1), levels=self._stored(fit_levels(rows, 1 << self.bits)))
 
     def encode(self, values: Tensor, params: Params) -> Tensor:
-        return _ranks(values, _levels(params)).to(torch.uint8)
+        return ranks(values, _levels(params)).to(torch.uint8)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
-        return _levels(params).gather(1, codes.flatten(1).long()).view(codes.shape)
+        return _levels(params).gather(1, codes.reshape(len(codes), -1).long()).view(codes.shape)
 
     def snap(self, values: Tensor, params: Params, out: Tensor | None = None) -> Tensor:
-        levels = _levels(params)
-        snapped = levels.gather(1, _ranks(values, levels).view(len(levels), -1)).view(values.shape)
+        snapped = self.decode(ranks(values, _levels(params)), params)
         return snapped if out is None else out.copy_(snapped)
+
+    def by_row(self, params: Params, rows: Tensor) -> Params:
+        return replace(super().by_row(params, rows), levels=_levels(params)[rows])
 
     def quantized(self, weight: Tensor, params: Params) -> LearnedQTensor:
         return LearnedQTensor(self.codes(weight, params), params, self)
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
-        return (
-            8 * packed_bytes(shape[0] * shape[1], self.bits) + (shape[0] << self.bits) * scales.BITS[self.levels_dtype]
-        )
+        rows, columns = shape
+        return 8 * packed_bytes(rows * columns, self.bits) + (rows << self.bits) * scales.BITS[self.levels_dtype]
 
     def at(self, bits: int) -> LearnedWeight:
         return replace(self, bits=bits)
@@ -117,7 +119,7 @@ def fit_levels(rows: Tensor, count: int) -> Tensor:
     ascending = rows.sort(1).values
     levels = ascending[:, (places * rows.shape[1]).long()].contiguous()
     for _ in range(_ITERATIONS):
-        codes = _ranks(rows, levels)
+        codes = ranks(rows, levels).long()
         sums = torch.zeros_like(levels).scatter_add_(1, codes, rows)
         counts = torch.zeros_like(levels).scatter_add_(1, codes, torch.ones_like(rows))
         means = torch.where(counts > 0, sums / counts.clamp(min=1), levels)
@@ -125,12 +127,6 @@ def fit_levels(rows: Tensor, count: int) -> Tensor:
             break
         levels = means
     return levels
-
-
-def _ranks(values: Tensor, levels: Tensor) -> Tensor:
-    """Rank (int64) of the nearest level of its row for each of `values` (R, ...); a tie goes to the lower level."""
-    middles = (levels[:, 1:] + levels[:, :-1]) / 2
-    return torch.searchsorted(middles.contiguous(), values.reshape(len(levels), -1).contiguous()).view(values.shape)
 
 
 def _levels(params: Params) -> Tensor:

@@ -17,7 +17,6 @@ from harness.core.formats.scales import ScaleDtype
 from harness.core.formats.tables import Table
 
 _SMALLEST = 1e-38  # divisor of a group of zeros
-_SHARES = tuple(1 - i / 20 for i in range(1, 11))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +51,7 @@ class LevelsFormat(Format):
 
     @property
     def shrinks(self) -> list[list[tuple[float, float]]]:
-        return [[(share, share) for share in _SHARES]]
+        return [[(share, share) for share in scales.SHRUNK]]
 
     def cover(self, low: Tensor, high: Tensor, whole: Tensor | None = None) -> Params:
         return Params(scales.store(self.exact_scale(low, high), self.scale_dtype, self.where))
@@ -62,18 +61,20 @@ class LevelsFormat(Format):
         return torch.maximum(high, -low) / float(self.levels.max())
 
     def encode(self, values: Tensor, params: Params) -> Tensor:
-        return nearest(self._shares(values, params), self.levels.to(values))
+        return nearest(shares_of(values, params.scale), self.levels.to(values))
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         return chosen(self.levels.to(params.scale), codes).mul_(params.scale)
 
     def snap(self, values: Tensor, params: Params, out: Tensor | None = None) -> Tensor:
-        ascending = self.levels.to(values).sort().values
-        snapped = chosen(ascending, ranks(self._shares(values, params), ascending))
+        ascending = tables.ascending(self.table, self.bits).to(values)
+        snapped = chosen(ascending, ranks(shares_of(values, params.scale), ascending))
         return torch.mul(snapped, params.scale, out=snapped if out is None else out)
 
-    def _shares(self, values: Tensor, params: Params) -> Tensor:
-        return values * params.scale.clamp(min=_SMALLEST).reciprocal()
+
+def shares_of(values: Tensor, scale: Tensor) -> Tensor:
+    """The values in units of their scale, 0 where the scale is 0."""
+    return values * scale.clamp(min=_SMALLEST).reciprocal()
 
 
 def nearest(values: Tensor, levels: Tensor) -> Tensor:
@@ -83,8 +84,13 @@ def nearest(values: Tensor, levels: Tensor) -> Tensor:
 
 
 def ranks(values: Tensor, ascending: Tensor) -> Tensor:
-    """Rank (int32) of the nearest of the `ascending` levels for each of `values`."""
-    return torch.bucketize(values.contiguous(), (ascending[1:] + ascending[:-1]) / 2, out_int32=True)
+    """Rank (int32) of the nearest of the `ascending` levels for each of `values`; a tie goes to the lower level.
+
+    Levels are (n,) for all values, or (R, n) for values (R, ...) whose rows have levels of their own.
+    """
+    middles = (ascending[..., 1:] + ascending[..., :-1]) / 2
+    rows = values.reshape(*ascending.shape[:-1], -1).contiguous()
+    return torch.searchsorted(middles, rows, out_int32=True).view(values.shape)
 
 
 def chosen(table: Tensor, codes: Tensor) -> Tensor:

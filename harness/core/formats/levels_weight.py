@@ -12,22 +12,21 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from harness.core.formats import scales
-from harness.core.formats.format import WeightFormat, compute_dtype, padded
-from harness.core.formats.levels import LevelsFormat, chosen, nearest
+from harness.core.formats.format import padded
+from harness.core.formats.levels import LevelsFormat, chosen, nearest, shares_of
 from harness.core.formats.packing import pack, packed_bytes
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor, QTensor
+from harness.core.formats.scaled_weight import ScaledWeight
 from harness.core.formats.tables import dynamic_levels
 
 NESTED_BLOCK = 256  # scales that share one nested scale
-_SMALLEST = 1e-38  # divisor of a block of zeros
 
 
 @dataclass(frozen=True, kw_only=True)
-class LevelsWeight(WeightFormat, LevelsFormat):
+class LevelsWeight(ScaledWeight, LevelsFormat):
     """Levels of one weight (N out, K in).
 
     granularity   also flat: `group_size` consecutive values of the flattened weight, which span rows if `group_size`
@@ -69,13 +68,6 @@ class LevelsWeight(WeightFormat, LevelsFormat):
                 "are only rounded to nearest; use a divisor, or method=rtn"
             )
         return size
-
-    def check_scales(self, weight: Tensor, params: Params) -> None:
-        def exact() -> Tensor:
-            groups = self.to_groups(weight.to(compute_dtype(weight)))
-            return self.exact_scale(groups.amin(-1), groups.amax(-1))
-
-        scales.check_weight(params.scale, exact, self.scale_dtype, self.where)
 
     def quantized(self, weight: Tensor, params: Params) -> LevelsQTensor:
         return LevelsQTensor(self.codes(weight, params), params, self)
@@ -153,7 +145,6 @@ class LevelsQTensor(GroupedQTensor):
 
 def encode_blocks(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
     """Codes (n,) uint8 of flat `values` (n,) float32 in blocks of 256, and the largest magnitude of each block."""
-    blocks = F.pad(values, (0, -len(values) % NESTED_BLOCK)).view(-1, NESTED_BLOCK)
+    blocks = padded(values, NESTED_BLOCK).view(-1, NESTED_BLOCK)
     absmax = blocks.abs().amax(1)
-    shares = blocks * absmax.clamp(min=_SMALLEST).reciprocal()[:, None]
-    return nearest(shares, levels).view(-1)[: len(values)], absmax
+    return nearest(shares_of(blocks, absmax[:, None]), levels).view(-1)[: len(values)], absmax

@@ -8,8 +8,6 @@ relative to the others (dead channels) hardly count in these sums; a warning say
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor
 
 ScaleDtype = Literal["float16", "bfloat16", "float32"]
 BITS: dict[ScaleDtype, int] = {"float16": 16, "bfloat16": 16, "float32": 32}
+SHRUNK = tuple(1 - i / 20 for i in range(1, 11))  # shares of a range that a search for a clipped one tries
 MOST_GROWTH = 1.02  # of the squared rounding error, by scales below the range of their dtype
 
 # A float16 below the smallest normal number has few digits; rounding such a scale up keeps the range covered.
@@ -68,21 +67,3 @@ def check(exact: Tensor, dtype: ScaleDtype, where: str, most: float) -> tuple[in
         remedy = "skip this linear" if dtype == "float32" else f"use {where}.scale_dtype=float32"
         raise ValueError(f"{where}.scale_dtype={dtype} cannot hold the scales, {largest:.3g} and smaller; {remedy}")
     return int((ratio > _LOST).sum()), len(exact)
-
-
-def check_weight(stored: Tensor, exact: Callable[[], Tensor], dtype: ScaleDtype, where: str) -> None:
-    """Check that `dtype` is wide enough for the scales of the groups of a weight with small values.
-
-    `exact` computes the scales before they were rounded to `stored`; it is called only if one, any clipping included,
-    is below the normal numbers of its dtype. Groups that lose more than one bit are a warning.
-    Raises: ValueError if the rounding of the scales raises the error of the whole weight by more than 1 %.
-    """
-    if not below_range(stored, dtype):
-        return
-    lost, count = check(exact(), dtype, where, MOST_GROWTH)
-    if lost:
-        warnings.warn(
-            f"{lost} of {count} groups have scales below the range of {where}.scale_dtype={dtype}; their weights, tiny "
-            "relative to the others, are lost",
-            stacklevel=4,
-        )

@@ -113,7 +113,7 @@ class IntStates(RangedStates, StoredInt):
             high = torch.maximum(high, low + torch.maximum(low.abs(), high.abs()) * _LEAST_STEP * self.max_code)
         params = self.cover(low, high)
         if scales.below_range(params.scale, self.scale_dtype):
-            self.check_ranges(low, high, _MOST_GROWTH)
+            scales.check(self.exact_scale(low, high), self.scale_dtype, self.where, _MOST_GROWTH)
         dtype = getattr(torch, self.scale_dtype)
         if params.zero_point is None:
             return (params.scale.to(dtype),)

@@ -43,6 +43,12 @@ def levels(table: Table, bits: int) -> Tensor:
     return _float4_levels() if table == "fp4" else lloyd_max(bits)
 
 
+@constant
+def ascending(table: Table, bits: int) -> Tensor:
+    """The levels of a table, sorted."""
+    return levels(table, bits).sort().values
+
+
 def _normal_float() -> Tensor:
     levels: Tensor = torch.cat([-_quantiles(7), torch.zeros(1), _quantiles(8).flip(0)])
     return levels / levels.max()

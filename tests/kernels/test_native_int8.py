@@ -45,6 +45,16 @@ def test_every_width_of_weights(level: str, bits: int, columns: int, options: di
 
 
 @built
+@pytest.mark.parametrize("tokens", [17, 33, 70, 600])
+@pytest.mark.parametrize("columns", [32, 544, 2080, 4128])
+def test_many_rows_of_stacks_and_tiles_that_end_anywhere(level: str, columns: int, tokens: int) -> None:
+    weight, inputs = uneven(37, columns, IntWeight(bits=8, symmetric=True, grid="narrow")), quantizer("token")
+    x = torch.randn(tokens, columns)
+    expected = inputs(x).double() @ weight.dequantize(torch.float64).t()
+    assert error(int8.Int8Linear.of(weight, inputs)(x, None), expected) < 1e-6
+
+
+@built
 def test_codes_of_inputs_are_those_of_the_quantizer() -> None:
     """With an identity as weight, outputs are the rounded inputs: equal to the bit, also where a value is a tie."""
     identity = uneven(64, 64, IntWeight(bits=8, symmetric=True, grid="narrow"))

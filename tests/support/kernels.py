@@ -22,7 +22,7 @@ from harness.kernels.base import Kernel
 from harness.kernels.native import library
 
 CPU = torch.device("cpu")
-LEVELS = ("plain", "avx2", "avx512", "avx512_vnni", "avx512_bf16")
+LEVELS = ("plain", "avx2", "avx512", "avx512_vnni", "avx512_bf16", "amx")
 TOKENS = (1, 2, 3, 8, 9, 30)  # of inputs: below and above the limits at which the native kernels change their path
 BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # of relative errors
 INPUTS: dict[str, dict[str, Any]] = {

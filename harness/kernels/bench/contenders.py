@@ -28,7 +28,7 @@ from harness.kernels.table import choose
 
 _TOKENS = IntActivation(bits=8, symmetric=True, grid="narrow")
 _OUTLIERS = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0)
-FLOATS = {  # weight-only formats of GPUs
+FLOATS = {  # weight-only formats of small floats
     "mxfp4": FloatWeight(element="e2m1", granularity="group", group_size=32, scale_dtype="e8m0"),
     "nvfp4": FloatWeight(element="e2m1", granularity="group", group_size=16, scale_dtype="e4m3", tensor_scale=True),
     "fp8": FloatWeight(element="e4m3"),
@@ -94,8 +94,8 @@ def contenders(device: torch.device, group_size: int, dtype: torch.dtype) -> lis
     entrants.append(Contender("16 levels (nf4, fp4)", _ours(_levels, None, dtype), bound))
     for name, inputs in (("w8a8", _TOKENS), ("llm_int8", _OUTLIERS)):  # a tie may be rounded to the other code
         entrants.append(Contender(name, _ours(_nearest(int8), inputs, dtype), max(bound, _TIES)))
+    entrants += [Contender(name, _ours(_nearest(fmt), None, dtype), bound) for name, fmt in FLOATS.items()]
     if device.type == "cuda":
-        entrants += [Contender(name, _ours(_nearest(fmt), None, dtype), bound) for name, fmt in FLOATS.items()]
         entrants += [
             Contender(name, _ours(_nearest(fmt), inputs, dtype), max(bound, _TIES))
             for name, (fmt, inputs) in _FP8.items()

@@ -29,7 +29,7 @@ const Level& avx512_vnni_level() {
     copy.few_digits = few_digits<V>;
     copy.split_chunk = split_chunk<V>;
     copy.many_digits = many_digits;
-    copy.bytes = bytes<V>;
+    copy.bytes = bytes<V, ByteProduct<V>>;
     return copy;
   }();
   return level;

@@ -19,9 +19,10 @@ Level basis(const char* name, const VectorLevel& vectors, const SearchLevel& sea
   level.few = few<V>;
   level.few_dense = few_dense<V>;
   level.tall = V::tall;
+  level.words = {V::tall, false};
   level.decode = decode<V, float>;
   level.decode_bf16 = decode<V, uint16_t>;
-  level.bytes = bytes<V>;
+  level.bytes = bytes<V, ByteProduct<V>>;
   level.absmax = absmax<V>;
   level.encode = encode<V>;
   level.vectors = &vectors;

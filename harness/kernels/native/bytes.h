@@ -8,6 +8,7 @@ template <class V>
 struct ByteProduct {
   using Word = uint32_t;
   using Sum = typename V::I;
+  using Multiplier = Registers<ByteProduct>;
   static constexpr int64_t pack = 4;
   static ALWAYS_INLINE Sum zero() { return V::integer(0); }
   static ALWAYS_INLINE Sum broadcast(uint32_t x) { return V::integer(static_cast<int32_t>(x)); }
@@ -59,9 +60,8 @@ ALWAYS_INLINE void write_bytes(const ByteWeight& w, const ByteRows& x, const Out
   write<V>(y, w.rows, m, p, value);
 }
 
-template <class V, int bits>
+template <class V, class P, int bits>
 void bytes_of(const ByteWeight& w, const ByteRows& x, const Part& part, const Output& y) {
-  using P = ByteProduct<V>;
   const auto tile = [&](int64_t panel, int64_t k, int64_t end, uint8_t* memory) {
     return split_bytes<V, bits>(w.panel(panel) + k * 8 * bits, end - k, memory);
   };
@@ -69,12 +69,12 @@ void bytes_of(const ByteWeight& w, const ByteRows& x, const Part& part, const Ou
                    [&](int64_t m, int64_t panel, typename P::Sum sum) { write_bytes<V>(w, x, y, m, panel, sum); });
 }
 
-template <class V>
+template <class V, class P>
 void bytes(const ByteWeight& w, const ByteRows& x, const Part& part, const Output& y) {
   switch (w.bits) {
-    case 2: return bytes_of<V, 2>(w, x, part, y);
-    case 4: return bytes_of<V, 4>(w, x, part, y);
-    default: return bytes_of<V, 8>(w, x, part, y);
+    case 2: return bytes_of<V, P, 2>(w, x, part, y);
+    case 4: return bytes_of<V, P, 4>(w, x, part, y);
+    default: return bytes_of<V, P, 8>(w, x, part, y);
   }
 }
 

@@ -89,7 +89,7 @@ inline bool by_many_digits(const Level& level, const Weight& w, const at::Tensor
   std::atomic<bool> finite{true};
   each_many(x.size(0), [&](int64_t row, int64_t count) {
     const int64_t inputs = w.halves() * kHalf, chunks = (inputs + kChunk - 1) / kChunk;
-    const DigitStacks stacks{room<uint32_t>(count, inputs / 4, level.tall / digits, digits),
+    const DigitStacks stacks{room<uint32_t>(count, inputs / 4, {level.tall / digits, false}, digits),
                              grow(units, chunks * count), grow(sums, chunks * count)};
     each_tile(stacks.words, [&](int64_t m, int64_t tile) {
       if (!split_tile(level, x, row, m, tile, stacks)) finite = false;

@@ -106,7 +106,7 @@ Encoded prepare(const Level& level, const ByteWeight& w, const Rows& x, const Fo
 // Rows [row, row + count) of x in codes.
 ByteRows encode(const Level& level, const ByteWeight& w, const Rows& x, const Format& format, Encoded& encoded,
                 int64_t row, int64_t count) {
-  const Stacks<uint32_t> words = room<uint32_t>(count, w.blocks() * kBlock / 4, level.tall);
+  const Stacks<uint32_t> words = room<uint32_t>(count, w.blocks() * kBlock / 4, level.words);
   each_tile(words, [&](int64_t m, int64_t tile) {
     const int64_t k = tile * kSteps * 4, inputs = std::min(kSteps * 4, x.stride - k);
     const Lane<uint32_t> to = lane(words, tile, m);

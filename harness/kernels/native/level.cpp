@@ -1,5 +1,7 @@
 #include "level.h"
 
+#include <ATen/cpu/Utils.h>
+
 #include <vector>
 
 namespace ptqbench {
@@ -16,12 +18,21 @@ bool has_avx512() {
 
 bool has_avx512_vnni() { return has_avx512() && __builtin_cpu_supports("avx512vnni"); }
 
+bool has_avx512_bf16() { return has_avx512_vnni() && __builtin_cpu_supports("avx512bf16"); }
+
+// Whether there is a matrix engine, and the system lets this process use it.
+bool has_amx() {
+  return has_avx512_bf16() && __builtin_cpu_supports("amx-bf16") && __builtin_cpu_supports("amx-int8") &&
+         at::cpu::init_amx();
+}
+
 std::vector<const Level*> supported() {  // the best one last
   std::vector<const Level*> levels{&plain_level()};
   if (has_avx2()) levels.push_back(&avx2_level());
   if (has_avx512()) levels.push_back(&avx512_level());
   if (has_avx512_vnni()) levels.push_back(&avx512_vnni_level());
-  if (has_avx512_vnni() && __builtin_cpu_supports("avx512bf16")) levels.push_back(&avx512_bf16_level());
+  if (has_avx512_bf16()) levels.push_back(&avx512_bf16_level());
+  if (has_amx()) levels.push_back(&amx_level());
   return levels;
 }
 

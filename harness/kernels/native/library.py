@@ -62,7 +62,8 @@ def sources_digest() -> str:
 
 
 def set_level(name: str) -> str:
-    """Use the processor features of this level at most ("" is all): plain, avx2, avx512, avx512_vnni, avx512_bf16.
+    """Use the processor features of this level at most ("" is all): plain, avx2, avx512, avx512_vnni, avx512_bf16,
+    amx.
 
     Returns: the level that runs, the best one if the processor lacks the features.
     """

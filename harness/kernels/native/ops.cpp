@@ -117,7 +117,7 @@ Tensor by_slabs(const Level& level, const Weight& w, const Tensor& x, const opti
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& levels, const Tensor& scale,
               const optional<Tensor>& zero, const optional<Tensor>& bias, int64_t exponent, int64_t rows) {
-  const bool bfloat = in_bfloat(x);
+  in_bfloat(x);
   const Weight w = weight_of(codes, levels, scale, zero, exponent, rows, x.size(-1));
   const Level& level = current_level();
   const Tensor flat = as_matrix(x), y = outputs_for(x, rows);
@@ -126,7 +126,7 @@ Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& levels, const 
   const Output out = output_to(y, added);
   if (many_digits_pay(level, w, flat) && by_many_digits(level, w, flat, digits_of(flat), out)) return y;
   if (flat.size(0) <= kFew) by_registers(level, w, flat, out);
-  else if (by_library(level, bfloat)) return by_slabs(level, w, flat, bias).view(y.sizes());
+  else if (!level.many) return by_slabs(level, w, flat, bias).view(y.sizes());
   else by_tiles(level, level, w, flat, out);
   return y;
 }

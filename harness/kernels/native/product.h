@@ -2,7 +2,7 @@
 // multiplied by all rows of x, stack by stack; bound by arithmetic.
 //
 // A product type P says how many neighbouring inputs one word of a lane holds (`pack`): one float32, two bfloat16 or
-// four bytes. Sum is a register of 16 sums, and dot adds the products of a word to them.
+// four bytes. Sum is a register of 16 sums, dot adds the products of a word to them, and Multiplier multiplies a stack.
 #pragma once
 
 // The sums of a stack of M rows of x, whose words lie step by step, and two panels of 16 rows, 64 bytes a step each;
@@ -37,20 +37,46 @@ Multiply<P> multiply_rows(int64_t rows) {
   return multiply<P, M>;
 }
 
+// One tile of a pair of panels, and the words of a stack of x for it.
+template <class P>
+struct Operands {
+  const uint8_t *low, *high;
+  int64_t steps;
+  const typename P::Word* x;
+};
+
+// A stack with one tile after another, whose sums lie in memory between them.
+template <class P>
+struct Registers {
+  static constexpr int64_t together = 1;  // tiles that are decoded before the stacks are multiplied
+  void multiply(int64_t rows, const Operands<P>* tiles, int64_t count, typename P::Sum* y, bool first) const {
+    for (int64_t i = 0; i < count; ++i)
+      multiply_rows<P>(rows)(tiles[i].low, tiles[i].high, tiles[i].steps, tiles[i].x, y, first && !i);
+  }
+};
+
 // A part: tile(panel, k, end, memory) gives the words [k, end) of a panel, in `memory` or elsewhere, and
 // write(m, panel, sum) gets the results after the last tile. A missing panel repeats the one before.
 template <class P, class Tile, class Write>
 ALWAYS_INLINE void multiply_part(int64_t panels, const Stacks<typename P::Word>& x, const Part& part, Tile&& tile,
                                  Write&& write) {
-  alignas(64) uint8_t memory[2][64 * kSteps];
+  constexpr int64_t together = P::Multiplier::together;
+  alignas(64) uint8_t memory[together][2][64 * kSteps];
+  Operands<P> tiles[together];
   const auto sums = static_cast<typename P::Sum*>(part.sums);
-  for (int64_t t = part.first; t < part.last; ++t) {
-    const int64_t k = t * kSteps, end = min(k + kSteps, x.steps);
-    const uint8_t* tiles[2];
-    for (int i = 0; i < 2; ++i) tiles[i] = tile(min(2 * part.pair + i, panels - 1), k, end, memory[i]);
+  typename P::Multiplier multiplier;
+  for (int64_t t = part.first; t < part.last; t += together) {
+    const int64_t count = min(together, part.last - t);
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t k = (t + i) * kSteps, end = min(k + kSteps, x.steps);
+      tiles[i].low = tile(2 * part.pair, k, end, memory[i][0]);
+      tiles[i].high = tile(min(2 * part.pair + 1, panels - 1), k, end, memory[i][1]);
+      tiles[i].steps = end - k;
+    }
     for (int64_t stack = 0; stack < x.stacks; ++stack) {
       const int64_t m = x.first(stack), rows = x.first(stack + 1) - m;
-      multiply_rows<P>(rows)(tiles[0], tiles[1], end - k, x.at(t, m), sums + 2 * m, t == 0);
+      for (int64_t i = 0; i < count; ++i) tiles[i].x = x.at(t + i, m);
+      multiplier.multiply(rows, tiles, count, sums + 2 * m, t == 0);
     }
   }
   if (part.last < x.tiles()) return;

@@ -4,6 +4,7 @@
 struct FloatProduct {
   using Word = float;
   using Sum = V::F;
+  using Multiplier = Registers<FloatProduct>;
   static constexpr int64_t pack = 1;
   static ALWAYS_INLINE Sum zero() { return V::zero(); }
   static ALWAYS_INLINE Sum broadcast(float x) { return V::broadcast(x); }

@@ -1,6 +1,7 @@
 // Rows of a tensor as the kernels read them; stacks.h has the order of many rows.
 #pragma once
 #include <ATen/ATen.h>
+#include <ATen/Parallel.h>
 
 #include <algorithm>
 #include <cstring>
@@ -10,6 +11,8 @@
 #include "weight.h"
 
 namespace ptqbench {
+
+constexpr int64_t kTogether = 1 << 14;  // words that are worth a thread of their own
 
 template <class T>
 T* grow(std::vector<T>& memory, int64_t count) {
@@ -47,10 +50,12 @@ inline Rows rows_of(const at::Tensor& x) {
   const int64_t count = x.size(0), inputs = x.size(1), padded = (inputs + kHalf - 1) / kHalf * kHalf;
   if (x.scalar_type() == at::kFloat && padded == inputs) return {x.const_data_ptr<float>(), count, inputs};
   float* rows = scratch<float>(count * padded);
-  for (int64_t m = 0; m < count; ++m) {
-    copy_row(x, m, 0, inputs, rows + m * padded);
-    std::fill(rows + m * padded + inputs, rows + (m + 1) * padded, 0.0f);
-  }
+  at::parallel_for(0, count, std::max<int64_t>(1, kTogether / padded), [&](int64_t first, int64_t last) {
+    for (int64_t m = first; m < last; ++m) {
+      copy_row(x, m, 0, inputs, rows + m * padded);
+      std::fill(rows + m * padded + inputs, rows + (m + 1) * padded, 0.0f);
+    }
+  });
   return {rows, count, padded};
 }
 

@@ -9,14 +9,13 @@
 
 namespace ptqbench {
 
-constexpr int64_t kTallest = 16;        // no stack has more rows
-constexpr int64_t kTogether = 1 << 14;  // words that are worth a thread of their own
+constexpr int64_t kTallest = 32;  // no stack has more rows
 
-// Room for `count` rows of so many steps, in stacks of at most `tall` rows, in memory of this thread.
+// Room for `count` rows of so many steps, in memory of this thread.
 template <class Word>
-Stacks<Word> room(int64_t count, int64_t steps, int64_t tall, int64_t digits = 1) {
+Stacks<Word> room(int64_t count, int64_t steps, Order order, int64_t digits = 1) {
   static thread_local std::vector<Word> memory;
-  Stacks<Word> stacks{nullptr, count, (count + tall - 1) / tall, steps, digits};
+  Stacks<Word> stacks{nullptr, count, (count + order.tall - 1) / order.tall, steps, digits, order.by_rows};
   stacks.words = grow(memory, stacks.tiles() * count * kSteps * digits);
   return stacks;
 }
@@ -30,6 +29,7 @@ struct Lane {
 
 template <class Word>
 Lane<Word> lane(const Stacks<Word>& x, int64_t tile, int64_t row) {
+  if (x.by_rows) return {x.at(tile, row), 1};
   const int64_t stack = x.stack(row), first = x.first(stack);
   return {x.at(tile, first) + (row - first) * x.digits, (x.first(stack + 1) - first) * x.digits};
 }
@@ -60,18 +60,21 @@ void each_tile(const Stacks<Word>& x, Use&& use) {
 // Rows [row, row + count) of x (M, K) in words of one float32 or two bfloat16.
 template <class Word>
 Stacks<Word> stacks_of(const Level& level, const at::Tensor& x, int64_t row, int64_t count) {
-  const int64_t pack = std::is_same_v<Word, float> ? 1 : 2, inputs = x.size(1);
-  const Stacks<Word> stacks = room<Word>(count, (inputs + kHalf - 1) / kHalf * kHalf / pack, level.tall);
+  constexpr bool floats = std::is_same_v<Word, float>;
+  const int64_t pack = floats ? 1 : 2, inputs = x.size(1);
+  const Stacks<Word> stacks =
+      room<Word>(count, (inputs + kHalf - 1) / kHalf * kHalf / pack, floats ? Order{level.tall, false} : level.words);
   each_stack(stacks, [&](int64_t first, int64_t height, int64_t tile) {
-    Word words[kTallest][kSteps];
+    Word memory[kTallest * kSteps], *words = stacks.by_rows ? stacks.at(tile, first) : memory;
     const int64_t step = tile * kSteps, steps = std::min(kSteps, stacks.steps - step);
     const int64_t used = std::min((step + steps) * pack, inputs) - step * pack;
     for (int64_t m = 0; m < height; ++m) {
-      std::fill(words[m] + used / pack, words[m] + steps, Word{0});
-      copy_row(x, row + first + m, step * pack, used, words[m]);
+      std::fill(words + m * kSteps + used / pack, words + m * kSteps + steps, Word{0});
+      copy_row(x, row + first + m, step * pack, used, words + m * kSteps);
     }
-    level.interleave(reinterpret_cast<const uint32_t*>(words), height, steps,
-                     reinterpret_cast<uint32_t*>(stacks.at(tile, first)));
+    if (!stacks.by_rows)
+      level.interleave(reinterpret_cast<const uint32_t*>(words), height, steps,
+                       reinterpret_cast<uint32_t*>(stacks.at(tile, first)));
   });
   return stacks;
 }

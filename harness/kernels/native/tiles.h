@@ -1,7 +1,6 @@
 // Products of many rows of x, for the operators: which product, and what is multiplied at once.
 #pragma once
 #include <ATen/Parallel.h>
-#include <ATen/cpu/Utils.h>
 
 #include <algorithm>
 
@@ -10,19 +9,8 @@
 namespace ptqbench {
 
 constexpr int64_t kBlockBytes = 384 << 10;  // most bytes of x that are multiplied at once: they stay in the cache
+constexpr int64_t kRowBytes = 1 << 20;      // likewise by rows, for a matrix engine: such processors have larger caches
 constexpr int64_t kSumBytes = 4 << 20;      // most bytes of sums, likewise
-
-// Whether this processor multiplies bfloat16 matrices in an engine (AMX), which torch's product uses.
-inline bool matrix_engine() {
-  static const bool found = at::cpu::init_amx();
-  return found;
-}
-
-// Whether many rows of x are multiplied by torch's product, which is faster than `kernels` or all there is.
-template <class Kernels>
-bool by_library(const Kernels& kernels, bool bfloat) {
-  return !kernels.many || (bfloat && matrix_engine());
-}
 
 // Memory of this thread that begins with a line of the cache.
 inline char* lines(int64_t bytes) {
@@ -36,7 +24,8 @@ template <class Word, class Multiply>
 void each_part(int64_t panels, const Stacks<Word>& x, Multiply&& multiply) {
   const int64_t tiles = x.tiles(), tile_bytes = x.count * x.digits * kSteps * sizeof(Word),
                 sum_bytes = x.count * 2 * kPanel * 4;
-  const int64_t most = std::max<int64_t>(1, kBlockBytes / tile_bytes), blocks = (tiles + most - 1) / most;
+  const int64_t most = std::max<int64_t>(1, (x.by_rows ? kRowBytes : kBlockBytes) / tile_bytes),
+                blocks = (tiles + most - 1) / most;
   const int64_t pairs = blocks == 1 ? 1 : std::max<int64_t>(1, kSumBytes / sum_bytes);
   at::parallel_for(0, (panels + 1) / 2, 1, [&](int64_t begin, int64_t end) {
     char* sums = lines(std::min(pairs, end - begin) * sum_bytes);

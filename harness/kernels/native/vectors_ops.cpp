@@ -80,10 +80,11 @@ Vectors vectors_of(at::TensorList codes, at::TensorList tables, int64_t rows, in
 }
 
 void product(const Vectors& w, const Tensor& x, const optional<Tensor>& bias, const Tensor& y) {
-  const bool bfloat = in_bfloat(x), few = x.size(0) <= kFew;
+  in_bfloat(x);
+  const bool few = x.size(0) <= kFew;
   if (!x.size(0)) return;
   const Level& level = current_level();
-  if (!few && by_library(*level.vectors, bfloat)) return by_slabs(level, w, x, bias, y);
+  if (!few && !level.vectors->many) return by_slabs(level, w, x, bias, y);
   const Bias added(bias);
   if (few) by_registers(level, w, x, output_to(y, added));
   else by_tiles(level, *level.vectors, w, x, output_to(y, added));

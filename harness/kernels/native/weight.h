@@ -38,6 +38,12 @@ struct Weight : Panels {
   float lowest;           // the lowest of them
 };
 
+// How many rows of x lie in stacks: at most so many in one, and whether a row's words of a tile follow one another.
+struct Order {
+  int64_t tall;
+  bool by_rows;
+};
+
 // Rows of x in float32 that can be read up to a multiple of 16 inputs, with zeros beyond K.
 struct Rows {
   const float* values;
@@ -55,13 +61,15 @@ constexpr int64_t kMany = 512;   // most rows of x at once: their sums stay in t
 constexpr int64_t kSteps = 128;  // words of a tile of a panel: two panels are 16 KiB
 
 // Many rows of x in words, in the order in which they are read: tiles of kSteps words of a row, and in a tile stacks of
-// rows that are multiplied together, whose words lie step by step. Zeros beyond K.
+// rows that are multiplied together, whose words lie step by step, or row by row. Zeros beyond K.
 template <class Word>
 struct Stacks {
-  Word* words;  // (tiles, stacks, steps, rows of the stack, digits)
+  Word* words;  // (tiles, stacks, steps, rows of the stack, digits), or by rows (tiles, stacks, rows of the stack,
+                // kSteps)
   int64_t count, stacks;
   int64_t steps;   // words of a row, or of each of its digits
   int64_t digits;  // words of a row in a step
+  bool by_rows;
 
   int64_t tiles() const { return (steps + kSteps - 1) / kSteps; }
   int64_t first(int64_t stack) const { return stack * count / stacks; }          // row of a stack
@@ -149,7 +157,8 @@ struct Level {
   void (*few_digits)(const Weight&, const DigitRows& x, const Output& y, int64_t first, int64_t last);
   // the digits of a chunk of x, see digits.h
   float (*split_chunk)(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sum);
-  int64_t tall;  // most rows of a stack of x
+  int64_t tall;  // most rows of a stack of x in float32, or in digits
+  Order words;   // of x in bfloat16, and of x in codes
   // the words of a stack of `height` rows, kSteps words each, step by step; null where `many` is
   void (*interleave)(const uint32_t* rows, int64_t height, int64_t steps, uint32_t* out);
   // y = x W^T for a part and up to kMany rows, written after the last tile; null where a library's product is used
@@ -178,5 +187,6 @@ const Level& avx2_level();
 const Level& avx512_level();
 const Level& avx512_vnni_level();
 const Level& avx512_bf16_level();
+const Level& amx_level();
 
 }  // namespace ptqbench

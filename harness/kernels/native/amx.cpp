@@ -24,6 +24,8 @@ namespace {
 #include "points.h"
 #include "transpose.h"
 #include "vectors_many.h"
+#include "digits.h"
+#include "many_digits.h"
 #include "matrix.h"
 }  // namespace
 
@@ -34,6 +36,7 @@ const Level& amx_level() {
     copy.words = {kMatrixRows, true};
     copy.many_bf16 = many<BfloatMatrix>;
     copy.bytes = bytes<V, ByteMatrix>;
+    copy.many_digits = many_digits<DigitEngine>;
     static VectorLevel vectors = *copy.vectors;
     vectors.many_bf16 = many_vectors<BfloatMatrix>;
     copy.vectors = &vectors;

@@ -28,7 +28,7 @@ const Level& avx512_vnni_level() {
     copy.name = "avx512_vnni";
     copy.few_digits = few_digits<V>;
     copy.split_chunk = split_chunk<V>;
-    copy.many_digits = many_digits;
+    copy.many_digits = many_digits<DigitRegisters>;
     copy.bytes = bytes<V, ByteProduct<V>>;
     return copy;
   }();

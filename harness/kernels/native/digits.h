@@ -135,10 +135,10 @@ inline int unit_exponent(float largest, int digits) {
   return std::max(std::ilogb(largest * margin), smallest) + 2 - 8 * digits;
 }
 
-// The digits of 16 * halves values, at most kChunk: those of four neighbours in a word, each four `stride` words after
-// the ones before. Returns: their unit, and in `sum` their sum in units; a negative number if a value is not finite.
+// The digits of 16 * halves values, at most kChunk, those of four neighbours in a word. Returns: their unit, and in
+// `sum` their sum in units; a negative number if a value is not finite.
 template <class V>
-float split_chunk(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sum) {
+float split_chunk(const float* values, int64_t halves, int digits, const Lane<uint32_t>& to, float* sum) {
   typename V::F largest = V::zero(), finite = V::zero();
   for (int64_t i = 0; i < halves; ++i) {
     const typename V::F value = V::load(values + i * kHalf);
@@ -156,7 +156,7 @@ float split_chunk(const float* values, int64_t halves, int digits, uint32_t* wor
       const typename V::I digit = V::template arithmetic<24>(V::template left<24>(rest));
       uint32_t four[4];
       V::store_bytes(reinterpret_cast<int8_t*>(four), digit);
-      for (int j = 0; j < 4; ++j) words[(i * 4 + j) * stride + d] = four[j];
+      for (int j = 0; j < 4; ++j) to.words[(i * 4 + j) * to.stride + d * to.digit] = four[j];
       rest = V::template arithmetic<8>(V::sub(rest, digit));
     }
   }

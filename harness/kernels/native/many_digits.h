@@ -46,6 +46,12 @@ ALWAYS_INLINE V::F joined_digits(const V::I (*sums)[2], int i) {
   else return joined<V>(sums[0][i], sums[1][i], sums[2][i]);
 }
 
+// `total` and the products of a row and panel i in chunk c, which are in units of the row.
+ALWAYS_INLINE V::F scaled(const DigitTile& tile, int64_t c, int i, float unit, float sum, V::F products, V::F total) {
+  const V::F value = V::fma(tile.offset[c][i], V::broadcast(sum), products);
+  return V::fma(value, V::mul(tile.scale[c][i], V::broadcast(unit)), total);
+}
+
 // The sums of a stack of M rows of x in D digits and a tile of `steps` words; added to y (M, 2) unless they are the
 // first. `units` and `sums` of the rows lie `stride` apart from chunk to chunk.
 template <int D, int M>
@@ -65,10 +71,8 @@ void multiply_digits(const DigitTile& tile, int64_t steps, const uint32_t* x, co
       }
     }
     UNROLL for (int m = 0; m < M; ++m) {
-      UNROLL for (int i = 0; i < 2; ++i) {
-        const V::F value = V::fma(tile.offset[c][i], V::broadcast(sums[m]), joined_digits<D>(digits + D * m, i));
-        y[2 * m + i] = V::fma(value, V::mul(tile.scale[c][i], V::broadcast(units[m])), y[2 * m + i]);
-      }
+      UNROLL for (int i = 0; i < 2; ++i) y[2 * m + i] =
+          scaled(tile, c, i, units[m], sums[m], joined_digits<D>(digits + D * m, i), y[2 * m + i]);
     }
   }
 }
@@ -84,24 +88,39 @@ MultiplyDigits multiply_digit_rows(int64_t rows) {
   return multiply_digits<D, M>;
 }
 
-template <int bits>
+template <int D>
+struct DigitRegisters {
+  void multiply(int64_t rows, const DigitTile& tile, int64_t steps, const uint32_t* x, const float* units,
+                const float* sums, int64_t stride, V::F* y, bool first) const {
+    multiply_digit_rows<D>(rows)(tile, steps, x, units, sums, stride, y, first);
+  }
+};
+
+template <int bits, class Multiplier>
 void multiply_digit_part(const Weight& w, const DigitStacks& x, const Part& part, V::F* totals) {
   DigitTile tile;
+  Multiplier multiplier;
   const int64_t count = x.words.count;
   for (int64_t t = part.first; t < part.last; ++t) {
     const int64_t k = t * kSteps, end = min(k + kSteps, x.words.steps);
     for (int i = 0; i < 2; ++i) fill<bits>(w, min(2 * part.pair + i, w.panels() - 1), k, end, i, tile);
     for (int64_t stack = 0; stack < x.words.stacks; ++stack) {
       const int64_t m = x.words.first(stack), rows = x.words.first(stack + 1) - m, at = t * kChunks * count + m;
-      const auto multiply = x.words.digits == 2 ? multiply_digit_rows<2>(rows) : multiply_digit_rows<3>(rows);
-      multiply(tile, end - k, x.words.at(t, m), x.units + at, x.sums + at, count, totals + 2 * m, t == 0);
+      multiplier.multiply(rows, tile, end - k, x.words.at(t, m), x.units + at, x.sums + at, count, totals + 2 * m,
+                          t == 0);
     }
   }
 }
 
-inline void many_digits(const Weight& w, const DigitStacks& x, const Part& part, const Output& y) {
+// Multiplier<digits> multiplies a stack as `multiply_digits` does.
+template <template <int> class Multiplier>
+void many_digits(const Weight& w, const DigitStacks& x, const Part& part, const Output& y) {
   const auto totals = static_cast<V::F*>(part.sums);
-  with_bits(w.bits, [&](auto bits) { multiply_digit_part<decltype(bits)::value>(w, x, part, totals); });
+  with_bits(w.bits, [&](auto bits) {
+    constexpr int width = decltype(bits)::value;
+    if (x.words.digits == 2) multiply_digit_part<width, Multiplier<2>>(w, x, part, totals);
+    else multiply_digit_part<width, Multiplier<3>>(w, x, part, totals);
+  });
   if (part.last < x.words.tiles()) return;
   for (int64_t m = 0; m < x.words.count; ++m)
     for (int i = 0; i < 2; ++i) write<V>(y, w.rows, m, 2 * part.pair + i, totals[2 * m + i]);

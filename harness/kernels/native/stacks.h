@@ -20,18 +20,11 @@ Stacks<Word> room(int64_t count, int64_t steps, Order order, int64_t digits = 1)
   return stacks;
 }
 
-// Where a row has its words of a tile: the words of a step at `words`, those of the next step `stride` later.
-template <class Word>
-struct Lane {
-  Word* words;
-  int64_t stride;
-};
-
 template <class Word>
 Lane<Word> lane(const Stacks<Word>& x, int64_t tile, int64_t row) {
-  if (x.by_rows) return {x.at(tile, row), 1};
+  if (x.by_rows) return {x.at(tile, row), 1, kSteps};
   const int64_t stack = x.stack(row), first = x.first(stack);
-  return {x.at(tile, first) + (row - first) * x.digits, (x.first(stack + 1) - first) * x.digits};
+  return {x.at(tile, first) + (row - first) * x.digits, (x.first(stack + 1) - first) * x.digits, 1};
 }
 
 template <class Word>

@@ -77,6 +77,13 @@ struct Stacks {
   Word* at(int64_t tile, int64_t row) const { return words + (tile * count + row) * kSteps * digits; }
 };
 
+// Where the words of a row lie: those of the next step `stride` later, those of the next digit `digit` later.
+template <class Word>
+struct Lane {
+  Word* words;
+  int64_t stride, digit;
+};
+
 // One pair of panels and the tiles [first, last) of its inputs, in a product with many rows of x. The second panel of
 // the last pair may be missing.
 struct Part {
@@ -156,7 +163,7 @@ struct Level {
   // y = x W^T for integer levels and up to kFew rows of x in digits; null where products in float32 are faster
   void (*few_digits)(const Weight&, const DigitRows& x, const Output& y, int64_t first, int64_t last);
   // the digits of a chunk of x, see digits.h
-  float (*split_chunk)(const float* values, int64_t halves, int digits, uint32_t* words, int64_t stride, float* sum);
+  float (*split_chunk)(const float* values, int64_t halves, int digits, const Lane<uint32_t>& to, float* sum);
   int64_t tall;  // most rows of a stack of x in float32, or in digits
   Order words;   // of x in bfloat16, and of x in codes
   // the words of a stack of `height` rows, kSteps words each, step by step; null where `many` is

@@ -22,7 +22,7 @@ ALWAYS_INLINE void clear_matrix() {
 
 // What a register holds: sums, words of x, or steps of a panel; and the row of the stack that is its first.
 enum class Holds { sums, inputs, panel };
-struct Use {
+struct Held {
   Holds what;
   int64_t first;
 };
@@ -38,7 +38,7 @@ class Shapes {
   }
 
   // For the products of `rows` rows and so many steps. Clears the registers where the shapes change.
-  void set(const Use (&uses)[8], int64_t rows, int64_t steps) {
+  void set(const Held (&held)[8], int64_t rows, int64_t steps) {
     if (rows == rows_ && steps == steps_) return;
     rows_ = rows;
     steps_ = steps;
@@ -48,10 +48,10 @@ class Shapes {
       uint8_t rows[16] = {};
     } shapes;
     for (int i = 0; i < 8; ++i) {
-      const int64_t lines = uses[i].what == Holds::panel ? steps : min(kPanel, rows - uses[i].first);
+      const int64_t lines = held[i].what == Holds::panel ? steps : min(kPanel, rows - held[i].first);
       if (lines <= 0) continue;
       shapes.rows[i] = static_cast<uint8_t>(lines);
-      shapes.bytes[i] = static_cast<uint16_t>(uses[i].what == Holds::inputs ? 4 * steps : 64);
+      shapes.bytes[i] = static_cast<uint16_t>(held[i].what == Holds::inputs ? 4 * steps : 64);
     }
     _tile_loadconfig(&shapes);
   }
@@ -73,13 +73,13 @@ class Engine {
     Operands<P> last = tiles[count - 1];
     const int64_t whole = last.steps - rest;
     const Operands<P> end{last.low + 64 * whole, last.high + 64 * whole, rest, last.x + whole};
-    shapes_.set(kUses, rows, rest);
+    shapes_.set(kHeld, rows, rest);
     add_all(rows, y, first && count == 1 && !whole, [&](auto both) { add<decltype(both)::value>(end, 0); });
   }
 
  private:
   void pass(int64_t rows, const Operands<P>* tiles, int64_t count, typename P::Sum* y, bool first) {
-    shapes_.set(kUses, rows, kPanel);
+    shapes_.set(kHeld, rows, kPanel);
     add_all(rows, y, first, [&](auto both) {
       for (int64_t i = 0; i < count; ++i)
         for (int64_t k = 0; k + kPanel <= tiles[i].steps; k += kPanel) add<decltype(both)::value>(tiles[i], k);
@@ -133,9 +133,9 @@ class Engine {
   }
 
   static constexpr int64_t kSumStride = 128, kRowStride = 4 * kSteps;  // bytes
-  static constexpr Use kUses[8] = {{Holds::sums, 0},      {Holds::sums, 0},   {Holds::sums, kPanel},
-                                   {Holds::sums, kPanel}, {Holds::inputs, 0}, {Holds::inputs, kPanel},
-                                   {Holds::panel, 0},     {Holds::panel, 0}};
+  static constexpr Held kHeld[8] = {{Holds::sums, 0},      {Holds::sums, 0},   {Holds::sums, kPanel},
+                                    {Holds::sums, kPanel}, {Holds::inputs, 0}, {Holds::inputs, kPanel},
+                                    {Holds::panel, 0},     {Holds::panel, 0}};
   Shapes shapes_;
 };
 
@@ -165,12 +165,12 @@ class DigitEngine {
     for (int64_t c = 0; c * kChunkWords < steps; ++c, units += stride, sums += stride) {
       const int64_t k = c * kChunkWords;
       V::I products[kPanel][D][2];
-      shapes_.set(kUses, rows, min(kChunkWords, steps - k));
+      shapes_.set(kHeld, rows, min(kChunkWords, steps - k));
       multiply_chunk<0>(tile.codes[0] + 64 * k, x + k, &products[0][0][0]);
       multiply_chunk<3>(tile.codes[1] + 64 * k, x + k, &products[0][0][1]);
       for (int64_t m = 0; m < rows; ++m) {
-        UNROLL for (int i = 0; i < 2; ++i) y[2 * m + i] =
-            scaled(tile, c, i, units[m], sums[m], joined_digits<D>(products[m], i), y[2 * m + i]);
+        for (int i = 0; i < 2; ++i)
+          y[2 * m + i] = scaled(tile, c, i, units[m], sums[m], joined_digits<D>(products[m], i), y[2 * m + i]);
       }
     }
   }
@@ -195,7 +195,7 @@ class DigitEngine {
     ByteMatrix::products<sums, 6, 7>();
   }
 
-  static constexpr Use kUses[8] = {{Holds::sums, 0}, {Holds::sums, 0}, {Holds::sums, 0},   {Holds::sums, 0},
-                                   {Holds::sums, 0}, {Holds::sums, 0}, {Holds::inputs, 0}, {Holds::panel, 0}};
+  static constexpr Held kHeld[8] = {{Holds::sums, 0}, {Holds::sums, 0}, {Holds::sums, 0},   {Holds::sums, 0},
+                                    {Holds::sums, 0}, {Holds::sums, 0}, {Holds::inputs, 0}, {Holds::panel, 0}};
   Shapes shapes_;
 };

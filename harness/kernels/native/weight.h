@@ -64,8 +64,7 @@ constexpr int64_t kSteps = 128;  // words of a tile of a panel: two panels are 1
 // rows that are multiplied together, whose words lie step by step, or row by row. Zeros beyond K.
 template <class Word>
 struct Stacks {
-  Word* words;  // (tiles, stacks, steps, rows of the stack, digits), or by rows (tiles, stacks, rows of the stack,
-                // kSteps)
+  Word* words;  // (tiles, stacks, steps, rows of the stack, digits), or by rows (tiles, rows, digits, kSteps)
   int64_t count, stacks;
   int64_t steps;   // words of a row, or of each of its digits
   int64_t digits;  // words of a row in a step

@@ -276,6 +276,14 @@ def test_many_rows_of_stacks_and_tiles_that_end_anywhere(level: str, columns: in
 
 
 @built
+@pytest.mark.parametrize("tokens", [5, 17, 33, 70])
+@pytest.mark.parametrize("columns", [48, 272, 1040, 2064])
+def test_many_rows_of_digits_and_chunks_that_end_anywhere(level: str, columns: int, tokens: int) -> None:
+    weight = uneven(37, columns, IntWeight(bits=4))
+    compare(weight, torch.float32, tokens)
+
+
+@built
 @pytest.mark.parametrize("wrong", ["codes", "scale", "columns", "dtype", "exponent"])
 def test_tensors_that_do_not_fit_are_refused(wrong: str) -> None:
     kernel = grouped.build(uneven(32, 64, IntWeight(bits=4, granularity="group", group_size=32)))

@@ -34,6 +34,7 @@ const Level& amx_level() {
     Level copy = avx512_bf16_level();
     copy.name = "amx";
     copy.words = {kMatrixRows, true};
+    for (Order& order : copy.digits) order = {kPanel, true};
     copy.many_bf16 = many<BfloatMatrix>;
     copy.bytes = bytes<V, ByteMatrix>;
     copy.many_digits = many_digits<DigitEngine>;

@@ -18,8 +18,8 @@ Level basis(const char* name, const VectorLevel& vectors, const SearchLevel& sea
   level.name = name;
   level.few = few<V>;
   level.few_dense = few_dense<V>;
-  level.tall = V::tall;
-  level.words = {V::tall, false};
+  level.floats = level.words = {V::tall, false};
+  for (int i = 0; i < 2; ++i) level.digits[i] = {V::tall / (i + 2), false};
   level.decode = decode<V, float>;
   level.decode_bf16 = decode<V, uint16_t>;
   level.bytes = bytes<V, ByteProduct<V>>;

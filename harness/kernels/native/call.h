@@ -9,12 +9,15 @@
 
 namespace ptqbench {
 
+inline void check_dtype(const at::Tensor& x) {
+  TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, "x has dtype ", x.scalar_type(),
+              "; expected float32 or bfloat16");
+}
+
 // Whether x is in bfloat16, and not in float32; other dtypes are refused.
 inline bool in_bfloat(const at::Tensor& x) {
-  const bool bfloat = x.scalar_type() == at::kBFloat16;
-  TORCH_CHECK(bfloat || x.scalar_type() == at::kFloat, "x has dtype ", x.scalar_type(),
-              "; expected float32 or bfloat16");
-  return bfloat;
+  check_dtype(x);
+  return x.scalar_type() == at::kBFloat16;
 }
 
 // x (..., K) as a contiguous matrix (M, K).

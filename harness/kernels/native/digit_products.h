@@ -18,11 +18,6 @@ constexpr int64_t kDigitRows = 16;    // rows of x up to which products in bfloa
 // Digits that hold a value of x.
 inline int digits_of(const at::Tensor& x) { return x.scalar_type() == at::kBFloat16 ? 2 : 3; }
 
-// How rows of x in digits lie in stacks: a matrix engine multiplies those of a register.
-inline Order digit_order(const Level& level, int digits) {
-  return level.words.by_rows ? Order{kPanel, true} : Order{level.tall / digits, false};
-}
-
 // Panels that are worth a thread of their own.
 inline int64_t grain(const Weight& w, int64_t rows) {
   return std::max<int64_t>(1, kSerial / (rows * w.inputs * kPanel));
@@ -94,7 +89,7 @@ inline bool by_many_digits(const Level& level, const Weight& w, const at::Tensor
   std::atomic<bool> finite{true};
   each_many(x.size(0), [&](int64_t row, int64_t count) {
     const int64_t inputs = w.halves() * kHalf, chunks = (inputs + kChunk - 1) / kChunk;
-    const DigitStacks stacks{room<uint32_t>(count, inputs / 4, digit_order(level, digits), digits),
+    const DigitStacks stacks{room<uint32_t>(count, inputs / 4, level.digits[digits - 2], digits),
                              grow(units, chunks * count), grow(sums, chunks * count)};
     each_tile(stacks.words, [&](int64_t m, int64_t tile) {
       if (!split_tile(level, x, row, m, tile, stacks)) finite = false;

@@ -122,7 +122,7 @@ ByteRows encode(const Level& level, const ByteWeight& w, const Rows& x, const Fo
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& scale, const Tensor& zero,
               const optional<Tensor>& bias, const optional<Tensor>& fixed, double clip, double steps, int64_t low,
               int64_t high, double threshold, bool shared, int64_t rows) {
-  in_bfloat(x);
+  check_dtype(x);
   const ByteWeight w = weight_of(codes, scale, zero, rows, x.size(-1));
   const Level& level = current_level();
   const Tensor flat = as_matrix(x), y = outputs_for(x, rows);

@@ -70,7 +70,7 @@ class Engine {
     const int64_t rest = tiles[count - 1].steps % kPanel;  // of the last tile of a row
     if (count > 1 || tiles[0].steps > rest) pass(rows, tiles, count, y, first);
     if (!rest) return;
-    Operands<P> last = tiles[count - 1];
+    const Operands<P>& last = tiles[count - 1];
     const int64_t whole = last.steps - rest;
     const Operands<P> end{last.low + 64 * whole, last.high + 64 * whole, rest, last.x + whole};
     shapes_.set(kHeld, rows, rest);

@@ -117,7 +117,7 @@ Tensor by_slabs(const Level& level, const Weight& w, const Tensor& x, const opti
 
 Tensor linear(const Tensor& x, const Tensor& codes, const Tensor& levels, const Tensor& scale,
               const optional<Tensor>& zero, const optional<Tensor>& bias, int64_t exponent, int64_t rows) {
-  in_bfloat(x);
+  check_dtype(x);
   const Weight w = weight_of(codes, levels, scale, zero, exponent, rows, x.size(-1));
   const Level& level = current_level();
   const Tensor flat = as_matrix(x), y = outputs_for(x, rows);

@@ -56,7 +56,7 @@ Stacks<Word> stacks_of(const Level& level, const at::Tensor& x, int64_t row, int
   constexpr bool floats = std::is_same_v<Word, float>;
   const int64_t pack = floats ? 1 : 2, inputs = x.size(1);
   const Stacks<Word> stacks =
-      room<Word>(count, (inputs + kHalf - 1) / kHalf * kHalf / pack, floats ? Order{level.tall, false} : level.words);
+      room<Word>(count, (inputs + kHalf - 1) / kHalf * kHalf / pack, floats ? level.floats : level.words);
   each_stack(stacks, [&](int64_t first, int64_t height, int64_t tile) {
     Word memory[kTallest * kSteps], *words = stacks.by_rows ? stacks.at(tile, first) : memory;
     const int64_t step = tile * kSteps, steps = std::min(kSteps, stacks.steps - step);

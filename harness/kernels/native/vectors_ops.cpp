@@ -80,7 +80,7 @@ Vectors vectors_of(at::TensorList codes, at::TensorList tables, int64_t rows, in
 }
 
 void product(const Vectors& w, const Tensor& x, const optional<Tensor>& bias, const Tensor& y) {
-  in_bfloat(x);
+  check_dtype(x);
   const bool few = x.size(0) <= kFew;
   if (!x.size(0)) return;
   const Level& level = current_level();

@@ -163,8 +163,9 @@ struct Level {
   void (*few_digits)(const Weight&, const DigitRows& x, const Output& y, int64_t first, int64_t last);
   // the digits of a chunk of x, see digits.h
   float (*split_chunk)(const float* values, int64_t halves, int digits, const Lane<uint32_t>& to, float* sum);
-  int64_t tall;  // most rows of a stack of x in float32, or in digits
-  Order words;   // of x in bfloat16, and of x in codes
+  Order floats;     // of x in float32
+  Order words;      // of x in bfloat16, and of x in codes
+  Order digits[2];  // of x in two digits, and in three
   // the words of a stack of `height` rows, kSteps words each, step by step; null where `many` is
   void (*interleave)(const uint32_t* rows, int64_t height, int64_t steps, uint32_t* out);
   // y = x W^T for a part and up to kMany rows, written after the last tile; null where a library's product is used

@@ -51,7 +51,9 @@ TABLE = Command(
         "show": Option(
             "runs (default), where the time of sweeps went, or sizes of KV caches", "", ("runs", "sweeps", "kv")
         ),
-        "columns": Option("the short set of columns (default) or all", "", ("short", "all")),
+        "columns": Option(
+            "the short set of columns (default), quality with its intervals, or all", "", ("short", "quality", "all")
+        ),
         "failed": Option(
             "rows of failed runs: show them, hide them, or show only them", "show", ("show", "hide", "list")
         ),

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 from harness.cli.commands import TABLE, file_of, run_command
 from harness.records import folder as folders
+from harness.records.folder import Columns
 from harness.reports import (
-    Columns,
     Sheet,
     as_markdown,
     comparison_sheet,
@@ -68,7 +69,7 @@ def _sheet(folder: Path, table: folders.Table, options: dict[str, str]) -> Sheet
         return kv_sheet(rows, stale, table.title)
     if "mean" in (options["seeds"], table.seeds):
         rows = mean_over_seeds(rows)
-    columns: Columns = "all" if (options["columns"] or table.columns) == "all" else "short"
+    columns = cast(Columns, options["columns"] or table.columns)
     return to_sheet(to_frame(rows, records, stale), columns, table.title)
 
 

@@ -22,6 +22,9 @@ from harness.utils.errors import choices
 TABLES = "tables.yaml"
 
 
+Columns = Literal["short", "quality", "all"]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """What one table shows.
@@ -29,14 +32,14 @@ class Table:
     title    a line above it; empty for none
     show     runs: a row for each run. kv: the sizes of their KV caches. sweeps: a row for each sweep
     runs     the run ids, or the names of the sweeps; all of the folder's if empty
-    columns  the short set of columns, or all
+    columns  the short set of columns, quality with its intervals, or all
     seeds    a row for each seed, or the mean of runs that differ in nothing else
     """
 
     title: str = ""
     show: Literal["runs", "kv", "sweeps"] = "runs"
     runs: tuple[str, ...] = ()
-    columns: Literal["short", "all"] = "short"
+    columns: Columns = "short"
     seeds: Literal["all", "mean"] = "all"
 
 

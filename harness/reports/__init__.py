@@ -6,7 +6,6 @@ imported separately, since it needs the libraries of the extra `report`.
 
 from harness.reports.attribution import analysed as analysed
 from harness.reports.attribution import ranking_sheet as ranking_sheet
-from harness.reports.cells import Columns as Columns
 from harness.reports.compare import comparison_sheet as comparison_sheet
 from harness.reports.describe import label as label
 from harness.reports.frame import to_frame as to_frame

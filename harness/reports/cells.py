@@ -3,36 +3,41 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
+from harness.records.folder import Columns
 from harness.records.metrics import Metric
 from harness.reports.describe import EAGER, SETTING
 from harness.reports.frame import measured
 
-Columns = Literal["short", "all"]
-
 RANK = "rank"
 STALE = "†"
 STALE_NOTE = f"{STALE} result of other code than today's: run it again, or `make reproduce` confirms it"
+# Of the table of quality: heading of an interval's column, and the figure of the frame whose ends it shows, by metric.
+_INTERVALS = {"perplexity": ("95% of ratio", "perplexity_ratio", ".3f"), "kl": ("95% of KL", "kl", ".3g")}
 _ALWAYS = ("method", "scheme", "bits")
-_NAMES = ("model", "data", "windows", *SETTING, "device", "seed")
+_NAMES = ("model", "data", "windows", *SETTING, "device", "processor", "seed")
 # In the short table, these columns are shown only if other columns do not tell two rows apart.
-_SPARE = ("execution", "calibration", "windows", "device", "seed")
+_SPARE = ("execution", "calibration", "windows", "device", "processor", "seed")
 
 
 def display(frame: pd.DataFrame, columns: Columns = "short") -> pd.DataFrame:
     """The table for people: text cells, without the columns that tell nothing.
 
     The short table has the metrics that the registry marks for it, and as few naming columns as tell its rows apart.
+    That of quality has those of its metrics that are no peaks and no times, with intervals over windows and ranks.
     """
     out = names(frame) if columns == "all" else _short_names(frame)
     if "seeds" in frame:
         out["seeds"] = [text(value) for value in frame["seeds"]]
     for metric in shown_metrics(frame, columns):
         out[heading(metric, columns)] = [_figure(row, metric, columns) for _, row in frame.iterrows()]
-        if metric.name == "perplexity" and columns == "all" and frame["rank_low"].notna().any():
+        if columns == "quality" and metric.name in _INTERVALS:
+            title, name, digits = _INTERVALS[metric.name]
+            out[title] = [_ends(row, name, digits) for _, row in frame.iterrows()]
+        if metric.name == "perplexity" and columns != "short" and frame["rank_low"].notna().any():
             out[RANK] = [_rank(row) for _, row in frame.iterrows()]
     if (frame["status"] != "ok").any():
         out["status"] = frame["status"]
@@ -41,20 +46,30 @@ def display(frame: pd.DataFrame, columns: Columns = "short") -> pd.DataFrame:
 
 def shown_metrics(frame: pd.DataFrame, columns: Columns) -> list[Metric]:
     """The metrics that the table of a frame has as columns: perplexity even if no row has it."""
-    return [
-        metric
-        for metric in measured(frame, always=("perplexity",))
-        if columns == "all" or metric.short in ("value", "both") or _has_ratio(frame, metric)
-    ]
+    metrics = measured(frame, always=("perplexity",))
+    if columns == "all":
+        return metrics
+    short = [metric for metric in metrics if metric.short in ("value", "both") or _has_ratio(frame, metric)]
+    return short if columns == "short" else [metric for metric in short if metric.kind in ("exact", "result")]
 
 
 def _has_ratio(frame: pd.DataFrame, metric: Metric) -> bool:
     return metric.short == "ratio" and bool(frame[metric.ratio].notna().any())
 
 
+def figures(frame: pd.DataFrame, columns: Columns) -> list[str]:
+    """The headings of the columns that are numbers, but for the rank."""
+    out = []
+    for metric in shown_metrics(frame, columns):
+        out.append(heading(metric, columns))
+        if columns == "quality" and metric.name in _INTERVALS:
+            out.append(_INTERVALS[metric.name][0])
+    return out
+
+
 def heading(metric: Metric, columns: Columns) -> str:
     """The heading of a metric's column; without the unit where it shows the ratio alone."""
-    return metric.title if columns == "short" and metric.short == "ratio" else metric.heading or metric.name
+    return metric.title if columns != "all" and metric.short == "ratio" else metric.heading or metric.name
 
 
 def names(frame: pd.DataFrame) -> pd.DataFrame:
@@ -91,7 +106,9 @@ def shared(frame: pd.DataFrame, columns: Columns) -> str:
     marks = ["with x: ratio to the float baseline (times: how many times as fast)"]
     if any(_is_noise(row) for _, row in frame.iterrows()):
         marks.append("≈: its 95% interval over windows contains 1")
-    if columns == "all" and frame["rank_low"].notna().any():
+    if columns == "quality":
+        marks.append("95%: interval over windows")
+    if columns != "short" and frame["rank_low"].notna().any():
         marks.append("rank: among rows on the same windows, 2-4 where their intervals leave 2 to 4 open")
     if "seeds" in frame:
         marks.append("±: standard deviation over seeds")
@@ -101,7 +118,7 @@ def shared(frame: pd.DataFrame, columns: Columns) -> str:
 def in_common(frame: pd.DataFrame) -> str:
     """The values that all rows have."""
     parts = []
-    for name in ("model", "data", "protocol", "windows", "calibration", "dtype", "device"):
+    for name in ("model", "data", "protocol", "windows", "calibration", "dtype", "device", "processor"):
         values = frame[name].dropna().unique()
         if len(values) == 1:
             parts.append(f"{name} {text(values[0])}")
@@ -153,6 +170,12 @@ def _is_noise(row: pd.Series[Any]) -> bool:
     """Whether the ratio to the float baseline may be 1; equal values in every window are no noise."""
     low, high = row["perplexity_ratio_low"], row["perplexity_ratio_high"]
     return bool(low <= 1 <= high and low < high)
+
+
+def _ends(row: pd.Series[Any], name: str, digits: str) -> str:
+    """The ends of an interval; a dash without windows, or where both are equal: a model against itself."""
+    low, high = row[f"{name}_low"], row[f"{name}_high"]
+    return f"{number(low, digits)}-{number(high, digits)}" if low < high else "-"
 
 
 def _rank(row: pd.Series[Any]) -> str:

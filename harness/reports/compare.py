@@ -17,7 +17,7 @@ from harness.reports.names import told_apart
 from harness.reports.render import Sheet
 from harness.reports.seeds import mean_over_seeds
 
-_DESCRIBED = ("model", "data", "protocol", "windows", *SETTING, "kernel", "device", "seed")
+_DESCRIBED = ("model", "data", "protocol", "windows", *SETTING, "kernel", "device", "processor", "seed")
 _COMPARED = (
     "verdict",
     "perplexity_old",

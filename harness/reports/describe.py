@@ -7,7 +7,7 @@ from typing import Any
 
 from harness.config import one_source
 from harness.core.formats.elements import element
-from harness.records import Record, Text
+from harness.records import METRICS, Record, Text
 
 DTYPES = ("float64", "float32", "float16", "bfloat16")
 # The columns in which runs of one model and text may differ, in the order of tables.
@@ -57,6 +57,7 @@ def describe(record: Record) -> Json:
         "batch": at(config, "measure", "batch_size"),
         "prompt": at(config, "measure", "prompt_len"),
         "device": execution.device,
+        "processor": _processor(record),
         "data": text.source or _configured_text(config),
         "protocol": record.data.protocol,
         "windows": text.num_windows,
@@ -67,6 +68,16 @@ def describe(record: Record) -> Json:
         "tokens_sha256": text.tokens_sha256,
         "commit": record.environment.commit,
     }
+
+
+def _processor(record: Record) -> str | None:
+    """What a run was timed on: the GPU, or the CPU with its threads and the features that kernels use; else None."""
+    if not any(metric.kind == "time" and metric.ratio in record.metrics for metric in METRICS):
+        return None
+    machine = record.environment
+    if machine.gpu and str(record.execution.device).startswith("cuda"):
+        return machine.gpu
+    return f"{machine.cpu}, {machine.threads} threads, {machine.native}" if machine.cpu else None
 
 
 def _configured_model(config: Json) -> Any:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import pandas as pd
 
-from harness.reports.cells import RANK, Columns, display, heading, notes, shared, shown_metrics
+from harness.records.folder import Columns
+from harness.reports.cells import RANK, display, figures, notes, shared
 from harness.reports.render import Sheet, as_markdown, emit
 
 
 def to_sheet(frame: pd.DataFrame, columns: Columns = "short", title: str = "") -> Sheet:
-    """A frame with its table for people, in the short set of columns or in all."""
-    figures = [heading(metric, columns) for metric in shown_metrics(frame, columns)]
+    """A frame with its table for people, in one of the sets of columns."""
     shown = display(frame, columns)
     head = [line for line in (title, shared(frame, columns)) if line]
-    return Sheet(frame, shown, head, notes(frame), figures, {"perplexity": RANK} if RANK in shown else {})
+    return Sheet(
+        frame, shown, head, notes(frame), figures(frame, columns), {"perplexity": RANK} if RANK in shown else {}
+    )
 
 
 def to_markdown(frame: pd.DataFrame, columns: Columns = "short") -> str:

@@ -15,7 +15,7 @@ import pytest
 from rich.console import Console
 
 from harness.cli import table as command
-from harness.records import Execution, Record, Text, Texts, Weights, write
+from harness.records import Environment, Execution, Record, Text, Texts, Weights, write
 from harness.records.folder import load_records, read_tables
 from harness.records.metrics import METRICS
 from harness.reports import Sheet, mean_over_seeds, render, table, to_frame
@@ -279,7 +279,7 @@ def test_a_bar_in_a_cell_does_not_end_it() -> None:
 def test_stale_rows_have_one_sign_and_one_line_explains_it() -> None:
     frame = to_frame(RECORDS, stale={"b", "unknown"})
     assert list(frame.loc[frame["stale"], "run_id"]) == ["b"]
-    for columns in ("short", "all"):
+    for columns in ("short", "quality", "all"):
         text = table.to_markdown(frame, columns)
         (row,) = [line for line in text.splitlines() if line.startswith("|") and STALE in line]
         assert row.startswith(f"| rtn {STALE} ")
@@ -398,7 +398,7 @@ def test_a_table_goes_between_the_marks_of_its_name(reference: Path, tmp_path: P
         (["table=few", "into=LICENSE"], "error: into=LICENSE lacks the lines <!-- few:begin --> and <!-- few:end -->"),
         (["table=few", "show=kv"], "error: show=kv means nothing with table=few; drop one of them\n"),
         (["table=few", "compare=a,b"], "error: table=few means nothing with compare=a,b; drop one of them\n"),
-        (["columns=some"], "error: columns=some is unknown; expected one of: short, all\n"),
+        (["columns=some"], "error: columns=some is unknown; expected one of: short, quality, all\n"),
         (["stale=no"], "error: stale=no is unknown; expected one of: mark, hide, list\n"),
     ],
 )
@@ -416,7 +416,7 @@ def test_errors_of_tables_are_one_line(
     ("entry", "message"),
     [
         ("few: {rows: [b]}", "few.rows=['b'] is an unknown key; expected one of: title, show, runs, columns, seeds"),
-        ("few: {columns: some}", "few.columns='some' is unknown; expected one of: short, all"),
+        ("few: {columns: some}", "few.columns='some' is unknown; expected one of: short, quality, all"),
         ("- few", "cannot be read"),
     ],
 )
@@ -514,6 +514,35 @@ def test_mean_over_seeds() -> None:
     assert f"{row['perplexity']:.2f} ± {row['perplexity_sd']:.2f} (" in shown["perplexity"][1]
     assert list(shown["seeds"]) == ["1", "3", "-"]
     assert "seed" not in shown
+
+
+def test_the_table_of_quality_has_intervals_and_ranks_and_no_times() -> None:
+    runs = [scored("a", NLL, "none"), scored("r", [x + 0.1 + w for x, w in zip(NLL, WOBBLE, strict=True)])]
+    for run in runs:
+        run.window_kl = [0.0] * len(NLL) if run.run_id == "a" else NLL
+        run.metrics |= {"kl": statistics.mean(run.window_kl), "peak_memory_mib": 7.0}
+    sheet = table.to_sheet(to_frame(runs), "quality")
+    ratio, kl = difference(runs[1], runs[0]).ratio, interval(NLL)
+    assert list(sheet.shown["95% of ratio"]) == ["-", f"{ratio[1]:.3f}-{ratio[2]:.3f}"]
+    assert list(sheet.shown["95% of KL"]) == ["-", f"{kl.low:.3g}-{kl.high:.3g}"]
+    assert list(sheet.shown["rank"]) == ["1", "2"]
+    assert list(sheet.figures) == ["perplexity", "95% of ratio", "KL", "95% of KL", "size MiB"]
+    assert "; 95%: interval over windows; rank: " in sheet.head[0]
+
+
+def test_a_table_names_the_processor_of_its_times() -> None:
+    one, two = make("p", 25.0), make("q", 26.0, bits=3)
+    one.environment = Environment(cpu="Some CPU", threads=2, native="amx")
+    assert "Some CPU, 2 threads, amx; with x" in table.to_markdown(to_frame([one]))
+    two.environment = replace(one.environment, native="avx2")
+    found = table.to_markdown(to_frame([one, two]), "all")
+    assert "| Some CPU, 2 threads, amx " in found
+    assert "| Some CPU, 2 threads, avx2 " in found
+    del one.metrics["decode_speedup"], two.metrics["decode_speedup"]
+    assert "Some CPU" not in table.to_markdown(to_frame([one, two]), "all")
+    timed = replace(one, metrics={"prefill_speedup": 2.0}, execution=replace(one.execution, device="cuda:0"))
+    timed.environment = replace(one.environment, gpu="Some GPU")
+    assert "device cuda:0, processor Some GPU;" in table.to_markdown(to_frame([timed]))
 
 
 def test_seeds_of_steps_are_seeds_and_other_options_are_not() -> None:

@@ -9,6 +9,8 @@ from harness.core.formats.additive import AdditiveQTensor as AdditiveQTensor
 from harness.core.formats.additive import Gather as Gather
 from harness.core.formats.format import compute_dtype as compute_dtype
 from harness.core.formats.incoherent import IncoherentQTensor as IncoherentQTensor
+from harness.core.formats.offset import OffsetQTensor as OffsetQTensor
+from harness.core.formats.offset import OffsetWeight as OffsetWeight
 from harness.core.formats.packing import pack as pack
 from harness.core.formats.packing import packed_bytes as packed_bytes
 from harness.core.formats.packing import unpack as unpack

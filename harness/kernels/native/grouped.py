@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from harness.core import FloatQTensor, IntQTensor, LevelsQTensor, QTensor
-from harness.core.formats import Params
+from harness.core.formats import OffsetQTensor, Params
 from harness.kernels.native import library
 from harness.kernels.native.panel_kernel import PanelKernel, Tensors
 from harness.kernels.native.panels import HALF, in_pairs, pack_groups, pack_panels
@@ -26,7 +26,10 @@ _ELEMENTS = ("e2m3", "e3m2", "e4m3", "e5m2")  # floats wider than a table
 _HALF_BIAS = 15  # of float16
 
 
-def supports(weight: QTensor, dtype: torch.dtype) -> TypeGuard[IntQTensor | FloatQTensor | LevelsQTensor]:
+Supported = IntQTensor | OffsetQTensor | FloatQTensor | LevelsQTensor
+
+
+def supports(weight: QTensor, dtype: torch.dtype) -> TypeGuard[Supported]:
     """Whether the kernel runs this weight: inputs in float32 or bfloat16, groups of 16, 32, 48, ... or whole rows."""
     if not library.runs(dtype):
         return False
@@ -35,7 +38,7 @@ def supports(weight: QTensor, dtype: torch.dtype) -> TypeGuard[IntQTensor | Floa
     if isinstance(weight, LevelsQTensor):
         by_rows = weight.fmt.bits <= _TABLE_BITS and not weight.fmt.spans_rows(weight.shape)
         return by_rows and _in_halves(weight.shape[1], weight.scale.shape[1])
-    return isinstance(weight, IntQTensor) and _in_halves(weight.shape[1], weight.scale.shape[1])
+    return isinstance(weight, IntQTensor | OffsetQTensor) and _in_halves(weight.shape[1], weight.scale.shape[1])
 
 
 def _in_halves(columns: int, groups: int) -> bool:
@@ -49,8 +52,10 @@ def _floats_fit(weight: FloatQTensor) -> bool:
     return fits and (weight.fmt.bits <= _TABLE_BITS or weight.fmt.element in _ELEMENTS)
 
 
-def build(weight: IntQTensor | FloatQTensor | LevelsQTensor) -> GroupedLinear:
+def build(weight: Supported) -> GroupedLinear:
     """The kernel of a weight that is supported."""
+    if isinstance(weight, OffsetQTensor):
+        return _of_offsets(weight)
     if isinstance(weight, IntQTensor):
         return _of_integers(weight)
     if isinstance(weight, FloatQTensor):
@@ -71,6 +76,14 @@ def _of_integers(weight: IntQTensor) -> GroupedLinear:
         scale = scale.float()
     zero_point = None if fmt.symmetric else (weight.zero_points() - middle).to(scale.dtype)
     return GroupedLinear.of(f"native_int{fmt.bits}", codes, scale, zero_point)
+
+
+def _of_offsets(weight: OffsetQTensor) -> GroupedLinear:
+    """Integer codes with the zero points that their offsets are nearest to."""
+    bits = weight.fmt.bits
+    codes, scale, zero_point = weight.zero_points()
+    levels = torch.arange(1 << bits, dtype=torch.float32)
+    return GroupedLinear.of(f"native_int{bits}", Codes(codes, bits, levels), scale, zero_point)
 
 
 def _of_floats(weight: FloatQTensor) -> GroupedLinear:

@@ -25,6 +25,7 @@ class ModelConfig:
                     grid of their GGUF file without a change of the function; None: the published weights
     id, revision    a model on the Hugging Face hub, and its commit, tag or branch
     path            a local folder in the format of transformers
+    base            with method=checkpoint, the float model of the quantized one in `path`; None: no divergence
     architecture    fields of a transformers config; the model gets random weights and a byte tokenizer
     dtype           float type of the run; auto: the float type of the checkpoint
     baseline_dtype  float type of the float model in ratios and divergences; auto as for `dtype`
@@ -37,6 +38,7 @@ class ModelConfig:
     id: str | None = field(default=None, metadata=NEVER)
     revision: str | None = field(default=None, metadata=NEVER)
     path: str | None = field(default=None, metadata=NEVER)
+    base: ModelConfig | None = field(default=None, metadata=NEVER)
     architecture: dict[str, Any] | None = field(default=None, metadata=NEVER)
     dtype: Dtype = field(default="auto", metadata=ALWAYS)
     baseline_dtype: Dtype = field(default="auto", metadata=ALWAYS)
@@ -76,7 +78,8 @@ class DataConfig:
     sampling             calibration sequences. first: consecutive ones from the start of the text; random: from random
                          documents at random offsets, as in GPTQ
     protocol             gptq: consecutive windows, all targets of each scored; strided: windows that begin `stride`
-                         tokens apart, the last `stride` targets of each scored
+                         tokens apart, the last `stride` targets of each scored; llamacpp: consecutive windows, the
+                         second half of each scored, as llama.cpp's perplexity has them
     stride               tokens between the starts of two windows, less than `seq_len`; None with protocol gptq
     bos                  protocol: as the protocol has it, the special tokens that the tokenizer adds to the whole text;
                          always: every window is BOS and `seq_len` - 1 tokens of the text; never: no special tokens
@@ -93,7 +96,7 @@ class DataConfig:
     num_samples: int = field(default=32, metadata=CALIBRATED)
     calibration_seq_len: int = field(default=512, metadata=CALIBRATED)
     sampling: Literal["first", "random"] = field(default="first", metadata=CALIBRATED)
-    protocol: Literal["gptq", "strided"] = field(default="gptq", metadata=ALWAYS)
+    protocol: Literal["gptq", "strided", "llamacpp"] = field(default="gptq", metadata=ALWAYS)
     stride: int | None = field(default=None, metadata=ALWAYS)
     bos: Literal["protocol", "always", "never"] = field(default="protocol", metadata=CHANGED)
     batch_size: int = field(default=1, metadata=ALWAYS)
@@ -104,8 +107,12 @@ class DataConfig:
         at_least(self, 2, "seq_len")
         if self.max_windows is not None:
             at_least(self, 1, "max_windows")
-        if self.protocol == "gptq" and self.stride is not None:
-            raise ValueError(f"stride={self.stride} has no use with protocol=gptq; use null, or protocol=strided")
+        if self.protocol != "strided" and self.stride is not None:
+            raise ValueError(
+                f"stride={self.stride} has no use with protocol={self.protocol}; use null, or protocol=strided"
+            )
+        if self.protocol == "llamacpp" and self.bos != "protocol":
+            raise ValueError(f"bos={self.bos} has no use with protocol=llamacpp, which sets BOS; use bos=protocol")
         if self.protocol == "strided" and not 0 < (self.stride or 0) < self.seq_len:
             raise ValueError(
                 f"stride={self.stride} is out of range with protocol=strided; expected 1 to {self.seq_len - 1}, "
@@ -118,13 +125,18 @@ class DataConfig:
 
     @property
     def protocol_id(self) -> str:
-        """The protocol's name in records: gptq-2048, strided-1024-512; with bos=always gptq-2048-bos, never -nobos."""
+        """The protocol's name in records: gptq-2048, strided-1024-512, llamacpp-512.
+
+        With bos=always gptq-2048-bos, with bos=never gptq-2048-nobos.
+        """
         stride = "" if self.stride is None else f"-{self.stride}"
         return f"{self.protocol}-{self.seq_len}{stride}{_BOS_NAMES[self.bos]}"
 
     @property
     def unscored(self) -> int:
         """Number of leading targets of each window that are not scored, only context."""
+        if self.protocol == "llamacpp":
+            return self.seq_len // 2
         return 0 if self.stride is None else self.seq_len - 1 - self.stride
 
 

@@ -56,6 +56,7 @@ def evaluation(cfg: DataConfig, tokenizer: Tokenizer) -> Tokens:
 
     Protocol: GPTQ (Frantar et al. 2022; IST-DASLab/gptq datautils.py): one tokenizer call over the joined text. With
     bos=always, each window is BOS and the next seq_len - 1 tokens of the text, so that each token is scored once.
+    Protocol llamacpp (llama.cpp, tools/perplexity): likewise, but BOS takes the place of each window's first token.
     Raises: ValueError if the text is shorter than one window, or bos=always and the tokenizer has no BOS.
     """
     documents = corpora.documents(cfg, "evaluation")
@@ -72,9 +73,13 @@ def evaluation(cfg: DataConfig, tokenizer: Tokenizer) -> Tokens:
     used = count if cfg.max_windows is None else min(count, cfg.max_windows)
     ids = ids[: (used - 1) * stride + length]
     windows = _with_lead(lead, torch.tensor(ids, dtype=torch.int64).unfold(0, length, stride))
+    replaced = cfg.protocol == "llamacpp" and tokenizer.adds_bos
+    if replaced:
+        windows[:, 0] = torch.tensor(tokenizer.bos_id)
     info: dict[str, Any] = {"source": corpora.describe(cfg, "evaluation"), "text_sha256": sha256(joined.encode())}
-    info |= {"text_tokens": total, **_bos_info(cfg, tokenizer, "first window"), **_window_info(windows)}
-    lacking = cfg.bos != "always" and tokenizer.adds_bos and (used > 1 or cfg.bos == "never")
+    info |= {"text_tokens": total, **_bos_info(cfg, tokenizer, "every window" if replaced else "first window")}
+    info |= _window_info(windows)
+    lacking = not replaced and cfg.bos != "always" and tokenizer.adds_bos and (used > 1 or cfg.bos == "never")
     warnings = (*documents.warnings, _no_bos(cfg, used)) if lacking else documents.warnings
     return Tokens(windows, info, warnings, len(lead))
 

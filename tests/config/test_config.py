@@ -78,7 +78,7 @@ def test_data_configs_have_the_same_keys() -> None:
         ("model.dtype=int8", r"^model.dtype='int8' is unknown; expected one of: auto, float64"),
         ("data.seq_len=1", r"^data.seq_len=1 is out of range; expected 2 or more$"),
         ("data.max_windows=0", r"^data.max_windows=0 is out of range; expected 1 or more$"),
-        ("data.protocol=slid", r"^data.protocol='slid' is unknown; expected one of: gptq, strided$"),
+        ("data.protocol=slid", r"^data.protocol='slid' is unknown; expected one of: gptq, strided, llamacpp$"),
         ("data.protocol=strided", r"^data.stride=None is out of range with protocol=strided; expected 1 to 2047"),
         ("data.stride=512", r"^data.stride=512 has no use with protocol=gptq; use null, or protocol=strided$"),
         ("measure.repeats=-1", r"^measure.repeats=-1 is out of range; expected 1 or more$"),

@@ -94,6 +94,20 @@ def test_strided_windows_with_bos_score_each_token_once(tmp_path: Path) -> None:
     assert "".join(row[1 + cfg.unscored :] for row in rows(stream)) == "defghijkl"
 
 
+def test_the_protocol_of_llama_cpp_scores_the_second_half_and_replaces_first_tokens(tmp_path: Path) -> None:
+    cfg = config(tmp_path, "abcdefghijklmnopqrstu", protocol="llamacpp")
+    stream = windows.evaluation(cfg, WITH_BOS)
+    assert rows(stream) == ["^abcdefg", "^ijklmno"]
+    assert rows(windows.evaluation(cfg, BYTES)) == ["abcdefgh", "ijklmnop"]
+    assert cfg.protocol_id == "llamacpp-8"
+    # perplexity.cpp: logits of the positions n_ctx / 2 to n_ctx - 2 are scored
+    assert len(rows(stream)[0]) - 1 - cfg.unscored == 8 - 1 - 8 // 2
+    assert stream.info["bos"] == "every window"
+    assert stream.warnings == ()
+    with pytest.raises(ValueError, match="bos=never has no use with protocol=llamacpp"):
+        config(tmp_path, protocol="llamacpp", bos="never")
+
+
 def test_windows_that_lack_the_bos_of_their_tokenizer_give_a_warning(tmp_path: Path) -> None:
     def warned(tokenizer: Tokenizer, **keys: object) -> tuple[str, ...]:
         return windows.evaluation(config(tmp_path, "abcdefghijklmnopqrst", **keys), tokenizer).warnings

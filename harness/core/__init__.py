@@ -27,6 +27,7 @@ from harness.core.method import Finetune as Finetune
 from harness.core.method import Finetuned as Finetuned
 from harness.core.method import Method as Method
 from harness.core.method import overrides as overrides
+from harness.core.prequantized import Prequantized as Prequantized
 from harness.core.residual import Residual as Residual
 from harness.core.residual import Turn as Turn
 from harness.core.scheme import Scheme as Scheme

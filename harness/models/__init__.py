@@ -13,6 +13,8 @@ from harness.models.decoder import Decoder as Decoder
 from harness.models.loading import skeleton as skeleton
 from harness.models.probe import logits as logits
 from harness.models.probe import probe_tokens as probe_tokens
+from harness.models.quantized import QuantizedSource as QuantizedSource
+from harness.models.quantized import open_quantized as open_quantized
 from harness.models.source import Source as Source
 from harness.models.source import open as open
 from harness.models.tokenizer import Tokenizer as Tokenizer

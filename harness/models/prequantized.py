@@ -23,7 +23,6 @@ _FILES = {
     "quant_config.json": "AWQ",
     "hf_quant_config.json": "ModelOpt",
     "quanto_qmap.json": "Quanto",
-    "quantized.json": "saved by save=FOLDER",
 }
 # Last parts of the names of tensors that only quantized checkpoints have, and their format.
 _PARTS = {
@@ -82,7 +81,7 @@ def check_tensors(tensors: Mapping[str, Stored]) -> None:
 
 
 def _refusal(kind: str) -> CheckpointError:
-    return CheckpointError("is quantized already", kind, "expected float weights, use the float checkpoint")
+    return CheckpointError("is quantized already", kind, "expected float weights, or method=checkpoint")
 
 
 def _method(section: Any) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +41,11 @@ class Source:
     def key_value(self) -> str:
         """The configuration key that names the source, and its value, as messages begin: `model.path=FOLDER`."""
         return f"model.{self.cfg.source}={getattr(self.cfg, self.cfg.source)}"
+
+    @property
+    def reference(self) -> Source:
+        """The source of the float model with which this model is compared."""
+        return self
 
     @property
     def name(self) -> str:
@@ -98,6 +104,18 @@ class Source:
             tokenizer = self._files.read(AutoTokenizer, remedy)
             check_files(tokenizer, self._files.folder)
         return pretrained_tokenizer(tokenizer)
+
+    def save_tokenizer(self, folder: Path) -> None:
+        """Write the tokenizer's files into a folder; random weights have none.
+
+        Raises: ValueError if the tokenizer cannot be read.
+        """
+        if self.cfg.source == "architecture":
+            return
+        from transformers import AutoTokenizer
+
+        with reading(self.key_value, INCORRECT):
+            self._files.read(AutoTokenizer, INCORRECT).save_pretrained(folder)
 
     @functools.cached_property
     def vocab_size(self) -> int:

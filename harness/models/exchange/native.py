@@ -1,145 +1,85 @@
-"""A quantized model on disk: the stored bits of each linear and all other parameters in one safetensors file.
+"""This project's own format, for every quantized weight: the stored bits of each linear beside all other parameters.
 
-    FOLDER/model.safetensors   `<linear>.qweight`, `.scale`, `.zero_point`, `.bias`; other parameters under their names
-    FOLDER/quantized.json      version, scheme, shapes of the linears, source of the weights
-
-Loading needs a float model of the same configuration, with any weights: its linears are replaced by those of the file.
+config.json         with a `quantization_config`: version, and for each linear what it is and what quantizes its inputs
+model.safetensors   `<linear>.qweight`, `.scale`, `.zero_point` and other buffers, `<linear>.inputs.scale`,
+                    `<linear>.bias`, and other parameters under their names
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import os
-from pathlib import Path
+from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
-
-from harness.config import build
-from harness.core import IntQTensor, IntWeight, QTensor, Scheme
+from harness.core import QTensor, Scheme
 from harness.core.formats import InputQuantizer
-from harness.nn import QuantLinear, replace
-from harness.utils.errors import LIMIT, short
-from harness.utils.files import replacing
+from harness.models.exchange.codec import describe, describe_inputs, rebuild, rebuild_inputs
+from harness.models.exchange.reader import Reader, StoredLinear, Tensors, bits_of, damaged, unsupported
+from harness.models.exchange.writer import Linears, Writer
 
-VERSION = 1
-_WEIGHTS, _METADATA = "model.safetensors", "quantized.json"
-_LEAST = 20  # characters of a path in a message
-
-
-def check(folder: Path) -> None:
-    """Raises: ValueError if the folder cannot be written, or already contains a model, which is never overwritten."""
-    if (folder / _WEIGHTS).exists():
-        raise ValueError(f"save={folder} already contains a model; choose another folder, or delete it")
-    parent = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        start, end = f"save={folder} cannot be written, because of ", "; choose another folder"
-        raise ValueError(f"{start}{short(parent, max(LIMIT - len(start) - len(end), _LEAST))}{end}")
+VERSION = 2
+_INPUTS, _BIAS = "inputs.", "bias"
 
 
-def save(model: nn.Module, weights: dict[str, QTensor], scheme: Scheme, source: dict[str, Any], folder: Path) -> None:
-    """Write a quantized model; `weights` are the QTensors of its linears by name, `source` is the weights' provenance.
+class Native(Reader):
+    """Linears that the section describes."""
 
-    Raises: ValueError if the file format cannot store a kind of weight, or the folder cannot be written.
-    """
-    for name, weight in weights.items():
-        if not isinstance(weight, IntQTensor):
-            raise ValueError(
-                f"save={folder}: {name} is a {type(weight).__name__}; expected integer codes with scale and "
-                "zero point, choose another method or save=null"
-            )
-    tensors = _other_tensors(model) | {
-        f"{name}.{part}": buffer for name, weight in weights.items() for part, buffer in weight.named_buffers()
-    }
-    metadata = {
-        "version": VERSION,
-        "scheme": dataclasses.asdict(scheme),
-        "source": source,
-        "linears": {name: list(weight.shape) for name, weight in weights.items()},
-    }
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / _WEIGHTS) as part:
-            save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, part)
-            (folder / _METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:  # a full disk raises either
-        raise ValueError(
-            f"save={folder} cannot be written ({error}); free disk space or choose another folder"
-        ) from error
+    name = "ptqbench"
+    key = ""  # the section names the linears
+    parts = ()
 
+    @cached_property
+    def linears(self) -> dict[str, list[str]]:
+        described = self._described
+        found: dict[str, list[str]] = {name: [] for name in described}
+        for tensor in self.files.stored:
+            name, part = _owner(tensor, described)
+            if name is not None and part != _BIAS:
+                found[name].append(part)
+        return found
 
-def load(model: nn.Module, folder: Path) -> nn.Module:
-    """Load the quantized linears, packed, and all other parameters of a folder into `model`; returns `model`.
+    def read(self, name: str) -> StoredLinear:
+        tensors, settings = self.tensors(name), self._described[name]
+        buffers = {part: tensor for part, tensor in tensors.items() if not part.startswith(_INPUTS)}
+        inputs = {part.removeprefix(_INPUTS): tensors[part] for part in tensors if part not in buffers}
+        weight = rebuild(settings["weight"], buffers)
+        return StoredLinear(weight, bits_of(buffers), rebuild_inputs(settings.get("inputs"), inputs))
 
-    `model` is a float model of the same configuration; its dtype is the dtype of the loaded model.
-    Raises: ValueError if `save` did not write the folder, or it does not fit the model.
-    """
-    try:
-        metadata = json.loads((folder / _METADATA).read_text())
-        tensors = load_file(folder / _WEIGHTS)
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"{folder} is not a quantized model ({error}); expected a folder that save=FOLDER wrote"
-        ) from error
-    if metadata["version"] != VERSION:
-        raise ValueError(f"{folder} has version {metadata['version']}; expected {VERSION}")
-    scheme = build(Scheme, metadata["scheme"], "scheme")
-    assert isinstance(scheme.weight, IntWeight)  # `save` refuses other weights
-    modules = dict(model.named_modules())
-    _check_names(folder, [name for name in metadata["linears"] if name not in modules])
-    for name, (rows, columns) in metadata["linears"].items():
-        buffers = {part: tensors.pop(f"{name}.{part}") for part in _parts(name, tensors)}
-        weight = IntQTensor.stored(buffers, (rows, columns), scheme.weight)
-        replace(model, name, _linear(model.get_submodule(name), weight, buffers, scheme))
-    missing, unexpected = model.load_state_dict(tensors, strict=False)
-    _check_names(folder, [*unexpected, *_absent(model, set(missing))])
-    return model
+    @cached_property
+    def _described(self) -> Mapping[str, Any]:
+        if (version := self.section.get("version")) != VERSION:
+            raise unsupported("version", version, str(VERSION))
+        linears = self.section.get("linears")
+        if not isinstance(linears, dict) or not all(isinstance(item, dict) for item in linears.values()):
+            raise damaged("its quantization section describes no linears")
+        return linears
 
 
-def _linear(float_linear: nn.Module, weight: QTensor, buffers: dict[str, Tensor], scheme: Scheme) -> QuantLinear:
-    """The packed linear that replaces `float_linear`, with its dtype and device."""
-    input_quantizer = None
-    if scheme.activation is not None:
-        input_quantizer = InputQuantizer(scheme.activation)
-        for part in ("scale", "zero_point") if not scheme.activation.dynamic else ():
-            fixed = part == "zero_point" and scheme.activation.symmetric  # which version 1 stores too
-            input_quantizer.register_buffer(part, None if fixed else buffers[f"input_quantizer.{part}"])
-    float_weight = float_linear.weight
-    assert isinstance(float_weight, Tensor)
-    linear = QuantLinear(weight, buffers.get("bias"), float_weight.dtype, input_quantizer)
-    return linear.to(float_weight.device).pack()
+class NativeWriter(Writer):
+    """Holds every scheme, and codes that are no scheme."""
+
+    name = "native"
+
+    def check(self, scheme: Scheme) -> None:
+        pass
+
+    def section(self, scheme: Scheme, linears: Linears, floats: list[str]) -> dict[str, Any]:
+        described = {
+            name: {"weight": describe(weight), "inputs": describe_inputs(inputs)}
+            for name, (weight, inputs) in linears.items()
+        }
+        return {"quant_method": Native.name, "version": VERSION, "scheme": scheme.name, "linears": described}
+
+    def parts(self, weight: QTensor, inputs: InputQuantizer | None) -> Tensors:
+        calibrated = {} if inputs is None else {f"{_INPUTS}{name}": buffer for name, buffer in inputs.named_buffers()}
+        return dict(weight.named_buffers()) | calibrated
 
 
-def _parts(name: str, tensors: dict[str, Tensor]) -> list[str]:
-    """The last parts of the names of all tensors of the linear `name`: qweight, scale, bias, ..."""
-    return [key.removeprefix(f"{name}.") for key in tensors if key.startswith(f"{name}.")]
-
-
-def _other_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """A model's parameters, and the biases and static input scales and zero points of its quantized linears."""
-    tensors: dict[str, Tensor] = dict(model.named_parameters())  # tied parameters only once
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear):
-            tensors |= {f"{name}.bias": module.bias} if module.bias is not None else {}
-            static = module.input_quantizer.named_buffers() if module.input_quantizer is not None else ()
-            tensors |= {f"{name}.input_quantizer.{part}": buffer for part, buffer in static}
-    return tensors
-
-
-def _absent(model: nn.Module, missing: set[str]) -> list[str]:
-    """Names of parameters that the file lacks, without those tied to a parameter in the file."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    present = {id(parameter) for name, parameter in parameters.items() if name not in missing}
-    return [name for name, parameter in parameters.items() if name in missing and id(parameter) not in present]
-
-
-def _check_names(folder: Path, unmatched: list[str]) -> None:
-    """Raises: ValueError if a name is in the file or in the model, but not in both."""
-    if unmatched:
-        raise ValueError(
-            f"{folder} does not fit the model: {unmatched[0]} is in only one of them; use the configuration of the run "
-            "that saved it"
-        )
+def _owner(tensor: str, linears: Mapping[str, Any]) -> tuple[str | None, str]:
+    """The linear whose part a tensor is, and the part; None if it is no part of one."""
+    pieces = tensor.split(".")
+    for length in range(len(pieces) - 1, 0, -1):
+        name = ".".join(pieces[:length])
+        if name in linears:
+            return name, ".".join(pieces[length:])
+    return None, tensor

@@ -1,0 +1,72 @@
+"""FP8 checkpoints without a library of their own: DeepSeek's blocks, and ModelOpt's FP8 and NVFP4.
+
+    quant_method fp8   weight float8_e4m3fn, weight_scale_inv one float32 for each block of outputs and inputs, which
+                       multiplies; inputs in blocks of a token, at run time
+    ModelOpt FP8       weight float8_e4m3fn, weight_scale (), input_scale ()
+    ModelOpt NVFP4     weight (N, K / 2) uint8, weight_scale float8_e4m3fn, weight_scale_2 (), which multiplies;
+                       input_scale (), likewise
+
+Source: DeepSeek-V3, inference/kernel.py; TensorRT-Model-Optimizer, modelopt/torch/export.
+"""
+
+from __future__ import annotations
+
+from harness.core import FloatActivation
+from harness.core.formats import InputQuantizer
+from harness.models.exchange.floats import fp4, fp8
+from harness.models.exchange.inputs import FixedTensorScale, calibrated
+from harness.models.exchange.reader import Reader, StoredLinear, bits_of, unsupported
+
+_GROUP = 16  # of NVFP4
+
+
+class FP8Blocks(Reader):
+    """Linears with `weight_scale_inv`."""
+
+    name = "fp8"
+    key = "weight_scale_inv"
+    parts = ("weight", "weight_scale_inv", "input_scale", "activation_scale")
+
+    def read(self, name: str) -> StoredLinear:
+        tensors = self.tensors(name, ("weight",))
+        sides = self.section.get("weight_block_size")
+        block = None
+        if tensors["weight_scale_inv"].numel() > 1 or sides is not None:
+            if not isinstance(sides, list) or len(sides) != 2 or sides[0] != sides[1]:
+                raise unsupported("weight_block_size", sides, "two equal numbers")
+            block = int(sides[0])
+        weight = fp8(name, tensors["weight"], tensors["weight_scale_inv"], block)
+        if self.section.get("activation_scheme", "dynamic") != "dynamic":
+            fmt = FloatActivation(element="e4m3", granularity="tensor", dynamic=False)
+            part = next((part for part in ("input_scale", "activation_scale") if part in tensors), None)
+            if part is None:
+                raise unsupported("activation_scheme", self.section["activation_scheme"], "dynamic without input_scale")
+            inputs = calibrated(fmt, tensors[part])
+        elif block is None:
+            inputs = InputQuantizer(FloatActivation(element="e4m3"))
+        else:
+            inputs = InputQuantizer(FloatActivation(element="e4m3", granularity="group", group_size=block))
+        return StoredLinear(weight, bits_of(tensors, "input_scale", "activation_scale"), inputs)
+
+
+class ModelOpt(Reader):
+    """Linears with `weight_scale`, and in FP4 also `weight_scale_2`."""
+
+    name = "modelopt"
+    key = "weight_scale"
+    parts = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+
+    def read(self, name: str) -> StoredLinear:
+        tensors = self.tensors(name, ("weight",))
+        inputs = tensors.get("input_scale")
+        if "weight_scale_2" in tensors:
+            weight = fp4(name, tensors["weight"], tensors["weight_scale"], tensors["weight_scale_2"])
+            fmt = FloatActivation(
+                element="e2m1", granularity="group", group_size=_GROUP, scale_dtype="e4m3", tensor_scale=True
+            )
+            fixed = None if inputs is None else FixedTensorScale(fmt, inputs)
+            return StoredLinear(weight, bits_of(tensors, "input_scale"), fixed)
+        weight = fp8(name, tensors["weight"], tensors["weight_scale"])
+        static = FloatActivation(element="e4m3", granularity="tensor", dynamic=False)
+        quantizer = None if inputs is None else calibrated(static, inputs)
+        return StoredLinear(weight, bits_of(tensors, "input_scale"), quantizer)

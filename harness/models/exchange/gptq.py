@@ -1,0 +1,132 @@
+"""GPTQ checkpoints, as AutoGPTQ, GPTQModel and auto-round write them (checkpoint_format gptq and gptq_v2).
+
+    qweight  (K bits / 32, N) int32    codes of 32 / bits inputs a word; 3-bit codes cross words
+    qzeros   (G, N bits / 32) int32    zero points; version 1 stores them minus 1, modulo 2^bits
+    scales   (G, N) float16
+    g_idx    (K,) int32                the group of each input; with act_order they are in any order
+
+Source: AutoGPTQ, qlinear_cuda_old.py; GPTQModel, utils/model.py, convert_gptq_v1_to_v2_format.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from harness.core import IntQTensor, QTensor, Scheme
+from harness.core.formats import InputQuantizer, PermutedQTensor
+from harness.models.exchange.integers import SCALES, integers, regrouped
+from harness.models.exchange.reader import (
+    Reader,
+    StoredLinear,
+    Tensors,
+    bits_of,
+    expect,
+    unsupported,
+)
+from harness.models.exchange.words import WORD, stream, to_stream
+from harness.models.exchange.writer import Linears, Writer, zero_points
+
+_FORMATS = {"gptq": 1, "gptq_v2": 0}  # what is added to stored zero points
+_WIDTHS = (2, 3, 4, 8)
+
+
+class GPTQ(Reader):
+    """Linears with `qweight`, `qzeros`, `scales` and perhaps `g_idx`."""
+
+    name = "gptq"
+    key = "qweight"
+    parts = ("qweight", "qzeros", "scales", "g_idx")
+
+    def read(self, name: str) -> StoredLinear:
+        tensors = self.tensors(name, ("qweight", "qzeros", "scales"))
+        words = expect(name, "qweight", tensors["qweight"], torch.int32, -1, -1)
+        bits = self._bits(name)
+        columns = _columns(name, words, tensors.get("g_idx"), bits)
+        scales = expect(name, "scales", tensors["scales"], SCALES, -1, words.shape[1])
+        groups, rows = scales.shape
+        expect(name, "qzeros", tensors["qzeros"], torch.int32, groups, rows * bits // WORD)
+        codes = stream(words.t(), bits, columns)
+        zero_point = (stream(tensors["qzeros"], bits, rows).t().int() + self._offset) % (1 << bits)
+        weight: Any
+        if "g_idx" in tensors:
+            weight = regrouped(name, codes, scales.t(), zero_point, tensors["g_idx"].long(), bits)
+        else:
+            weight = integers(name, codes, scales.t(), zero_point, bits)
+        return StoredLinear(weight, bits_of(tensors))
+
+    @property
+    def _offset(self) -> int:
+        form = str(self.section.get("checkpoint_format", "gptq"))
+        if form not in _FORMATS:
+            raise unsupported("checkpoint_format", form, " or ".join(_FORMATS))
+        return _FORMATS[form]
+
+    def _bits(self, name: str) -> int:
+        """The width of a linear: that of the last pattern of `dynamic` that matches its name, else `bits`."""
+        bits = self.section.get("bits")
+        for pattern, settings in (self.section.get("dynamic") or {}).items():
+            if re.match(pattern.removeprefix("+:"), name) and isinstance(settings, dict):
+                bits = settings.get("bits", bits)
+        if bits not in _WIDTHS:
+            raise unsupported("bits", bits, ", ".join(map(str, _WIDTHS)))
+        return int(bits)
+
+
+class GPTQWriter(Writer):
+    """Writes what GPTQ's loaders read: version 1, float16 scales, whole words."""
+
+    name = "gptq"
+
+    def check(self, scheme: Scheme) -> None:
+        fmt = self.integers(scheme)
+        if scheme.activation is not None:
+            raise self.refuse("scheme", scheme.name, "a scheme without activations")
+        if fmt.bits not in _WIDTHS:
+            raise self.refuse("bits", fmt.bits, ", ".join(map(str, _WIDTHS)))
+        if fmt.scale_dtype != "float16":
+            raise self.refuse("scheme.weight.scale_dtype", fmt.scale_dtype, "float16")
+
+    def section(self, scheme: Scheme, linears: Linears, floats: list[str]) -> dict[str, Any]:
+        fmt = self.integers(scheme)
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "bits": fmt.bits,
+            "group_size": fmt.group_size,
+            "sym": fmt.symmetric,
+            "desc_act": False,
+            "lm_head": False,
+        } | ({"dynamic": {f"-:{re.escape(name)}$": {} for name in floats}} if floats else {})
+
+    def parts(self, weight: QTensor, inputs: InputQuantizer | None) -> Tensors:
+        base, order = (weight.base, weight.order.long()) if isinstance(weight, PermutedQTensor) else (weight, None)
+        if not isinstance(base, IntQTensor):
+            raise self.refuse("the weight", type(base).__name__, "integer codes")
+        bits, groups = base.fmt.bits, base.scale.shape[1]
+        group = torch.arange(base.shape[1]) // (base.shape[1] // groups)
+        codes = base.codes
+        if order is not None:
+            inverse = order.argsort()
+            codes, group = codes[:, inverse], group[inverse]
+        stored = (zero_points(base) - 1) % (1 << bits)
+        return {
+            "qweight": to_stream(codes, bits).t().contiguous(),
+            "qzeros": to_stream(stored.t().contiguous().to(torch.uint8), bits),
+            "scales": base.scale.t().contiguous(),
+            "g_idx": group.int(),
+        }
+
+
+def _columns(name: str, words: Tensor, g_idx: Tensor | None, bits: int) -> int:
+    """Number of inputs that the words hold.
+
+    Raises: CheckpointError if g_idx has another number.
+    """
+    columns = words.shape[0] * WORD // bits
+    if g_idx is not None:
+        expect(name, "g_idx", g_idx, (torch.int32, torch.int64), columns)
+    return columns

@@ -1,0 +1,159 @@
+"""A model that another program quantized: a folder in the format of transformers with codes in the place of weights."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from harness.config import ModelConfig
+from harness.models import checkpoint, loading
+from harness.models.architecture import is_linear, weight_of
+from harness.models.checkpoint import DOWNLOAD, CheckpointError, reading
+from harness.models.exchange.detect import SECTIONS, reader_of
+from harness.models.exchange.reader import Reader, StoredLinear
+from harness.models.files import INCORRECT
+from harness.models.source import Source
+from harness.utils.explain import explain
+
+
+def open_quantized(cfg: ModelConfig, seed: int) -> QuantizedSource:
+    """The quantized model of a configuration, and its float model if `base` names it; nothing is read yet.
+
+    Raises: ValueError if the model is no local folder.
+    """
+    if cfg.source == "path" and str(cfg.path).endswith(".gguf"):
+        from harness.models.gguf_source import GGUFSource
+
+        return GGUFSource(cfg, seed)
+    if cfg.source != "path":
+        subject = f"model.{cfg.source}={getattr(cfg, cfg.source)}"
+        raise explain(subject, "is no local folder", "", "download the quantized model, and use model.path=FOLDER")
+    return QuantizedSource(cfg, seed)
+
+
+@dataclass(frozen=True)
+class QuantizedSource(Source):
+    """`load` gives the model with decoded weights, `stored` the linears that take their place."""
+
+    @functools.cached_property
+    def base(self) -> Source | None:
+        """The float model that was quantized; None if the configuration does not name it."""
+        return None if self.cfg.base is None else Source(self.cfg.base, self.seed)
+
+    @property
+    def reference(self) -> Source:
+        """The float model; without one, this model with decoded weights."""
+        return self.base or self
+
+    @functools.cached_property
+    def reader(self) -> Reader:
+        """What reads the quantized linears.
+
+        Raises: ValueError if the model is not quantized, or in a format without a reader.
+        """
+        with reading(self.key_value, INCORRECT):
+            return reader_of(self._files.config, self._files.folder)
+
+    @functools.cached_property
+    def shape(self) -> Any:
+        from transformers import AutoConfig
+
+        with reading(self.key_value, INCORRECT):
+            checkpoint.check_merged(self._files.folder)
+            loading.config_class(self._files.config)
+            shape = self._files.read(AutoConfig, INCORRECT)
+            loading.check_causal(shape, self._files.config)
+        for part in (shape, shape.get_text_config()):
+            for section in (section for section in SECTIONS if hasattr(part, section)):
+                delattr(part, section)
+        return shape
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        own = self.checkpoint_fingerprint
+        return own if self.base is None else f"{own} of {self.base.fingerprint}"
+
+    @functools.cached_property
+    def checkpoint_fingerprint(self) -> str:
+        """A hash of the files of the quantized model."""
+        with reading(self.key_value, "make the folder's files readable"):
+            return checkpoint.fingerprint(self._files.folder)
+
+    def check(self) -> None:
+        _ = self.shape
+        with reading(self.key_value, DOWNLOAD):
+            if not self.reader.linears:
+                detail = f"no tensor is called <linear>.{self.reader.key}"
+                raise CheckpointError(f"is no {self.reader.name} checkpoint", detail, DOWNLOAD)
+
+    def stored(self, model: nn.Module) -> Iterator[tuple[str, StoredLinear | None]]:
+        """The name in `model`, which `load` returned, of each quantized linear, and the linear.
+
+        A linear whose decoded weight is that of no linear of the model, such as a part of fused experts, is None under
+        its name in the file.
+        Raises: ValueError if a linear cannot be read.
+        """
+        for name in self.reader.linears:
+            with reading(self.key_value, DOWNLOAD):
+                linear = self.reader.read(name)
+            found = _place(model, name, linear)
+            yield (name, None) if found is None else (found, linear)
+
+    @property
+    def format(self) -> str:
+        """The file format."""
+        return self.reader.name
+
+    @property
+    def size(self) -> int:
+        """Number of quantized matrices in the file, for the progress."""
+        return len(self.reader.linears)
+
+    def provenance(self, model: nn.Module) -> dict[str, Any]:
+        own = super().provenance(model) | {"format": self.format, "checkpoint": self.checkpoint_fingerprint}
+        return own if self.base is None else own | {"name": self.base.name, "fingerprint": self.base.fingerprint}
+
+    def _pretrained(self, dtype: torch.dtype, warn: Callable[[str], object]) -> nn.Module:
+        self.check()
+        skeleton: Any = self.skeleton()
+        transposed = {name for name, module in skeleton.named_modules() if isinstance(module, Conv1D)}
+        with reading(self.key_value, DOWNLOAD):
+            state = dict(self._state(dtype, transposed))
+            options = {"config": copy.deepcopy(self.shape), "state_dict": state, "dtype": dtype}
+            loaded = loading.pretrained(functools.partial(type(skeleton).from_pretrained, None, **options), list(state))
+        for warning in loaded.warnings:
+            warn(f"model={self.name}: {warning}")
+        return loaded.model
+
+    def _state(self, dtype: torch.dtype, transposed: Collection[str]) -> Iterator[tuple[str, Tensor]]:
+        """The tensors of a float checkpoint of the same model: quantized linears decoded to `dtype`.
+
+        Those called `transposed` are stored as (K, N).
+        """
+        for name in self.reader.linears:
+            weight = self.reader.read(name).weight.dequantize(dtype)
+            yield f"{name}.weight", weight.t().contiguous() if name in transposed else weight
+        for name in self.reader.floats:
+            yield name, self.reader.files.read(name)
+
+
+def _place(model: nn.Module, name: str, linear: StoredLinear) -> str | None:
+    """The name of the linear in `model` that has the decoded weight of the linear `name` of a file."""
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    modules = dict(model.named_modules())
+    for place in (name, prefix + name, name.removeprefix(prefix)):
+        module = modules.get(place)
+        if module is not None and is_linear(module):
+            weight = weight_of(module)
+            if weight.shape == linear.weight.shape and torch.equal(
+                weight, linear.weight.dequantize(weight.dtype).to(weight.device)
+            ):
+                return place
+    return None

@@ -14,7 +14,7 @@ from harness.config.parts import (
     MixedConfig,
     ModelConfig,
 )
-from harness.core import KVFormat, Method, Scheme, overrides
+from harness.core import KVFormat, Method, Prequantized, Scheme, overrides
 from harness.core.options import ALWAYS, ANALYSED, CALIBRATED, CHANGED, MIXED, NEVER, QUANTIZED
 from harness.utils.errors import Conflict
 
@@ -57,6 +57,7 @@ class RunConfig:
     device       auto, cpu, cuda or cuda:N
     results_dir  folder of the records
     save         folder in which the quantized model is saved; None: it is not saved
+    export       format in which it is saved: this project's, or one that other programs load
     force        whether a finished run is repeated
     stale        what happens to a finished run whose code has changed since: it is run again, or kept
     warnings     what the record warns about before the run starts
@@ -81,6 +82,7 @@ class RunConfig:
     device: str = field(default="auto", metadata=ALWAYS)
     results_dir: str = field(default="results/runs", metadata=NEVER)
     save: str | None = field(default=None, metadata=NEVER)
+    export: Literal["native", "gptq", "awq", "compressed-tensors"] = field(default="native", metadata=NEVER)
     force: bool = field(default=False, metadata=NEVER)
     stale: Literal["rerun", "keep"] = field(default="rerun", metadata=NEVER)
     warnings: tuple[str, ...] = field(default=(), metadata=NEVER)
@@ -106,6 +108,7 @@ class RunConfig:
         if not 0 <= self.seed < 2**63:
             raise ValueError(f"seed={self.seed} is out of range; expected 0 to 2^63 - 1")
         self._check_head()
+        self._check_adopted()
         self._check_analysis()
         self._check_mixed()
 
@@ -116,6 +119,20 @@ class RunConfig:
             raise Conflict(
                 f"save={self.save} with head={self.head}: the file holds the linears of decoder blocks alone; expected "
                 "save=null, or head=null"
+            )
+
+    def _check_adopted(self) -> None:
+        if self.model.base is not None and not self.adopts:
+            raise Conflict(
+                f"model.base={self.model.base.name} has no use with method={'_'.join(self.steps) or 'none'}; expected "
+                "method=checkpoint, or model.base=null"
+            )
+        unused = {"analysis": self.analyses, "mixed.budget": self.mixes, "skip": bool(self.skip), "save": self.save}
+        key = next((key for key, used in unused.items() if used), None) if self.adopts else None
+        if key is not None or (self.adopts and len(self.steps) > 1):
+            raise Conflict(
+                f"{key or 'method=' + '_'.join(self.steps)} with method=checkpoint: its model is quantized already; "
+                f"remove {key or 'the other steps'}"
             )
 
     def _check_analysis(self) -> None:
@@ -137,16 +154,21 @@ class RunConfig:
                 f"mixed.budget={self.mixed.budget:g} with scheme={self.scheme.name}: method={'_'.join(self.steps)} has "
                 "codes of its own, whose width cannot be chosen; use mixed.budget=null, or a method that takes a scheme"
             )
-        if self.mixes and self.save is not None:
+        if self.mixes and self.save is not None and self.export != "native":
             raise Conflict(
-                f"save={self.save} with mixed.budget={self.mixed.budget:g}: the file has one width for all linears; "
-                "expected save=null, or mixed.budget=null"
+                f"export={self.export} with mixed.budget={self.mixed.budget:g}: the file has one width for all "
+                "linears; expected export=native, or mixed.budget=null"
             )
 
     @property
     def quantizes(self) -> bool:
         """Whether anything in the model is quantized: the linears of its blocks, or its head."""
         return bool(self.steps) or self.head is not None
+
+    @property
+    def adopts(self) -> bool:
+        """Whether the model was quantized by another program: its checkpoint has the codes."""
+        return any(isinstance(step, Prequantized) for step in self.steps.values())
 
     @property
     def analyses(self) -> bool:

@@ -1,5 +1,6 @@
 """Applies a method to a model, block by block. `runs` calls `check`, then `quantize`; methods import only core."""
 
+from harness.quantization.adopt import adopt as adopt
 from harness.quantization.engine import check as check
 from harness.quantization.engine import quantize as quantize
 from harness.quantization.head import check_head as check_head

@@ -19,6 +19,9 @@ class Weights:
     note         what a reader of the results must know about the weights
     gguf_sha256  hash of the GGUF file, if the weights come from one
     commit       commit on the hub
+    format       of a model that another program quantized: its file format, and the formats of its linears
+    bits         width of most of its codes; None if the file's format has no such width
+    checkpoint   identifies the quantized weights; `fingerprint` is that of the float model, if the run has it
     """
 
     name: str | None = None
@@ -27,6 +30,9 @@ class Weights:
     note: str | None = None
     gguf_sha256: str | None = None
     commit: str | None = None
+    format: str | None = None
+    bits: int | None = None
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

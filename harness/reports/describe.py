@@ -45,9 +45,9 @@ def describe(record: Record) -> Json:
         "status": "refused" if record.refused else record.status,
         "model": record.model.name or _configured_model(config),
         "method": "_".join(steps) if isinstance(steps, dict) and steps else "none",
-        "scheme": at(scheme, "name"),
-        "bits": None if "mixed.budget" in record.options else _bits(config, scheme),
-        "options": options_text(config, record.options),
+        "scheme": record.model.format or at(scheme, "name"),
+        "bits": record.model.bits or (None if "mixed.budget" in record.options else _bits(config, scheme)),
+        "options": options_text(config, record.options) or _checkpoint(record),
         "kv": execution.kv or str(at(config, "kv", "name") or "none"),
         "dtype": execution.dtype or _configured_dtype(config),
         "baseline_dtype": execution.baseline_dtype,
@@ -78,6 +78,12 @@ def _processor(record: Record) -> str | None:
     if machine.gpu and str(record.execution.device).startswith("cuda"):
         return machine.gpu
     return f"{machine.cpu}, {machine.threads} threads, {machine.native}" if machine.cpu else None
+
+
+def _checkpoint(record: Record) -> str:
+    """The folder or file of a model that another program quantized."""
+    path = at(record.config, "model", "path")
+    return Path(str(path)).name if record.model.checkpoint and path else ""
 
 
 def _configured_model(config: Json) -> Any:

@@ -60,7 +60,7 @@ def _run(cfg: RunConfig, record: Record, folder: Path, track: Track) -> tuple[Re
 
     Returns: the record to store, and whether the run had finished before.
     """
-    source = models.open(cfg.model, cfg.seed)
+    source = models.open_quantized(cfg.model, cfg.seed) if cfg.adopts else models.open(cfg.model, cfg.seed)
     record.run_id, record.options = identity.run_id(cfg, source), changed_options(cfg)
     record.code = identity.code(cfg, device_of(cfg.device).type)
     earlier = records.finished(folder, record.run_id)

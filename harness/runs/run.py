@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from harness import data, quantization
 from harness.config import RunConfig
 from harness.evaluation import Assessment, optional, peak_memory_mib, reset_peak_memory, warn_of_lookahead
-from harness.models import Decoder, Source
-from harness.models.exchange import native
+from harness.models import Decoder, QuantizedSource, Source
+from harness.models.exchange import export
+from harness.models.exchange.labels import summary
 from harness.nn import kvcache, resident_bytes, stored_bytes
 from harness.quantization import mixed
 from harness.records.record import Execution, Record, Text, Texts, Weights
@@ -34,11 +36,11 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
     Raises: ValueError, in one line, if the configuration, the text or the weights do not allow the run.
     """
     if cfg.save is not None:
-        native.check(Path(cfg.save))
+        _check_save(cfg, Path(cfg.save))
     with stage(record, "load", track):  # the first run converts the embedded model here
         record.warnings += check(cfg, source)
     device = device_of(cfg.device)
-    dtype, baseline = source.dtype(cfg.model.dtype), source.dtype(cfg.model.baseline_dtype)
+    dtype, baseline = source.dtype(cfg.model.dtype), source.reference.dtype(cfg.model.baseline_dtype)
     record.execution = _execution(cfg, device, dtype, baseline)
     with stage(record, "data", track):
         stream, calibration = _tokens(cfg, source, record)
@@ -48,9 +50,14 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
         record.warnings += warn_of_lookahead(model, source.name) if cfg.model.scored else []
     if cfg.kv is not None:
         kvcache.prove(model, cfg.kv)
-    with repeatable(device):
-        _quantize(cfg, source, Decoder(model), stream[:1] if calibration is None else calibration, record, track)
-    _assess(cfg, source, model, stream, record, track)
+    if isinstance(source, QuantizedSource):
+        _adopt(cfg, source, Decoder(model), record, track)
+        if source.base is None:  # then there is nothing that it could diverge from
+            cfg = replace(cfg, measure=replace(cfg.measure, divergence=False))
+    else:
+        with repeatable(device):
+            _quantize(cfg, source, Decoder(model), stream[:1] if calibration is None else calibration, record, track)
+    _assess(cfg, source.reference, model, stream, record, track)
 
 
 @contextmanager
@@ -114,6 +121,19 @@ def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, 
     record.layers += head
 
 
+def _adopt(cfg: RunConfig, source: QuantizedSource, decoder: Decoder, record: Record, track: Track) -> None:
+    """Put the linears of a checkpoint into the model that was loaded from it."""
+    with stage(record, "load"):
+        result = quantization.adopt(decoder, source, cfg, track)
+    head = _finish_head(cfg, decoder.model, result, record)
+    _add_format(cfg, record, decoder.model, result)
+    record.layers += head
+    formats = [row for row in result.layers if "format" in row]
+    label = f"{source.format}: {summary(row['format'] for row in formats)}"
+    bits = Counter(row.pop("bits") for row in formats).most_common(1)
+    record.model = replace(record.model, format=label, bits=bits[0][0] if bits else None)
+
+
 def _finish_head(cfg: RunConfig, model: nn.Module, result: quantization.Result, record: Record) -> list[dict[str, Any]]:
     """Quantize the head if the run says so, else let a native kernel run it beside packed linears.
 
@@ -129,12 +149,24 @@ def _finish_head(cfg: RunConfig, model: nn.Module, result: quantization.Result, 
     return []
 
 
+def _check_save(cfg: RunConfig, folder: Path) -> None:
+    """Check that the model can be saved, before anything is computed.
+
+    Raises: ValueError if the folder cannot be written, or the format of `export` cannot hold the scheme.
+    """
+    export.check(folder)
+    if cfg.scheme is not None:
+        export.WRITERS[cfg.export].check(cfg.scheme)
+
+
 def _save(cfg: RunConfig, source: Source, model: nn.Module, result: quantization.Result, record: Record) -> None:
     """Save the quantized model if the run has a folder for it. After an error the run goes on."""
     if cfg.save is None or cfg.scheme is None:
         return
+    folder = Path(cfg.save)
     try:
-        native.save(model, result.weights, cfg.scheme, source.provenance(model), Path(cfg.save))
+        writer = export.WRITERS[cfg.export]
+        export.export(model, result.weights, cfg.scheme, source, folder, writer)
     except Exception as error:  # whatever fails here, the model can still be evaluated
         trace()
         record.unsaved = one_line(error)
@@ -161,7 +193,7 @@ def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quanti
         record.execution = replace(record.execution, kernel=kernel, joined=joined)
     if cfg.mixes:
         record.warnings += mixed.over_budget(cfg, result.layers)
-    if cfg.steps and not cfg.analyses:
+    if cfg.steps and not cfg.analyses and not cfg.adopts:
         record.metrics["quantize_s"] = record.stages["quantize"]
 
 

@@ -75,7 +75,6 @@ def test_an_empty_section_is_a_float_model(folder: Path) -> None:
     [
         ("quantize_config.json", {"bits": 4}, "GPTQ or AWQ, 4 bits, by quantize_config.json"),
         ("hf_quant_config.json", {"quantization": {"quant_algo": "FP8"}}, "ModelOpt"),
-        ("quantized.json", {"version": 1}, "saved by save=FOLDER"),
     ],
 )
 def test_what_files_beside_it_say(folder: Path, name: str, content: dict[str, Any], kind: str) -> None:

@@ -359,7 +359,7 @@ def test_a_method_that_exceeds_the_budget_gets_a_warning(
         (["mixed.sensitivity=nowhere"], "nowhere is not a record"),
         (["method=aqlm", "scheme=none"], "mixed.budget=4 with scheme=none: method=aqlm has codes of its own"),
         (["method=nf4", "scheme=nf4"], "method.nf4: bits=2 does not match table=nf4; expected bits=4"),
-        (["save=folder"], "save=folder with mixed.budget=4: the file has one width for all linears; expected"),
+        (["save=x", "export=awq"], "export=awq with mixed.budget=4: the file has one width for all linears; expected"),
     ],
 )
 def test_configurations_that_cannot_be_mixed_are_refused(

@@ -20,9 +20,8 @@ from harness.config import Decides, JobConfig, RunConfig, decides
 from harness.core import Method
 from harness.evaluation import compiled
 from harness.models import Source
-from harness.models.exchange import export
 from harness.quantization import mixed
-from harness.runs import analysis, run
+from harness.runs import analysis, run, save
 from harness.runs.checks import device_of
 from harness.runs.sources import Sources
 
@@ -65,7 +64,7 @@ def roots(cfg: RunConfig, device: str) -> list[str]:
 def unused(cfg: RunConfig) -> set[str]:
     """The modules of optional stages that a run of `cfg` does not enter; their code is left out of the digest."""
     compiles = cfg.measure.runtime == "compiled"
-    optional = {analysis: cfg.analyses, mixed: cfg.mixes, export: cfg.save is not None, compiled: compiles}
+    optional = {analysis: cfg.analyses, mixed: cfg.mixes, save: cfg.save is not None, compiled: compiles}
     return {module.__name__ for module, is_entered in optional.items() if not is_entered}
 
 

@@ -17,16 +17,15 @@ from harness import data, quantization
 from harness.config import RunConfig
 from harness.evaluation import Assessment, optional, peak_memory_mib, reset_peak_memory, warn_of_lookahead
 from harness.models import Decoder, QuantizedSource, Source
-from harness.models.exchange import export
 from harness.models.exchange.labels import summary
 from harness.nn import kvcache, resident_bytes, stored_bytes
 from harness.quantization import mixed
 from harness.records.record import Execution, Record, Text, Texts, Weights
+from harness.runs import save
 from harness.runs.analysis import Analyser
 from harness.runs.checks import check, device_of
 from harness.utils.determinism import repeatable
 from harness.utils.disk_cache import DiskCache, cache_dir
-from harness.utils.errors import one_line, trace
 from harness.utils.progress import Track, silent
 
 
@@ -36,7 +35,7 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
     Raises: ValueError, in one line, if the configuration, the text or the weights do not allow the run.
     """
     if cfg.save is not None:
-        _check_save(cfg, Path(cfg.save))
+        save.check(cfg, Path(cfg.save))
     with stage(record, "load", track):  # the first run converts the embedded model here
         record.warnings += check(cfg, source)
     device = device_of(cfg.device)
@@ -109,7 +108,8 @@ def _quantize(cfg: RunConfig, source: Source, decoder: Decoder, tokens: Tensor, 
             analyser = Analyser(decoder, cfg, tokens, cache, track)
     with stage(record, "quantize"):
         result = quantization.quantize(decoder, cfg, tokens, track, cache, widths)
-    _save(cfg, source, decoder.model, result, record)
+    if cfg.save is not None and cfg.scheme is not None:
+        record.unsaved = save.save(cfg, source, decoder.model, result)
     if cfg.steps and not uncertain and not cfg.analyses:
         record.metrics["quantize_peak_mib"] = peak_memory_mib(device)
     if cfg.analyses:
@@ -147,30 +147,6 @@ def _finish_head(cfg: RunConfig, model: nn.Module, result: quantization.Result, 
     if result.kernels:
         record.execution = replace(record.execution, head=quantization.pack_head(model))
     return []
-
-
-def _check_save(cfg: RunConfig, folder: Path) -> None:
-    """Check that the model can be saved, before anything is computed.
-
-    Raises: ValueError if the folder cannot be written, or the format of `export` cannot hold the scheme.
-    """
-    export.check(folder)
-    if cfg.scheme is not None:
-        export.WRITERS[cfg.export].check(cfg.scheme)
-
-
-def _save(cfg: RunConfig, source: Source, model: nn.Module, result: quantization.Result, record: Record) -> None:
-    """Save the quantized model if the run has a folder for it. After an error the run goes on."""
-    if cfg.save is None or cfg.scheme is None:
-        return
-    folder = Path(cfg.save)
-    try:
-        writer = export.WRITERS[cfg.export]
-        export.export(model, result.weights, cfg.scheme, source, folder, writer)
-    except Exception as error:  # whatever fails here, the model can still be evaluated
-        trace()
-        record.unsaved = one_line(error)
-    result.weights.clear()
 
 
 def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quantization.Result) -> None:

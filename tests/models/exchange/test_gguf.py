@@ -17,6 +17,7 @@ from harness.kernels.native import grouped, library
 from harness.models.checkpoint import CheckpointError
 from harness.models.exchange import gguf
 from harness.models.exchange.gguf import GGUF, StoredMatrix
+from harness.models.exchange.gguf_types import READ
 from harness.models.exchange.reader import FileQTensor
 
 # Where the float16 factors of a block are.
@@ -83,7 +84,7 @@ def test_the_native_kernel_runs_them(kind: str) -> None:
     data = random_rows(kind)
     if kind == "Q4_K":
         data.reshape(len(data), -1, 144)[:, :, 4] &= 0xC0  # scales of 0 with offsets
-    weight = gguf._READ[kind]("x", data)
+    weight = READ[kind]("x", data)
     assert isinstance(weight, IntQTensor | OffsetQTensor)
     assert grouped.supports(weight, torch.float32)
     inputs = torch.randn(5, 512)

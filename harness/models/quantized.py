@@ -128,7 +128,7 @@ class QuantizedSource(Source):
             state = dict(self._state(dtype, transposed))
             options = {"config": copy.deepcopy(self.shape), "state_dict": state, "dtype": dtype}
             loaded = loading.pretrained(functools.partial(type(skeleton).from_pretrained, None, **options), list(state))
-        for warning in loaded.warnings:
+        for warning in (*loaded.warnings, *self.reader.notes):
             warn(f"model={self.name}: {warning}")
         return loaded.model
 

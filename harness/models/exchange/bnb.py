@@ -70,7 +70,7 @@ class Bnb4(Reader):
         by_rows = (rows, columns // size) if columns % size == 0 else (1, blocks)
         buffers: dict[str, Tensor | None] = {
             "qweight": pack(codes, fmt.bits),
-            "levels": expect(name, "weight.quant_map", tensors["weight.quant_map"], torch.float32, 16),
+            "levels": _levels(name, tensors["weight.quant_map"], fmt),
             "scale": tensors["weight.absmax"].view(by_rows),
             **(_nested(name, tensors, state, blocks) if nested else _no_nested()),
         }
@@ -93,6 +93,17 @@ class Bnb8(Reader):
         threshold = float(self.section.get("llm_int8_threshold", _THRESHOLD))
         fmt = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=threshold if threshold > 0 else None)
         return StoredLinear(weight, bits_of(tensors), InputQuantizer(fmt))
+
+
+def _levels(name: str, stored: Tensor, fmt: LevelsWeight) -> Tensor:
+    """The table of the file, which must be the format's: weights are decoded by that.
+
+    Raises: CheckpointError if it is another one.
+    """
+    expect(name, "weight.quant_map", stored, torch.float32, 16)
+    if not torch.equal(stored, fmt.levels):
+        raise damaged(f"{name}.weight.quant_map is not the table of {fmt.table}")
+    return stored
 
 
 def _json(name: str, state: Tensor) -> dict[str, Any]:

@@ -55,6 +55,8 @@ class CompressedTensors(Reader):
     )
 
     def read(self, name: str) -> StoredLinear:
+        if (sparsity := (self.section.get("sparsity_config") or {}).get("format", "dense")) != "dense":
+            raise unsupported("sparsity_config.format", sparsity, "dense")
         group = self._group(name)
         args, tensors = _mapping(group, "weights"), self.tensors(name, ("weight_scale",))
         read = {"int": _read_integers, "float": _read_floats}.get(str(args.get("type", "int")))

@@ -18,6 +18,7 @@ from harness.models.checkpoint import DOWNLOAD, CheckpointError
 from harness.models.tensors import TensorFiles
 
 Tensors = dict[str, Tensor]
+_NOT_APPLIED = ("kv_cache_scheme", "kv_cache_quant_algo")
 Q = TypeVar("Q", bound=GroupedQTensor)
 
 
@@ -83,6 +84,11 @@ class Reader(ABC):
         """The names of the tensors that are no part of a quantized linear."""
         quantized = {f"{name}.{part}" for name, parts in self.linears.items() for part in parts}
         return [name for name in self.files.stored if name not in quantized]
+
+    @property
+    def notes(self) -> list[str]:
+        """What the checkpoint prescribes and a run does not apply, for the record."""
+        return [f"its {key} is not applied; use the axis kv" for key in _NOT_APPLIED if self.section.get(key)]
 
     @abstractmethod
     def read(self, name: str) -> StoredLinear:

@@ -69,15 +69,6 @@ class IntQTensor(GroupedQTensor):
         self.register_buffer("scale", stored)
         self.register_buffer("zero_point", self._stored_zero_point(params.zero_point))
 
-    @classmethod
-    def stored(cls, buffers: dict[str, Tensor], shape: tuple[int, int], fmt: IntWeight) -> IntQTensor:
-        """Build a QTensor from the buffers of another one with the same shape and format."""
-        restored = cls.__new__(cls)
-        GroupedQTensor.__init__(restored, shape, fmt)
-        for name in ("qweight", "scale", "zero_point"):
-            restored.register_buffer(name, buffers.get(name))
-        return restored
-
     def _stored_zero_point(self, zero_point: Tensor | None) -> Tensor | None:
         if (zero_point is None) != self.fmt.symmetric:
             expected = "no zero point" if self.fmt.symmetric else "a zero point"

@@ -18,7 +18,7 @@ from harness.core import IntQTensor, QTensor, Scheme
 from harness.core.formats import InputQuantizer
 from harness.models.exchange.integers import SCALES, integers
 from harness.models.exchange.reader import Reader, StoredLinear, Tensors, bits_of, expect, unsupported
-from harness.models.exchange.words import fields, to_fields
+from harness.models.exchange.words import stream, to_stream
 from harness.models.exchange.writer import Linears, Writer, zero_points
 
 _BITS, _ACROSS = 4, 8  # codes of a word
@@ -52,13 +52,7 @@ class AWQWriter(Writer):
     name = "awq"
 
     def check(self, scheme: Scheme) -> None:
-        fmt = self.integers(scheme)
-        if scheme.activation is not None:
-            raise self.refuse("scheme", scheme.name, "a scheme without activations")
-        if fmt.bits != _BITS:
-            raise self.refuse("bits", fmt.bits, str(_BITS))
-        if fmt.scale_dtype != "float16":
-            raise self.refuse("scheme.weight.scale_dtype", fmt.scale_dtype, "float16")
+        self.plain_integers(scheme, (_BITS,))
 
     def section(self, scheme: Scheme, linears: Linears, floats: list[str]) -> dict[str, Any]:
         fmt = self.integers(scheme)
@@ -86,11 +80,11 @@ class AWQWriter(Writer):
 def _words(codes: Tensor) -> Tensor:
     """The inverse of `_columns`."""
     across = codes.t().reshape(codes.shape[1], -1, _ACROSS)[..., torch.tensor(_ORDER)]
-    return to_fields(across.flatten(1).to(torch.uint8), _BITS)
+    return to_stream(across.flatten(1).to(torch.uint8), _BITS)
 
 
 def _columns(words: Tensor) -> Tensor:
     """The codes of words (R, W): uint8 (8 W, R)."""
     count = words.shape[1] * _ACROSS
-    codes = fields(words, _BITS, count).view(len(words), -1, _ACROSS)
+    codes = stream(words, _BITS, count).view(len(words), -1, _ACROSS)
     return codes[..., torch.tensor(_ORDER).argsort()].flatten(1).t()

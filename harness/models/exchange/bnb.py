@@ -20,7 +20,7 @@ from torch import Tensor
 from harness.core import IntActivation, LevelsQTensor, LevelsWeight
 from harness.core.formats import InputQuantizer
 from harness.core.formats.packing import pack
-from harness.models.exchange.integers import integers
+from harness.models.exchange.integers import integers, unsigned
 from harness.models.exchange.reader import (
     Reader,
     StoredLinear,
@@ -88,8 +88,7 @@ class Bnb8(Reader):
         tensors = self.tensors(name, ("weight",))
         codes = expect(name, "weight", tensors["weight"], torch.int8, -1, -1)
         scale = expect(name, "SCB", tensors["SCB"], torch.float32, len(codes))
-        unsigned = (codes.to(torch.int16) + 128).to(torch.uint8)
-        weight = integers(name, unsigned, (scale / _SCALES)[:, None], None, 8)
+        weight = integers(name, unsigned(name, codes, 8), (scale / _SCALES)[:, None], None, 8)
         threshold = float(self.section.get("llm_int8_threshold", _THRESHOLD))
         fmt = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=threshold if threshold > 0 else None)
         return StoredLinear(weight, bits_of(tensors), InputQuantizer(fmt))

@@ -34,7 +34,7 @@ from harness.core.formats import (
 from harness.core.formats.incoherent import STAGES
 from harness.core.formats.learned_weight import LearnedQTensor
 from harness.core.formats.qtensor import GroupedQTensor
-from harness.models.exchange.reader import Tensors, damaged
+from harness.models.exchange.reader import Tensors, damaged, restored
 
 Json = dict[str, Any]
 
@@ -124,9 +124,7 @@ def rebuild_inputs(description: Json | None, tensors: Tensors) -> InputQuantizer
 
 def _grouped(kind: str, description: Json, shape: tuple[int, int], tensors: Tensors) -> QTensor:
     cls, fmt = _GROUPED[kind]
-    weight = cls.__new__(cls)
-    GroupedQTensor.__init__(weight, shape, build(fmt, description["format"], "format"))
-    return _filled(weight, tensors, _OPTIONAL)
+    return restored(cls, shape, build(fmt, description["format"], "format"), dict.fromkeys(_OPTIONAL) | tensors)
 
 
 def _around(kind: str, description: Json, shape: tuple[int, int], tensors: Tensors) -> QTensor:
@@ -152,10 +150,8 @@ def _incoherent(kind: str, description: Json, shape: tuple[int, int], tensors: T
     return _filled(weight, tensors)
 
 
-def _filled(weight: QTensor, tensors: Mapping[str, Tensor], optional: tuple[str, ...] = ()) -> QTensor:
-    """The weight with its buffers; those of `optional` that are absent are None."""
-    for name in optional:
-        weight.register_buffer(name, None)
+def _filled(weight: QTensor, tensors: Mapping[str, Tensor]) -> QTensor:
+    """The weight with its buffers."""
     for name, tensor in tensors.items():
         weight.register_buffer(name, tensor)
     return weight

@@ -29,8 +29,8 @@ from harness.core import FloatActivation, IntActivation
 from harness.core.formats import InputQuantizer
 from harness.core.formats.qtensor import QTensor
 from harness.models.exchange.floats import fp4, fp8
-from harness.models.exchange.inputs import FixedTensorScale, calibrated
-from harness.models.exchange.integers import SCALES, integers, regrouped
+from harness.models.exchange.inputs import calibrated, dynamic_fp8, nvfp4, static_fp8
+from harness.models.exchange.integers import SCALES, integers, regrouped, unsigned
 from harness.models.exchange.reader import Reader, StoredLinear, Tensors, bits_of, damaged, expect, unsupported
 from harness.models.exchange.words import WORD, fields, stream
 
@@ -124,18 +124,7 @@ def _unpacked(name: str, tensors: Tensors, scale: Tensor, bits: int) -> tuple[Te
     signed = expect(name, "weight", _required(name, "weight", tensors), torch.int8, -1, -1)
     zero_point = tensors.get("weight_zero_point")
     points = None if zero_point is None else _matrix(zero_point).int() + (1 << bits - 1)
-    return _unsigned(name, signed, bits), points
-
-
-def _unsigned(name: str, codes: Tensor, bits: int) -> Tensor:
-    """Codes with a sign as codes from 0.
-
-    Raises: CheckpointError if one needs more bits.
-    """
-    middle = 1 << bits - 1
-    if not -middle <= int(codes.min()) <= int(codes.max()) < middle:
-        raise damaged(f"{name}.weight has a code beyond {bits} bits")
-    return (codes.to(torch.int16) + middle).to(torch.uint8)
+    return unsigned(name, signed, bits), points
 
 
 def _read_floats(name: str, tensors: Tensors, args: Mapping[str, Any]) -> QTensor:
@@ -195,18 +184,12 @@ def _inputs(name: str, group: Mapping[str, Any], tensors: Tensors) -> InputQuant
 
 def _float_inputs(name: str, bits: object, size: int, dynamic: object, tensors: Tensors) -> InputQuantizer:
     if bits == 8 and not dynamic:
-        fmt = FloatActivation(element="e4m3", granularity="tensor", dynamic=False)
-        return calibrated(fmt, _required(name, "input_scale", tensors))
+        return static_fp8(_required(name, "input_scale", tensors))
     if bits == 8:
-        granularity: Literal["group", "token"] = "group" if size > 0 else "token"
-        return InputQuantizer(FloatActivation(element="e4m3", granularity=granularity, group_size=size))
+        return dynamic_fp8(size if size > 0 else None)
     if bits == 4 and size == _NV_GROUP:
-        fmt = FloatActivation(
-            element="e2m1", granularity="group", group_size=size, scale_dtype="e4m3", tensor_scale=True
-        )
-        if "input_global_scale" not in tensors:
-            return InputQuantizer(fmt)
-        return FixedTensorScale(fmt, 1 / tensors["input_global_scale"].float())
+        whole = tensors.get("input_global_scale")
+        return nvfp4(None if whole is None else 1 / whole.float())
     if bits == 4 and size == _MX_GROUP:
         return InputQuantizer(FloatActivation(element="e2m1", granularity="group", group_size=size, scale_dtype="e8m0"))
     raise unsupported("input_activations", f"{bits} bits in groups of {size}", "8 bits, or 4 in groups of 16 or 32")

@@ -11,13 +11,9 @@ Source: DeepSeek-V3, inference/kernel.py; TensorRT-Model-Optimizer, modelopt/tor
 
 from __future__ import annotations
 
-from harness.core import FloatActivation
-from harness.core.formats import InputQuantizer
 from harness.models.exchange.floats import fp4, fp8
-from harness.models.exchange.inputs import FixedTensorScale, calibrated
+from harness.models.exchange.inputs import dynamic_fp8, nvfp4, static_fp8
 from harness.models.exchange.reader import Reader, StoredLinear, bits_of, unsupported
-
-_GROUP = 16  # of NVFP4
 
 
 class FP8Blocks(Reader):
@@ -37,15 +33,12 @@ class FP8Blocks(Reader):
             block = int(sides[0])
         weight = fp8(name, tensors["weight"], tensors["weight_scale_inv"], block)
         if self.section.get("activation_scheme", "dynamic") != "dynamic":
-            fmt = FloatActivation(element="e4m3", granularity="tensor", dynamic=False)
             part = next((part for part in ("input_scale", "activation_scale") if part in tensors), None)
             if part is None:
                 raise unsupported("activation_scheme", self.section["activation_scheme"], "dynamic without input_scale")
-            inputs = calibrated(fmt, tensors[part])
-        elif block is None:
-            inputs = InputQuantizer(FloatActivation(element="e4m3"))
+            inputs = static_fp8(tensors[part])
         else:
-            inputs = InputQuantizer(FloatActivation(element="e4m3", granularity="group", group_size=block))
+            inputs = dynamic_fp8(block)
         return StoredLinear(weight, bits_of(tensors, "input_scale", "activation_scale"), inputs)
 
 
@@ -61,12 +54,6 @@ class ModelOpt(Reader):
         inputs = tensors.get("input_scale")
         if "weight_scale_2" in tensors:
             weight = fp4(name, tensors["weight"], tensors["weight_scale"], tensors["weight_scale_2"])
-            fmt = FloatActivation(
-                element="e2m1", granularity="group", group_size=_GROUP, scale_dtype="e4m3", tensor_scale=True
-            )
-            fixed = None if inputs is None else FixedTensorScale(fmt, inputs)
-            return StoredLinear(weight, bits_of(tensors, "input_scale"), fixed)
+            return StoredLinear(weight, bits_of(tensors, "input_scale"), None if inputs is None else nvfp4(inputs))
         weight = fp8(name, tensors["weight"], tensors["weight_scale"])
-        static = FloatActivation(element="e4m3", granularity="tensor", dynamic=False)
-        quantizer = None if inputs is None else calibrated(static, inputs)
-        return StoredLinear(weight, bits_of(tensors, "input_scale"), quantizer)
+        return StoredLinear(weight, bits_of(tensors, "input_scale"), None if inputs is None else static_fp8(inputs))

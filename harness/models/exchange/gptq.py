@@ -82,13 +82,7 @@ class GPTQWriter(Writer):
     name = "gptq"
 
     def check(self, scheme: Scheme) -> None:
-        fmt = self.integers(scheme)
-        if scheme.activation is not None:
-            raise self.refuse("scheme", scheme.name, "a scheme without activations")
-        if fmt.bits not in _WIDTHS:
-            raise self.refuse("bits", fmt.bits, ", ".join(map(str, _WIDTHS)))
-        if fmt.scale_dtype != "float16":
-            raise self.refuse("scheme.weight.scale_dtype", fmt.scale_dtype, "float16")
+        self.plain_integers(scheme, _WIDTHS)
 
     def section(self, scheme: Scheme, linears: Linears, floats: list[str]) -> dict[str, Any]:
         fmt = self.integers(scheme)

@@ -34,6 +34,17 @@ def integers(linear: str, codes: Tensor, scale: Tensor, zero_point: Tensor | Non
     return IntQTensor(codes.contiguous(), Params(scale.float(), stored), fmt)
 
 
+def unsigned(linear: str, codes: Tensor, bits: int) -> Tensor:
+    """Codes with a sign as codes from 0.
+
+    Raises: CheckpointError if one needs more bits.
+    """
+    middle = 1 << bits - 1
+    if not -middle <= int(codes.min()) <= int(codes.max()) < middle:
+        raise damaged(f"{linear}.weight has a code beyond {bits} bits")
+    return (codes.to(torch.int16) + middle).to(torch.uint8)
+
+
 def _check_finite(linear: str, scale: Tensor) -> None:
     if not bool(scale.isfinite().all()):
         raise damaged(f"{linear} has scales that are NaN or infinite")

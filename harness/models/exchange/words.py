@@ -39,13 +39,3 @@ def to_stream(codes: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
     padded = F.pad(codes, (0, -columns % WORD))
     return pack(padded, bits).view(torch.int32).view(rows, -1)[:, : -(-columns * bits // WORD)].contiguous()
-
-
-def to_fields(codes: Tensor, bits: int) -> Tensor:
-    """The inverse of `fields`: words (R, W) int32 of codes (R, C); the last word of a row is filled with zeros."""
-    per_word = WORD // bits
-    padded = F.pad(codes, (0, -codes.shape[1] % per_word)).view(len(codes), -1, per_word).int()
-    words = torch.zeros(padded.shape[:2], dtype=torch.int32)
-    for place in range(per_word):
-        words |= padded[..., place] << place * bits
-    return words

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor
@@ -57,6 +57,20 @@ class Writer(ABC):
             raise self.refuse("scheme.weight.granularity", "tensor", "channel or group")
         if not fmt.symmetric and fmt.zero_point == "float":
             raise self.refuse("scheme.weight.zero_point", "float", "integer")
+        return fmt
+
+    def plain_integers(self, scheme: Scheme, widths: Sequence[int]) -> IntWeight:
+        """Likewise without activations, with float16 scales and one of the `widths`.
+
+        Raises: ValueError if it is another one.
+        """
+        fmt = self.integers(scheme)
+        if scheme.activation is not None:
+            raise self.refuse("scheme", scheme.name, "a scheme without activations")
+        if fmt.bits not in widths:
+            raise self.refuse("bits", fmt.bits, ", ".join(map(str, widths)))
+        if fmt.scale_dtype != "float16":
+            raise self.refuse("scheme.weight.scale_dtype", fmt.scale_dtype, "float16")
         return fmt
 
 

@@ -82,7 +82,7 @@ class RunConfig:
     device: str = field(default="auto", metadata=ALWAYS)
     results_dir: str = field(default="results/runs", metadata=NEVER)
     save: str | None = field(default=None, metadata=NEVER)
-    export: Literal["native", "gptq", "awq", "compressed-tensors"] = field(default="native", metadata=NEVER)
+    export: Literal["native", "gptq", "awq", "compressed-tensors", "gguf"] = field(default="native", metadata=NEVER)
     force: bool = field(default=False, metadata=NEVER)
     stale: Literal["rerun", "keep"] = field(default="rerun", metadata=NEVER)
     warnings: tuple[str, ...] = field(default=(), metadata=NEVER)

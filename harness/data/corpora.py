@@ -22,6 +22,7 @@ C4_SHARDS: dict[Part, str] = {
     "evaluation": "en/c4-validation.00000-of-00008.json.gz",
 }
 C4_EVALUATION_DOCUMENTS = 1100
+_BLANK = " \n"  # a row of WikiText's files that the hub has as an empty text
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,15 @@ class Documents:
 def documents(cfg: DataConfig, part: Part) -> Documents:
     """The documents of one part; most sources are one document, joined as their protocol says.
 
+    WikiText is the text of its file in llama.cpp's protocol, and its rows apart in the others.
+
     Raises: ValueError if a file is missing, empty or not text, or a hub cannot be reached.
     """
     key, path = _path(cfg, part)
     source = source_of(cfg, part)
     documents, changes = _documents(source, part, key, path)
+    if source == "wikitext2" and not (cfg.protocol == "llamacpp" and part == "evaluation"):
+        documents = [wikitext_join(text) for text in documents]
     if not any(text.strip() for text in documents):
         raise ValueError(f"{key}={path} contains no text; expected a file with more than white space")
     if source == "c4" and part == "evaluation":
@@ -121,7 +126,7 @@ def _documents(source: str, part: Part, key: str, path: str | None) -> tuple[lis
         rows, changes = texts.normalized_rows(
             _hub_rows(key, *WIKITEXT, split="train" if part == "calibration" else "test")
         )
-        return ["\n\n".join(rows)], changes
+        return ["".join(row or _BLANK for row in rows)], changes
     if source == "c4":
         return _hub_rows(key, "allenai/c4", split="train", data_files={"train": C4_SHARDS[part]}), Changes()
     raise ValueError(f"{key}=None; data={source} has no {part} text, expected {key}=FILE")
@@ -131,7 +136,7 @@ def _file_documents(source: str, key: str, path: Path) -> tuple[list[str], Chang
     text, changes = texts.read(key, path)
     if source == "c4":
         return texts.json_lines(key, path, text), Changes()  # line ends and marks are not part of the documents
-    return [wikitext_join(text) if source == "wikitext2" else text], changes
+    return [text], changes
 
 
 def _hub_rows(key: str, *name: str, split: str, data_files: dict[str, str] | None = None) -> list[str]:

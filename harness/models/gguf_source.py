@@ -13,7 +13,7 @@ from torch import nn
 
 from harness.models.architecture import is_linear
 from harness.models.checkpoint import DOWNLOAD, reading
-from harness.models.exchange.gguf import GGUF
+from harness.models.exchange.gguf import GGUF, pretrained
 from harness.models.exchange.reader import StoredLinear
 from harness.models.files import INCORRECT, quiet
 from harness.models.quantized import QuantizedSource
@@ -76,18 +76,14 @@ class GGUFSource(QuantizedSource):
             yield from self._gguf.find(linears)
 
     def _pretrained(self, dtype: torch.dtype, warn: Callable[[str], object]) -> nn.Module:
-        from transformers import AutoModelForCausalLM
-
         self.check()
-        model: Any = self._read(AutoModelForCausalLM, dtype=torch.float32)
-        if hasattr(model.config, "quantization_config"):  # the weights are decoded
-            del model.config.quantization_config
-        model.is_quantized = False
-        return model.to(dtype)  # type: ignore[no-any-return]
+        quiet()
+        with reading(self.key_value, DOWNLOAD):
+            return pretrained(self._gguf.file).to(dtype)  # type: ignore[no-any-return]
 
-    def _read(self, auto: Any, **options: Any) -> Any:
+    def _read(self, auto: Any) -> Any:
         """What the class `auto` of transformers reads from the file."""
         quiet()
         file = self._gguf.file
         with reading(self.key_value, DOWNLOAD):
-            return auto.from_pretrained(file.parent, gguf_file=file.name, **options)
+            return auto.from_pretrained(file.parent, gguf_file=file.name)

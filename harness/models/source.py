@@ -7,7 +7,6 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -105,17 +104,17 @@ class Source:
             check_files(tokenizer, self._files.folder)
         return pretrained_tokenizer(tokenizer)
 
-    def save_tokenizer(self, folder: Path) -> None:
-        """Write the tokenizer's files into a folder; random weights have none.
+    def transformers_tokenizer(self) -> Any:
+        """The tokenizer as transformers has it; None for random weights.
 
-        Raises: ValueError if the tokenizer cannot be read.
+        Raises: ValueError if it cannot be read.
         """
         if self.cfg.source == "architecture":
-            return
+            return None
         from transformers import AutoTokenizer
 
         with reading(self.key_value, INCORRECT):
-            self._files.read(AutoTokenizer, INCORRECT).save_pretrained(folder)
+            return self._files.read(AutoTokenizer, INCORRECT)
 
     @functools.cached_property
     def vocab_size(self) -> int:

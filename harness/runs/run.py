@@ -35,7 +35,7 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
     Raises: ValueError, in one line, if the configuration, the text or the weights do not allow the run.
     """
     if cfg.save is not None:
-        save.check(cfg, Path(cfg.save))
+        save.check(cfg, source, Path(cfg.save))
     with stage(record, "load", track):  # the first run converts the embedded model here
         record.warnings += check(cfg, source)
     device = device_of(cfg.device)

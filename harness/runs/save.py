@@ -9,18 +9,21 @@ from torch import nn
 from harness.config import RunConfig
 from harness.models import Source
 from harness.models.exchange import export
+from harness.models.exchange.writer import Quantized
 from harness.quantization import Result
 from harness.utils.errors import one_line, trace
 
 
-def check(cfg: RunConfig, folder: Path) -> None:
+def check(cfg: RunConfig, source: Source, folder: Path) -> None:
     """Check that the model can be saved, before anything is computed.
 
-    Raises: ValueError if the folder cannot be written, or the format of `export` cannot hold the scheme.
+    Raises: ValueError if the folder cannot be written, or the format of `export` cannot hold the scheme or the model.
     """
     export.check(folder)
     if cfg.scheme is not None:
-        export.WRITERS[cfg.export].check(cfg.scheme)
+        writer = export.WRITERS[cfg.export]
+        writer.check(cfg.scheme)
+        writer.check_model(source)
 
 
 def save(cfg: RunConfig, source: Source, model: nn.Module, result: Result) -> str | None:
@@ -31,8 +34,8 @@ def save(cfg: RunConfig, source: Source, model: nn.Module, result: Result) -> st
     assert cfg.save is not None
     assert cfg.scheme is not None
     try:
-        writer = export.WRITERS[cfg.export]
-        export.export(model, result.weights, cfg.scheme, source, Path(cfg.save), writer)
+        quantized = Quantized(model, result.weights, cfg.scheme, source)
+        export.export(quantized, Path(cfg.save), export.WRITERS[cfg.export])
     except Exception as error:  # whatever fails here, the model can still be evaluated
         trace()
         return one_line(error)

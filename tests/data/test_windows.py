@@ -33,6 +33,20 @@ def test_wikitext_rows_are_joined_as_the_hub_stores_them() -> None:
     assert corpora.wikitext_join(raw) == "\n\n = Title = \n\n\n\n\n A row \u2028 with an odd break . \n"
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_wikitext_is_its_file_in_the_protocol_of_llama_cpp(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, local: bool
+) -> None:
+    raw = " \n = Title = \n \n A row . \n"
+    monkeypatch.setattr(corpora, "_hub_rows", lambda *_, **__: ["", " = Title = \n", "", " A row . \n"])
+    for protocol, expected in (("llamacpp", raw), ("gptq", corpora.wikitext_join(raw))):
+        keys = {"source": "wikitext2", "protocol": protocol}
+        cfg = config(tmp_path, raw, **keys) if local else DataConfig(**keys)  # type: ignore[arg-type]
+        assert corpora.documents(cfg, "evaluation").texts == [expected]
+        calibration = DataConfig(**keys, calibration_path=cfg.path)  # type: ignore[arg-type]
+        assert corpora.documents(calibration, "calibration").texts == [corpora.wikitext_join(raw)]
+
+
 def test_pydocs_parts_contain_each_paragraph_once() -> None:
     from pydoc_data.topics import topics
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,14 @@ def awq(codes: Tensor, scale: Tensor, zero: Tensor) -> Parts:
     return {"qweight": packed(codes.t()), "qzeros": packed(zero.t()), "scales": scale.t()}
 
 
-def with_tokenizer(folder: Path) -> Path:
-    """The folder, with a tokenizer of bytes added."""
+def with_tokenizer(folder: Path, merges: Sequence[tuple[str, str]] = ()) -> Path:
+    """The folder, with a tokenizer of bytes, and of the pairs of `merges`, added."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     alphabet = {char: i for i, char in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE(vocab=alphabet, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    vocabulary = alphabet | {"".join(pair): len(alphabet) + place for place, pair in enumerate(merges)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
     return folder

@@ -19,6 +19,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "qwen3": {**_GROUPED, "head_dim": 8},
     "gemma": {**_GROUPED, "head_dim": 8},
     "gemma2": {**_GROUPED, "head_dim": 8, "final_logit_softcapping": 5.0},
+    "gemma3_text": {**_GROUPED, "head_dim": 8},
     "phi3": {**_GROUPED, "pad_token_id": 0},
     "opt": {**_SHAPE, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     | {"word_embed_proj_dim": 16, "do_layer_norm_before": False},

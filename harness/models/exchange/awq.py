@@ -16,10 +16,11 @@ from torch import Tensor
 
 from harness.core import IntQTensor, QTensor, Scheme
 from harness.core.formats import InputQuantizer
+from harness.models.exchange.folder_writer import FolderWriter, Linears
 from harness.models.exchange.integers import SCALES, integers
 from harness.models.exchange.reader import Reader, StoredLinear, Tensors, bits_of, expect, unsupported
 from harness.models.exchange.words import stream, to_stream
-from harness.models.exchange.writer import Linears, Writer, zero_points
+from harness.models.exchange.writer import zero_points
 
 _BITS, _ACROSS = 4, 8  # codes of a word
 _ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
@@ -46,7 +47,7 @@ class AWQ(Reader):
         return StoredLinear(weight, bits_of(tensors))
 
 
-class AWQWriter(Writer):
+class AWQWriter(FolderWriter):
     """Writes the layout of the `gemm` kernel."""
 
     name = "awq"

@@ -8,16 +8,17 @@ import torch
 
 from harness.core import FloatActivation, FloatQTensor, FloatWeight, IntQTensor, IntWeight, QTensor, Scheme
 from harness.core.formats import InputQuantizer, PermutedQTensor
+from harness.models.exchange.folder_writer import FolderWriter, Linears
 from harness.models.exchange.reader import Tensors
 from harness.models.exchange.words import to_stream
-from harness.models.exchange.writer import Linears, Writer, zero_points
+from harness.models.exchange.writer import zero_points
 
 Json = dict[str, Any]
 
 _INTEGERS, _FP8, _NVFP4, _MXFP4 = "pack-quantized", "float-quantized", "nvfp4-pack-quantized", "mxfp4-pack-quantized"
 
 
-class CompressedWriter(Writer):
+class CompressedWriter(FolderWriter):
     """One group of settings for all linears."""
 
     name = "compressed-tensors"

@@ -7,6 +7,7 @@ in the file by their decoded values, which proves the result and needs no table 
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,9 +20,12 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from harness.models.architecture import weight_of
+from harness.models.checkpoint import CheckpointError
 from harness.models.exchange.gguf_types import READ, Bytes
 from harness.models.exchange.reader import FileQTensor, StoredLinear, Tensors, damaged
 
+_FACTORS = "rope_freqs.weight"
+_READ_WHOLE = ("gpt-oss",)  # transformers reads how their rotary frequencies are scaled
 _FLOATS = ("F32", "F16", "BF16", "F64")
 
 
@@ -82,6 +86,41 @@ def read_gguf(file: Path) -> Any:
         return GGUFReader(file)
     except Exception as error:  # the package raises whatever numpy and struct raise
         raise damaged(f"{file.name} is damaged or no GGUF file: {type(error).__name__}: {error}") from error
+
+
+def pretrained(file: Path) -> Any:
+    """The model in the file as transformers decodes it, in float32, without the traces of its quantization.
+
+    Raises: CheckpointError if its rotary frequencies are scaled in a way that is not known.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    if hasattr(model.config, "quantization_config"):  # the weights are decoded
+        del model.config.quantization_config
+    model.is_quantized = False
+    _scale_frequencies(model, read_gguf(file))
+    return model
+
+
+def _scale_frequencies(model: nn.Module, file: Any) -> None:
+    """Divide rotary frequencies as the file says (Llama 3.1 and later, linear scaling), which transformers leaves out.
+
+    Raises: CheckpointError if it scales them in another way.
+    """
+    architecture = file.get_field("general.architecture").contents()
+    kind = file.get_field(f"{architecture}.rope.scaling.type")
+    factors = [torch.tensor(tensor.data) for tensor in file.tensors if tensor.name == _FACTORS]
+    if kind is not None and kind.contents() == "linear":
+        factors.append(torch.tensor(file.get_field(f"{architecture}.rope.scaling.factor").contents()))
+    elif kind is not None and kind.contents() != "none" and architecture not in _READ_WHOLE:
+        detail = f"{architecture}.rope.scaling.type={kind.contents()}, expected linear or none"
+        raise CheckpointError("has rotary frequencies without a reader", detail, "use a folder of transformers")
+    rotary: list[Any] = [module for module in model.modules() if hasattr(module, "inv_freq")]
+    if factors and not rotary:
+        raise damaged(f"{file.data.filename} scales rotary frequencies that {type(model).__name__} has not")
+    for module, factor in itertools.product(rotary, factors):
+        module.inv_freq = module.inv_freq / factor
 
 
 class _Places:

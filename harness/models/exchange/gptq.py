@@ -18,6 +18,7 @@ from torch import Tensor
 
 from harness.core import IntQTensor, QTensor, Scheme
 from harness.core.formats import InputQuantizer, PermutedQTensor
+from harness.models.exchange.folder_writer import FolderWriter, Linears
 from harness.models.exchange.integers import SCALES, integers, regrouped
 from harness.models.exchange.reader import (
     Reader,
@@ -28,7 +29,7 @@ from harness.models.exchange.reader import (
     unsupported,
 )
 from harness.models.exchange.words import WORD, stream, to_stream
-from harness.models.exchange.writer import Linears, Writer, zero_points
+from harness.models.exchange.writer import zero_points
 
 _FORMATS = {"gptq": 1, "gptq_v2": 0}  # what is added to stored zero points
 _WIDTHS = (2, 3, 4, 8)
@@ -76,7 +77,7 @@ class GPTQ(Reader):
         return int(bits)
 
 
-class GPTQWriter(Writer):
+class GPTQWriter(FolderWriter):
     """Writes what GPTQ's loaders read: version 1, float16 scales, whole words."""
 
     name = "gptq"

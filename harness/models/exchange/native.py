@@ -14,8 +14,8 @@ from typing import Any
 from harness.core import QTensor, Scheme
 from harness.core.formats import InputQuantizer
 from harness.models.exchange.codec import describe, describe_inputs, rebuild, rebuild_inputs
+from harness.models.exchange.folder_writer import FolderWriter, Linears
 from harness.models.exchange.reader import Reader, StoredLinear, Tensors, bits_of, damaged, unsupported
-from harness.models.exchange.writer import Linears, Writer
 
 VERSION = 2
 _INPUTS, _BIAS = "inputs.", "bias"
@@ -55,7 +55,7 @@ class Native(Reader):
         return linears
 
 
-class NativeWriter(Writer):
+class NativeWriter(FolderWriter):
     """Holds every scheme, and codes that are no scheme."""
 
     name = "native"

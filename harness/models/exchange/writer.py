@@ -1,22 +1,43 @@
-"""What every writer of a quantized checkpoint gives: whether its format holds a scheme, and the tensors of a linear."""
+"""What every writer of a quantized checkpoint gives: whether its format holds a scheme, and the files of a model."""
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from harness.core import IntWeight, QTensor, Scheme
-from harness.core.formats import InputQuantizer
-from harness.models.exchange.reader import Tensors
+from harness.models.source import Source
 
-Linears = Mapping[str, tuple[QTensor, InputQuantizer | None]]  # each with what quantizes its inputs, by name
+
+@dataclass(frozen=True)
+class Quantized:
+    """A quantized model that is to be written.
+
+    model    with its linears quantized
+    weights  the quantized weight of each of these linears, by name, on any device
+    scheme   of the run
+    source   of the float model
+    """
+
+    model: nn.Module
+    weights: Mapping[str, QTensor]
+    scheme: Scheme
+    source: Source
+
+    def linears(self) -> Iterator[tuple[str, QTensor]]:
+        """Name and weight of each quantized linear, on the CPU."""
+        for name, weight in self.weights.items():
+            yield name, copy.deepcopy(weight).cpu() if next(weight.buffers()).is_cuda else weight
 
 
 class Writer(ABC):
-    """The layout of one file format.
+    """One file format.
 
     name  the value of `export`
     """
@@ -30,15 +51,17 @@ class Writer(ABC):
         Raises: ValueError if the format cannot hold it.
         """
 
-    @abstractmethod
-    def section(self, scheme: Scheme, linears: Linears, floats: list[str]) -> dict[str, Any]:
-        """The `quantization_config` of config.json; `floats` are the linears that stay floats."""
+    def check_model(self, source: Source) -> None:  # noqa: B027  # most formats hold every model
+        """Check a model, before its weights are loaded.
+
+        Raises: ValueError if the format cannot hold it.
+        """
 
     @abstractmethod
-    def parts(self, weight: QTensor, inputs: InputQuantizer | None) -> Tensors:
-        """The tensors of a linear, by the part of their name behind that of the linear.
+    def write(self, quantized: Quantized, folder: Path) -> None:
+        """Write the model into an existing folder.
 
-        Raises: ValueError if the format cannot hold the weight.
+        Raises: ValueError if the format cannot hold a weight; OSError, SafetensorError if the folder is not writable.
         """
 
     def refuse(self, key: str, value: object, expected: str) -> ValueError:

@@ -12,7 +12,7 @@ import pytest
 from safetensors import SafetensorError, safe_open
 
 from harness import models
-from harness.models.exchange import export
+from harness.models.exchange import folder_writer
 from harness.records import Record, store, sweep
 from harness.runs import execute_run
 from tests.conftest import resolve
@@ -78,7 +78,7 @@ def test_a_model_that_cannot_be_saved_loses_no_result(
     def full(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr(folder_writer, "save_file", full)
     folder = tmp_path / "full"
     line = ("model=tiny", *LONG, "scheme=group64", "scheme.weight.group_size=16", f"save={folder}")
     done = command(*line, f"results_dir={tmp_path}/runs")

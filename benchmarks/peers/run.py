@@ -12,12 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import gguf_file, llama, ours
+from benchmarks.peers import llama, ours
 from benchmarks.peers.race import race
 from benchmarks.peers.table import markdown
 from harness.calibration import relative_error
 from harness.config import ModelConfig
 from harness.evaluation.workload import Workload
+from harness.models.exchange.gguf_file import write_gguf
 from harness.models.packaged import find
 from harness.nn import resident_bytes
 from harness.records import environment
@@ -134,7 +135,10 @@ def _tokens(model: nn.Module) -> Tensor:
 
 def _gguf(model_cfg: ModelConfig, model: nn.Module, folder: Path) -> Path:
     """A GGUF file of the same weights: the packaged one, or one of random weights."""
-    return find(model_cfg.package).whole(folder) if model_cfg.package else gguf_file.write(model, folder / "model.gguf")
+    if model_cfg.package:
+        return find(model_cfg.package).whole(folder)
+    write_gguf(folder / "model.gguf", model_cfg.name, model, {}, None)
+    return folder / "model.gguf"
 
 
 def _add_ours(racing: Field, model_cfg: ModelConfig, forms: tuple[ours.Form, ...]) -> None:

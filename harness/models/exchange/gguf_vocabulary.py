@@ -36,6 +36,8 @@ class Vocabulary:
         """`tokenizer` is one of transformers; the model has `size` tokens, of which it may not name all."""
         self._tokenizer = tokenizer
         self._size = size
+        self._places: dict[str, int] = tokenizer.get_vocab()
+        self._added: dict[int, Any] = tokenizer.added_tokens_decoder
         self._content = json.loads(tokenizer.backend_tokenizer.to_str()) if tokenizer.is_fast else {}
 
     @property
@@ -85,21 +87,17 @@ class Vocabulary:
     @cached_property
     def _tokens(self) -> list[str]:
         """Each token; those that the tokenizer does not name, too."""
-        named = {place: token for token, place in self._tokenizer.get_vocab().items()}
+        named = {place: token for token, place in self._places.items()}
         return [named.get(place, f"[PAD{place}]") for place in range(self._size)]
 
     def _type(self, place: int, token: str) -> int:
-        if place in (added := self._tokenizer.added_tokens_decoder):
-            return _CONTROL if added[place].special else _USER_DEFINED
+        if place in self._added:
+            return _CONTROL if self._added[place].special else _USER_DEFINED
         if self._characters and re.fullmatch("<0x[0-9A-F]{2}>", token):
             return _BYTE
-        if place not in self._named:
+        if token not in self._places:
             return _UNUSED
         return _UNKNOWN if self._characters and place == self._tokenizer.unk_token_id else _NORMAL
-
-    @cached_property
-    def _named(self) -> set[int]:
-        return set(self._tokenizer.get_vocab().values())
 
     @property
     def _characters(self) -> bool:

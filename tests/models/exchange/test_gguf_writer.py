@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.core import FloatWeight, IntWeight
-from harness.models.exchange import gguf_writer
+from harness.models.exchange import gguf_file
 from harness.models.exchange.gguf import pretrained
 from harness.models.exchange.gguf_blocks import blocks_of
 from harness.models.exchange.gguf_layout import settings
@@ -22,6 +22,7 @@ from harness.models.exchange.gguf_vocabulary import Vocabulary
 from harness.runs import execute_run
 from tests.conftest import resolve
 from tests.support import checkpoints as made
+from tests.support.families import build
 
 SHORT = ("data.seq_len=64", "data.max_windows=6", "data.num_samples=4", "data.calibration_seq_len=32", "measure=off")
 G32 = ("method=rtn", "scheme=group64", "scheme.weight.group_size=32", "scheme.weight.symmetric=true", "bits=4")
@@ -92,6 +93,13 @@ def test_an_exported_file_is_a_checkpoint_with_the_same_figures(family: str, tmp
     assert theirs.data.evaluation == ours.data.evaluation
 
 
+def test_a_float_model_without_a_vocabulary_is_a_file(tmp_path: Path) -> None:
+    model = build("llama", **SHAPE)
+    gguf_file.write_gguf(tmp_path / "x.gguf", "x", model, {}, None)
+    returned = pretrained(tmp_path / "x.gguf")
+    assert all(map(torch.equal, model.state_dict().values(), returned.state_dict().values()))
+
+
 def test_scaled_frequencies_return(tmp_path: Path) -> None:
     rope = {"rope_type": "llama3", "rope_theta": 10000.0, "factor": 8.0, "low_freq_factor": 1.0}
     rope |= {"high_freq_factor": 4.0, "original_max_position_embeddings": 64}
@@ -111,7 +119,7 @@ def test_frequencies_that_are_scaled_in_another_way_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     field = ("string", "llama.rope.scaling.type", "yarn")
-    monkeypatch.setattr(gguf_writer, "settings", lambda *arguments: (*settings(*arguments), field))
+    monkeypatch.setattr(gguf_file, "settings", lambda *arguments: (*settings(*arguments), field))
     base = _base(tmp_path / "float", "llama")
     common = (*SHORT, f"results_dir={tmp_path / 'r'}", f"model.path={base}", *G32)
     record, _ = execute_run(resolve(*common, f"save={tmp_path / 'saved'}", "export=gguf"))

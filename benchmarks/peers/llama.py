@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-TYPES = {"F32": "ALL_F32", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
 _MARGIN = 8  # tokens of the context that stay free
 
 
@@ -59,18 +58,14 @@ class Llama:
             raise RuntimeError(f"llama_decode returned {status}")
 
 
-def write(source: Path, folder: Path, types: Iterable[str] = TYPES) -> dict[str, Path]:
-    """Write the weights of a GGUF file in each of `types`. Returns: the files.
+def write(source: Path, file: Path, name: str) -> Path:
+    """Write the weights of a GGUF file in another type, such as Q4_K_M. Returns: the file.
 
-    Raises: ValueError if llama.cpp cannot write one.
+    Raises: ValueError if llama.cpp cannot write it.
     """
-    return {name: _written(source, folder / f"{name}.gguf", name) for name in types}
-
-
-def _written(source: Path, file: Path, name: str) -> Path:
     options = library().llama_model_quantize_default_params()
     options.nthread, options.allow_requantize = torch.get_num_threads(), True
-    options.ftype = getattr(library(), f"LLAMA_FTYPE_{TYPES[name]}")
+    options.ftype = getattr(library(), f"LLAMA_FTYPE_{'ALL' if name == 'F32' else 'MOSTLY'}_{name}")
     if status := library().llama_model_quantize(str(source).encode(), str(file).encode(), ctypes.byref(options)):
         raise ValueError(f"llama_model_quantize to {name} returned {status}")
     return file

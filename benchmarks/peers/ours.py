@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
-from hydra import compose, initialize_config_dir
-from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from harness import models, quantization
-from harness.config import DataConfig, MeasureConfig, ModelConfig, RunConfig, build_run
+from harness.config import DataConfig, MeasureConfig, ModelConfig, RunConfig
 from harness.core import IntWeight, Scheme
 from harness.evaluation.compiled import Compiled
 from harness.evaluation.workload import Eager, Workload
 from harness.models import Decoder
 from methods.rtn import RTN
 
-ROOT = Path(__file__).parents[2]
 _ANY_TOKENS = torch.zeros(1, 8, dtype=torch.int64)  # rounding to nearest reads none
 
 
@@ -36,14 +31,6 @@ class Form:
         dtype = str(self.dtype).removeprefix("torch.")
         weights = dtype if self.group_size is None else f"int4 g{self.group_size} in {dtype}"
         return weights + ("" if self.head is None else f" head={self.head}")
-
-
-@functools.cache
-def configuration(name: str) -> ModelConfig:
-    """The model of conf/model/NAME.yaml."""
-    with initialize_config_dir(version_base="1.3", config_dir=str(ROOT / "conf")):
-        resolved = OmegaConf.to_container(compose("config", [f"model={name}"]), resolve=True)
-    return build_run(resolved).model  # type: ignore[arg-type]  # the container of a mapping is a dict
 
 
 def load(model_cfg: ModelConfig, form: Form) -> nn.Module:

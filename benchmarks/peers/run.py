@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from benchmarks.compose import configuration
 from benchmarks.peers import llama, ours
 from benchmarks.peers.race import race
 from benchmarks.peers.table import markdown
@@ -94,7 +95,7 @@ def main(arguments: list[str]) -> None:
 
 def _main(name: str, rounds: int) -> None:
     entry = ENTRIES[name]
-    model_cfg = ours.configuration(entry.model)
+    model_cfg = configuration(f"model={entry.model}").model
     with tempfile.TemporaryDirectory() as folder:
         float_model = ours.load(model_cfg, ours.Form(_BFLOAT))
         racing = Field(*_tokens(float_model).split([PROMPT, STEPS], dim=1))
@@ -162,7 +163,7 @@ def _add_ours(racing: Field, model_cfg: ModelConfig, forms: tuple[ours.Form, ...
 
 def _add_llama(racing: Field, source: Path, folder: Path, types: tuple[str, ...]) -> None:
     try:
-        files = llama.write(source, folder, types)
+        files = {name: llama.write(source, folder / f"{name}.gguf", name) for name in types}
     except (ImportError, ValueError) as reason:
         racing.absent["llama.cpp"] = f"{one_line(reason)}; pip install ptqbench[peers]"
         return

@@ -1,0 +1,1 @@
+"""Quantized models as other tools write them, for a table of checkpoints."""

@@ -12,6 +12,7 @@ from harness.models.exchange.bnb import Bnb4, Bnb8
 from harness.models.exchange.compressed import CompressedTensors
 from harness.models.exchange.fp8 import FP8Blocks, ModelOpt
 from harness.models.exchange.gptq import GPTQ
+from harness.models.exchange.mxfp4 import MXFP4
 from harness.models.exchange.native import Native
 from harness.models.exchange.reader import Reader, unsupported
 from harness.models.tensors import TensorFiles
@@ -84,4 +85,5 @@ _READERS: dict[str, Callable[[Json], type[Reader]]] = {
     "fp8": lambda _: FP8Blocks,
     "modelopt": lambda _: ModelOpt,
     "bitsandbytes": _of_bitsandbytes,
+    "mxfp4": lambda _: MXFP4,
 }

@@ -58,7 +58,7 @@ class QuantizedSource(Source):
         Raises: ValueError if the model is not quantized, or in a format without a reader.
         """
         with reading(self.key_value, INCORRECT):
-            return reader_of(self._files.config, self._files.folder)
+            return reader_of(self._files.config, self._files.folder, self._shapes)
 
     @functools.cached_property
     def shape(self) -> Any:
@@ -118,6 +118,11 @@ class QuantizedSource(Source):
     def provenance(self, model: nn.Module) -> dict[str, Any]:
         own = super().provenance(model) | {"format": self.format, "checkpoint": self.checkpoint_fingerprint}
         return own if self.base is None else own | {"name": self.base.name, "fingerprint": self.base.fingerprint}
+
+    def _shapes(self) -> dict[str, tuple[int, int]]:
+        """N and K of each linear of the model."""
+        linears = {name: module for name, module in self.skeleton().named_modules() if is_linear(module)}
+        return {name: (weight_of(module).shape[0], weight_of(module).shape[1]) for name, module in linears.items()}
 
     def _pretrained(self, dtype: torch.dtype, warn: Callable[[str], object]) -> nn.Module:
         self.check()

@@ -18,6 +18,7 @@ from harness.models.checkpoint import DOWNLOAD, CheckpointError
 from harness.models.tensors import TensorFiles
 
 Tensors = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, int]]
 _NOT_APPLIED = ("kv_cache_scheme", "kv_cache_quant_algo")
 Q = TypeVar("Q", bound=GroupedQTensor)
 
@@ -69,12 +70,21 @@ class Reader(ABC):
     name: ClassVar[str]
     key: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
-    joint: ClassVar[str] = "."
+    joint: str = "."
 
-    def __init__(self, section: Mapping[str, Any], files: TensorFiles) -> None:
-        """`section` is the mapping of config.json, or of the file beside it, that describes the format."""
+    def __init__(self, section: Mapping[str, Any], files: TensorFiles, shapes: Callable[[], Shapes] = dict) -> None:
+        """`section` is the mapping of config.json, or of the file beside it, that describes the format.
+
+        `shapes` computes N and K of each linear of the model, by name, for formats whose files do not say them.
+        """
         self.section = section
         self.files = files
+        self._shapes = shapes
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """N and K of each linear of the model."""
+        return self._shapes()
 
     @cached_property
     def linears(self) -> dict[str, list[str]]:

@@ -25,15 +25,15 @@ from harness.utils.explain import explain
 def open_quantized(cfg: ModelConfig, seed: int) -> QuantizedSource:
     """The quantized model of a configuration, and its float model if `base` names it; nothing is read yet.
 
-    Raises: ValueError if the model is no local folder.
+    Raises: ValueError if the model is no folder, no GGUF file and no model of a hub.
     """
     if cfg.source == "path" and str(cfg.path).endswith(".gguf"):
         from harness.models.gguf_source import GGUFSource
 
         return GGUFSource(cfg, seed)
-    if cfg.source != "path":
+    if cfg.source not in ("path", "id"):
         subject = f"model.{cfg.source}={getattr(cfg, cfg.source)}"
-        raise explain(subject, "is no local folder", "", "download the quantized model, and use model.path=FOLDER")
+        raise explain(subject, "is no quantized model", "", "use model.path=FOLDER, or model.id=OWNER/NAME of a hub")
     return QuantizedSource(cfg, seed)
 
 
@@ -58,7 +58,7 @@ class QuantizedSource(Source):
         Raises: ValueError if the model is not quantized, or in a format without a reader.
         """
         with reading(self.key_value, INCORRECT):
-            return reader_of(self._files.config, self._files.folder, self._shapes)
+            return reader_of(self._files.config, self._files.complete(), self._shapes)
 
     @functools.cached_property
     def shape(self) -> Any:
@@ -81,7 +81,9 @@ class QuantizedSource(Source):
 
     @functools.cached_property
     def checkpoint_fingerprint(self) -> str:
-        """A hash of the files of the quantized model."""
+        """A hash of the files of the quantized model; on a hub its id and revision."""
+        if self.cfg.source == "id":
+            return self._at_revision
         with reading(self.key_value, "make the folder's files readable"):
             return checkpoint.fingerprint(self._files.folder)
 
@@ -117,6 +119,8 @@ class QuantizedSource(Source):
 
     def provenance(self, model: nn.Module) -> dict[str, Any]:
         own = super().provenance(model) | {"format": self.format, "checkpoint": self.checkpoint_fingerprint}
+        if self.cfg.source == "id":  # a snapshot's folder is called by its commit, which the loaded model does not know
+            own["commit"] = self._files.folder.name
         return own if self.base is None else own | {"name": self.base.name, "fingerprint": self.base.fingerprint}
 
     def _shapes(self) -> dict[str, tuple[int, int]]:

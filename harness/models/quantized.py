@@ -147,7 +147,7 @@ class QuantizedSource(Source):
         for name in self.reader.linears:
             yield _parameter(name, self.reader.read(name), dtype, modules)
         for name in self.reader.floats:
-            yield name, self.reader.files.read(name)
+            yield self.reader.parameter(name), self.reader.files.read(name)
 
 
 def _parameter(

@@ -115,6 +115,10 @@ class Reader(ABC):
         """The name of a linear's tensor in the file."""
         return f"{name}{self.joint}{part}"
 
+    def parameter(self, tensor: str) -> str:
+        """The name in the model of a tensor that is no part of a quantized linear."""
+        return tensor
+
     def tensors(self, name: str, required: tuple[str, ...] = ()) -> Tensors:
         """The tensors of a linear, by their parts.
 

@@ -1,6 +1,6 @@
 """Checkpoints of torchao in safetensors, as transformers writes them: parts of its classes, described in the header.
 
-    <linear>._weight_<part>   since torchao 0.15; <linear>.weight:<part> in 0.14
+    <linear>._weight_<part>   since torchao 0.15; in 0.14 <linear>.weight:<part>, and <parameter>:_data for floats
     header                    for each weight, in JSON, its class, `_type`, and attributes, `_data`
 
     Int8Tensor                qdata (N, K) int8; scale and zero_point (N, G), (N, 1) or (1, 1)
@@ -37,7 +37,7 @@ from harness.models.exchange.reader import (
     group_size,
     unsupported,
 )
-from harness.models.exchange.torchao_inputs import ACTIVATIONS, inputs_of
+from harness.models.exchange.torchao_inputs import ACTIVATIONS, inputs_of, named
 from harness.models.tensors import TensorFiles
 
 Json = Mapping[str, Any]
@@ -59,6 +59,9 @@ class TorchAO(Reader):
             raise CheckpointError("has a format without a reader", f"{pickles[0]} is a pickle of torchao", remedy)
         if any(name.endswith(".weight:qdata") for name in files.stored):
             self.joint = ".weight:"
+
+    def parameter(self, tensor: str) -> str:
+        return tensor.removesuffix(":_data")
 
     def read(self, name: str) -> StoredLinear:
         kind, attributes = self._described(name)
@@ -86,8 +89,8 @@ def _int8(name: str, tensors: Tensors, attributes: Json) -> QTensor:
 
 
 def _intx(name: str, tensors: Tensors, attributes: Json) -> QTensor:
-    dtype = (attributes.get("target_dtype") or {}).get("_data")
-    widths = {f"int{bits}": bits for bits in range(2, 9)}
+    dtype = named(attributes.get("target_dtype"))
+    widths: dict[object, int] = {f"int{bits}": bits for bits in range(2, 9)}
     if dtype not in widths:
         raise unsupported("target_dtype", dtype, "int2 to int8")
     return _integers(name, tensors, widths[dtype])

@@ -21,6 +21,11 @@ _PER_TOKEN = "int8_asym_per_token"
 Json = Mapping[str, Any]
 
 
+def named(value: object) -> object:
+    """What an enumeration or a dtype of the header is called."""
+    return value.get("_data") if isinstance(value, Mapping) else value
+
+
 def inputs_of(name: str, attributes: Json, tensors: Tensors) -> InputQuantizer | None:
     """What quantizes the inputs of the linear `name`; None if nothing does.
 
@@ -33,26 +38,22 @@ def inputs_of(name: str, attributes: Json, tensors: Tensors) -> InputQuantizer |
         if whole != _PER_TOKEN:
             raise unsupported("activation_quantization", whole, _PER_TOKEN)
         return InputQuantizer(IntActivation(bits=8, symmetric=False, granularity="token"))
-    if _named(attributes.get("activation_dtype")) == "float8_e4m3fn":
+    if named(attributes.get("activation_dtype")) == "float8_e4m3fn":
         return dynamic_fp8(None)
     if settings is None:
         return None
     if not isinstance(settings, Mapping) or not isinstance(settings.get("_data"), Mapping):
         raise damaged(f"the header of its file has act_quant_kwargs of {name} without _data")
-    read = {"QuantizeTensorToInt8Kwargs": _int8, "QuantizeTensorToFloat8Kwargs": _float8}.get(str(settings["_type"]))
+    kind = str(settings.get("_type"))
+    read = {"QuantizeTensorToInt8Kwargs": _int8, "QuantizeTensorToFloat8Kwargs": _float8}.get(kind)
     if read is None:
-        raise unsupported("act_quant_kwargs", settings["_type"], "those of int8 or float8")
+        raise unsupported("act_quant_kwargs", kind, "those of int8 or float8")
     return read(name, settings["_data"], tensors)
-
-
-def _named(value: object) -> object:
-    """The value of an enumeration or a dtype."""
-    return value.get("_data") if isinstance(value, Mapping) else value
 
 
 def _int8(name: str, settings: Json, tensors: Tensors) -> InputQuantizer:
     bits = 7 if settings.get("reduce_range") else 8
-    symmetric = _named(settings.get("mapping_type")) == "SYMMETRIC"
+    symmetric = named(settings.get("mapping_type")) == "SYMMETRIC"
     if "act_quant_scale" not in tensors:
         granularity = _granularity(settings)
         return InputQuantizer(IntActivation(bits=bits, symmetric=symmetric, granularity=granularity))
@@ -68,7 +69,7 @@ def _int8(name: str, settings: Json, tensors: Tensors) -> InputQuantizer:
 
 
 def _float8(name: str, settings: Json, tensors: Tensors) -> InputQuantizer:
-    if (dtype := _named(settings.get("float8_dtype"))) != "float8_e4m3fn":
+    if (dtype := named(settings.get("float8_dtype"))) != "float8_e4m3fn":
         raise unsupported("float8_dtype", dtype, "float8_e4m3fn")
     for bound in ("hp_value_lb", "hp_value_ub"):
         if settings.get(bound) is not None:
@@ -77,8 +78,8 @@ def _float8(name: str, settings: Json, tensors: Tensors) -> InputQuantizer:
 
 
 def _granularity(settings: Json) -> Literal["token", "tensor"]:
-    named = settings.get("granularity")
-    kind = named.get("_type") if isinstance(named, Mapping) else named
+    stored = settings.get("granularity")
+    kind = stored.get("_type") if isinstance(stored, Mapping) else stored
     if kind == "PerRow":
         return "token"
     if kind == "PerTensor":

@@ -161,13 +161,15 @@ def torchao_integers() -> list[Any]:
     from torchao.quantization import IntxWeightOnlyConfig as Intx
     from torchao.quantization import MappingType, PerGroup, PerRow, PerTensor
 
+    scale, zero_point = torch.tensor([[0.02]]), torch.tensor([[-7]], dtype=torch.int8)
+    static: dict[str, Any] = {"act_quant_scale": scale, "granularity": [PerTensor(), PerRow()]}
     return [
         Int8(),
         Int8(granularity=PerGroup(16)),
         Dynamic(),
         Dynamic(act_mapping_type=MappingType.ASYMMETRIC, reduce_range=True),
-        Static(act_quant_scale=torch.tensor([[0.02]]), granularity=[PerTensor(), PerRow()]),
-        Intx(weight_dtype=torch.int4, granularity=PerGroup(16)),
+        Static(**static),
+        Static(act_quant_zero_point=zero_point, act_mapping_type=MappingType.ASYMMETRIC, **static),
         Intx(weight_dtype=torch.int3, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC),
         DynamicIntx(weight_dtype=torch.int4, weight_granularity=PerGroup(16)),
     ]
@@ -210,8 +212,8 @@ def torchao_rounded(weight: Any, inputs: Tensor) -> Tensor:
 
     if getattr(weight, "activation_quantization", None) is not None:
         return intx._apply_int8_act_asym_per_token_quant_dequant(inputs)
-    scale = getattr(weight, "act_quant_scale", None)
-    calibrated = {} if scale is None else {"scale": scale}
+    calibrated = {part: getattr(weight, f"act_quant_{part}", None) for part in ("scale", "zero_point")}
+    calibrated = {part: tensor for part, tensor in calibrated.items() if tensor is not None}
     rounded: Tensor = choose(inputs, weight.act_quant_kwargs, **calibrated).dequantize(torch.float32)
     return rounded
 

@@ -7,7 +7,7 @@
     IntxUnpackedToInt8Tensor  likewise; codes have the bits of `target_dtype`
     Int4Tensor                qdata (N, K / 2), codes with a sign, the first input in the low half of a byte; scale and
                               zero_point (G, N): weight = code * scale + zero_point
-    Float8Tensor              qdata (N, K) 8-bit floats; a scale for each block of `block_size`
+    small floats              see torchao_floats.py
     act_quant_kwargs          how inputs are quantized; with act_quant_scale and act_quant_zero_point, calibrated
 
 Source: torchao, prototype/safetensors and quantization/quantize_/workflows; FBGEMM, quantize.py, pack_int4.
@@ -24,7 +24,6 @@ import torch
 from harness.core import QTensor
 from harness.core.formats import OffsetQTensor, OffsetWeight
 from harness.models.checkpoint import CheckpointError, weight_files
-from harness.models.exchange.floats import fp8
 from harness.models.exchange.integers import SCALES, integers, unsigned
 from harness.models.exchange.reader import (
     Reader,
@@ -37,6 +36,7 @@ from harness.models.exchange.reader import (
     group_size,
     unsupported,
 )
+from harness.models.exchange.torchao_floats import float8, mx, nvfp4
 from harness.models.exchange.torchao_inputs import ACTIVATIONS, inputs_of, named
 from harness.models.tensors import TensorFiles
 
@@ -118,20 +118,11 @@ def _int4(name: str, tensors: Tensors, attributes: Json) -> QTensor:
     return OffsetQTensor(codes, scale.contiguous(), middle - 8 * scale, fmt)
 
 
-def _float8(name: str, tensors: Tensors, attributes: Json) -> QTensor:
-    data, scale = tensors["qdata"], tensors["scale"]
-    sides = attributes.get("block_size")
-    if not isinstance(sides, list) or len(sides) != 2 or not all(isinstance(side, int) for side in sides):
-        raise damaged(f"the header of its file has block_size={sides} for {name}.weight")
-    squares = sides[0] > 1 and scale.numel() > 1
-    if squares and sides[0] != sides[1]:
-        raise unsupported("block_size", sides, "a square, or a part of a row")
-    return fp8(name, data, scale, sides[0] if squares else None)
-
-
 _CLASSES: dict[str, Callable[[str, Tensors, Json], QTensor]] = {
     "Int8Tensor": _int8,
     "IntxUnpackedToInt8Tensor": _intx,
     "Int4Tensor": _int4,
-    "Float8Tensor": _float8,
+    "Float8Tensor": float8,
+    "MXTensor": mx,
+    "NVFP4Tensor": nvfp4,
 }

@@ -1,18 +1,19 @@
 """What quantizes the inputs of torchao's linears, by the attributes of their weights.
 
-Source: torchao, quantization/quantize_/workflows, int8_tensor.py, intx_unpacked_to_int8_tensor.py, float8_tensor.py.
+Source: torchao, quantization/quantize_/workflows, int8_tensor.py, intx_unpacked_to_int8_tensor.py, float8_tensor.py;
+prototype/mx_formats, mx_tensor.py, nvfp4_tensor.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
 
 from harness.core import FloatActivation, IntActivation
 from harness.core.formats import InputQuantizer
-from harness.models.exchange.inputs import calibrated, dynamic_fp8
+from harness.models.exchange.inputs import calibrated, dynamic_fp8, nvfp4
 from harness.models.exchange.integers import SCALES
 from harness.models.exchange.reader import Tensors, damaged, expect, unsupported
 
@@ -45,9 +46,9 @@ def inputs_of(name: str, attributes: Json, tensors: Tensors) -> InputQuantizer |
     if not isinstance(settings, Mapping) or not isinstance(settings.get("_data"), Mapping):
         raise damaged(f"the header of its file has act_quant_kwargs of {name} without _data")
     kind = str(settings.get("_type"))
-    read = {"QuantizeTensorToInt8Kwargs": _int8, "QuantizeTensorToFloat8Kwargs": _float8}.get(kind)
+    read = _KINDS.get(kind)
     if read is None:
-        raise unsupported("act_quant_kwargs", kind, "those of int8 or float8")
+        raise unsupported("act_quant_kwargs", kind, ", ".join(_KINDS))
     return read(name, settings["_data"], tensors)
 
 
@@ -77,6 +78,28 @@ def _float8(name: str, settings: Json, tensors: Tensors) -> InputQuantizer:
     return InputQuantizer(FloatActivation(element="e4m3", granularity=_granularity(settings)))
 
 
+def _mx(name: str, settings: Json, tensors: Tensors) -> InputQuantizer:
+    elements = {"float4_e2m1fn_x2": "e2m1", "float8_e4m3fn": "e4m3", "float8_e5m2": "e5m2"}
+    rules: dict[object, Literal["floor", "ceil"]] = {"FLOOR": "floor", "RCEIL": "ceil"}
+    dtype, mode = named(settings.get("elem_dtype")), named(settings.get("scaling_mode"))
+    if dtype not in elements or mode not in rules:
+        raise unsupported("elem_dtype and scaling_mode", f"{dtype} and {mode}", "FP8 or FP4, and FLOOR or RCEIL")
+    fmt = FloatActivation(
+        element=elements[str(dtype)],
+        granularity="group",
+        group_size=int(settings.get("block_size", 32)),
+        scale_dtype="e8m0",
+        scale_rule=rules[mode],
+    )
+    return InputQuantizer(fmt)
+
+
+def _nvfp4(name: str, settings: Json, tensors: Tensors) -> InputQuantizer:
+    if settings.get("use_dynamic_per_tensor_scale"):
+        return nvfp4(None)
+    return nvfp4(tensors.get("act_per_tensor_scale", torch.ones(())))
+
+
 def _granularity(settings: Json) -> Literal["token", "tensor"]:
     stored = settings.get("granularity")
     kind = stored.get("_type") if isinstance(stored, Mapping) else stored
@@ -85,3 +108,11 @@ def _granularity(settings: Json) -> Literal["token", "tensor"]:
     if kind == "PerTensor":
         return "tensor"
     raise unsupported("granularity", kind, "PerRow or PerTensor")
+
+
+_KINDS: dict[str, Callable[[str, Json, Tensors], InputQuantizer]] = {
+    "QuantizeTensorToInt8Kwargs": _int8,
+    "QuantizeTensorToFloat8Kwargs": _float8,
+    "QuantizeTensorToMXKwargs": _mx,
+    "QuantizeTensorToNVFP4Kwargs": _nvfp4,
+}

@@ -7,7 +7,7 @@ The libraries are no dependencies of this project. All ran on processors alone, 
 
     hqq, hqq_without   hqq 0.2.8.post1 with transformers 4.57.6, because transformers 5.23.0 does not write this format
     quanto             optimum-quanto 0.2.7 with transformers 5.23.0
-    torchao            torchao 0.18.0 with transformers 5.23.0
+    torchao*           torchao 0.18.0 with transformers 5.23.0
 """
 
 from __future__ import annotations
@@ -190,6 +190,51 @@ def torchao_floats() -> list[dict[str, Any]]:
     ]
 
 
+def torchao_blocks(folder: Path) -> None:
+    """MXFP4, MXFP8 and NVFP4, with scales in rows, and in one or more of the tiles that kernels of GPUs read."""
+    from torchao.prototype.mx_formats.inference_workflow import MXDynamicActivationMXWeightConfig, NVFP4WeightOnlyConfig
+    from torchao.prototype.mx_formats.mx_tensor import MXTensor, QuantizeTensorToMXKwargs
+    from torchao.prototype.mx_formats.nvfp4_tensor import NVFP4Tensor, QuantizeTensorToNVFP4Kwargs
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+    from transformers import TorchAoConfig
+
+    source = llama(intermediate_size=160).bfloat16()
+    model = loaded(source, folder, TorchAoConfig(Int8WeightOnlyConfig()))
+    fp4, whole = torch.float4_e2m1fn_x2, torch.tensor(0.0002)
+    calibrated = {"act_quant_kwargs": QuantizeTensorToNVFP4Kwargs(), "act_per_tensor_scale": torch.tensor(0.002)}
+    floor = QuantizeTensorToMXKwargs(elem_dtype=torch.float8_e4m3fn)
+    makers: tuple[Callable[[Tensor], Tensor] | Any, ...] = (
+        lambda weight: MXTensor.to_mx(weight, fp4, 32),
+        lambda weight: NVFP4Tensor.to_nvfp4(weight, per_tensor_scale=whole, **calibrated),
+        NVFP4Tensor.to_nvfp4,
+        lambda weight: MXTensor.to_mx(weight, torch.float8_e4m3fn, 32, act_quant_kwargs=floor),
+        MXDynamicActivationMXWeightConfig(activation_dtype=fp4, weight_dtype=fp4),
+        MXDynamicActivationMXWeightConfig(),
+        NVFP4WeightOnlyConfig(),
+    )
+    for tag, make in zip(TAGS, makers, strict=True):
+        linear = source.get_submodule(f"model.layers.0.{tag}")
+        if callable(make):
+            linear.weight = nn.Parameter(make(linear.weight.data), requires_grad=False)
+        else:
+            quantize_(linear, make)
+        model.set_submodule(f"model.layers.0.{tag}", linear)
+    model.save_pretrained(folder)
+    weights = {name: module.weight for name, module in linears(model).items()}
+    with_inputs = {name: weight for name, weight in weights.items() if rounds(weight)}
+    rounded = {name: functools.partial(torchao_block_rounded, weight) for name, weight in with_inputs.items()}
+    finish(folder, {name: weight.dequantize(torch.float32) for name, weight in weights.items()}, rounded)
+
+
+def torchao_block_rounded(weight: Any, inputs: Tensor) -> Tensor:
+    kind, settings = type(weight), weight.act_quant_kwargs
+    if hasattr(weight, "act_per_tensor_scale"):
+        rounded: Tensor = kind.to_nvfp4(inputs, per_tensor_scale=weight.act_per_tensor_scale).dequantize()
+        return rounded
+    rounded = kind.to_mx(inputs, settings.elem_dtype, settings.block_size, settings.scaling_mode).dequantize()
+    return rounded
+
+
 def torchao_decoded(weight: Any) -> Tensor:
     from torchao.quantization import IntxUnpackedToInt8Tensor as Intx
 
@@ -219,7 +264,7 @@ def torchao_rounded(weight: Any, inputs: Tensor) -> Tensor:
 
 
 if __name__ == "__main__":
-    makers = {"hqq": hqq, "hqq_without": hqq_without, "quanto": quanto, "torchao": torchao}
+    makers = {make.__name__: make for make in (hqq, hqq_without, quanto, torchao, torchao_blocks)}
     root, *names = sys.argv[1:]
     for name in names:
         (Path(root) / name).mkdir()

@@ -76,6 +76,9 @@ FORMATS = [
     ("quanto", "mlp.gate_proj", FloatQTensor, "e5m2 channel", 160 * (16 * 8 + 32)),
     ("torchao", "self_attn.k_proj", IntQTensor, "int8 group16", 32 * (16 * 8 + 32 + 8)),
     ("torchao", "mlp.down_proj", IntQTensor, "int3 group32", 64 * (32 * 8 + 16 + 8)),
+    ("torchao_blocks", "self_attn.q_proj", FloatQTensor, "e2m1 group32", 32 * (32 * 4 + 8)),
+    ("torchao_blocks", "mlp.up_proj", FloatQTensor, "e4m3 group32", 160 * 32 * 8 + 2 * 128 * 4 * 8),  # in two tiles
+    ("torchao_blocks", "mlp.down_proj", FloatQTensor, "e2m1 group16", 32 * 160 * 4 + 3 * 128 * 4 * 8 + 32),
 ]
 
 
@@ -124,6 +127,8 @@ BROKEN = [
     ("quanto", put("mlp.down_proj.weight._shift", lambda old: old[1:]), "down_proj.weight._shift is float32 79x1"),
     ("torchao", put("mlp.down_proj._weight_qdata", lambda old: old + 8), "down_proj.weight has a code beyond 3 bits"),
     ("torchao", put("mlp.down_proj._weight_zero_point", lambda old: old[1:]), "weight.zero_point is int8 31x2"),
+    ("torchao_blocks", put("mlp.up_proj._weight_scale", lambda old: old[1:]), "1008 values, which are no 2x1 tiles"),
+    ("torchao_blocks", put("self_attn.q_proj._weight_scale", lambda old: old[1:]), "is float8_e8m0fnu 31x1"),
 ]
 
 

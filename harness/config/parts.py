@@ -25,7 +25,7 @@ class ModelConfig:
                     grid of their GGUF file without a change of the function; None: the published weights
     id, revision    a model on the Hugging Face hub, and its commit, tag or branch
     path            a local folder in the format of transformers
-    base            with method=checkpoint, the float model of the quantized one in `path`; None: no divergence
+    base            with method=checkpoint, the float model of the quantized one in `path` or `id`; None: no divergence
     architecture    fields of a transformers config; the model gets random weights and a byte tokenizer
     dtype           float type of the run; auto: the float type of the checkpoint
     baseline_dtype  float type of the float model in ratios and divergences; auto as for `dtype`

@@ -30,6 +30,19 @@ def weight_of(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a module stores its weights as (K, N): Conv1D, and experts in one tensor (E, K, N)."""
+    return isinstance(module, Conv1D) or bool(getattr(module, "is_transposed", False))
+
+
+def experts_of(module: nn.Module, key: str) -> Tensor | None:
+    """The parameter `key` of a module as (E N, K), one expert behind another; None if it is no tensor of experts."""
+    parameter = module._parameters.get(key)
+    if parameter is None or parameter.dim() != 3:
+        return None
+    return (parameter.mT if is_transposed(module) else parameter).flatten(0, 1)
+
+
 def split_skipped(
     names: list[str], patterns: tuple[str, ...], floats: Iterable[str] = ()
 ) -> tuple[list[str], list[str]]:

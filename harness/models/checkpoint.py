@@ -22,9 +22,9 @@ _ADAPTER = "adapter_config.json"
 FLOATS = frozenset((torch.float64, torch.float32, torch.float16, torch.bfloat16))
 DOWNLOAD = "expected a transformers folder, download it again"
 
-_SINGLE = ("model.safetensors", "pytorch_model.bin")
+SINGLE = ("model.safetensors", "pytorch_model.bin")
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-_READ = (_SINGLE[0], _INDEXES[0], _SINGLE[1], _INDEXES[1])  # the order in which transformers looks for them
+_READ = (SINGLE[0], _INDEXES[0], SINGLE[1], _INDEXES[1])  # the order in which transformers looks for them
 _HASHED = (".safetensors", ".bin", ".json", ".model", ".txt")
 _LFS = b"version https://git-lfs"
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -99,7 +99,7 @@ def weight_files(folder: Path) -> list[Path]:
     name = next((name for name in _READ if (folder / name).is_file()), None)
     if name is None:
         return []
-    if name in _SINGLE:
+    if name in SINGLE:
         return [folder / name]
     shards = read_json(folder / name).get("weight_map")
     if not isinstance(shards, dict) or not shards:
@@ -114,7 +114,7 @@ def tensors(folder: Path, partial: bool = False) -> dict[str, Stored]:
     """
     files = weight_files(folder)
     if not files and not partial:
-        detail = f"it has no {_SINGLE[0]}, {_SINGLE[1]} or index of several files"
+        detail = f"it has no {SINGLE[0]}, {SINGLE[1]} or index of several files"
         raise CheckpointError("cannot be read", detail, DOWNLOAD)
     stored = dict[str, Stored]()
     for file in files:

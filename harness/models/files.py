@@ -60,6 +60,15 @@ class Files:
             prequantized.check_tensors(tensors)
         return tensors
 
+    def complete(self) -> Path:
+        """The folder with all its weight files and the JSON files beside them; those of a hub are downloaded now."""
+        if self.cfg.source == "id":
+            self._download("*.json", checkpoint.SINGLE[0])
+            with reading(self.key_value, DOWNLOAD):
+                named = [file.name for file in checkpoint.weight_files(self.folder)]
+            self._download(*named or checkpoint.SINGLE)
+        return self.folder
+
     def read(self, auto: Any, remedy: str, **options: Any) -> Any:
         """What the class `auto` of transformers reads; `remedy` is for errors that are not the hub's."""
         quiet()
@@ -82,6 +91,14 @@ class Files:
             raise explain(self.key_value, "is a local folder", "", f"use model.path={self.cfg.id}")
         find = functools.partial(cached_file, str(self.cfg.id), CONFIG, revision=self.cfg.revision)
         return Path(str(reach(find, self.key_value, _NO_HUB))).parent
+
+    def _download(self, *patterns: str) -> None:
+        """Add files of the hub to the folder; those in subfolders are copies in other formats."""
+        from huggingface_hub import snapshot_download
+
+        options: dict[str, Any] = {"allow_patterns": list(patterns), "ignore_patterns": "*/*"}
+        load = functools.partial(snapshot_download, str(self.cfg.id), revision=self.cfg.revision, **options)
+        reach(load, self.key_value, _NO_HUB)
 
 
 def quiet() -> None:

@@ -89,6 +89,11 @@ class Source:
         if self.cfg.source == "package":
             seed = self.cfg.factor_seed
             return str(self.cfg.package) + ("" if seed is None else f"+factors{seed}")
+        return self._at_revision
+
+    @property
+    def _at_revision(self) -> str:
+        """The id on the hub, and the revision."""
         return f"{self.cfg.id}@{self.cfg.revision}"
 
     @functools.cached_property

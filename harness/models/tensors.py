@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from harness.models import checkpoint
@@ -18,7 +19,7 @@ from harness.models.checkpoint import DOWNLOAD, CheckpointError, Stored
 
 @dataclass(frozen=True)
 class TensorFiles:
-    """The weight files of a folder; `stored` and `names` read headers alone.
+    """The weight files of a folder; `stored` and `metadata` read headers alone.
 
     Raises, in every member: CheckpointError if a file is missing, damaged or no checkpoint.
     """
@@ -29,6 +30,16 @@ class TensorFiles:
     def stored(self) -> Mapping[str, Stored]:
         """Dtype and shape of each tensor, by name."""
         return checkpoint.tensors(self.folder)
+
+    @cached_property
+    def metadata(self) -> Mapping[str, str]:
+        """The texts in the headers of all safetensors files."""
+        texts: dict[str, str] = {}
+        for file in checkpoint.weight_files(self.folder):
+            if file.suffix == ".safetensors":
+                with safe_open(file, framework="pt") as opened:
+                    texts |= opened.metadata() or {}
+        return texts
 
     def read(self, name: str) -> Tensor:
         """One tensor, in the dtype in which it is stored."""
@@ -52,8 +63,6 @@ class TensorFiles:
 
 
 def _safetensors(file: Path) -> Any:
-    from safetensors import safe_open
-
     return ExitStack().enter_context(safe_open(file, framework="pt"))
 
 

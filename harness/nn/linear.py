@@ -114,19 +114,21 @@ def swapped(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[None
             replace(model, name, module)
 
 
-def stored_bytes(model: nn.Module) -> int:
+def stored_bytes(model: nn.Module, decoded: Mapping[nn.Parameter, int] | None = None) -> int:
     """Bytes of a model's weights as stored: packed linears by their bits, every other parameter once.
 
-    Buffers that are computed rather than stored (rotary frequencies) are not weights.
+    Buffers that are computed rather than stored (rotary frequencies) are not weights. `decoded` are parameters with the
+    values of quantized weights, and the bits that these take.
     """
     sizes: dict[int, int] = {}
+    bits = decoded or {}
     for module in model.modules():
         if isinstance(module, QuantLinear):
             bias = module.bias.nbytes if module.bias is not None else 0
             static = sum(buffer.nbytes for buffer in module.input_quantizer.buffers()) if module.input_quantizer else 0
             sizes[id(module)] = module.stored_bits // 8 + bias + static
     for parameter in model.parameters():
-        sizes[id(parameter)] = parameter.nbytes
+        sizes[id(parameter)] = bits[parameter] // 8 if parameter in bits else parameter.nbytes
     return sum(sizes.values())
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ from harness.utils.progress import Track, silent
 def adopt(decoder: Decoder, source: QuantizedSource, cfg: RunConfig, track: Track = silent) -> Result:
     """Replace each linear of the model by the one that the checkpoint has, in the configured execution.
 
-    Bits are those of the file. Linears that the checkpoint has as floats stay floats; the result's warnings name them.
+    Bits are those of the file. Linears that the checkpoint has as floats stay floats, and experts in one tensor stay
+    decoded; the result's warnings name them.
     """
     result, model = Result(), decoder.model
     linears = decoder.linears()
@@ -33,15 +34,19 @@ def adopt(decoder: Decoder, source: QuantizedSource, cfg: RunConfig, track: Trac
         if linear is None:
             result.warnings.append(f"{name} is decoded: no linear of the model has its weight")
             continue
+        if linear.experts is not None:
+            result.decoded[model.get_parameter(name)] = linear.stored_bits
+            rows[name] = _row(name, linear)
+            continue
         kernel = _install(model, name, linear, cfg.execution)
         result.kernels |= {kernel} if kernel else set()
         if name in rows:
             rows[name] = _row(name, linear)
     result.layers = list(rows.values())
-    result.warnings += _floats(rows)
+    result.warnings += [*_floats(rows), *_experts(name for name in rows if name not in linears)]
     if cfg.execution == "packed":
         result.joined = join_linears(decoder)
-    result.sizes = sizes(decoder.blocks or [model])
+    result.sizes = sizes(decoder.blocks or [model], decoded=result.decoded)
     return result
 
 
@@ -71,8 +76,19 @@ def _row(name: str, linear: StoredLinear) -> Row:
 def _floats(rows: dict[str, Row]) -> Iterator[str]:
     """A warning for each kind of linear that the checkpoint has as floats, if it has others."""
     floats = [name for name, row in rows.items() if "format" not in row]
+    for kind in _kinds(floats if len(floats) < len(rows) else []):
+        yield f"{kind} stays float in the checkpoint"
+
+
+def _experts(names: Iterable[str]) -> Iterator[str]:
+    """A warning for each kind of experts in one tensor."""
+    for kind in _kinds(names):
+        yield f"{kind} is decoded: it has the experts of a block in one tensor, which no packed linear replaces"
+
+
+def _kinds(names: Iterable[str]) -> list[str]:
+    """The kinds of linears, with `*` for numbers; a single linear has its name."""
     kinds: dict[str, list[str]] = {}
-    for name in floats if len(floats) < len(rows) else []:
+    for name in names:
         kinds.setdefault(kind_of(name), []).append(name)
-    for kind, names in kinds.items():
-        yield f"{names[0] if len(names) == 1 else kind} stays float in the checkpoint"
+    return [members[0] if len(members) == 1 else kind for kind, members in kinds.items()]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,8 +28,14 @@ class Sizes:
     quantized: int = 0
 
 
-def sizes(blocks: Iterable[nn.Module], copies: Collection[nn.Module] = ()) -> Sizes:
-    """The sizes of the matrices in `blocks`, in their present state, without linears in `copies`."""
+def sizes(
+    blocks: Iterable[nn.Module], copies: Collection[nn.Module] = (), decoded: Mapping[nn.Parameter, int] | None = None
+) -> Sizes:
+    """The sizes of the matrices in `blocks`, in their present state, without linears in `copies`.
+
+    `decoded` are parameters with the values of quantized weights, and the bits of these; they count as quantized.
+    """
+    decoded = decoded or {}
     modules = {module for block in blocks for module in block.modules()}
     linears = [module for module in modules if isinstance(module, QuantLinear) and module not in copies]
     own = {parameter for module in modules for parameter in module.parameters(recurse=False)}
@@ -38,8 +44,8 @@ def sizes(blocks: Iterable[nn.Module], copies: Collection[nn.Module] = ()) -> Si
     return Sizes(
         weights=quantized + sum(parameter.numel() for parameter in floats),
         stored_bits=sum(linear.stored_bits for linear in linears)
-        + sum(8 * parameter.element_size() * parameter.numel() for parameter in floats),
-        quantized=quantized,
+        + sum(decoded.get(parameter, 8 * parameter.nbytes) for parameter in floats),
+        quantized=quantized + sum(parameter.numel() for parameter in floats if parameter in decoded),
     )
 
 
@@ -54,6 +60,7 @@ class Result:
     floats    the replaced float linears after all rewrites, by name, if the run is analysed
     renamed   name in the float model -> name after all rewrites, of each linear that was to be quantized
     sizes     of all matrices in the blocks
+    decoded   parameters with the values of quantized weights, which no packed linear holds -> bits of these weights
     joined    number of packed linears that are computed together with others of the same inputs
     """
 
@@ -64,6 +71,7 @@ class Result:
     floats: dict[str, nn.Module] = field(default_factory=dict)
     renamed: dict[str, str] = field(default_factory=dict)
     sizes: Sizes = field(default_factory=Sizes)
+    decoded: dict[nn.Parameter, int] = field(default_factory=dict)
     joined: int = 0
 
     @property

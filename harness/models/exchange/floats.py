@@ -9,35 +9,46 @@ from torch import Tensor
 
 from harness.core import FloatQTensor, FloatWeight
 from harness.core.formats import Params
-from harness.models.exchange.reader import damaged, expect
+from harness.models.exchange.reader import damaged, expect, group_size
 
 ELEMENTS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
 _WIDE = (torch.float32, torch.bfloat16, torch.float16)
+_SCALES: dict[torch.dtype, Literal["float32", "bfloat16", "e8m0"]] = {  # how the scales of a file are stored here
+    torch.float32: "float32",
+    torch.float16: "float32",
+    torch.bfloat16: "bfloat16",
+    torch.float8_e8m0fnu: "e8m0",
+}
 _MX_GROUP, _NV_GROUP = 32, 16
 
 
 def fp8(linear: str, weight: Tensor, scale: Tensor, block: int | None = None) -> FloatQTensor:
     """The weight (N, K) in an 8-bit float dtype of torch, times its scale.
 
-    `scale` is (), (1,), (N,), (N, 1), or one for each square of `block` outputs and inputs.
+    `scale` is (), (1,), (N,), (N, 1), (N, G), or one for each square of `block` outputs and inputs; powers of two, of
+    MXFP8, are for groups.
     Raises: CheckpointError if shapes or dtypes do not fit.
     """
     expect(linear, "weight", weight, tuple(ELEMENTS), -1, -1)
     rows, columns = weight.shape
-    granularity: Literal["tensor", "channel", "block"]
+    size = -1 if block is None else block
+    granularity: Literal["tensor", "channel", "group", "block"]
     if block is not None:
         granularity = "block"
         expect(linear, "scale", scale, _WIDE, -(-rows // block), -(-columns // block))
     elif scale.numel() == 1:
         granularity, scale = "tensor", scale.reshape(1, 1)
+    elif scale.dim() == 2 and (scale.shape[1] > 1 or scale.dtype == torch.float8_e8m0fnu):
+        granularity, size = "group", group_size(linear, columns, scale.shape[1])
+        expect(linear, "scale", scale, tuple(_SCALES), rows, -1)
     else:
         granularity = "channel"
         scale = expect(linear, "scale", scale.reshape(-1, 1), _WIDE, rows, 1)
     fmt = FloatWeight(
         element=ELEMENTS[weight.dtype],
         granularity=granularity,
-        group_size=block or -1,
-        scale_dtype="bfloat16" if scale.dtype == torch.bfloat16 else "float32",
+        group_size=size,
+        scale_dtype=_SCALES[scale.dtype],
     )
     return FloatQTensor(weight.contiguous().view(torch.uint8), Params(_finite(linear, scale)), fmt)
 

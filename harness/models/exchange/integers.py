@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -32,6 +33,21 @@ def integers(linear: str, codes: Tensor, scale: Tensor, zero_point: Tensor | Non
     fmt = _format(linear, tuple(codes.shape), tuple(scale.shape), bits, dtype, zero_point is None)
     stored = None if zero_point is None else zero_point.float()
     return IntQTensor(codes.contiguous(), Params(scale.float(), stored), fmt)
+
+
+def float_zeros(linear: str, codes: Tensor, scale: Tensor, zero_point: Tensor, bits: int) -> IntQTensor:
+    """Likewise with zero points that are any floats, in the dtype of the scales.
+
+    Raises: CheckpointError if the groups are not equal, a code needs more than `bits` bits, or a number is not finite.
+    """
+    for numbers in (scale, zero_point):
+        _check_finite(linear, numbers)
+    if int(codes.max()) >> bits:
+        raise damaged(f"{linear} has a code beyond {bits} bits")
+    dtype = str(scale.dtype).removeprefix("torch.")
+    fmt = _format(linear, tuple(codes.shape), tuple(scale.shape), bits, dtype, False)
+    params = Params(scale.float(), zero_point.float())
+    return IntQTensor(codes.contiguous(), params, replace(fmt, zero_point="float"))
 
 
 def unsigned(linear: str, codes: Tensor, bits: int) -> Tensor:

@@ -18,24 +18,27 @@ from harness.models.checkpoint import DOWNLOAD, CheckpointError
 from harness.models.tensors import TensorFiles
 
 Tensors = dict[str, Tensor]
+Shapes = Mapping[str, tuple[int, int]]
 _NOT_APPLIED = ("kv_cache_scheme", "kv_cache_quant_algo")
 Q = TypeVar("Q", bound=GroupedQTensor)
 
 
 @dataclass(frozen=True)
 class StoredLinear:
-    """One quantized linear of a checkpoint.
+    """One quantized linear of a checkpoint, or the same linear of all experts in one tensor.
 
     weight       one of this project's QTensors if its format is one of them, else a `FileQTensor`
     stored_bits  of all tensors of the weight in the file: codes, scales, zero points, tables, and what is redundant
     inputs       what quantizes its inputs, if the checkpoint prescribes that
     label        its format's own name, if it has one
+    experts      E, if the weight (E N, K) has the rows of E experts, one expert behind another
     """
 
     weight: QTensor
     stored_bits: int
     inputs: InputQuantizer | None = None
     label: str = ""
+    experts: int | None = None
 
 
 class FileQTensor(QTensor):
@@ -61,28 +64,39 @@ class Reader(ABC):
     name   the format in tables and messages: gptq
     key    a part that only quantized linears have: `<linear>.<key>` is a tensor
     parts  all parts of a linear that are no float weight and no bias
+    joint  what is between the names of a linear and of a part
     """
 
     name: ClassVar[str]
     key: ClassVar[str]
     parts: ClassVar[tuple[str, ...]]
+    joint: str = "."
 
-    def __init__(self, section: Mapping[str, Any], files: TensorFiles) -> None:
-        """`section` is the mapping of config.json, or of the file beside it, that describes the format."""
+    def __init__(self, section: Mapping[str, Any], files: TensorFiles, shapes: Callable[[], Shapes] = dict) -> None:
+        """`section` is the mapping of config.json, or of the file beside it, that describes the format.
+
+        `shapes` computes N and K of each linear of the model, by name, for formats whose files do not say them.
+        """
         self.section = section
         self.files = files
+        self._shapes = shapes
+
+    @cached_property
+    def shapes(self) -> Shapes:
+        """N and K of each linear of the model."""
+        return self._shapes()
 
     @cached_property
     def linears(self) -> dict[str, list[str]]:
         """The parts that each quantized linear has, by the name of the linear."""
-        suffix = f".{self.key}"
+        suffix = f"{self.joint}{self.key}"
         names = [name.removesuffix(suffix) for name in self.files.stored if name.endswith(suffix)]
-        return {name: [part for part in self.parts if f"{name}.{part}" in self.files.stored] for name in names}
+        return {name: [part for part in self.parts if self.tensor(name, part) in self.files.stored] for name in names}
 
     @cached_property
     def floats(self) -> list[str]:
         """The names of the tensors that are no part of a quantized linear."""
-        quantized = {f"{name}.{part}" for name, parts in self.linears.items() for part in parts}
+        quantized = {self.tensor(name, part) for name, parts in self.linears.items() for part in parts}
         return [name for name in self.files.stored if name not in quantized]
 
     @property
@@ -97,14 +111,22 @@ class Reader(ABC):
         Raises: CheckpointError if its tensors do not fit each other or the format.
         """
 
+    def tensor(self, name: str, part: str) -> str:
+        """The name of a linear's tensor in the file."""
+        return f"{name}{self.joint}{part}"
+
+    def parameter(self, tensor: str) -> str:
+        """The name in the model of a tensor that is no part of a quantized linear."""
+        return tensor
+
     def tensors(self, name: str, required: tuple[str, ...] = ()) -> Tensors:
         """The tensors of a linear, by their parts.
 
         Raises: CheckpointError if one of `required` is absent.
         """
         for part in required:
-            self.files.require(f"{name}.{part}")
-        return {part: self.files.read(f"{name}.{part}") for part in self.linears[name]}
+            self.files.require(self.tensor(name, part))
+        return {part: self.files.read(self.tensor(name, part)) for part in self.linears[name]}
 
 
 def expect(

@@ -1,4 +1,4 @@
-"""Codes in 32-bit words, as GPTQ, AWQ and compressed-tensors store them: reading, and writing."""
+"""Codes in words and bytes, as GPTQ, AWQ, compressed-tensors, HQQ and quanto store them: reading, and writing."""
 
 from __future__ import annotations
 
@@ -32,6 +32,18 @@ def fields(words: Tensor, bits: int, count: int) -> Tensor:
     shifts = torch.arange(0, WORD - bits + 1, bits, dtype=torch.int32)
     codes = (words[..., None] >> shifts).bitwise_and_((1 << bits) - 1).to(torch.uint8)
     return codes.flatten(-2)[..., :count]
+
+
+def stacked(packed: Tensor, bits: int, count: int, *, from_high: bool) -> Tensor:
+    """The first `count` rows of codes, uint8 (count, C), from integers (R, C).
+
+    Each integer holds codes of several rows that are R rows apart: the first in its low bits or, `from_high`, in the
+    highest bits that its codes fill.
+    """
+    held = 8 * packed.itemsize // bits
+    shifts = [bits * i for i in range(held)]
+    ordered = shifts[::-1] if from_high else shifts
+    return torch.cat([(packed >> shift & (1 << bits) - 1).to(torch.uint8) for shift in ordered])[:count]
 
 
 def to_stream(codes: Tensor, bits: int) -> Tensor:

@@ -19,6 +19,7 @@ from harness.models.checkpoint import reading
 from harness.models.exchange.gguf import GGUF
 from harness.utils.errors import LIMIT
 from tests.models.exchange.test_integers import encode_gptq, source_of
+from tests.models.exchange.test_libraries import FOLDERS
 from tests.support import checkpoints as made
 
 TRIES = 200
@@ -65,17 +66,32 @@ def damaged(content: bytes, chance: random.Random) -> bytes:
     return content[:place] + new + content[place + len(new) :]
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
-def test_random_damage_of_a_folder(copy: Path, file: str) -> None:
-    content, chance, lines = (copy / file).read_bytes(), random.Random(0), list[str]()
-    for _ in range(TRIES):
-        (copy / file).write_bytes(damaged(content, chance))
+def lines_of(file: Path, tries: int) -> list[str]:
+    """The errors of the folder of `file`, which is damaged in another way at each try."""
+    content, chance, lines = file.read_bytes(), random.Random(0), list[str]()
+    for _ in range(tries):
+        file.write_bytes(damaged(content, chance))
         try:
-            opened(copy)
+            opened(file.parent)
         except ValueError as error:
             lines.append(str(error))
+    return lines
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json"])
+def test_random_damage_of_a_folder(copy: Path, file: str) -> None:
+    lines = lines_of(copy / file, TRIES)
     assert all(len(line) <= LIMIT and "\n" not in line for line in lines)
     assert len(lines) > TRIES // 4  # what only changes a weight, or a setting that does not matter, cannot be seen
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda folder: folder.name)
+def test_random_damage_of_the_files_of_libraries(folder: Path, tmp_path: Path) -> None:
+    work = Path(shutil.copytree(folder, tmp_path / "copy"))
+    files = [work / "model.safetensors", *work.glob("quanto_qmap.json")]
+    lines = [lines_of(file, TRIES // 2) for file in files]
+    assert all(len(line) <= LIMIT and "\n" not in line for some in lines for line in some)
+    assert all(len(some) > TRIES // 8 for some in lines)
 
 
 def test_a_truncated_file(copy: Path) -> None:

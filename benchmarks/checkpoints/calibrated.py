@@ -7,7 +7,7 @@ from pathlib import Path
 
 from benchmarks.checkpoints.files import CALIBRATION, FLOAT, once
 
-WIDTHS = (4, 3, 2)
+WIDTHS = (4,)
 _GROUP, _STEPS = 64, 200
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,8 @@ def torchao(model: str, folder: Path) -> None:
     def four_bits() -> Any:
         import torch
 
-        return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4,  # type: ignore[attr-defined]  # torch has it granularity=PerGroup(32)))
+        width: Any = torch
+        return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=width.int4, granularity=PerGroup(32)))
 
     _write(folder, "torchao_int8", lambda: TorchAoConfig(Int8WeightOnlyConfig()))
     _write(folder, "torchao_int4", four_bits)
@@ -43,11 +45,12 @@ def hqq(model: str, folder: Path) -> None:
 
 def _write(folder: Path, name: str, config: Callable[[], Any]) -> None:
     """Quantize the float model as `config` says, and save it."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     def write(part: Path) -> None:
         options = {"quantization_config": config(), "device_map": "cpu", "dtype": "float32"}
         AutoModelForCausalLM.from_pretrained(folder / FLOAT, **options).save_pretrained(part)
-        AutoTokenizer.from_pretrained(folder / FLOAT).save_pretrained(part)
+        for file in (folder / FLOAT).glob("tokenizer*"):  # an older transformers does not know its class
+            shutil.copy(file, part)
 
     once(folder / name, write)

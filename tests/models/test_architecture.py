@@ -21,7 +21,7 @@ from tests.support.reference import naive_perplexity
 # Names of the linears of block 0, grouped by the input that they read, in execution order.
 _QKV, _GATED = ["q_proj", "k_proj", "v_proj"], [["o_proj"], ["gate_proj", "up_proj"], ["down_proj"]]
 GROUPS: dict[str, list[list[str]]] = {
-    **{name: [_QKV, *_GATED] for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2")},
+    **{name: [_QKV, *_GATED] for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text")},
     "phi3": [["qkv_proj"], ["o_proj"], ["gate_up_proj"], ["down_proj"]],
     "opt": [_QKV, ["out_proj"], ["fc1"], ["fc2"]],
     "gpt2": [["c_attn"], ["c_proj"], ["c_fc"], ["c_proj"]],

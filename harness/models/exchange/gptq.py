@@ -5,7 +5,8 @@
     scales   (G, N) float16
     g_idx    (K,) int32                the group of each input; with act_order they are in any order
 
-Source: AutoGPTQ, qlinear_cuda_old.py; GPTQModel, utils/model.py, convert_gptq_v1_to_v2_format.
+Source: AutoGPTQ, qlinear_cuda_old.py; GPTQModel, utils/model.py, convert_gptq_v1_to_v2_format; auto-round,
+inference/backend.py, GPTQ_FORMAT_NO_ZP.
 """
 
 from __future__ import annotations
@@ -74,6 +75,13 @@ class GPTQ(Reader):
         if bits not in _WIDTHS:
             raise unsupported("bits", bits, ", ".join(map(str, _WIDTHS)))
         return int(bits)
+
+
+class AutoRound(GPTQ):
+    """The layout of auto-round's own packing: zero points as they are."""
+
+    name = "auto-round"
+    _offset = 0
 
 
 class GPTQWriter(Writer):

@@ -20,7 +20,8 @@ def check(cfg: RunConfig, folder: Path) -> None:
     """
     export.check(folder)
     if cfg.scheme is not None:
-        export.WRITERS[cfg.export].check(cfg.scheme)
+        for scheme in map(cfg.scheme.at, cfg.mixed.widths) if cfg.mixes else [cfg.scheme]:
+            export.WRITERS[cfg.export].check(scheme)
 
 
 def save(cfg: RunConfig, source: Source, model: nn.Module, result: Result) -> str | None:

@@ -100,7 +100,7 @@ class GPTQWriter(Writer):
             "bits": fmt.bits,
             "group_size": fmt.group_size,
             "sym": fmt.symmetric,
-            "desc_act": False,
+            "desc_act": any(isinstance(weight, PermutedQTensor) for weight, _ in linears.values()),
             "lm_head": False,
         } | ({"dynamic": {f"-:{re.escape(name)}$": {} for name in floats}} if floats else {})
 

@@ -76,6 +76,9 @@ def test_an_exported_model_is_a_checkpoint_with_the_same_figures(
     else:
         assert theirs.window_nll == ours.window_nll
     assert {path.name for path in saved.iterdir()} >= {"config.json", "model.safetensors", "tokenizer.json"}
+    if form == "gptq":  # loaders take groups as consecutive where this is false
+        section = json.loads((saved / "config.json").read_text())["quantization_config"]
+        assert section["desc_act"] == ("method.gptq.act_order=true" in overrides)
     assert list(tmp_path.glob("saved.part-*")) == []
 
 

@@ -36,10 +36,10 @@ def bitsandbytes(model: str, folder: Path) -> None:
 
 
 def hqq(model: str, folder: Path) -> None:
-    """Write 4, 3 and 2 bits in groups of 64."""
+    """Write 4 and 3 bits in groups of 64."""
     from transformers import HqqConfig
 
-    for bits in (4, 3, 2):
+    for bits in (4, 3):
         _write(folder, f"hqq_{bits}", lambda bits=bits: HqqConfig(nbits=bits, group_size=64, axis=1))  # type: ignore[misc]
 
 

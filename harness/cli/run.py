@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from harness.cli import sweeps
+from harness.cli.base import find_base
 from harness.cli.commands import print_error
 from harness.cli.hydra_errors import one_line
-from harness.cli.main import conf_folder
 from harness.cli.show import show_table
 from harness.cli.start import ended
-from harness.config import build_limits, folder_name, one_source
+from harness.config import build_limits, one_source
 from harness.records import Record, headline, sweep
 from harness.reports import label
 from harness.runs import execute_isolated, execute_run, refused_run
@@ -30,7 +30,6 @@ from harness.utils.progress import Label, Track, text
 
 T = TypeVar("T")
 
-CONF = conf_folder()
 _console = Console(stderr=True)
 
 
@@ -46,7 +45,7 @@ def job(cfg: DictConfig) -> list[float] | None:
     try:
         raw = cast(dict[str, Any], OmegaConf.to_container(cfg, resolve=True))
         _use_typed_source(raw, context.overrides.task)
-        _find_base(raw)
+        find_base(raw)
     except (OmegaConfBaseException, ValueError) as error:
         print_error(one_line(error))
         ended.append("failed")
@@ -77,29 +76,6 @@ def _use_typed_source(raw: dict[str, Any], overrides: Sequence[str]) -> None:
         section = one_source(raw["model"], typed)
         if "path" not in typed:  # a record keeps the axis's name for a folder: it is a copy of this model
             raw["model"] = section
-
-
-def _find_base(raw: dict[str, Any]) -> None:
-    """Change `model.base` of `raw` from a name of the axis `model`, a folder or an id of the hub to a section.
-
-    Raises: ValueError if it is none of these.
-    """
-    model = raw.get("model")
-    base = model.get("base") if isinstance(model, dict) else None
-    if not isinstance(base, str):
-        return
-    named = CONF / "model" / f"{base}.yaml"
-    if "/" not in base and named.is_file():
-        section = OmegaConf.to_container(OmegaConf.load(named))
-        raw["model"]["base"] = section.get("model", section) if isinstance(section, dict) else section
-    elif Path(base).expanduser().exists():
-        raw["model"]["base"] = {"name": folder_name(base), "path": base}
-    elif base.count("/") == 1:
-        raw["model"]["base"] = {"name": base, "id": base, "revision": "main"}
-    else:
-        raise ValueError(
-            f"model.base={base} is unknown; expected a folder, a name of conf/model, or OWNER/NAME of a hub"
-        )
 
 
 def _execute(raw: dict[str, Any], number: int | None, folder: Path) -> tuple[Record, bool]:

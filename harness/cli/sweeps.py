@@ -18,6 +18,7 @@ from hydra.experimental.callback import Callback
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from harness.cli.base import find_base
 from harness.cli.commands import print_error
 from harness.cli.hydra_errors import one_line
 from harness.cli.show import show_table
@@ -136,6 +137,7 @@ def _build(config: DictConfig, job: Sequence[str]) -> None:
     cfg = GlobalHydra.instance().config_loader().load_sweep_config(config, list(job))
     values = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key != "hydra"])
     raw = cast(Json, OmegaConf.to_container(values, resolve=True))
+    find_base(raw)
     build_limits(raw, True)
     build_run(raw)
 

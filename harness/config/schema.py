@@ -154,10 +154,10 @@ class RunConfig:
                 f"mixed.budget={self.mixed.budget:g} with scheme={self.scheme.name}: method={'_'.join(self.steps)} has "
                 "codes of its own, whose width cannot be chosen; use mixed.budget=null, or a method that takes a scheme"
             )
-        if self.mixes and self.save is not None and self.export != "native":
+        if self.mixes and self.save is not None and self.export not in ("native", "compressed-tensors", "gguf"):
             raise Conflict(
                 f"export={self.export} with mixed.budget={self.mixed.budget:g}: the file has one width for all "
-                "linears; expected export=native, or mixed.budget=null"
+                "linears; expected export=native, compressed-tensors or gguf, or mixed.budget=null"
             )
 
     @property

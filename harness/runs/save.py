@@ -22,7 +22,8 @@ def check(cfg: RunConfig, source: Source, folder: Path) -> None:
     export.check(folder)
     if cfg.scheme is not None:
         writer = export.WRITERS[cfg.export]
-        writer.check(cfg.scheme)
+        for scheme in map(cfg.scheme.at, cfg.mixed.widths) if cfg.mixes else [cfg.scheme]:
+            writer.check(scheme)
         writer.check_model(source)
 
 

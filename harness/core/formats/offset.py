@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 from harness.core.formats.integer_weight import IntWeight
-from harness.core.formats.packing import pack
+from harness.core.formats.packing import pack, packed_bytes
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor
+
+_GROUP_BITS = 64  # a scale and an offset in float32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +26,10 @@ class OffsetWeight(IntWeight):
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         assert params.zero_point is not None
         return codes.to(params.scale.dtype).mul_(params.scale).add_(params.zero_point)
+
+    def stored_bits(self, shape: tuple[int, int]) -> int:
+        rows, columns = self.groups(shape)
+        return 8 * packed_bytes(shape[0] * shape[1], self.bits) + rows * columns * _GROUP_BITS
 
 
 class OffsetQTensor(GroupedQTensor):

@@ -63,6 +63,7 @@ class AWQWriter(FolderWriter):
             "bits": _BITS,
             "group_size": fmt.group_size,
             "zero_point": not fmt.symmetric,
+            "sym": fmt.symmetric,  # auto-round reads this in the place of zero_point
             "modules_to_not_convert": floats or None,
         }
 

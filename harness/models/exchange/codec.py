@@ -34,6 +34,7 @@ from harness.core.formats import (
 from harness.core.formats.incoherent import STAGES
 from harness.core.formats.learned_weight import LearnedQTensor
 from harness.core.formats.qtensor import GroupedQTensor
+from harness.models.exchange.inputs import calibrated
 from harness.models.exchange.reader import Tensors, damaged, restored
 
 Json = dict[str, Any]
@@ -113,13 +114,10 @@ def rebuild_inputs(description: Json | None, tensors: Tensors) -> InputQuantizer
     if description is None:
         return None
     try:
-        inputs = InputQuantizer(build(_ACTIVATIONS[description["kind"]], description["format"], "activation"))
-        if not inputs.fmt.dynamic:
-            inputs.register_buffer("scale", tensors["scale"])
-            inputs.register_buffer("zero_point", tensors.get("zero_point"))
-    except (KeyError, TypeError, ValueError) as error:
+        fmt = build(_ACTIVATIONS[description["kind"]], description["format"], "activation")
+        return InputQuantizer(fmt) if fmt.dynamic else calibrated(fmt, tensors["scale"], tensors.get("zero_point"))
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise damaged(f"the description of a linear's inputs does not fit: {error}") from error
-    return inputs
 
 
 def _grouped(kind: str, description: Json, shape: tuple[int, int], tensors: Tensors) -> QTensor:

@@ -11,7 +11,7 @@ from harness.models.exchange.awq import AWQ
 from harness.models.exchange.bnb import Bnb4, Bnb8
 from harness.models.exchange.compressed import CompressedTensors
 from harness.models.exchange.fp8 import FP8Blocks, ModelOpt
-from harness.models.exchange.gptq import GPTQ
+from harness.models.exchange.gptq import GPTQ, AutoRound
 from harness.models.exchange.hqq import HQQ
 from harness.models.exchange.mxfp4 import MXFP4
 from harness.models.exchange.native import Native
@@ -95,7 +95,9 @@ def _of_auto_round(section: Json) -> type[Reader]:
         return AWQ
     if "gptq" in packing:
         return GPTQ
-    raise unsupported("packing_format", packing, "auto_round:auto_gptq or auto_round:auto_awq")
+    if packing == "auto_round":
+        return AutoRound
+    raise unsupported("packing_format", packing, "auto_round, auto_round:auto_gptq or auto_round:auto_awq")
 
 
 _READERS: dict[str, Callable[[Json], type[Reader]]] = {

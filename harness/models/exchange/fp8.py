@@ -2,7 +2,7 @@
 
     quant_method fp8   weight float8_e4m3fn, weight_scale_inv one float32 for each block of outputs and inputs, which
                        multiplies; inputs in blocks of a token, at run time
-    ModelOpt FP8       weight float8_e4m3fn, weight_scale (), input_scale ()
+    ModelOpt FP8       weight float8_e4m3fn, weight_scale () or (N,), input_scale (), or inputs at run time, per token
     ModelOpt NVFP4     weight (N, K / 2) uint8, weight_scale float8_e4m3fn, weight_scale_2 (), which multiplies;
                        input_scale (), likewise
 
@@ -14,6 +14,9 @@ from __future__ import annotations
 from harness.models.exchange.floats import fp4, fp8
 from harness.models.exchange.inputs import dynamic_fp8, nvfp4, static_fp8
 from harness.models.exchange.reader import Reader, StoredLinear, bits_of, unsupported
+
+_PER_TOKEN = "FP8_PER_CHANNEL_PER_TOKEN"
+_ALGORITHMS = ("FP8", _PER_TOKEN, "NVFP4", "W4A16_NVFP4", "MIXED_PRECISION")
 
 
 class FP8Blocks(Reader):
@@ -43,17 +46,29 @@ class FP8Blocks(Reader):
 
 
 class ModelOpt(Reader):
-    """Linears with `weight_scale`, and in FP4 also `weight_scale_2`."""
+    """Linears with `weight_scale`, and in NVFP4 also `weight_scale_2`."""
 
     name = "modelopt"
     key = "weight_scale"
-    parts = ("weight", "weight_scale", "weight_scale_2", "input_scale")
+    parts = ("weight", "weight_scale", "weight_scale_2", "input_scale", "pre_quant_scale")
 
     def read(self, name: str) -> StoredLinear:
         tensors = self.tensors(name, ("weight",))
-        inputs = tensors.get("input_scale")
+        if "pre_quant_scale" in tensors:
+            raise unsupported("quant_algo", self._algorithm, "one that does not rescale inputs (pre_quant_scale)")
+        if self._algorithm not in _ALGORITHMS:
+            raise unsupported("quant_algo", self._algorithm, ", ".join(_ALGORITHMS))
+        scale = tensors.get("input_scale")
         if "weight_scale_2" in tensors:
             weight = fp4(name, tensors["weight"], tensors["weight_scale"], tensors["weight_scale_2"])
-            return StoredLinear(weight, bits_of(tensors, "input_scale"), None if inputs is None else nvfp4(inputs))
-        weight = fp8(name, tensors["weight"], tensors["weight_scale"])
-        return StoredLinear(weight, bits_of(tensors, "input_scale"), None if inputs is None else static_fp8(inputs))
+            inputs = None if scale is None else nvfp4(scale)
+        else:
+            weight = fp8(name, tensors["weight"], tensors["weight_scale"])
+            inputs = None if scale is None else static_fp8(scale)
+        if self._algorithm == _PER_TOKEN:
+            inputs = dynamic_fp8(None)
+        return StoredLinear(weight, bits_of(tensors, "input_scale"), inputs)
+
+    @property
+    def _algorithm(self) -> str:
+        return str(self.section.get("quant_algo")).upper()

@@ -5,7 +5,8 @@
     scales   (G, N) float16
     g_idx    (K,) int32                the group of each input; with act_order they are in any order
 
-Source: AutoGPTQ, qlinear_cuda_old.py; GPTQModel, utils/model.py, convert_gptq_v1_to_v2_format.
+Source: AutoGPTQ, qlinear_cuda_old.py; GPTQModel, utils/model.py, convert_gptq_v1_to_v2_format; auto-round,
+inference/backend.py, GPTQ_FORMAT_NO_ZP.
 """
 
 from __future__ import annotations
@@ -77,6 +78,13 @@ class GPTQ(Reader):
         return int(bits)
 
 
+class AutoRound(GPTQ):
+    """The layout of auto-round's own packing: zero points as they are."""
+
+    name = "auto-round"
+    _offset = 0
+
+
 class GPTQWriter(FolderWriter):
     """Writes what GPTQ's loaders read: version 1, float16 scales, whole words."""
 
@@ -93,7 +101,7 @@ class GPTQWriter(FolderWriter):
             "bits": fmt.bits,
             "group_size": fmt.group_size,
             "sym": fmt.symmetric,
-            "desc_act": False,
+            "desc_act": any(isinstance(weight, PermutedQTensor) for weight, _ in linears.values()),
             "lm_head": False,
         } | ({"dynamic": {f"-:{re.escape(name)}$": {} for name in floats}} if floats else {})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from harness.config import ModelConfig
 from harness.core import FloatQTensor, IntQTensor
 from harness.core.formats import InputQuantizer
 from harness.models import open_quantized
+from harness.models.checkpoint import CheckpointError
 from harness.models.exchange.inputs import FixedTensorScale
 from harness.models.exchange.reader import StoredLinear
 from tests.support import checkpoints as made
@@ -146,6 +148,28 @@ def test_nvfp4(base: Path, tmp_path: Path, writer: str) -> None:
     assert linear.inputs is not None
     outputs = linear.inputs(torch.cat([x] * (linear.weight.shape[1] // 16), 1))[:, :16]
     assert torch.allclose(outputs, to_fp4(x, scale)[1] * scale)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "more", "message"),
+    [
+        ("W4A8_MXFP4_FP8", {}, "quant_algo=W4A8_MXFP4_FP8 in its quantization section, expected FP8, FP8_PER_CHANNEL"),
+        ("NVFP4_AWQ", {"pre_quant_scale": torch.ones(2)}, "quant_algo=NVFP4_AWQ .* expected one that does not rescale"),
+    ],
+)
+def test_other_algorithms_of_modelopt_are_refused(
+    base: Path, tmp_path: Path, algorithm: str, more: made.Parts, message: str
+) -> None:
+    def encode(name: str, weight: Tensor) -> made.Parts:
+        return {"weight": to_fp8(weight, torch.tensor(1.0)), "weight_scale": torch.tensor(1.0)} | {
+            part: tensor.clone() for part, tensor in more.items()
+        }
+
+    made.quantized(base, tmp_path / "q", {"quant_method": "modelopt", "quant_algo": algorithm}, encode)
+    reader = open_quantized(ModelConfig(name="x", path=str(tmp_path / "q")), 0).reader
+    with pytest.raises(CheckpointError, match="has a format without a reader") as caught:
+        reader.read("model.layers.0.mlp.up_proj")
+    assert re.search(message, caught.value.detail)
 
 
 def test_mxfp4(base: Path, tmp_path: Path) -> None:

@@ -26,7 +26,13 @@ def _auto_round(folder: Path, part: Path, bits: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(folder / FLOAT, dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder / FLOAT)
     calibration = [{"input_ids": row[None]} for row in tokens]
-    options = {"iters": _STEPS, "nsamples": len(tokens), "seqlen": tokens.shape[1], "device_map": "cpu", "enable_torch_compile": False}
+    options = {
+        "iters": _STEPS,
+        "nsamples": len(tokens),
+        "seqlen": tokens.shape[1],
+        "device_map": "cpu",
+        "enable_torch_compile": False,
+    }
     AutoRound(
         model, tokenizer, bits=bits, group_size=_GROUP, sym=False, dataset=calibration, **options
     ).quantize_and_save(str(part), format="auto_round:auto_gptq")

@@ -79,7 +79,7 @@ class GGUFSource(QuantizedSource):
         self.check()
         quiet()
         with reading(self.key_value, DOWNLOAD):
-            return pretrained(self._gguf.file).to(dtype)  # type: ignore[no-any-return]
+            return pretrained(self._gguf, self.shape).to(dtype)  # type: ignore[no-any-return]
 
     def _read(self, auto: Any) -> Any:
         """What the class `auto` of transformers reads from the file."""

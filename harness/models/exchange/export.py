@@ -23,7 +23,7 @@ from harness.models.exchange.awq import AWQWriter
 from harness.models.exchange.compressed_writer import CompressedWriter
 from harness.models.exchange.detect import reader_of
 from harness.models.exchange.folder_writer import WEIGHTS
-from harness.models.exchange.gguf import pretrained
+from harness.models.exchange.gguf import GGUF, pretrained
 from harness.models.exchange.gguf_writer import FILE, GGUFWriter
 from harness.models.exchange.gptq import GPTQWriter
 from harness.models.exchange.native import NativeWriter
@@ -87,7 +87,7 @@ def _decoded(folder: Path) -> Callable[[str], Tensor]:
     Raises: CheckpointError if it cannot be read.
     """
     if (folder / FILE).is_file():
-        model = pretrained(folder / FILE)
+        model = pretrained(GGUF(folder / FILE))
         return lambda name: weight_of(model.get_submodule(name))
     reader = reader_of(read_json(folder / CONFIG), folder)
     return lambda name: reader.read(name).weight.dequantize()

@@ -6,6 +6,7 @@ in the file by their decoded values, which proves the result and needs no table 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -50,6 +51,20 @@ class GGUF:
     name = "gguf"
 
     @cached_property
+    def opened(self) -> Any:
+        """The file as the package gguf reads it.
+
+        Raises: CheckpointError if it is damaged: the sizes that it names are checked before they are read.
+        """
+        from gguf import GGUFReader
+
+        try:
+            return GGUFReader(self.file)
+        except Exception as error:  # the package raises whatever numpy and struct raise
+            reason = f"{type(error).__name__}: {error}"
+            raise damaged(f"{self.file.name} is damaged or no GGUF file: {reason}") from error
+
+    @cached_property
     def matrices(self) -> list[StoredMatrix]:
         """All matrices that are no floats.
 
@@ -57,7 +72,7 @@ class GGUF:
         """
         return [
             StoredMatrix(tensor.name, tensor.tensor_type.name, tensor.data)
-            for tensor in read_gguf(self.file).tensors
+            for tensor in self.opened.tensors
             if tensor.tensor_type.name not in _FLOATS and len(tensor.data.shape) == 2
         ]
 
@@ -75,31 +90,20 @@ class GGUF:
                     yield name, _stored(name, matrix, rows)
 
 
-def read_gguf(file: Path) -> Any:
-    """The opened file.
-
-    Raises: CheckpointError if it is damaged: the sizes that it names are checked before they are read.
-    """
-    from gguf import GGUFReader
-
-    try:
-        return GGUFReader(file)
-    except Exception as error:  # the package raises whatever numpy and struct raise
-        raise damaged(f"{file.name} is damaged or no GGUF file: {type(error).__name__}: {error}") from error
-
-
-def pretrained(file: Path) -> Any:
+def pretrained(gguf: GGUF, config: Any = None) -> Any:
     """The model in the file as transformers decodes it, in float32, without the traces of its quantization.
 
+    `config` is that of the file if it is known; transformers takes seconds to read it.
     Raises: CheckpointError if its rotary frequencies are scaled in a way that is not known.
     """
     from transformers import AutoModelForCausalLM
 
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
+    options = {"gguf_file": gguf.file.name, "dtype": torch.float32, "config": copy.deepcopy(config)}
+    model: Any = AutoModelForCausalLM.from_pretrained(gguf.file.parent, **options)
     if hasattr(model.config, "quantization_config"):  # the weights are decoded
         del model.config.quantization_config
     model.is_quantized = False
-    _scale_frequencies(model, read_gguf(file))
+    _scale_frequencies(model, gguf.opened)
     return model
 
 

@@ -14,7 +14,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from harness.core import FloatWeight, IntWeight
 from harness.models.exchange import gguf_file
-from harness.models.exchange.gguf import pretrained
+from harness.models.exchange.gguf import GGUF, pretrained
 from harness.models.exchange.gguf_blocks import blocks_of
 from harness.models.exchange.gguf_layout import settings
 from harness.models.exchange.gguf_types import READ
@@ -96,7 +96,7 @@ def test_an_exported_file_is_a_checkpoint_with_the_same_figures(family: str, tmp
 def test_a_float_model_without_a_vocabulary_is_a_file(tmp_path: Path) -> None:
     model = build("llama", **SHAPE)
     gguf_file.write_gguf(tmp_path / "x.gguf", "x", model, {}, None)
-    returned = pretrained(tmp_path / "x.gguf")
+    returned = pretrained(GGUF(tmp_path / "x.gguf"))
     assert all(map(torch.equal, model.state_dict().values(), returned.state_dict().values()))
 
 
@@ -110,7 +110,7 @@ def test_scaled_frequencies_return(tmp_path: Path) -> None:
     file = tmp_path / "saved" / "model.gguf"
     (factors,) = (tensor.data for tensor in GGUFReader(file).tensors if tensor.name == "rope_freqs.weight")
     assert (factors[0], factors[-1]) == pytest.approx((1, 8))
-    frequencies = pretrained(file).model.rotary_emb.inv_freq
+    frequencies = pretrained(GGUF(file)).model.rotary_emb.inv_freq
     plain = 10000.0 ** -(torch.arange(0, 16, 2) / 16)
     assert torch.allclose(frequencies, plain / torch.tensor(factors), rtol=1e-6)
 

@@ -87,6 +87,7 @@ def _parts(
     """All tensors of the checkpoint by name, and the section of config.json that describes them."""
     tensors = _floats(model, set(weights))
     linears = {name: (_on_cpu(weight), _inputs_of(model, name)) for name, weight in weights.items()}
+    writer = writer.fitted(linears)
     for name, (weight, inputs) in linears.items():
         tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in writer.parts(weight, inputs).items()}
     others = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in weights]

@@ -30,6 +30,10 @@ class Writer(ABC):
         Raises: ValueError if the format cannot hold it.
         """
 
+    def fitted(self, linears: Linears) -> Writer:
+        """The variant of the format that holds these linears."""
+        return self
+
     @abstractmethod
     def section(self, scheme: Scheme, linears: Linears, floats: list[str]) -> dict[str, Any]:
         """The `quantization_config` of config.json; `floats` are the linears that stay floats."""

@@ -26,6 +26,10 @@ WEIGHTS = "model.safetensors"
 class FolderWriter(Writer):
     """The layout of linears in one format."""
 
+    def fitted(self, linears: Linears) -> FolderWriter:
+        """The variant of the format that holds these linears."""
+        return self
+
     @abstractmethod
     def section(self, scheme: Scheme, linears: Linears, floats: list[str]) -> dict[str, Any]:
         """The `quantization_config` of config.json; `floats` are the linears that stay floats."""
@@ -40,13 +44,13 @@ class FolderWriter(Writer):
     def write(self, quantized: Quantized, folder: Path) -> None:
         model = quantized.model
         linears = {name: (weight, _inputs_of(model, name)) for name, weight in quantized.linears()}
-        tensors = _floats(model, set(linears))
+        tensors, fitted = _floats(model, set(linears)), self.fitted(linears)
         for name, (weight, inputs) in linears.items():
-            tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in self.parts(weight, inputs).items()}
+            tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in fitted.parts(weight, inputs).items()}
         save_file(_apart(tensors), folder / WEIGHTS, {"format": "pt"})
         (folder / WEIGHTS).chmod(0o644)
         others = [name for name, part in model.named_modules() if isinstance(part, nn.Linear) and name not in linears]
-        section = self.section(quantized.scheme, linears, others)
+        section = fitted.section(quantized.scheme, linears, others)
         _write_settings(model, section, quantized.source.provenance(model), folder)
         if (tokenizer := quantized.source.transformers_tokenizer()) is not None:
             tokenizer.save_pretrained(folder)

@@ -86,9 +86,20 @@ class AutoRound(GPTQ):
 
 
 class GPTQWriter(FolderWriter):
-    """Writes what GPTQ's loaders read: version 1, float16 scales, whole words."""
+    """Writes what GPTQ's loaders read: version 1 where it can, float16 scales, whole words.
+
+    Version 1 stores a zero point of 0 as the largest code. Loaders that add 1 to whole words carry it into the next
+    zero point, so that such weights need version 2.
+    """
 
     name = "gptq"
+
+    def __init__(self, form: str = "gptq") -> None:
+        """`form` is the value of `checkpoint_format`."""
+        self.form = form
+
+    def fitted(self, linears: Linears) -> GPTQWriter:
+        return GPTQWriter("gptq_v2" if any(_has_zero(weight) for weight, _ in linears.values()) else "gptq")
 
     def check(self, scheme: Scheme) -> None:
         self.plain_integers(scheme, _WIDTHS)
@@ -97,7 +108,7 @@ class GPTQWriter(FolderWriter):
         fmt = self.integers(scheme)
         return {
             "quant_method": "gptq",
-            "checkpoint_format": "gptq",
+            "checkpoint_format": self.form,
             "bits": fmt.bits,
             "group_size": fmt.group_size,
             "sym": fmt.symmetric,
@@ -115,13 +126,19 @@ class GPTQWriter(FolderWriter):
         if order is not None:
             inverse = order.argsort()
             codes, group = codes[:, inverse], group[inverse]
-        stored = (zero_points(base) - 1) % (1 << bits)
+        stored = (zero_points(base) - _FORMATS[self.form]) % (1 << bits)
         return {
             "qweight": to_stream(codes, bits).t().contiguous(),
             "qzeros": to_stream(stored.t().contiguous().to(torch.uint8), bits),
             "scales": base.scale.t().contiguous(),
             "g_idx": group.int(),
         }
+
+
+def _has_zero(weight: QTensor) -> bool:
+    """Whether a zero point is the code 0."""
+    base = weight.base if isinstance(weight, PermutedQTensor) else weight
+    return isinstance(base, IntQTensor) and not bool(zero_points(base).all())
 
 
 def _columns(name: str, words: Tensor, g_idx: Tensor | None, bits: int) -> int:

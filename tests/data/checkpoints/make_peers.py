@@ -8,6 +8,7 @@ The libraries are no dependencies of this project. All ran on processors alone:
     llmcompressor*   llmcompressor 0.14.0.1 with compressed-tensors 0.19.0, transformers 5.17.0, torch 2.14.0
     auto_round*      auto-round 0.16.1 with auto-round-lib 0.16.0, transformers 5.23.0, torch 2.13.0
     gptqmodel*       gptqmodel 7.7.0 with transformers 5.23.0, torch 2.14.1
+    autoawq          autoawq 0.2.9 with transformers 4.51.3, torch 2.13.0
     bitsandbytes*    bitsandbytes 0.50.2 with transformers 5.23.0, torch 2.13.0
     modelopt*        nvidia-modelopt 0.47.0 with transformers 5.23.0, torch 2.14.1
 """
@@ -234,6 +235,28 @@ def gptqmodel(folder: Path, **options: Any) -> None:
     finish(folder, expected)
 
 
+def autoawq(folder: Path) -> None:
+    """Calibrated on random letters; its own function decodes the words."""
+    from awq import AutoAWQForCausalLM
+    from awq.utils.packing_utils import dequantize_gemm
+
+    size = 16
+    texts = ["".join(chr(ord("a") + int(i)) for i in torch.randint(26, (64,))) for _ in range(4)]
+    with tempfile.TemporaryDirectory() as parent:
+        shape = {"hidden_size": 64, "num_attention_heads": 1}  # it searches clipping for 64 outputs at a time
+        source = saved(llama(**shape).half(), Path(parent))
+        model = AutoAWQForCausalLM.from_pretrained(source, device_map="cpu", torch_dtype=torch.float16)
+        settings = {"zero_point": True, "q_group_size": size, "w_bit": 4, "version": "GEMM"}
+        model.quantize(tokenizer(), settings, calib_data=texts, max_calib_seq_len=64, n_parallel_calib_samples=1)
+        model.save_quantized(str(folder))
+    tensors = load_file(folder / "model.safetensors")
+    expected = {}
+    for name in linears(model.model):
+        words, zeros, scales = (tensors[f"{name}.{part}"] for part in ("qweight", "qzeros", "scales"))
+        expected[name] = dequantize_gemm(words, zeros, scales.float(), 4, size).t()
+    finish(folder, expected)
+
+
 def bitsandbytes(folder: Path, **options: Any) -> None:
     """By transformers."""
     from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
@@ -304,6 +327,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "auto_round_plain": lambda folder: auto_round(folder, "auto_round", bits=2, symmetric=False),
     "gptqmodel_act_order": lambda folder: gptqmodel(folder, bits=4, sym=False, desc_act=True),
     "gptqmodel_3_bits": lambda folder: gptqmodel(folder, bits=3, sym=True, desc_act=False),
+    "autoawq": autoawq,
     "bitsandbytes_nf4": lambda folder: bitsandbytes(folder, **NF4),
     "bitsandbytes_nf4_double": lambda folder: bitsandbytes(folder, **NF4, bnb_4bit_use_double_quant=True),
     "bitsandbytes_int8": lambda folder: bitsandbytes(folder, load_in_8bit=True),

@@ -151,6 +151,17 @@ def test_what_a_format_cannot_hold_is_refused_before_anything_is_computed(
     assert not (tmp_path / "saved").exists()
 
 
+@pytest.mark.parametrize(("scheme", "form"), [("group64", "gptq_v2"), ("group64_sym", "gptq")])
+def test_a_zero_point_of_0_needs_version_2(base: Path, tmp_path: Path, scheme: str, form: str) -> None:
+    """With 2 bits, some groups of an asymmetric grid have it."""
+    settings = (f"scheme={scheme}", "scheme.weight.group_size=4", "bits=2", "method=rtn", "export=gptq")
+    common = (*SHORT, f"results_dir={tmp_path / 'r'}", f"model.path={base}")
+    record, _ = execute_run(resolve(*common, *settings, f"save={tmp_path / 'saved'}"))
+    assert record.unsaved is None, record.unsaved
+    section = json.loads((tmp_path / "saved/config.json").read_text())["quantization_config"]
+    assert section["checkpoint_format"] == form
+
+
 def test_transformers_names_what_the_folder_is(base: Path, tmp_path: Path) -> None:
     saved = tmp_path / "saved"
     common = (*SHORT, f"results_dir={tmp_path / 'r'}", f"model.path={base}", "method=rtn", *G16)

@@ -24,16 +24,8 @@ class Llama:
     def __init__(self, file: Path, prompt: Tensor, decoded: Tensor, repacked: bool) -> None:
         self.prompt, self.decoded = prompt, decoded
         self._library = library()
-        model_options = self._library.llama_model_default_params()
-        model_options.use_extra_bufts, model_options.n_gpu_layers = repacked, 0
-        model = self._library.llama_model_load_from_file(str(file).encode(), model_options)
-        options = self._library.llama_context_default_params()
-        options.n_ctx = prompt.numel() + decoded.numel() + _MARGIN
-        options.n_batch = options.n_ubatch = prompt.numel()
-        options.n_threads = options.n_threads_batch = torch.get_num_threads()
-        self._context = self._library.llama_init_from_model(model, options) if model else None
-        if not self._context:
-            raise ValueError(f"llama.cpp cannot load {file.name}")
+        size = prompt.numel() + decoded.numel() + _MARGIN
+        model, self._context = opened(file, size, prompt.numel(), repacked)
         self._prompt, self._steps = _tokens(prompt), [_tokens(token) for token in decoded.flatten()]
         self._vocabulary = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(model))
 
@@ -56,6 +48,24 @@ class Llama:
         status = self._library.llama_decode(self._context, self._library.llama_batch_get_one(tokens, len(tokens)))
         if status:
             raise RuntimeError(f"llama_decode returned {status}")
+
+
+def opened(file: Path, size: int, batch: int, repacked: bool = False) -> tuple[Any, Any]:
+    """The model in a file, and a context of `size` tokens that reads up to `batch` at once.
+
+    Raises: ValueError if llama.cpp cannot load the file.
+    """
+    options = library().llama_model_default_params()
+    options.use_extra_bufts, options.n_gpu_layers = repacked, 0
+    model = library().llama_model_load_from_file(str(file).encode(), options)
+    settings = library().llama_context_default_params()
+    settings.n_ctx = size
+    settings.n_batch = settings.n_ubatch = batch
+    settings.n_threads = settings.n_threads_batch = torch.get_num_threads()
+    context = library().llama_init_from_model(model, settings) if model else None
+    if not context:
+        raise ValueError(f"llama.cpp cannot load {file.name}")
+    return model, context
 
 
 def write(source: Path, file: Path, name: str) -> Path:

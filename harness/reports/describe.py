@@ -81,9 +81,12 @@ def _processor(record: Record) -> str | None:
 
 
 def _checkpoint(record: Record) -> str:
-    """The folder or file of a model that another program quantized."""
+    """The folder or file of a model that another program quantized; the folder of an exported `model.gguf`."""
     path = at(record.config, "model", "path")
-    return Path(str(path)).name if record.model.checkpoint and path else ""
+    if not record.model.checkpoint or not path:
+        return ""
+    file = Path(str(path))
+    return file.parent.name if file.name == "model.gguf" else file.name
 
 
 def _configured_model(config: Json) -> Any:

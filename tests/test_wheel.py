@@ -16,8 +16,7 @@ from pathlib import Path
 import pytest
 
 from harness.cli import main
-from harness.cli.main import COMMANDS
-from harness.cli.run import CONF
+from harness.cli.main import COMMANDS, conf_folder
 from harness.runs.sources import Sources
 from tests.conftest import ROOT, TINY
 
@@ -94,16 +93,17 @@ def test_it_has_every_file_of_its_packages_and_no_other(wheel: Wheel) -> None:
 def test_its_modules_are_imported_and_not_those_of_the_checkout(wheel: Wheel, tmp_path: Path) -> None:
     names = ["harness", "harness.cli.run", "methods.rtn", "methods.peers", "hydra_plugins.union_sweeper"]
     show = (
-        "import importlib, json, sys, harness.cli.run as run\n"
+        "import importlib, json, sys\n"
+        "from harness.cli.main import conf_folder\n"
         "files = [importlib.import_module(name).__file__ for name in sys.argv[1:]]\n"
-        "print(json.dumps([*files, str(run.CONF)]))"
+        "print(json.dumps([*files, str(conf_folder())]))"
     )
     done = wheel.run(tmp_path, sys.executable, "-c", show, *names)
     assert done.returncode == 0, done.stderr
     places = [Path(file) for file in json.loads(done.stdout)]
     assert all(place.is_relative_to(wheel.folder) for place in places), places
     assert places[-1] == wheel.folder / "harness/conf"
-    assert CONF == ROOT / "conf"
+    assert conf_folder() == ROOT / "conf"
     missing = wheel.run(tmp_path, sys.executable, "-c", "import benchmarks, tests.conftest")
     assert "ModuleNotFoundError" in missing.stderr
 

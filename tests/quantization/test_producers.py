@@ -46,6 +46,12 @@ _LLAMA: list[Expected] = [
 ]
 _FUSED_HEADS = heads([16, 40, 64, 88])  # rows: query, key and value of head 0, then of head 1, ...
 
+_GEMMA2: list[Expected] = [
+    ("input_layernorm", "offset_norm", _ALL),
+    _VALUE,
+    ("pre_feedforward_layernorm", "offset_norm", _ALL),
+    _UP,
+]
 PRODUCERS: dict[str, list[Expected]] = {
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3"], _LLAMA),
     "gemma": [
@@ -54,12 +60,7 @@ PRODUCERS: dict[str, list[Expected]] = {
         ("post_attention_layernorm", "offset_norm", _ALL),
         _UP,
     ],
-    "gemma2": [
-        ("input_layernorm", "offset_norm", _ALL),
-        _VALUE,
-        ("pre_feedforward_layernorm", "offset_norm", _ALL),
-        _UP,
-    ],
+    **dict.fromkeys(["gemma2", "gemma3_text"], _GEMMA2),
     "phi3": [
         ("input_layernorm", "norm", _ALL),
         ("self_attn.qkv_proj", "linear", heads([48, 48, 56, 56])),

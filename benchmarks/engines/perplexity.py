@@ -75,7 +75,8 @@ def table(results: dict[str, Any]) -> str:
     ]
     head = (
         f"`{results['command']}` ({results['model']}, pydocs, llamacpp-{LENGTH}): perplexity of the same GGUF files by "
-        "`method=checkpoint` and by llama.cpp (llama-cpp-python 0.3.36), which rounds the inputs of linears to 8 bits."
+        "`method=checkpoint` and by llama.cpp (llama-cpp-python 0.3.36), which rounds the inputs of linears to 8 bits. "
+        "GPTQ calibrates with random tokens here."
     )
     return f"{markdown.paragraph(head)}\n\n{markdown.table(('settings', *columns), rows, columns)}\n"
 

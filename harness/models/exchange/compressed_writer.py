@@ -171,8 +171,7 @@ def _floats(weight: FloatQTensor) -> Tensors:
             "weight": weight.qweight,
             "weight_scale": scale.reshape(1) if weight.fmt.granularity == "tensor" else scale,
         }
-    codes = weight.codes
-    packed = codes[:, ::2] | codes[:, 1::2] << 4
+    packed = weight.qweight.view(weight.shape[0], -1)
     if weight.tensor_scale is None:
         return {"weight_packed": packed, "weight_scale": scale.view(torch.uint8)}
     whole = (1 / weight.tensor_scale).reshape(1)

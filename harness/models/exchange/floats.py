@@ -9,6 +9,7 @@ from torch import Tensor
 
 from harness.core import FloatQTensor, FloatWeight
 from harness.core.formats import Params
+from harness.core.formats.packing import unpack
 from harness.models.exchange.reader import damaged, expect, group_size
 
 ELEMENTS = {torch.float8_e4m3fn: "e4m3", torch.float8_e5m2: "e5m2"}
@@ -65,7 +66,7 @@ def fp4(linear: str, packed: Tensor, scale: Tensor, whole: Tensor | None) -> Flo
     rows, columns = len(packed), 2 * packed.shape[1]
     if columns % size:
         raise damaged(f"{linear} has {columns} inputs, which are no groups of {size}")
-    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1)
+    codes = unpack(packed.flatten(), 4, (rows, columns))
     if whole is None:
         expect(linear, "weight_scale", scale, (torch.uint8, torch.float8_e8m0fnu), rows, columns // size)
         scale = scale.view(torch.float8_e8m0fnu)

@@ -15,7 +15,7 @@ from harness.core import QTensor, Scheme
 from harness.core.formats import InputQuantizer
 from harness.models.checkpoint import CONFIG
 from harness.models.exchange.reader import Tensors
-from harness.models.exchange.writer import Quantized, Writer
+from harness.models.exchange.writer import Quantized, Writer, float_tensors
 from harness.nn import QuantLinear
 
 Linears = Mapping[str, tuple[QTensor, InputQuantizer | None]]  # each with what quantizes its inputs, by name
@@ -44,7 +44,7 @@ class FolderWriter(Writer):
     def write(self, quantized: Quantized, folder: Path) -> None:
         model = quantized.model
         linears = {name: (weight, _inputs_of(model, name)) for name, weight in quantized.linears()}
-        tensors, fitted = _floats(model, set(linears)), self.fitted(linears)
+        tensors, fitted = float_tensors(model, linears), self.fitted(linears)
         for name, (weight, inputs) in linears.items():
             tensors |= {f"{name}.{part}": tensor.cpu() for part, tensor in fitted.parts(weight, inputs).items()}
         save_file(_apart(tensors), folder / WEIGHTS, {"format": "pt"})
@@ -81,13 +81,3 @@ def _inputs_of(model: nn.Module, name: str) -> InputQuantizer | None:
     """What quantizes the inputs of a linear."""
     module = model.get_submodule(name)
     return module.input_quantizer if isinstance(module, QuantLinear) else None
-
-
-def _floats(model: nn.Module, quantized: set[str]) -> dict[str, Tensor]:
-    """The parameters that stay floats, tied ones once, and the biases of quantized linears."""
-    tensors = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
-    tensors = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in quantized}
-    for name, module in model.named_modules():
-        if isinstance(module, QuantLinear) and module.bias is not None:
-            tensors[f"{name}.bias"] = module.bias.cpu()
-    return tensors

@@ -15,6 +15,7 @@ from harness.core import QTensor
 from harness.models.exchange.gguf_blocks import blocks_of
 from harness.models.exchange.gguf_layout import LAYOUTS, Field, Layout, frequency_factors, settings
 from harness.models.exchange.gguf_vocabulary import Vocabulary
+from harness.models.exchange.writer import float_tensors
 
 _Stored = tuple[str, NDArray[Any]]  # the name of a type of GGUF, and rows of numbers, or of bytes
 
@@ -29,7 +30,8 @@ def write_gguf(file: Path, name: str, model: nn.Module, linears: Mapping[str, QT
 
     config: Any = model.config
     layout = LAYOUTS[config.model_type]
-    tensors = {_name(layout, config, name): stored for name, stored in _tensors(layout, model, linears)}
+    names = layout.names(config.num_hidden_layers)
+    tensors = {_name(layout, names, name): stored for name, stored in _tensors(layout, model, linears)}
     writer = gguf.GGUFWriter(file, layout.name)
     writer.add_type("model")
     writer.add_name(name)
@@ -54,13 +56,9 @@ def _tensors(layout: Layout, model: nn.Module, linears: Mapping[str, QTensor]) -
     config: Any = model.config
     for name, weight in linears.items():
         yield f"{name}.weight", _blocks(name, weight, layout.rows(name, weight.shape[0], config))
-    biases = {f"{name}.bias": getattr(model.get_submodule(name), "bias", None) for name in linears}
-    floats = {name: tensor for name, tensor in biases.items() if tensor is not None}
-    quantized = {f"{name}.weight" for name in linears}
-    floats |= {name: tensor for name, tensor in model.named_parameters() if name not in quantized}
-    for name, tensor in floats.items():
+    for name, tensor in float_tensors(model, linears).items():
         rows = layout.rows(name.rpartition(".")[0], tensor.shape[0], config)
-        ordered = tensor.detach().cpu() if rows is None else tensor.detach().cpu()[rows]
+        ordered = tensor if rows is None else tensor[rows]
         yield name, _floats(layout.stored(name, ordered) if ordered.dim() == 1 else ordered)
     if (factors := frequency_factors(config)) is not None:
         yield "rope_freqs.weight", ("F32", factors.numpy())
@@ -74,13 +72,13 @@ def _blocks(name: str, weight: QTensor, rows: Tensor | None) -> _Stored:
     return kind, data if rows is None else data[rows.numpy()]
 
 
-def _name(layout: Layout, config: Any, name: str) -> str:
-    """The name of a tensor of transformers in the file.
+def _name(layout: Layout, names: Any, name: str) -> str:
+    """The name of a tensor of transformers in the file, by the `names` of the layout.
 
     Raises: ValueError if the architecture has none for it.
     """
     stem, _, part = name.rpartition(".")
-    found = stem if stem == "rope_freqs" else layout.names(config.num_hidden_layers).get_name(stem)
+    found = stem if stem == "rope_freqs" else names.get_name(stem)
     if found is None:
         raise ValueError(f"GGUF has no name for {name} in the architecture {layout.name}; use export=native")
     return f"{found}.{part}"

@@ -19,8 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from harness.core import QTensor
-from harness.core.formats import OffsetQTensor, OffsetWeight
-from harness.models.exchange.integers import integers
+from harness.models.exchange.integers import integers, offsets
 
 Bytes = NDArray[Any]  # uint8
 
@@ -66,7 +65,7 @@ def _read_q3_k(name: str, data: Bytes) -> QTensor:
     nibbles = np.concatenate([packed[..., :8] & 15, packed[..., :8] >> 4], -1)
     tops = packed[..., None, 8:] >> shifts & 3
     scales = (nibbles | tops.reshape(*nibbles.shape) << 4).astype(np.int8) - 32
-    return _super_grid(name, low | high << 2, scales, _halves(d), 3)
+    return _grid(name, low | high << 2, _below(d, scales), 3)
 
 
 def _read_q6_k(name: str, data: Bytes) -> QTensor:
@@ -78,20 +77,20 @@ def _read_q6_k(name: str, data: Bytes) -> QTensor:
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     high = (qh.reshape(*qh.shape[:-1], 2, 1, 32) >> shifts & 3).reshape(*ql.shape[:-1], 8, 32)
     codes = (low | high << 4).reshape(*ql.shape[:-1], _SUPER)
-    return _super_grid(name, codes, scales.view(np.int8), _halves(d), 6)
+    return _grid(name, codes, _below(d, scales.view(np.int8)), 6)
 
 
 def _read_q4_1(name: str, data: Bytes) -> QTensor:
     blocks = _blocks(data, 20)
     codes = np.concatenate([blocks[..., 4:] & 15, blocks[..., 4:] >> 4], -1)
-    return _offset_grid(codes, _halves(blocks[..., :2]), _halves(blocks[..., 2:4]), 4)
+    return _offset_grid(name, codes, _halves(blocks[..., :2]), _halves(blocks[..., 2:4]), 4)
 
 
 def _read_q5_1(name: str, data: Bytes) -> QTensor:
     blocks = _blocks(data, 24)
     low = np.concatenate([blocks[..., 8:] & 15, blocks[..., 8:] >> 4], -1)
     high = np.unpackbits(blocks[..., 4:8], axis=-1, bitorder="little")
-    return _offset_grid(low | high << 4, _halves(blocks[..., :2]), _halves(blocks[..., 2:4]), 5)
+    return _offset_grid(name, low | high << 4, _halves(blocks[..., :2]), _halves(blocks[..., 2:4]), 5)
 
 
 def _read_q2_k(name: str, data: Bytes) -> QTensor:
@@ -100,14 +99,15 @@ def _read_q2_k(name: str, data: Bytes) -> QTensor:
     packed, qs, d, dmin = np.split(blocks, [16, 80, 82], axis=-1)
     shifts = np.arange(0, 8, 2, dtype=np.uint8)[:, None]
     codes = (qs.reshape(*qs.shape[:-1], 2, 1, 32) >> shifts & 3).reshape(*qs.shape[:-1], _SUPER)
-    return _super_offset_grid(codes, packed & 15, packed >> 4, d, dmin, 2)
+    return _offset_grid(name, codes, _below(d, packed & 15), -_below(dmin, packed >> 4), 2)
 
 
 def _read_q4_k(name: str, data: Bytes) -> QTensor:
     """d, dmin; scales (12 bytes): 8 scales and 8 offsets of six bits; qs (128): four bits."""
     blocks = _blocks(data, 144)
     d, dmin, packed, qs = np.split(blocks, [2, 4, 16], axis=-1)
-    return _super_offset_grid(_nibbles(qs), *_six_bits(packed), d, dmin, 4)
+    scales, mins = _six_bits(packed)
+    return _offset_grid(name, _nibbles(qs), _below(d, scales), -_below(dmin, mins), 4)
 
 
 def _read_q5_k(name: str, data: Bytes) -> QTensor:
@@ -116,7 +116,8 @@ def _read_q5_k(name: str, data: Bytes) -> QTensor:
     d, dmin, packed, qh, qs = np.split(blocks, [2, 4, 16, 48], axis=-1)
     bits = np.arange(8, dtype=np.uint8)[:, None]
     high = (qh[..., None, :] >> bits & 1).reshape(*qh.shape[:-1], _SUPER)
-    return _super_offset_grid(_nibbles(qs) | high << 4, *_six_bits(packed), d, dmin, 5)
+    scales, mins = _six_bits(packed)
+    return _offset_grid(name, _nibbles(qs) | high << 4, _below(d, scales), -_below(dmin, mins), 5)
 
 
 def _nibbles(qs: Bytes) -> Bytes:
@@ -133,30 +134,18 @@ def _six_bits(packed: Bytes) -> tuple[Bytes, Bytes]:
     return np.concatenate([scales & 63, late_scales], -1), np.concatenate([offsets & 63, late_offsets], -1)
 
 
-def _super_offset_grid(codes: Bytes, scales: Bytes, offsets: Bytes, d: Bytes, dmin: Bytes, bits: int) -> QTensor:
-    """Codes with integer scales and offsets (N, blocks, groups) below two float16 for each block of 256."""
-    scale = _halves(d).float()[..., None] * torch.from_numpy(scales.astype(np.float32))
-    offset = _halves(dmin).float()[..., None] * torch.from_numpy(offsets.astype(np.float32))
-    return _offset_grid(codes, scale.flatten(1), -offset.flatten(1), bits)
+def _below(d: Bytes, factors: NDArray[Any]) -> Tensor:
+    """Integer factors (N, blocks, groups) times a float16 for each block of 256: (N, G), exact in float32."""
+    return (_halves(d).float()[..., None] * torch.from_numpy(factors.astype(np.float32))).flatten(1)
 
 
-def _offset_grid(codes: Bytes, scale: Tensor, offset: Tensor, bits: int) -> QTensor:
-    flat = torch.from_numpy(codes.reshape(len(codes), -1))
-    fmt = OffsetWeight(
-        bits=bits, granularity="group", group_size=flat.shape[1] // scale.shape[1], scale_dtype="float32"
-    )
-    return OffsetQTensor(flat, scale, offset, fmt)
+def _offset_grid(name: str, codes: Bytes, scale: Tensor, offset: Tensor, bits: int) -> QTensor:
+    return offsets(name, torch.from_numpy(codes.reshape(len(codes), -1)), scale, offset, bits)
 
 
 def _grid(name: str, codes: Bytes, scale: Tensor, bits: int) -> QTensor:
     """Codes (N, blocks, size) around the middle one, with a scale for each block."""
     return integers(name, torch.from_numpy(codes.reshape(len(codes), -1)), scale, None, bits)
-
-
-def _super_grid(name: str, codes: Bytes, scales: NDArray[np.int8], d: Tensor, bits: int) -> QTensor:
-    """Likewise with integer scales (N, blocks, 16) below a float16 for each block: exact in float32."""
-    scale = d.float()[..., None] * torch.from_numpy(scales.astype(np.float32))
-    return _grid(name, codes, scale.flatten(1), bits)
 
 
 READ: dict[str, Callable[[str, Bytes], QTensor]] = {

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.core import IntQTensor, IntWeight
-from harness.core.formats import Params, PermutedQTensor
+from harness.core.formats import OffsetQTensor, OffsetWeight, Params, PermutedQTensor
 from harness.core.formats.scales import ScaleDtype
 from harness.models.exchange.reader import FileQTensor, Tensors, damaged, group_size
 
@@ -24,13 +24,12 @@ def integers(linear: str, codes: Tensor, scale: Tensor, zero_point: Tensor | Non
 
     Raises: CheckpointError if the groups are not equal, or a code or zero point needs more than `bits` bits.
     """
-    dtype = str(scale.dtype).removeprefix("torch.")
     _check_finite(linear, scale)
     if zero_point is not None and bool((zero_point == 1 << bits - 1).all()):
         zero_point = None
     if zero_point is not None and not 0 <= int(zero_point.min()) <= int(zero_point.max()) < 1 << bits:
         raise damaged(f"{linear} has a zero point beyond {bits} bits")
-    fmt = _format(linear, tuple(codes.shape), tuple(scale.shape), bits, dtype, zero_point is None)
+    fmt = _format(linear, codes, scale, bits, zero_point is None)
     stored = None if zero_point is None else zero_point.float()
     return IntQTensor(codes.contiguous(), Params(scale.float(), stored), fmt)
 
@@ -44,10 +43,19 @@ def float_zeros(linear: str, codes: Tensor, scale: Tensor, zero_point: Tensor, b
         _check_finite(linear, numbers)
     if int(codes.max()) >> bits:
         raise damaged(f"{linear} has a code beyond {bits} bits")
-    dtype = str(scale.dtype).removeprefix("torch.")
-    fmt = _format(linear, tuple(codes.shape), tuple(scale.shape), bits, dtype, False)
+    fmt = _format(linear, codes, scale, bits, False)
     params = Params(scale.float(), zero_point.float())
     return IntQTensor(codes.contiguous(), params, replace(fmt, zero_point="float"))
+
+
+def offsets(linear: str, codes: Tensor, scale: Tensor, offset: Tensor, bits: int) -> OffsetQTensor:
+    """The weight code * scale + offset, with `codes` (N, K) uint8, `scale` and `offset` (N, G) of consecutive inputs.
+
+    Raises: CheckpointError if the groups are not equal.
+    """
+    size = group_size(linear, codes.shape[1], scale.shape[1])
+    fmt = OffsetWeight(bits=bits, granularity="group", group_size=size, scale_dtype="float32")
+    return OffsetQTensor(codes, scale, offset, fmt)
 
 
 def unsigned(linear: str, codes: Tensor, bits: int) -> Tensor:
@@ -66,21 +74,19 @@ def _check_finite(linear: str, scale: Tensor) -> None:
         raise damaged(f"{linear} has scales that are NaN or infinite")
 
 
-def _format(
-    linear: str, shape: tuple[int, ...], scale: tuple[int, ...], bits: int, dtype: str, symmetric: bool
-) -> IntWeight:
-    rows, columns = shape
+def _format(linear: str, codes: Tensor, scale: Tensor, bits: int, symmetric: bool) -> IntWeight:
+    (rows, columns), shape = codes.shape, tuple(scale.shape)
     granularity: Literal["tensor", "channel", "group"] = "group"
     size = -1
-    if scale == (1, 1) and rows != 1:
+    if shape == (1, 1) and rows != 1:
         granularity = "tensor"
-    elif scale == (rows, 1):
+    elif shape == (rows, 1):
         granularity = "channel"
-    elif scale[0] == rows:
-        size = group_size(linear, columns, scale[1])
+    elif shape[0] == rows:
+        size = group_size(linear, columns, shape[1])
     else:
-        raise damaged(f"{linear} has scales {'x'.join(map(str, scale))} for a weight {rows}x{columns}")
-    scale_dtype: ScaleDtype = dtype  # type: ignore[assignment]  # `SCALES` are its values
+        raise damaged(f"{linear} has scales {'x'.join(map(str, shape))} for a weight {rows}x{columns}")
+    scale_dtype: ScaleDtype = str(scale.dtype).removeprefix("torch.")  # type: ignore[assignment]  # `SCALES` are its values
     return IntWeight(bits=bits, granularity=granularity, group_size=size, symmetric=symmetric, scale_dtype=scale_dtype)
 
 

@@ -17,10 +17,10 @@ from typing import Any
 import torch
 
 from harness.core import IntActivation, QTensor
-from harness.core.formats import InputQuantizer, OffsetQTensor, OffsetWeight
+from harness.core.formats import InputQuantizer
 from harness.models.exchange.floats import fp8
 from harness.models.exchange.inputs import calibrated, static_fp8
-from harness.models.exchange.integers import SCALES, integers, unsigned
+from harness.models.exchange.integers import SCALES, integers, offsets, unsigned
 from harness.models.exchange.reader import (
     Reader,
     StoredLinear,
@@ -78,8 +78,7 @@ class Quanto(Reader):
         scale, shift = scale.view(rows, -1), shift.view(rows, -1)
         if not shift.is_floating_point():
             return integers(name, codes, scale, shift.int(), bits)
-        fmt = OffsetWeight(bits=bits, granularity="group", group_size=size, scale_dtype="float32")
-        return OffsetQTensor(codes, scale, -shift, fmt)
+        return offsets(name, codes, scale, -shift, bits)
 
     def _shape(self, name: str) -> tuple[int, int]:
         """N and K, which the file does not say."""

@@ -22,9 +22,9 @@ from typing import Any
 import torch
 
 from harness.core import QTensor
-from harness.core.formats import OffsetQTensor, OffsetWeight
+from harness.core.formats.packing import unpack
 from harness.models.checkpoint import CheckpointError, weight_files
-from harness.models.exchange.integers import SCALES, integers, unsigned
+from harness.models.exchange.integers import SCALES, integers, offsets, unsigned
 from harness.models.exchange.reader import (
     Reader,
     Shapes,
@@ -33,7 +33,6 @@ from harness.models.exchange.reader import (
     bits_of,
     damaged,
     expect,
-    group_size,
     unsupported,
 )
 from harness.models.exchange.torchao_floats import float8, mx, nvfp4
@@ -107,15 +106,13 @@ def _integers(name: str, tensors: Tensors, bits: int) -> QTensor:
 
 def _int4(name: str, tensors: Tensors, attributes: Json) -> QTensor:
     packed = expect(name, "weight.qdata", tensors["qdata"], (torch.int8, torch.uint8), -1, -1).view(torch.uint8)
-    codes = torch.stack([packed & 15, packed >> 4], -1).flatten(1) ^ 8  # from codes with a sign to codes from 0
-    rows, columns = codes.shape
+    rows = len(packed)
+    codes = unpack(packed.flatten(), 4, (rows, 2 * packed.shape[1])) ^ 8  # from codes with a sign to codes from 0
     scale = expect(name, "weight.scale", tensors["scale"], SCALES, -1, rows).t().float()
     if "zero_point" not in tensors:
         raise damaged(f"{name}.weight.zero_point is absent")
     middle = expect(name, "weight.zero_point", tensors["zero_point"], SCALES, *scale.t().shape).t().float()
-    size = group_size(name, columns, scale.shape[1])
-    fmt = OffsetWeight(bits=4, granularity="group", group_size=size, scale_dtype="float32")
-    return OffsetQTensor(codes, scale.contiguous(), middle - 8 * scale, fmt)
+    return offsets(name, codes, scale.contiguous(), middle - 8 * scale, 4)
 
 
 _CLASSES: dict[str, Callable[[str, Tensors, Json], QTensor]] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from harness.core import IntWeight, QTensor, Scheme
 from harness.models.source import Source
+from harness.nn import QuantLinear
 
 
 @dataclass(frozen=True)
@@ -101,3 +102,13 @@ def zero_points(weight: Any) -> Tensor:
     """Integer zero points (N, G) of an integer weight, the middle code of a symmetric one."""
     points: Tensor = weight.zero_points().int()
     return points.expand(weight.shape[0], -1)
+
+
+def float_tensors(model: nn.Module, quantized: Collection[str]) -> dict[str, Tensor]:
+    """The parameters that stay floats, on the CPU, tied ones once, and the biases of the linears called `quantized`."""
+    tensors = {name: parameter.detach().cpu() for name, parameter in model.named_parameters()}
+    tensors = {name: tensor for name, tensor in tensors.items() if name.removesuffix(".weight") not in quantized}
+    for name, module in model.named_modules():
+        if isinstance(module, QuantLinear) and module.bias is not None:
+            tensors[f"{name}.bias"] = module.bias.cpu()
+    return tensors

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from harness.reports.markdown import table
+
 
 def markdown(results: dict[str, Any]) -> str:
     """A table of relative errors, and the reasons of what did not load."""
@@ -12,12 +14,13 @@ def markdown(results: dict[str, Any]) -> str:
         f"`{results['command']}` ({results['model']}): relative error of the logits of {results['prompt']} tokens "
         f"between an engine and this project's reader of the same exported folder, both in float32. {versions}.",
         "",
-        "| export | settings | engine | error |",
-        "|:---|:---|:---|---:|",
     ]
-    for row in results["rows"]:
-        error = f"{row['error']:.1e}" if "error" in row else "-"
-        lines.append(f"| {row['export']} | {row['settings']} | {row['engine']} | {error} |")
+    errors = [f"{row['error']:.1e}" if "error" in row else "-" for row in results["rows"]]
+    cells = [
+        [row["export"], row["settings"], row["engine"], error]
+        for row, error in zip(results["rows"], errors, strict=True)
+    ]
+    lines.append(table(("export", "settings", "engine", "error"), cells, numbers=("error",), pad=False))
     reasons: dict[str, list[str]] = {}
     for row in results["rows"]:
         if "reason" in row:

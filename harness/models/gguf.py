@@ -171,18 +171,16 @@ def _convert(gguf: Path, part: Path, factor_seed: int | None) -> dict[str, Any] 
     Tied weights are stored once, as the embedding, which is the name that other programs read.
     Returns: the seed of the factors and the relative errors of the logits; None without factors.
     """
-    import torch
     from safetensors.torch import save_file
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
     from transformers.utils import logging
+
+    from harness.models.loading import decoded_gguf
 
     logging.disable_progress_bar()
     tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(part)
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # The weights are decoded, but transformers would expect codes in the folder, and it refuses `double` and `float`.
-    del model.config.quantization_config
-    model.is_quantized = False
+    model = decoded_gguf(gguf)
     errors = None if factor_seed is None else take_off_grid(model.eval(), factor_seed)
     model.config.save_pretrained(part)
     save_file(_tensors(model), part / "model.safetensors", metadata={"format": "pt"})

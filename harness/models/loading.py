@@ -9,6 +9,7 @@ import copy
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,6 +28,22 @@ class Loaded:
 
     model: nn.Module
     warnings: list[str] = field(default_factory=list)
+
+
+def decoded_gguf(file: Path, config: Any = None) -> Any:
+    """The model that transformers decodes from a GGUF file, in float32, without the traces of its quantization.
+
+    `config` is that of the file if it is known; transformers takes seconds to read it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    options = {"gguf_file": file.name, "dtype": torch.float32, "config": copy.deepcopy(config)}
+    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    # The weights are decoded, but transformers would expect codes in a saved folder, and refuses `double` and `float`.
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
+    model.is_quantized = False
+    return model
 
 
 def config_class(config: Mapping[str, Any]) -> Any:

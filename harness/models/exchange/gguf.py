@@ -6,7 +6,6 @@ in the file by their decoded values, which proves the result and needs no table 
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import itertools
 from collections.abc import Iterator
@@ -24,6 +23,7 @@ from harness.models.architecture import weight_of
 from harness.models.checkpoint import CheckpointError
 from harness.models.exchange.gguf_types import READ, Bytes
 from harness.models.exchange.reader import FileQTensor, StoredLinear, Tensors, damaged
+from harness.models.loading import decoded_gguf
 
 _FACTORS = "rope_freqs.weight"
 _READ_WHOLE = ("gpt-oss",)  # transformers reads how their rotary frequencies are scaled
@@ -96,13 +96,7 @@ def pretrained(gguf: GGUF, config: Any = None) -> Any:
     `config` is that of the file if it is known; transformers takes seconds to read it.
     Raises: CheckpointError if its rotary frequencies are scaled in a way that is not known.
     """
-    from transformers import AutoModelForCausalLM
-
-    options = {"gguf_file": gguf.file.name, "dtype": torch.float32, "config": copy.deepcopy(config)}
-    model: Any = AutoModelForCausalLM.from_pretrained(gguf.file.parent, **options)
-    if hasattr(model.config, "quantization_config"):  # the weights are decoded
-        del model.config.quantization_config
-    model.is_quantized = False
+    model = decoded_gguf(gguf.file, config)
     _scale_frequencies(model, gguf.opened)
     return model
 

@@ -16,6 +16,7 @@ from harness.core.formats.integer_activation import IntActivation as IntActivati
 from harness.core.formats.integer_weight import IntQTensor as IntQTensor
 from harness.core.formats.integer_weight import IntWeight as IntWeight
 from harness.core.formats.kv import KVFormat as KVFormat
+from harness.core.formats.kv import LayeredKV as LayeredKV
 from harness.core.formats.learned_weight import LearnedWeight as LearnedWeight
 from harness.core.formats.levels_weight import LevelsQTensor as LevelsQTensor
 from harness.core.formats.levels_weight import LevelsWeight as LevelsWeight

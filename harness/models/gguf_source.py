@@ -34,6 +34,11 @@ class GGUFSource(QuantizedSource):
             raise Refusal(str(explain(self.key_value, "is no file", "", "expected a GGUF file, or a folder")))
         return GGUF(file)
 
+    @property
+    def kv(self) -> None:
+        """A GGUF file prescribes no format of the KV cache."""
+        return None
+
     @functools.cached_property
     def shape(self) -> Any:
         from transformers import AutoConfig

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from harness.config import ModelConfig
+from harness.core import KVFormat
 from harness.models import checkpoint, loading
 from harness.models.architecture import experts_of, is_linear, is_transposed, weight_of
 from harness.models.checkpoint import DOWNLOAD, CheckpointError, reading
 from harness.models.exchange.detect import SECTIONS, reader_of
+from harness.models.exchange.kv import kv_format, prescribed, scale_names
 from harness.models.exchange.reader import Reader, StoredLinear
 from harness.models.files import INCORRECT
 from harness.models.source import Source
@@ -59,6 +61,13 @@ class QuantizedSource(Source):
         """
         with reading(self.key_value, INCORRECT):
             return reader_of(self._files.config, self._files.complete(), self._shapes)
+
+    @functools.cached_property
+    def kv(self) -> KVFormat | None:
+        """The format of the KV cache that the checkpoint prescribes; None if it prescribes none that is known."""
+        with reading(self.key_value, DOWNLOAD):
+            layers = int(self.shape.get_text_config().num_hidden_layers)
+            return kv_format(self.reader.section, self.reader.files, layers)
 
     @functools.cached_property
     def shape(self) -> Any:
@@ -135,9 +144,15 @@ class QuantizedSource(Source):
             state = dict(self._state(dtype, dict(skeleton.named_modules())))
             options = {"config": copy.deepcopy(self.shape), "state_dict": state, "dtype": dtype}
             loaded = loading.pretrained(functools.partial(type(skeleton).from_pretrained, None, **options), list(state))
-        for warning in (*loaded.warnings, *self.reader.notes):
+        for warning in (*loaded.warnings, *self.reader.notes, *self._kv_warning()):
             warn(f"model={self.name}: {warning}")
         return loaded.model
+
+    def _kv_warning(self) -> list[str]:
+        key = prescribed(self.reader.section)
+        if key is None or self.kv is not None:
+            return []
+        return [f"its {key} is not applied: expected FP8 with calibrated scales; use the axis kv"]
 
     def _state(self, dtype: torch.dtype, modules: Mapping[str, nn.Module]) -> Iterator[tuple[str, Tensor]]:
         """The tensors of a float checkpoint of the same model: quantized linears decoded to `dtype`.
@@ -146,7 +161,8 @@ class QuantizedSource(Source):
         """
         for name in self.reader.linears:
             yield _parameter(name, self.reader.read(name), dtype, modules)
-        for name in self.reader.floats:
+        scales = scale_names(self.reader.floats) if self.kv else []
+        for name in (name for name in self.reader.floats if name not in scales):
             yield self.reader.parameter(name), self.reader.files.read(name)
 
 

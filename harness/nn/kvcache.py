@@ -7,6 +7,7 @@ floats. So its perplexity and KL are no better than those of decoding token by t
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -104,7 +105,8 @@ def maker(fmt: KVFormat | None) -> MakeCache | None:
 
 
 def _coded(fmt: KVFormat) -> Any:
-    return Cache(layer_class_to_replicate=lambda: CodedLayer(fmt))  # type: ignore[arg-type]
+    layers = itertools.count()
+    return Cache(layer_class_to_replicate=lambda: CodedLayer(fmt.of_layer(next(layers))))  # type: ignore[arg-type]
 
 
 def held_bytes(cache: Any) -> int | None:

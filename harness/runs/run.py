@@ -37,6 +37,7 @@ def run(cfg: RunConfig, source: Source, record: Record, track: Track = silent) -
     if cfg.save is not None:
         save.check(cfg, source, Path(cfg.save))
     with stage(record, "load", track):  # the first run converts the embedded model here
+        cfg = _with_kv_of(source, cfg, record)
         record.warnings += check(cfg, source)
     device = device_of(cfg.device)
     dtype, baseline = source.dtype(cfg.model.dtype), source.reference.dtype(cfg.model.baseline_dtype)
@@ -73,6 +74,17 @@ def stage(record: Record, name: str, track: Track = silent) -> Iterator[None]:
     finally:
         record.stages[name] = record.stages.get(name, 0.0) + time.perf_counter() - start
         progress.close()
+
+
+def _with_kv_of(source: Source, cfg: RunConfig, record: Record) -> RunConfig:
+    """The configuration with the KV cache that a checkpoint prescribes, unless it names another."""
+    kv = source.kv if isinstance(source, QuantizedSource) and cfg.kv is None else None
+    if kv is None:
+        return cfg
+    if cfg.measure.runtime == "compiled":
+        record.warnings.append("the checkpoint's scales of the KV cache are not applied with measure.runtime=compiled")
+        return cfg
+    return replace(cfg, kv=kv)
 
 
 def _tokens(cfg: RunConfig, source: Source, record: Record) -> tuple[Tensor, Tensor | None]:

@@ -7,6 +7,7 @@ weights and caches; the E8 lattice and sums of codebook vectors are quantized we
 from harness.core.formats.activation import InputQuantizer as InputQuantizer
 from harness.core.formats.additive import AdditiveQTensor as AdditiveQTensor
 from harness.core.formats.additive import Gather as Gather
+from harness.core.formats.calibrated_states import CalibratedStates as CalibratedStates
 from harness.core.formats.format import compute_dtype as compute_dtype
 from harness.core.formats.incoherent import IncoherentQTensor as IncoherentQTensor
 from harness.core.formats.offset import OffsetQTensor as OffsetQTensor

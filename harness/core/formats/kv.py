@@ -45,6 +45,10 @@ class KVFormat:
     def __post_init__(self) -> None:
         at_least(self, 0, "residual")
 
+    def of_layer(self, layer: int) -> KVFormat:
+        """The format in the layer of this number."""
+        return self
+
     @property
     def tokens(self) -> int:
         """Period, in tokens, with which groups of keys and groups of values are complete at the same time."""
@@ -60,6 +64,20 @@ class KVFormat:
         settings |= {f"value.{field}": x for field, x in value.items() if field not in common}
         settings |= {"residual": self.residual} if self.residual else {}
         return " ".join([self.name, *(f"{field}={x}" for field, x in settings.items())])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayeredKV(KVFormat):
+    """A format whose layers have scales of their own; `key` and `value` are those of the first layer."""
+
+    layers: tuple[KVFormat, ...]
+
+    def of_layer(self, layer: int) -> KVFormat:
+        return self.layers[layer]
+
+    @property
+    def label(self) -> str:
+        return self.name
 
 
 def _extra(fmt: IntStates | FloatStates | LevelsStates, name: str, granularity: str | None) -> dict[str, Any]:

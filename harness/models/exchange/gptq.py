@@ -12,6 +12,7 @@ inference/backend.py, GPTQ_FORMAT_NO_ZP.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -68,14 +69,25 @@ class GPTQ(Reader):
         return _FORMATS[form]
 
     def _bits(self, name: str) -> int:
-        """The width of a linear: that of the last pattern of `dynamic` that matches its name, else `bits`."""
+        """The width of a linear: that of the last pattern that matches its name, else `bits`."""
         bits = self.section.get("bits")
-        for pattern, settings in (self.section.get("dynamic") or {}).items():
-            if re.match(pattern.removeprefix("+:"), name) and isinstance(settings, dict):
-                bits = settings.get("bits", bits)
+        for settings in self._own(name):
+            bits = settings.get("bits", bits)
         if bits not in _WIDTHS:
             raise unsupported("bits", bits, ", ".join(map(str, _WIDTHS)))
         return int(bits)
+
+    def _own(self, name: str) -> Iterator[dict[str, Any]]:
+        """The settings of a linear itself; later ones hold.
+
+        GPTQModel writes patterns as `dynamic`, auto-round patterns and then names as `extra_config`.
+        """
+        named = self.section.get("extra_config") or {}
+        for pattern, settings in [*(self.section.get("dynamic") or {}).items(), *named.items()]:
+            if re.match(pattern.removeprefix("+:"), name) and isinstance(settings, dict):
+                yield settings
+        if isinstance(named.get(name), dict):
+            yield named[name]
 
 
 class AutoRound(GPTQ):

@@ -19,7 +19,6 @@ from harness.models.tensors import TensorFiles
 
 Tensors = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, int]]
-_NOT_APPLIED = ("kv_cache_scheme", "kv_cache_quant_algo")
 Q = TypeVar("Q", bound=GroupedQTensor)
 
 
@@ -102,7 +101,7 @@ class Reader(ABC):
     @property
     def notes(self) -> list[str]:
         """What the checkpoint prescribes and a run does not apply, for the record."""
-        return [f"its {key} is not applied; use the axis kv" for key in _NOT_APPLIED if self.section.get(key)]
+        return []
 
     @abstractmethod
     def read(self, name: str) -> StoredLinear:

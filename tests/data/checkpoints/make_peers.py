@@ -280,8 +280,10 @@ def bitsandbytes(folder: Path, **options: Any) -> None:
     finish(folder, expected)
 
 
-def modelopt(folder: Path, settings: str) -> None:
-    """Calibrated on random tokens."""
+def modelopt(folder: Path, settings: str, cache: str | None = None) -> None:
+    """Calibrated on random tokens; `cache` names settings of the KV cache."""
+    import copy
+
     import modelopt.torch.quantization as mtq
     from modelopt.torch.export import export_hf_checkpoint
 
@@ -289,17 +291,34 @@ def modelopt(folder: Path, settings: str) -> None:
         for _ in range(4):
             model(torch.randint(VOCABULARY, (1, 16)))
 
-    model = mtq.quantize(llama(), getattr(mtq, settings), calibrate)
+    config = copy.deepcopy(getattr(mtq, settings))
+    if cache is not None:
+        config["quant_cfg"] += getattr(mtq, cache)["quant_cfg"]
+    model = mtq.quantize(llama(num_hidden_layers=1 if cache is None else 2), config, calibrate)
     modules = linears(model)
     rounded = {name: _modelopt_rounded(module) for name, module in modules.items() if "NVFP4" not in settings}
+    states = {} if cache is None else _modelopt_states(model)
     export_hf_checkpoint(model, export_dir=str(folder))
     tensors = load_file(folder / "model.safetensors")
     finish(folder, {name: _modelopt_decoded(name, tensors) for name in modules}, rounded)
+    if states:
+        save_file(states, folder / "states.safetensors")
 
 
 def _modelopt_rounded(module: Any) -> Tensor:
     inputs = torch.randn(1, 3, module.in_features)
     return torch.cat([inputs, module.input_quantizer(inputs)]).detach()
+
+
+def _modelopt_states(model: Any) -> dict[str, Tensor]:
+    """Keys and values (1, heads, T, head_dim) of each layer, with what the library rounds them to: (2, 1, ...)."""
+    states = {}
+    for i, layer in enumerate(model.model.layers):
+        for kind in "kv":
+            given = torch.randn(1, 1, 3, 16)
+            rounded = getattr(layer.self_attn, f"{kind}_bmm_quantizer")(given)
+            states[f"{i}.{kind}"] = torch.stack([given, rounded]).detach()
+    return states
 
 
 def _modelopt_decoded(name: str, tensors: dict[str, Tensor]) -> Tensor:
@@ -333,6 +352,7 @@ MAKERS: dict[str, Callable[[Path], None]] = {
     "bitsandbytes_int8": lambda folder: bitsandbytes(folder, load_in_8bit=True),
     "modelopt_fp8": lambda folder: modelopt(folder, "FP8_DEFAULT_CFG"),
     "modelopt_fp8_channel": lambda folder: modelopt(folder, "FP8_PER_CHANNEL_PER_TOKEN_CFG"),
+    "modelopt_fp8_kv": lambda folder: modelopt(folder, "FP8_DEFAULT_CFG", "FP8_KV_CFG"),
     "modelopt_nvfp4": lambda folder: modelopt(folder, "NVFP4_DEFAULT_CFG"),
 }
 

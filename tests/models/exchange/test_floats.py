@@ -235,17 +235,12 @@ def test_int8_with_a_zero_point(base: Path, tmp_path: Path) -> None:
         assert linear.inputs is not None
 
 
-def test_what_is_not_applied_is_a_warning_and_sparse_weights_are_refused(base: Path, tmp_path: Path) -> None:
+def test_sparse_weights_are_refused(base: Path, tmp_path: Path) -> None:
     def encode(name: str, weight: Tensor) -> made.Parts:
         codes, scale, _ = made.grid(weight, 8, weight.shape[1], True)
         return {"weight": (codes - 128).to(torch.int8), "weight_scale": scale}
 
     settings = section({"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True})
-    made.quantized(base, tmp_path / "q", settings | {"kv_cache_scheme": {"num_bits": 8, "type": "float"}}, encode)
-    warnings: list[str] = []
-    source = open_quantized(ModelConfig(name="x", path=str(tmp_path / "q")), 0)
-    source.load(torch.float32, torch.device("cpu"), warnings.append)
-    assert warnings == ["model=q: its kv_cache_scheme is not applied; use the axis kv"]
     with pytest.raises(ValueError, match=r"sparsity_config.format=sparse-24-bitmask .*, expected dense"):
         read(base, tmp_path / "s", settings | {"sparsity_config": {"format": "sparse-24-bitmask"}}, encode)
 

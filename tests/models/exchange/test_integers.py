@@ -95,9 +95,16 @@ def test_groups_in_any_order(base: Path, tmp_path: Path, equal: bool) -> None:
     check_all(tmp_path / "q", expected, PermutedQTensor if equal else FileQTensor)
 
 
-def test_linears_of_another_width(base: Path, tmp_path: Path) -> None:
-    dynamic = {r"+:.*down_proj": {"bits": 8}, r"-:.*lm_head": {}}
-    section = {"quant_method": "gptq", "bits": 4, "dynamic": dynamic}
+GPTQMODEL = {"quant_method": "gptq", "dynamic": {r"+:.*down_proj": {"bits": 8}, r"-:.*lm_head": {}}}
+NAMED = {f"model.layers.{i}.mlp.down_proj": {"bits": 8} for i in range(2)}
+AUTO_ROUND = {"quant_method": "auto-round", "packing_format": "auto_round:auto_gptq"}
+AUTO_ROUND_NAMES = AUTO_ROUND | {"extra_config": {r".*mlp\.down_proj.*": {"bits": 3}, **NAMED}}
+AUTO_ROUND_PATTERN = AUTO_ROUND | {"extra_config": {r".*mlp\.down_proj.*": {"bits": 8}, "lm_head": {"bits": 16}}}
+
+
+@pytest.mark.parametrize("settings", [GPTQMODEL, AUTO_ROUND_NAMES, AUTO_ROUND_PATTERN])
+def test_linears_of_another_width(base: Path, tmp_path: Path, settings: dict[str, Any]) -> None:
+    section = settings | {"bits": 4}
     expected: dict[str, Tensor] = {}
 
     def encode(name: str, weight: Tensor) -> made.Parts:

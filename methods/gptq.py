@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -26,6 +27,7 @@ from harness.core import (
     Method,
     QTensor,
     Scheme,
+    Stat,
     Stats,
     WeightFormat,
     above_zero,
@@ -38,6 +40,38 @@ from harness.core.solvers.clip import clipped_params
 from harness.core.solvers.columns import Columns, solve_columns
 from harness.core.solvers.damping import cholesky, damped_factor
 from harness.core.solvers.silent import fill_silent, warn_silent
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What algorithm 1 solves.
+
+    W          (N, K)
+    H          (K, K) the Hessian of its inputs
+    U          (K, K) the upper Cholesky factor of the inverse of the damped Hessian, in the order of `columns`
+    params     of the groups; None: they are found from the updated weight
+    columns    (K,) the order in which columns of W are solved
+    permuted   (K,) the channels of the layer's input that W has as its columns; None: as they are
+    """
+
+    W: Tensor
+    H: Tensor
+    U: Tensor
+    fmt: WeightFormat
+    params: Params | None
+    columns: Tensor
+    permuted: Tensor | None
+
+    def rounded(self, values: Tensor, column: int) -> Tensor:
+        """`values` (N,) of a column of W on the grid of its group; with `params`."""
+        assert self.params is not None
+        rows, group = torch.arange(len(values), device=values.device), column // self.fmt.span(self.W.shape[1])
+        return self.fmt.snap(values, self.fmt.by_row(self.params, rows).map(lambda each: each[:, group]))
+
+    def solved(self, matrix: Tensor) -> Tensor:
+        """A (K, K) statistic of the layer's inputs in the order in which columns are solved."""
+        order = self.columns if self.permuted is None else self.permuted[self.columns]
+        return matrix[order][:, order]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +88,7 @@ class GPTQ(Method):
     clip             clip a range where that lowers the error of its group; false: the paper's grid
     """
 
-    needs: ClassVar = (Hessian,)
+    needs: ClassVar[Sequence[type[Stat]]] = (Hessian,)
 
     damp: float = 0.01
     act_order: bool = True
@@ -91,10 +125,16 @@ class GPTQ(Method):
         key = GPTQ, self.damp, self.act_order, W.dtype
         U = stats.shared(key, lambda: inverse_factor(H if order is None else H[order][:, order], self.damp))
         params = None if dynamic_groups else self._params(W, fmt, H)
+        columns = torch.arange(W.shape[1], device=W.device) if order is None else order
+        W, U = self._aimed(Problem(W, H, U, fmt, params, columns, group_order), stats)
         Q, params = self._solve(W, H, U, fmt, params, order)
         fmt.check_scales(W, params)
         quantized = fmt.quantized(Q, params)
         return quantized if group_order is None else PermutedQTensor(quantized, group_order)
+
+    def _aimed(self, problem: Problem, stats: Stats) -> tuple[Tensor, Tensor]:
+        """The weight W (N, K) and the factor U (K, K) with which algorithm 1 starts; other objectives change them."""
+        return problem.W, problem.U
 
     def _params(self, W: Tensor, fmt: WeightFormat, H: Tensor, whole: Tensor | None = None) -> Params:
         if self.clip:

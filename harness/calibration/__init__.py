@@ -12,6 +12,7 @@ from harness.calibration.proofs import SAME_TURNED as SAME_TURNED
 from harness.calibration.proofs import Limits as Limits
 from harness.calibration.proofs import relative_error as relative_error
 from harness.calibration.proofs import within as within
+from harness.calibration.reference import Reference as Reference
 from harness.calibration.replay import Stream as Stream
 from harness.calibration.replay import verify as verify
 from harness.calibration.shortcut import shortcuts as shortcuts

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from torch import Tensor, nn
 
+from harness.calibration.reference import Reference
 from harness.calibration.replay import Stream
 from harness.core import InputGroup, Stat, Stats
 from harness.nn import tensors_of
@@ -44,8 +45,11 @@ class Observer:
         # Outputs of an unchanged block cannot be computed later, so either all blocks skip their pass or none does.
         self._running = always or (keep and not self._all_cached())
 
-    def observe(self, groups: Sequence[InputGroup]) -> list[Stats]:
-        """The needed statistics of each group's input, from the block in its present state."""
+    def observe(self, groups: Sequence[InputGroup], reference: Reference | None = None) -> list[Stats]:
+        """The needed statistics of each group's input, from the block in its present state.
+
+        `reference` has the inputs of the float model, for statistics that compare with them; None: they are the same.
+        """
         block = self._digest()
         self._block = self._block or block
         inputs_and_block = digest(self._chain, block)
@@ -57,7 +61,7 @@ class Observer:
         needs_outputs = self.keep and self._running and self._outputs is None and not last
         if missing or needs_outputs:
             self._running = True
-            self._run(groups, stats, missing, needs_outputs)
+            self._run(groups, stats, missing, needs_outputs, reference)
         for cls in missing & keys.keys():
             self.cache.save(keys[cls], {f"{i}.{name}": value for i, name, value in _states(cls, stats)})
         return stats
@@ -71,15 +75,28 @@ class Observer:
         if self._running and self.stream.position < len(self.stream.blocks):
             self.stream.catch_up()
 
-    def _run(self, groups: Sequence[InputGroup], stats: list[Stats], missing: set[type[Stat]], keep: bool) -> None:
-        def watcher(group_stats: Stats) -> Callable[[Tensor], None]:
-            return lambda inputs: group_stats.update(inputs, missing)
+    def _run(
+        self,
+        groups: Sequence[InputGroup],
+        stats: list[Stats],
+        missing: set[type[Stat]],
+        keep: bool,
+        reference: Reference | None,
+    ) -> None:
+        readers = [next(iter(group.linears.values())) for group in groups] if missing else []
+        compared = reference if any(cls.compares for cls in missing) else None
 
-        watchers: dict[nn.Module, Callable[[Tensor], None]] = {}
-        if missing:
-            readers = [next(iter(group.linears.values())) for group in groups]
-            watchers = {reader: watcher(group_stats) for reader, group_stats in zip(readers, stats, strict=True)}
-        outputs = self.stream.outputs(watchers, keep)
+        def watcher(reader: nn.Module, group_stats: Stats) -> Callable[[Tensor], None]:
+            if compared is None:
+                return lambda inputs: group_stats.update(inputs, only=missing)
+            return lambda inputs: group_stats.update(inputs, compared.next_input(reader), missing)
+
+        def begin(index: int) -> None:
+            if compared is not None:
+                compared.read(index, readers)
+
+        watchers = {reader: watcher(reader, group_stats) for reader, group_stats in zip(readers, stats, strict=False)}
+        outputs = self.stream.outputs(watchers, keep, begin)
         if keep:
             self._outputs = outputs
 

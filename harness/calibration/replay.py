@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -20,6 +20,7 @@ from harness.nn import first_of, hooked
 from harness.utils.explain import reason
 
 Watcher = Callable[[Tensor], None]
+Watched = deque[Tensor]
 
 
 class Stream:
@@ -107,15 +108,19 @@ class Stream:
             self._reached += 1
             self.shortcuts = ()
 
-    def outputs(self, watchers: Mapping[nn.Module, Watcher], keep: bool) -> list[Tensor]:
+    def outputs(
+        self, watchers: Mapping[nn.Module, Watcher], keep: bool, begin: Callable[[int], None] = lambda _index: None
+    ) -> list[Tensor]:
         """Run the block on each sequence and pass the inputs of the watched linears to their watchers.
 
+        `begin` is called with the index of each sequence before the block runs on it.
         Returns: the outputs with `keep`, else nothing: each forward then ends once all watched linears were called.
         """
         outputs = []
         new = [cut for cut in self.shortcuts if cut.linear in watchers and not cut.inputs]
         inputs_of: list[list[Tensor]] = [[] for _ in new]
         for i, states in enumerate(self.states):
+            begin(i)
             waiting = Counter[nn.Module]() if keep else Counter({each: self._count(each) for each in watchers})
             recorders = {cut.linear: inputs.append for cut, inputs in zip(new, inputs_of, strict=True)}
             with self._shortened(i), _watched(watchers, recorders, waiting):
@@ -128,6 +133,19 @@ class Stream:
         for cut, inputs in zip(new, inputs_of, strict=True):
             cut.inputs = [*inputs] if len(inputs) == len(self.states) else []
         return outputs
+
+    def watch(self, index: int, block: nn.Module, twins: Mapping[nn.Module, nn.Module]) -> dict[nn.Module, Watched]:
+        """Run `block`, a copy of the block at `position`, on one sequence, until all watched linears were called.
+
+        `twins` are linears of the block, and their copies, which are watched.
+        Returns: the inputs of each copy's calls, by its original.
+        """
+        inputs: dict[nn.Module, Watched] = {linear: deque() for linear in twins}
+        watchers = {twin: inputs[linear].append for linear, twin in twins.items()}
+        waiting = Counter({twin: self._count(linear) for linear, twin in twins.items()})
+        with _watched(watchers, {}, waiting), suppress(Enough):
+            self.run(self.states[index], block)
+        return inputs
 
     @contextmanager
     def _shortened(self, index: int) -> Iterator[None]:

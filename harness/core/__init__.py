@@ -34,6 +34,7 @@ from harness.core.residual import Turn as Turn
 from harness.core.scheme import Scheme as Scheme
 from harness.core.scheme import require_none as require_none
 from harness.core.stats import AbsMean as AbsMean
+from harness.core.stats import Drift as Drift
 from harness.core.stats import Hessian as Hessian
 from harness.core.stats import MinMax as MinMax
 from harness.core.stats import Sample as Sample

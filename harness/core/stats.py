@@ -19,18 +19,26 @@ class Stat(ABC):
     """A statistic of the inputs (T tokens, K) that one input group reads.
 
     It is created once per input group, with K, and updated batch by batch. A new statistic may be defined in the
-    file of the method that needs it. With `cached = True`, its state is exactly the tensors among its attributes;
-    the harness stores them on disk for later runs of the same model, data and prefix.
+    file of the method that needs it.
+
+    cached    its state is exactly the tensors among its attributes: the harness stores them on disk for later runs of
+              the same model, data and prefix
+    compares  it compares the inputs with those of the float model; it cannot be `cached` then
     """
 
     cached: ClassVar[bool] = False
+    compares: ClassVar[bool] = False
 
     def __init__(self, in_features: int) -> None:
         self.in_features = in_features
 
     @abstractmethod
-    def update(self, inputs: Tensor) -> None:
-        """Add one batch of inputs (T, K); must not store or change the batch."""
+    def update(self, inputs: Tensor, reference: Tensor) -> None:
+        """Add one batch of inputs (T, K); must not store or change the batch.
+
+        `reference` (T, K) are the inputs of the same tokens in the float model if the statistic `compares`, and
+        `inputs` otherwise, or if calibration propagates the float model's activations.
+        """
 
     def rescale(self, scale: Tensor) -> None:
         """Change to the statistic of inputs divided by `scale` (K,); required if the same step has a `transform`."""
@@ -57,7 +65,7 @@ class MinMax(Stat):
         self.lows = torch.zeros(in_features)
         self.highs = torch.zeros(in_features)
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor, reference: Tensor) -> None:
         self.lows = torch.minimum(self.lows.to(inputs.device), inputs.amin(0).float())
         self.highs = torch.maximum(self.highs.to(inputs.device), inputs.amax(0).float())
 
@@ -88,7 +96,7 @@ class AbsMean(Stat):
         self.total = torch.zeros(in_features, dtype=torch.float64)
         self.tokens = torch.zeros((), dtype=torch.int64)
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor, reference: Tensor) -> None:
         self.total = self.total.to(inputs.device) + inputs.abs().sum(0, dtype=torch.float64)
         self.tokens = self.tokens + len(inputs)
 
@@ -116,7 +124,7 @@ class Hessian(Stat):
         self.tokens = torch.zeros((), dtype=torch.int64)
         self._mirrored = False
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor, reference: Tensor) -> None:
         rows = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
         self.total = self.total.to(device=rows.device, dtype=rows.dtype)
         for start in range(0, self.in_features, _PANEL):
@@ -140,6 +148,34 @@ class Hessian(Stat):
         return self.total * (2.0 / self.tokens.clamp(min=1))
 
 
+class Drift(Stat):
+    """D = 2/T sum (r - x) x^T over all T tokens, `value` (K, K): how far inputs x are from those of the float model, r.
+
+    2/T sum r x^T is the Hessian plus D. Zhang et al. 2025, arXiv 2505.11695 (Qronos), and Li et al. 2025, arXiv
+    2504.02692 (GPTAQ), whose deltaXX^T is D without the factor.
+    """
+
+    compares = True
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
+        self.total = torch.zeros(in_features, in_features)
+        self.tokens = torch.zeros((), dtype=torch.int64)
+
+    def update(self, inputs: Tensor, reference: Tensor) -> None:
+        rows = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        self.total = self.total.to(device=rows.device, dtype=rows.dtype)
+        self.total.addmm_((reference.to(rows.dtype) - rows).T, rows)
+        self.tokens = self.tokens + len(inputs)
+
+    def rescale(self, scale: Tensor) -> None:
+        self.total = self.total.to(scale.device) / (scale[:, None] * scale)
+
+    @property
+    def value(self) -> Tensor:
+        return self.total * (2.0 / self.tokens.clamp(min=1))
+
+
 class Sample(Stat):
     """A sample of the inputs, (S, K), to measure output errors: up to `rows` evenly spaced tokens of each batch."""
 
@@ -150,7 +186,7 @@ class Sample(Stat):
         super().__init__(in_features)
         self.inputs = torch.zeros(0, in_features)
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor, reference: Tensor) -> None:
         step = max(1, len(inputs) // self.rows)
         picked = inputs[step // 2 :: step][: self.rows]
         self.inputs = torch.cat([self.inputs.to(picked), picked])
@@ -166,13 +202,19 @@ class Stats:
         self._stats = {cls: cls(in_features) for cls in needs}
         self._shared: dict[object, tuple[Any, list[Warning | str]]] = {}
 
-    def update(self, inputs: Tensor, only: Container[type[Stat]] | None = None) -> None:
-        """Update every statistic, or only those of the classes `only`, with one batch of inputs (B, T, K) or (T, K)."""
+    def update(
+        self, inputs: Tensor, reference: Tensor | None = None, only: Container[type[Stat]] | None = None
+    ) -> None:
+        """Update every statistic, or only those of the classes `only`, with one batch of inputs (B, T, K) or (T, K).
+
+        `reference` are the float model's inputs in the same shape; None: `inputs` are.
+        """
         self._shared.clear()
         rows = inputs.reshape(-1, inputs.shape[-1])
+        float_rows = rows if reference is None else reference.reshape(rows.shape)
         for cls, stat in self._stats.items():
             if only is None or cls in only:
-                stat.update(rows)
+                stat.update(rows, float_rows if stat.compares else rows)
 
     def rescale(self, scale: Tensor) -> None:
         """Change to the statistics of inputs divided by `scale` (K,)."""

@@ -12,6 +12,7 @@ from harness.calibration import (
     SAME_FUNCTION,
     Limits,
     Observer,
+    Reference,
     Stream,
     groups_of,
     relative_error,
@@ -40,7 +41,7 @@ class _Streams:
 
     observer  the calibration sequences, with the statistics of their inputs
     probe     a few tokens through the float model; rewrites are proved on them
-    teacher   the calibration sequences through the float model, if the step trains its blocks
+    teacher   the calibration sequences through the float model, if the step compares with it
     """
 
     observer: Observer
@@ -93,6 +94,11 @@ class Pass:
         """Whether each group is observed after the groups before it were quantized."""
         return self.follows and self.step.sequential
 
+    @property
+    def compares(self) -> bool:
+        """Whether statistics compare the inputs with those of the float model, which differ."""
+        return self.follows and any(cls.compares for cls in self.step.needs)
+
     def at_once(self, track: Track) -> None:
         """Quantize all linears one by one, without data."""
         for name in track(self.names, self.label, len(self.names)):
@@ -121,7 +127,7 @@ class Pass:
         stream, probe = Stream(self.decoder, tokens), Stream(self.decoder, tokens[:1, :PROBE_TOKENS])
         searches = self.transforms and self.step.searches
         observer = Observer(stream, cache, self.names, self._needs(), keep=not self.follows, always=searches)
-        teacher = stream.copy() if self.step.finetune and self.quantizes else None
+        teacher = stream.copy() if self.quantizes and (self.step.finetune or self.compares) else None
         return _Streams(observer, probe, teacher)
 
     def _block(self, streams: _Streams) -> list[Quantized]:
@@ -133,11 +139,12 @@ class Pass:
             stream.shortcuts = shortcuts(stream.blocks[stream.position], lambda: probe.run(probe.states[0]))
         if self.transforms:
             self._find_producers(probe, groups)
-        targets = teacher.outputs({}, keep=True) if teacher else []
-        quantized = self._rewrite(streams.observer, groups, probe, expected)
-        if teacher:
-            self._finetune(stream, targets, groups, quantized)
-            teacher.advance(targets)
+        reference = Reference(teacher) if teacher else None
+        quantized = self._rewrite(streams, groups, expected, reference)
+        if reference:
+            if self.step.finetune:
+                self._finetune(stream, reference.targets, groups, quantized)
+            reference.advance()
         streams.observer.advance()
         probe.advance([expected])
         self._finish(quantized)
@@ -152,20 +159,28 @@ class Pass:
                 self.unscaled.setdefault(group.name.replace(prefix, ""), []).append(probe.position)
 
     def _rewrite(
-        self, observer: Observer, groups: list[InputGroup], probe: Stream, expected: Tensor
+        self, streams: _Streams, groups: list[InputGroup], expected: Tensor, reference: Reference | None
     ) -> list[Quantized]:
         """Observe, transform and quantize the groups of one block; `expected` is its float output on the probe."""
-        stats = observer.observe(groups) if self.transforms or not self.sequential else []
+        observer, probe = streams.observer, streams.probe
+        self._hold(reference)
+        stats = observer.observe(groups, reference) if self.transforms or not self.sequential else []
         if self.transforms:
             for group, group_stats in zip(groups, stats, strict=True):
                 self._transform(group, group_stats, observer.stream)
             transformed = probe.run(probe.states[0])
             same_function(self.label, expected, transformed, f"the output of block {probe.position}")
+            self._hold(reference)
         quantized = []
         for i, group in enumerate(groups if self.quantizes else ()):
-            group_stats = observer.observe([group])[0] if self.sequential else stats[i]
+            group_stats = observer.observe([group], reference)[0] if self.sequential else stats[i]
             quantized += [self._install(name, group_stats) for name in group.linears]
         return quantized
+
+    def _hold(self, reference: Reference | None) -> None:
+        """Keep the block in its present state for statistics that compare with it."""
+        if reference and self.compares:
+            reference.hold()
 
     def _transform(self, group: InputGroup, stats: Stats, stream: Stream) -> None:
         if self.step.searches:

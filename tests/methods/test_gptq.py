@@ -89,8 +89,8 @@ def test_a_hessian_may_be_read_between_updates() -> None:
     stat, whole = Hessian(300), Hessian(300)  # more than one panel
     X, scale = torch.randn(64, 300), torch.rand(300) + 1
     for batch in X.split(32):
-        stat.update(batch)
-        whole.update(batch)
+        stat.update(batch, batch)
+        whole.update(batch, batch)
         stat.value.zero_()  # a method may change what it reads
     stat.rescale(scale)
     whole.rescale(scale)

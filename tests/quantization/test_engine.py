@@ -33,7 +33,7 @@ class Rows(Stat):
         super().__init__(in_features)
         self.rows = torch.zeros(0, in_features)
 
-    def update(self, inputs: Tensor) -> None:
+    def update(self, inputs: Tensor, reference: Tensor) -> None:
         self.rows = torch.cat([self.rows, inputs])
 
 
@@ -185,7 +185,7 @@ def test_an_error_of_a_method_names_the_linear(tiny: Tiny) -> None:
 def test_minmax_streams() -> None:
     stat = MinMax(3)
     for part in (torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([[-4.0, 0.5, 1.0]])):
-        stat.update(part)
+        stat.update(part, part)
     assert (float(stat.low), float(stat.high)) == (-4.0, 3.0)
 
 
@@ -234,6 +234,54 @@ def test_inputs_are_the_outputs_of_the_quantized_prefix(tiny: Tiny, one_by_one: 
         quantized_before = one_by_one and "q_proj" not in name and "k_proj" not in name and "v_proj" not in name
         changes = name.startswith("model.layers.1") or quantized_before
         assert torch.allclose(inputs, inputs_of(float_model, name), rtol=1e-4, atol=1e-5) != changes, name
+
+
+class Pairs(Rows):
+    """Stores the float model's inputs of the same tokens too."""
+
+    compares = True
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
+        self.references = torch.zeros(0, in_features)
+
+    def update(self, inputs: Tensor, reference: Tensor) -> None:
+        super().update(inputs, reference)
+        self.references = torch.cat([self.references, reference])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparingRecorder(QuantizingRecorder):
+    """Records the float model's inputs as well."""
+
+    needs: ClassVar = (Pairs,)
+    references: list[Tensor]
+
+    def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
+        self.inputs.append(stats[Pairs].rows)
+        self.references.append(stats[Pairs].references)
+        return round_to_nearest(weight, scheme.weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral"])
+@pytest.mark.parametrize("one_by_one", [False, True])
+def test_a_statistic_may_compare_with_the_float_model(tiny: Tiny, one_by_one: bool, family: str) -> None:
+    float_model = build(family)
+    recorder = ComparingRecorder(inputs=[], references=[], one_by_one=one_by_one)
+    quantize(build(family), config(tiny, "scheme=channel", "bits=2", recorder=recorder), TOKENS)
+    names = list(linears(float_model))
+    assert len(recorder.references) == len(names)
+    for name, reference in zip(names, recorder.references, strict=True):
+        torch.testing.assert_close(reference, inputs_of(float_model, name), rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(recorder.references[-1], recorder.inputs[-1], rtol=1e-2)
+
+
+def test_with_float_propagation_there_is_nothing_to_compare(tiny: Tiny) -> None:
+    recorder = ComparingRecorder(inputs=[], references=[])
+    cfg = config(tiny, "scheme=channel", "bits=2", "engine.propagate=float", recorder=recorder)
+    quantize(build("llama"), cfg, TOKENS)
+    for inputs, reference in zip(recorder.inputs, recorder.references, strict=True):
+        assert torch.equal(inputs, reference)
 
 
 def test_float_inputs_do_not_depend_on_quantized_blocks(tiny: Tiny) -> None:

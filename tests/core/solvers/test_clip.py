@@ -37,7 +37,7 @@ def inputs(seed: int = 0, columns: int = 32) -> Tensor:
 
 def hessian_of(samples: Tensor) -> Tensor:
     stat = Hessian(samples.shape[1])
-    stat.update(samples)
+    stat.update(samples, samples)
     return stat.value
 
 

@@ -23,6 +23,11 @@ class Reference:
         self._twins: dict[nn.Module, nn.Module] = {}
         self._inputs: dict[nn.Module, Watched] = {}
 
+    @property
+    def states(self) -> list[Tensor]:
+        """The input states of the block in the float model."""
+        return self._stream.states
+
     def hold(self) -> None:
         """Keep a copy of the block, because its linears are about to be quantized."""
         block = self._stream.blocks[self._stream.position]

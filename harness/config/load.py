@@ -11,7 +11,7 @@ from harness.config.build import build
 from harness.config.naming import one_source
 from harness.config.parts import LimitsConfig
 from harness.config.schema import JobConfig, RunConfig
-from harness.core import KVFormat, Method, Scheme, overrides
+from harness.core import KVFormat, Method, Scheme, chooses, overrides
 from harness.utils.errors import Conflict, Refusal, UnknownKey, keys_of, short
 
 
@@ -70,7 +70,7 @@ def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
     if method is not None and not isinstance(method, Mapping):
         raise Refusal(f"method={method!r} is not a mapping of steps; expected NAME: {{_target_: module.Class}}")
     steps = {name: _build_step(f"method.{name}", step) for name, step in (method or {}).items()}
-    choosers = [name for name, step in steps.items() if overrides(step, "quantize")]
+    choosers = [name for name, step in steps.items() if chooses(step)]
     last = list(steps).index(choosers[-1]) if choosers else len(steps)
     for i, (name, step) in enumerate(steps.items()):
         rewrites = any(overrides(step, hook) for hook in ("prepare", "rotate", "transform"))

@@ -14,7 +14,7 @@ from harness.config.parts import (
     MixedConfig,
     ModelConfig,
 )
-from harness.core import KVFormat, Method, Prequantized, Scheme, overrides
+from harness.core import KVFormat, Method, Prequantized, Scheme, chooses, overrides
 from harness.core.options import ALWAYS, ANALYSED, CALIBRATED, CHANGED, MIXED, NEVER, QUANTIZED
 from harness.utils.errors import Conflict
 
@@ -193,12 +193,13 @@ class RunConfig:
     @property
     def calibrates(self) -> bool:
         """Whether a step, a static activation format, an analysis or the choice of widths reads calibration data."""
-        reads = any(step.needs or overrides(step, "transform") for step in self.steps.values())
+        hooks = ("transform", "quantize_block")
+        reads = any(step.needs or any(overrides(step, hook) for hook in hooks) for step in self.steps.values())
         return self.static or self.analyses or self.mixes or reads
 
     @property
     def quantizing(self) -> str | None:
-        """Name of the step that chooses the codes: the last that overrides `quantize`, else the last, which rounds."""
-        choosers = [name for name, step in self.steps.items() if overrides(step, "quantize")]
+        """Name of the step that chooses the codes: the last that `chooses`, else the last, which rounds."""
+        choosers = [name for name, step in self.steps.items() if chooses(step)]
         names = choosers or list(self.steps)
         return names[-1] if names else None

@@ -3,6 +3,7 @@
 Knows nothing but torch. Methods import from here alone; the rest of the harness does too.
 """
 
+from harness.core.block import Block as Block
 from harness.core.checks import above_zero as above_zero
 from harness.core.checks import at_least as at_least
 from harness.core.formats.floating_activation import FloatActivation as FloatActivation
@@ -27,6 +28,7 @@ from harness.core.groups import Producer as Producer
 from harness.core.method import Finetune as Finetune
 from harness.core.method import Finetuned as Finetuned
 from harness.core.method import Method as Method
+from harness.core.method import chooses as chooses
 from harness.core.method import overrides as overrides
 from harness.core.prequantized import Prequantized as Prequantized
 from harness.core.residual import Residual as Residual

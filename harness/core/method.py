@@ -1,4 +1,4 @@
-"""The contract between the harness and a quantization method: four optional hooks.
+"""The contract between the harness and a quantization method: a few optional hooks.
 
 A method is a frozen, keyword-only dataclass. Its fields are the keys of its YAML file and the options of the command
 line. A hook is a pure function of its arguments and fields: no printing, globals, devices or global seeds. A fact that
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from harness.core.block import Block
 from harness.core.checks import above_zero, at_least
 from harness.core.formats.qtensor import QTensor
 from harness.core.formats.rounding import round_to_nearest
@@ -99,6 +100,12 @@ class Method:
         """Choose the codes of one weight (N, K), without changing the weight. By default: round to nearest."""
         return round_to_nearest(weight, scheme.format)
 
+    def quantize_block(self, block: Block) -> Mapping[str, QTensor]:
+        """Choose the codes of all weights of a block at once, by name; overridden in the place of `quantize`."""
+        return {
+            name: self.quantize(block.weights[name], block.schemes[name], block.stats[name]) for name in block.weights
+        }
+
 
 @dataclass(frozen=True, kw_only=True)
 class Finetuned(Method):
@@ -118,6 +125,11 @@ class Finetuned(Method):
     @property
     def finetune(self) -> Finetune | None:
         return Finetune(epochs=self.epochs, lr=self.lr) if self.epochs else None
+
+
+def chooses(method: Method | type[Method]) -> bool:
+    """Whether a method chooses codes, of a weight or of a block, in another way than by rounding to nearest."""
+    return overrides(method, "quantize") or overrides(method, "quantize_block")
 
 
 def overrides(method: Method | type[Method], hook: str) -> bool:

@@ -102,7 +102,7 @@ def quantize(
             schemes = {renamed.get(name, name): scheme for name, scheme in schemes.items()}
             result.renamed = {old: renamed.get(name, name) for old, name in result.renamed.items()}
         step_pass = Pass(decoder, cfg, label, names, result, rescaled, schemes)
-        if overrides(step, "transform") or (step_pass.quantizes and (step.needs or cfg.static or cfg.ranks)):
+        if step_pass.by_data:
             step_pass.by_blocks(tokens, track, cache)
         elif step_pass.quantizes:
             step_pass.at_once(track)

@@ -44,7 +44,7 @@ def quantize_head(model: nn.Module, bits: int, execution: str, notes: list[str])
     name = _head(model)
     assert name is not None
     fmt = IntWeight(bits=bits, symmetric=True, grid="narrow", granularity="group", group_size=_GROUP)
-    linear, row = install(model, name, Method(), Scheme(name="head", weight=fmt), Stats(), notes)
+    linear, row = install(model, name, Method().quantize, Scheme(name="head", weight=fmt), Stats(), notes)
     return row, convert(linear, execution)
 
 

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.calibration import relative_error
-from harness.core import Hessian, Method, MinMax, QTensor, Sample, Scheme, Stats
+from harness.core import Hessian, MinMax, QTensor, Sample, Scheme, Stats
 from harness.core.finite import all_finite
 from harness.core.formats import InputQuantizer, compute_dtype
 from harness.models import weight_of
 from harness.nn import QuantLinear, replace
+
+Quantize = Callable[[Tensor, Scheme, Stats], QTensor]
 
 
 def convert(linear: QuantLinear, execution: str) -> str | None:
@@ -29,9 +31,9 @@ def convert(linear: QuantLinear, execution: str) -> str | None:
 
 
 def install(
-    model: nn.Module, name: str, step: Method, scheme: Scheme, stats: Stats, notes: list[str]
+    model: nn.Module, name: str, quantize: Quantize, scheme: Scheme, stats: Stats, notes: list[str]
 ) -> tuple[QuantLinear, dict[str, Any]]:
-    """Quantize the linear `name` and replace it in the model, decoded.
+    """Quantize the linear `name` by `quantize`, a method's hook, and replace it in the model, decoded.
 
     `notes` collects the warnings of the method.
     Returns: the quantized linear, and its row of the record.
@@ -42,12 +44,12 @@ def install(
     bias = getattr(module, "bias", None)
     try:
         with recorded(name, notes):
-            qtensor = _checked(step.quantize, weight, scheme, stats)
+            qtensor = _checked(quantize, weight, scheme, stats)
         row = row_of(name, weight, qtensor)
         if Hessian in stats:
             row |= {"hessian_error": hessian_error(weight, qtensor, stats[Hessian].value)}
         with recorded(name, notes):
-            input_quantizer = None if qtensor.quantizes_inputs else _input_quantizer(scheme, stats)
+            input_quantizer = None if qtensor.quantizes_inputs else input_quantizer_of(scheme, stats)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
     linear = QuantLinear(qtensor, bias, weight.dtype, input_quantizer).to(weight.device)
@@ -72,7 +74,8 @@ def float_row(name: str, weight: Tensor) -> dict[str, Any]:
     return {"name": name, "shape": shape, "stored_bits": bits * weight.numel(), "bits_per_weight": float(bits)}
 
 
-def _input_quantizer(scheme: Scheme, stats: Stats) -> InputQuantizer | None:
+def input_quantizer_of(scheme: Scheme, stats: Stats) -> InputQuantizer | None:
+    """What quantizes the inputs of a linear by its scheme; a static format takes the range in the statistics."""
     fmt = scheme.activation
     if fmt is None:
         return None
@@ -83,7 +86,7 @@ def _input_quantizer(scheme: Scheme, stats: Stats) -> InputQuantizer | None:
     return InputQuantizer(fmt, (stats[MinMax].low, stats[MinMax].high))
 
 
-def _checked(quantize: Callable[..., Any], weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
+def _checked(quantize: Quantize, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
     """The result of a method's `quantize`, checked against the contract."""
     version = weight._version  # torch counts in-place changes
     qtensor = quantize(weight, scheme, stats)

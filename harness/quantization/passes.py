@@ -24,8 +24,9 @@ from harness.config import RunConfig
 from harness.core import Hessian, InputGroup, Method, MinMax, QTensor, Sample, Scheme, Stat, Stats, overrides
 from harness.models import Decoder
 from harness.nn import QuantLinear
+from harness.quantization.blocks import block_of
 from harness.quantization.finetune import finetune
-from harness.quantization.install import convert, install, recorded, row_of
+from harness.quantization.install import Quantize, convert, install, recorded, row_of
 from harness.quantization.producers import Discovery
 from harness.quantization.result import Result, Row
 from harness.quantization.scale_search import Trial
@@ -84,15 +85,26 @@ class Pass:
         return overrides(self.step, "transform")
 
     @property
+    def solves(self) -> bool:
+        """Whether the codes of a block are chosen together."""
+        return self.quantizes and overrides(self.step, "quantize_block")
+
+    @property
+    def by_data(self) -> bool:
+        """Whether the pass reads calibration data."""
+        observes = bool(self.step.needs) or self.solves or self.cfg.static or self.cfg.ranks
+        return self.transforms or (self.quantizes and observes)
+
+    @property
     def follows(self) -> bool:
-        """Whether each block reads the outputs of quantized blocks: if statistics decide the codes."""
+        """Whether each block reads the outputs of quantized blocks: if calibration data decides the codes."""
         by_statistics = self.quantizes and overrides(self.step, "quantize") and bool(self.step.needs)
-        return by_statistics and self.cfg.engine.propagate == "quantized"
+        return (by_statistics or self.solves) and self.cfg.engine.propagate == "quantized"
 
     @property
     def sequential(self) -> bool:
         """Whether each group is observed after the groups before it were quantized."""
-        return self.follows and self.step.sequential
+        return self.follows and self.step.sequential and not self.solves
 
     @property
     def compares(self) -> bool:
@@ -127,7 +139,8 @@ class Pass:
         stream, probe = Stream(self.decoder, tokens), Stream(self.decoder, tokens[:1, :PROBE_TOKENS])
         searches = self.transforms and self.step.searches
         observer = Observer(stream, cache, self.names, self._needs(), keep=not self.follows, always=searches)
-        teacher = stream.copy() if self.quantizes and (self.step.finetune or self.compares) else None
+        taught = self.step.finetune or self.compares or self.solves
+        teacher = stream.copy() if self.quantizes and taught else None
         return _Streams(observer, probe, teacher)
 
     def _block(self, streams: _Streams) -> list[Quantized]:
@@ -171,11 +184,26 @@ class Pass:
             transformed = probe.run(probe.states[0])
             same_function(self.label, expected, transformed, f"the output of block {probe.position}")
             self._hold(reference)
+        if self.solves and reference:
+            return self._solve(observer.stream, groups, stats, reference)
         quantized = []
         for i, group in enumerate(groups if self.quantizes else ()):
             group_stats = observer.observe([group], reference)[0] if self.sequential else stats[i]
             quantized += [self._install(name, group_stats) for name in group.linears]
         return quantized
+
+    def _solve(
+        self, stream: Stream, groups: list[InputGroup], stats: list[Stats], reference: Reference
+    ) -> list[Quantized]:
+        """Quantize all linears of a block together."""
+        by_name = {name: each for group, each in zip(groups, stats, strict=True) for name in group.linears}
+        schemes = {name: self._scheme(name) for name in by_name}
+        block = block_of(self.decoder.model, stream, reference, schemes, by_name)
+        with recorded(self.decoder.name(stream.position), self.result.warnings):
+            solved = self.step.quantize_block(block)
+        if missing := [name for name in by_name if name not in solved]:
+            raise ValueError(f"method.{self.label}: quantize_block returned no weight for {missing[0]}")
+        return [self._install(name, each, lambda *_, name=name: solved[name]) for name, each in by_name.items()]
 
     def _hold(self, reference: Reference | None) -> None:
         """Keep the block in its present state for statistics that compare with it."""
@@ -211,12 +239,19 @@ class Pass:
             row.pop("hessian_error", None)  # that of the weight before training
             row |= {"block_error": tuned.after, "block_error_untuned": tuned.before}
 
-    def _install(self, name: str, stats: Stats) -> Quantized:
+    def _scheme(self, name: str) -> Scheme:
+        """The scheme of a linear."""
         scheme = self.schemes.get(name, self.cfg.scheme)
         assert scheme is not None
+        return scheme
+
+    def _install(self, name: str, stats: Stats, quantize: Quantize | None = None) -> Quantized:
+        """Quantize a linear by `quantize`, by default the method's, and put it into the model."""
+        scheme = self._scheme(name)
         if self.cfg.analyses:
             self.result.floats[name] = self.decoder.model.get_submodule(name)
-        linear, row = install(self.decoder.model, name, self.step, scheme, stats, self.result.warnings)
+        quantize = quantize or self.step.quantize
+        linear, row = install(self.decoder.model, name, quantize, scheme, stats, self.result.warnings)
         return linear, row | ({"bits": scheme.format.bits} if name in self.schemes else {})
 
     def _finish(self, quantized: Iterable[Quantized]) -> None:

@@ -16,9 +16,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from harness.config import build, build_steps
 from harness.core import (
+    Block,
     FloatWeight,
     Hessian,
     IntActivation,
@@ -30,6 +32,7 @@ from harness.core import (
     QTensor,
     Scheme,
     Stats,
+    chooses,
     overrides,
     round_to_nearest,
 )
@@ -90,9 +93,22 @@ def steps(method: str) -> dict[str, Method]:
 
 
 def quantizer(method: str) -> Method:
-    """The step that chooses the codes: the last one with a `quantize` of its own, or any step if none has one."""
-    *_, last = sorted(steps(method).values(), key=lambda step: overrides(step, "quantize"))
+    """The step that chooses the codes: the last one that does not round, or any step if all do."""
+    *_, last = sorted(steps(method).values(), key=chooses)
     return last
+
+
+def quantized(step: Method, weight: Tensor, scheme: Scheme, inputs: Tensor) -> QTensor:
+    """The weight by the hook that the step overrides; a block has this linear alone, and two sequences."""
+    stats = Stats(step.needs, weight.shape[1])
+    stats.update(inputs)
+    if not overrides(step, "quantize_block"):
+        return step.quantize(weight, scheme, stats)
+    states = [part[None] for part in inputs.chunk(2)]
+    targets = [F.linear(each, weight) for each in states]
+    run = lambda weights, states: F.linear(states, weights["linear"])  # noqa: E731
+    block = Block({"linear": weight}, {"linear": scheme}, {"linear": stats}, states, states, targets, run)
+    return step.quantize_block(block)["linear"]
 
 
 def refusal(method: str, scheme: Scheme) -> str | None:
@@ -128,10 +144,7 @@ def weights() -> Tensor:
 
 
 def run(method: str, weight: Tensor, scheme: str) -> QTensor:
-    step = quantizer(method)
-    stats = Stats(step.needs, COLUMNS)
-    stats.update(inputs())
-    return step.quantize(weight, SCHEMES[scheme], stats)
+    return quantized(quantizer(method), weight, SCHEMES[scheme], inputs())
 
 
 @pytest.mark.parametrize("method", [name for name in METHODS if name not in COMPOSITES])
@@ -214,13 +227,12 @@ def test_tiny_weights_are_not_lost(method: str, scheme: str) -> None:
     wide = SCHEMES[scheme].weight
     if isinstance(wide, IntWeight):
         wide = dataclasses.replace(wide, scale_dtype="float32")
-    step = quantizer(method)
-    stats = Stats(step.needs, COLUMNS)
-    stats.update(inputs())
     errors = []
     for factor in (1, 2.0**-27):
         weight = weights() * factor
-        decoded = step.quantize(weight, dataclasses.replace(SCHEMES[scheme], weight=wide), stats).dequantize()
+        decoded = quantized(
+            quantizer(method), weight, dataclasses.replace(SCHEMES[scheme], weight=wide), inputs()
+        ).dequantize()
         errors.append(float((decoded - weight).norm() / weight.norm()))
     assert errors[1] < 1.1 * errors[0] + 0.01  # float16 codebooks and row scales lose up to 1 %
 
@@ -232,11 +244,9 @@ def test_silent_inputs_keep_their_weights(method: str, scheme: str) -> None:
     X, weight = inputs(), weights()
     X[:, silent] = 0
     step = quantizer(method)
-    stats = Stats(step.needs, COLUMNS)
-    stats.update(X)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        decoded = step.quantize(weight, SCHEMES[scheme], stats).dequantize()
+        decoded = quantized(step, weight, SCHEMES[scheme], X).dequantize()
     error = (decoded - weight).square()
     others = [i for i in range(COLUMNS) if i not in silent]
     assert error[:, silent].mean() <= 2 * error[:, others].mean()
@@ -260,7 +270,7 @@ def test_error_is_no_worse_than_rtn(method: str, scheme: str) -> None:
     W, X = weights(), inputs()
     rounded = round_to_nearest(W, SCHEMES[scheme].weight).dequantize()
     quantized = run(method, W, scheme).dequantize()
-    if quantizer(method).needs:
+    if quantizer(method).needs or overrides(quantizer(method), "quantize_block"):
         assert (X @ (quantized - W).T).norm() <= (X @ (rounded - W).T).norm() * 1.001
     else:
         assert (quantized - W).abs().mean() <= (rounded - W).abs().mean() * 1.001
@@ -282,6 +292,6 @@ def test_packed_equals_dequantized_execution(method: str, scheme: str) -> None:
 def test_hooks_default_to_nothing_and_an_uncollected_statistic_says_so() -> None:
     from harness.core.stats import MinMax
 
-    assert not any(overrides(Method, hook) for hook in ("prepare", "rotate", "transform", "quantize"))
+    assert not any(overrides(Method, hook) for hook in ("prepare", "rotate", "transform", "quantize", "quantize_block"))
     with pytest.raises(KeyError, match="MinMax was not collected; add it to the method's `needs`"):
         Stats()[MinMax]

@@ -3,6 +3,7 @@
 `quantization` and `evaluation` replay blocks through a Stream; `proofs` defines when two results count as the same.
 """
 
+from harness.calibration.backward import backward as backward
 from harness.calibration.observer import Observer as Observer
 from harness.calibration.proofs import PROBE_TOKENS as PROBE_TOKENS
 from harness.calibration.proofs import SAME_FUNCTION as SAME_FUNCTION
@@ -19,3 +20,5 @@ from harness.calibration.shortcut import shortcuts as shortcuts
 from harness.calibration.survey import Surveyed as Surveyed
 from harness.calibration.survey import groups_of as groups_of
 from harness.calibration.survey import survey as survey
+from harness.calibration.tail import Tail as Tail
+from harness.calibration.tail import after_blocks as after_blocks

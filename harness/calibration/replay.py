@@ -64,9 +64,9 @@ class Stream:
         """Output states of the block at `position` (or a copy of it) for input states (1, T, D)."""
         return self._run(self.position, states, block)
 
-    def run_to_train(self, states: Tensor) -> Tensor:
-        """Like `run`, but not under `no_grad`: the caller decides about gradients."""
-        return self._run(self.position, states)
+    def run_to_train(self, states: Tensor, position: int | None = None) -> Tensor:
+        """Like `run`, perhaps of the block at another `position`; the caller decides about gradients."""
+        return self._run(self.position if position is None else position, states)
 
     def _run(self, position: int, states: Tensor, block: nn.Module | None = None) -> Tensor:
         args, options = self.calls[position]

@@ -64,7 +64,8 @@ def _is_part(argument: str, key: str) -> bool:
 def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
     """Build the ordered steps of `method`; the `_target_` of each names its class.
 
-    The last step that overrides `quantize` chooses the codes; the steps before it only rewrite the model.
+    The last step that overrides `quantize` or `quantize_block` chooses the codes; the steps before it only rewrite the
+    model. The last of all may train what was quantized.
     Raises: ValueError if a class cannot be imported or is not a Method, or a step would have nothing to do.
     """
     if method is not None and not isinstance(method, Mapping):
@@ -74,11 +75,12 @@ def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
     last = list(steps).index(choosers[-1]) if choosers else len(steps)
     for i, (name, step) in enumerate(steps.items()):
         rewrites = any(overrides(step, hook) for hook in ("prepare", "rotate", "transform"))
-        if (i < last and not rewrites and len(steps) > 1) or i > last:
+        distills = step.distillation is not None and i == len(steps) - 1
+        if not distills and ((i < last and not rewrites and len(steps) > 1) or i > last):
             chooser = choosers[-1] if choosers else "rounding"
             raise Conflict(
                 f"method={'_'.join(steps)}: step {name} has nothing to do, because {chooser} chooses the codes; "
-                "expected steps that rewrite, then one that quantizes"
+                "expected steps that rewrite, then one that quantizes, then at most distill"
             )
     return steps
 

@@ -14,7 +14,7 @@ from harness.config.parts import (
     MixedConfig,
     ModelConfig,
 )
-from harness.core import KVFormat, Method, Prequantized, Scheme, chooses, overrides
+from harness.core import Distillation, KVFormat, Method, Prequantized, Scheme, chooses, overrides
 from harness.core.options import ALWAYS, ANALYSED, CALIBRATED, CHANGED, MIXED, NEVER, QUANTIZED
 from harness.utils.errors import Conflict
 
@@ -195,7 +195,12 @@ class RunConfig:
         """Whether a step, a static activation format, an analysis or the choice of widths reads calibration data."""
         hooks = ("transform", "quantize_block")
         reads = any(step.needs or any(overrides(step, hook) for hook in hooks) for step in self.steps.values())
-        return self.static or self.analyses or self.mixes or reads
+        return self.static or self.analyses or self.mixes or reads or self.distillation is not None
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """How the quantized model is trained as a whole; None: it is not."""
+        return next((step.distillation for step in self.steps.values() if step.distillation is not None), None)
 
     @property
     def quantizing(self) -> str | None:

@@ -25,6 +25,7 @@ from harness.core.formats.qtensor import QTensor as QTensor
 from harness.core.formats.rounding import round_to_nearest as round_to_nearest
 from harness.core.groups import InputGroup as InputGroup
 from harness.core.groups import Producer as Producer
+from harness.core.method import Distillation as Distillation
 from harness.core.method import Finetune as Finetune
 from harness.core.method import Finetuned as Finetuned
 from harness.core.method import Method as Method

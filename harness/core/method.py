@@ -43,6 +43,22 @@ class Finetune:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Distillation:
+    """How the floats of a quantized model are trained to reproduce the float model's distribution of the next token.
+
+    epochs    passes over the calibration data
+    lr        first step of Adam, as a share of the root mean square of the trained tensor
+    batch     sequences per step
+    bfloat16  compute products in bfloat16; what is trained stays float32
+    """
+
+    epochs: int
+    lr: float
+    batch: int
+    bfloat16: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """Base class of all methods; a method overrides the hooks that it needs and inherits the others.
 
@@ -65,6 +81,11 @@ class Method:
 
         None means no fine-tuning. It is used only if `needs` requests calibration data.
         """
+        return None
+
+    @property
+    def distillation(self) -> Distillation | None:
+        """How the whole model is trained after all steps, through the tuners of its QTensors; None: it is not."""
         return None
 
     @property

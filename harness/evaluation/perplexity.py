@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.calibration import PROBE_TOKENS, SAME_LOGITS, relative_error
-from harness.evaluation.tail import Tail
+from harness.calibration import PROBE_TOKENS, SAME_LOGITS, Tail, relative_error
 from harness.nn import MakeCache, accepted, hooked
 from harness.utils.progress import Track, silent
 

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from harness.calibration import PROBE_TOKENS, Stream, verify
+from harness.calibration import PROBE_TOKENS, Stream, Tail, after_blocks, verify
 from harness.evaluation.divergence import token_kl
-from harness.evaluation.tail import Tail, after_blocks
 from harness.models import Decoder
 from harness.nn import swapped
 from harness.utils.progress import Track, silent

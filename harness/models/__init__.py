@@ -11,6 +11,7 @@ from harness.models.architecture import split_skipped as split_skipped
 from harness.models.architecture import weight_of as weight_of
 from harness.models.decoder import Decoder as Decoder
 from harness.models.loading import skeleton as skeleton
+from harness.models.probe import forward as forward
 from harness.models.probe import logits as logits
 from harness.models.probe import probe_tokens as probe_tokens
 from harness.models.quantized import QuantizedSource as QuantizedSource

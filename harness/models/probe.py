@@ -98,6 +98,11 @@ class Probe(TorchFunctionMode):
 @torch.no_grad()
 def logits(model: nn.Module, tokens: Tensor) -> Tensor:
     """The model's logits (B, T, V) on `tokens` (B, T)."""
+    return forward(model, tokens)
+
+
+def forward(model: nn.Module, tokens: Tensor) -> Tensor:
+    """Like `logits`, but not under `no_grad`: the caller decides about gradients."""
     on_device = tokens.to(next(model.parameters()).device)
     output: Tensor = model(input_ids=on_device, **accepted(model, use_cache=False)).logits
     return output

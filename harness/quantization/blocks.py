@@ -43,14 +43,12 @@ def _run(stream: Stream, linears: Mapping[str, nn.Module], quantizers: Mapping[s
 
 
 def _forward(weight: Tensor, bias: Tensor | None, quantizer: InputQuantizer | None) -> Callable[[Tensor], Tensor]:
-    """A linear with another weight, whose rounded inputs pass gradients on as if they were not rounded."""
+    return lambda inputs: F.linear(straight_through(quantizer, inputs), weight, bias)
 
-    def forward(inputs: Tensor) -> Tensor:
-        if quantizer is not None:
-            inputs = inputs + (quantizer(inputs.detach()) - inputs.detach())
-        return F.linear(inputs, weight, bias)
 
-    return forward
+def straight_through(quantizer: InputQuantizer | None, inputs: Tensor) -> Tensor:
+    """Rounded inputs, which pass gradients on as if they were not rounded; unchanged without a quantizer."""
+    return inputs if quantizer is None else inputs + (quantizer(inputs.detach()) - inputs.detach())
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness.calibration import PROBE_TOKENS, SAME_TURNED
 from harness.config import RunConfig
-from harness.core import Method, overrides
+from harness.core import Method, chooses, overrides
 from harness.core.rotated import Rotated
 from harness.models import Decoder, logits, matching, split_skipped, weight_of
 from harness.quantization.install import float_row, recorded
@@ -48,6 +48,7 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
         try:
             for scheme in map(cfg.scheme.at, cfg.mixed.widths) if cfg.mixes else [cfg.scheme]:
                 step.check(scheme)
+                _ = scheme.weight if chooses(cfg.steps[str(cfg.quantizing)]) else scheme.format  # rounding needs one
         except ValueError as error:
             raise ValueError(f"method.{label}: {error}") from error
     matching(list(linears), cfg.analysis.outliers, "analysis.outliers")
@@ -101,11 +102,7 @@ def quantize(
             rescaled = {renamed.get(name, name): producers for name, producers in rescaled.items()}
             schemes = {renamed.get(name, name): scheme for name, scheme in schemes.items()}
             result.renamed = {old: renamed.get(name, name) for old, name in result.renamed.items()}
-        step_pass = Pass(decoder, cfg, label, names, result, rescaled, schemes)
-        if step_pass.by_data:
-            step_pass.by_blocks(tokens, track, cache)
-        elif step_pass.quantizes:
-            step_pass.at_once(track)
+        Pass(decoder, cfg, label, names, result, rescaled, schemes).run(tokens, track, cache)
     for row in result.layers:
         row |= {"rescaled_by": rescaled[row["name"]]} if row["name"] in rescaled else {}
     result.layers += [float_row(name, weight_of(linears[name])) for name in skipped]

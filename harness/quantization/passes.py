@@ -25,6 +25,7 @@ from harness.core import Hessian, InputGroup, Method, MinMax, QTensor, Sample, S
 from harness.models import Decoder
 from harness.nn import QuantLinear
 from harness.quantization.blocks import block_of
+from harness.quantization.distill import distill, teacher_of
 from harness.quantization.finetune import finetune
 from harness.quantization.install import Quantize, convert, install, recorded, row_of
 from harness.quantization.producers import Discovery
@@ -60,6 +61,7 @@ class Pass:
     schemes    schemes of linears that differ from the configuration's
     discovery  the producers of all blocks so far
     unscaled   members of a group without producer -> indices of the blocks
+    held       quantized linears that are not converted yet, because the whole model will be trained
     """
 
     decoder: Decoder
@@ -71,6 +73,7 @@ class Pass:
     schemes: dict[str, Scheme]
     discovery: Discovery = field(default_factory=Discovery)
     unscaled: dict[str, list[int]] = field(default_factory=dict)
+    held: list[Quantized] = field(default_factory=list)
 
     @property
     def step(self) -> Method:
@@ -110,6 +113,18 @@ class Pass:
     def compares(self) -> bool:
         """Whether statistics compare the inputs with those of the float model, which differ."""
         return self.follows and any(cls.compares for cls in self.step.needs)
+
+    def run(self, tokens: Tensor, track: Track, cache: DiskCache) -> None:
+        """Quantize, or rewrite, all blocks; and train the quantized model as a whole, if the method does."""
+        options = self.cfg.distillation if self.quantizes else None
+        teacher = teacher_of(self.decoder, tokens) if options else None
+        if self.by_data:
+            self.by_blocks(tokens, track, cache)
+        elif self.quantizes:
+            self.at_once(track)
+        if options and teacher:
+            self.result.distilled = distill(self.decoder, tokens, teacher, options, track)
+            self.finish()
 
     def at_once(self, track: Track) -> None:
         """Quantize all linears one by one, without data."""
@@ -254,8 +269,24 @@ class Pass:
         linear, row = install(self.decoder.model, name, quantize, scheme, stats, self.result.warnings)
         return linear, row | ({"bits": scheme.format.bits} if name in self.schemes else {})
 
+    def finish(self) -> None:
+        """Finish the linears that were held back until the whole model was trained."""
+        for linear, row in self.held:
+            assert isinstance(linear.packed, QTensor)
+            row |= {"stored_bits": linear.packed.stored_bits, "bits_per_weight": linear.packed.bits_per_weight}
+            for measured in ("weight_error", "weight_norm", "hessian_error", "output_error"):  # of the weight before
+                row.pop(measured, None)
+            self._convert([(linear, row)])
+
     def _finish(self, quantized: Iterable[Quantized]) -> None:
-        """Convert linears to the configured execution, after their block was replayed; add their rows to the result."""
+        """Convert linears after their block was replayed, unless the whole model will be trained."""
+        if self.cfg.distillation is None:
+            self._convert(quantized)
+        else:
+            self.held += quantized
+
+    def _convert(self, quantized: Iterable[Quantized]) -> None:
+        """Convert linears to the configured execution, and add their rows to the result."""
         for linear, row in quantized:
             if self.cfg.save is not None and isinstance(linear.packed, QTensor):
                 self.result.weights[row["name"]] = linear.packed

@@ -11,6 +11,7 @@ from torch import nn
 
 from harness.core import QTensor
 from harness.nn import QuantLinear
+from harness.quantization.distill import Distilled
 
 Row = dict[str, Any]
 
@@ -62,6 +63,7 @@ class Result:
     sizes     of all matrices in the blocks
     decoded   parameters with the values of quantized weights, which no packed linear holds -> bits of these weights
     joined    number of packed linears that are computed together with others of the same inputs
+    distilled held-out KL before and after the whole model was trained; None: it was not
     """
 
     layers: list[Row] = field(default_factory=list)
@@ -73,6 +75,7 @@ class Result:
     sizes: Sizes = field(default_factory=Sizes)
     decoded: dict[nn.Parameter, int] = field(default_factory=dict)
     joined: int = 0
+    distilled: Distilled | None = None
 
     @property
     def bits_per_weight(self) -> float:

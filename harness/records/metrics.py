@@ -73,6 +73,8 @@ METRICS = (
     ),
     Metric(name="kl_median", kind="result", unit="nats"),
     Metric(name="kl_p99", kind="result", unit="nats"),
+    Metric(name="held_out_kl", kind="result", unit="nats"),  # on calibration data, after the model was trained
+    Metric(name="held_out_kl_before", kind="result", unit="nats"),
     Metric(name="top1_agreement", kind="result", better="higher", heading="top-1", digits=".1%", short="value"),
     Metric(name="top5_agreement", kind="result", better="higher", digits=".1%"),
     Metric(

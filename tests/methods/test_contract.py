@@ -40,7 +40,7 @@ from harness.kernels.base import Kernel
 from harness.nn import QuantLinear
 from tests.conftest import ROOT, resolve
 
-NO_CHOICE = ("none", "checkpoint")  # nothing is quantized here
+NO_CHOICE = ("none", "checkpoint", "distill")  # nothing is quantized, or by rounding alone
 METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml") if path.stem not in NO_CHOICE)
 COMPOSITES = [name for name in METHODS if "_target_:" not in (ROOT / f"conf/method/{name}.yaml").read_text()]
 INT8_TOKENS = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0)

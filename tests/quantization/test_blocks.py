@@ -87,7 +87,5 @@ def test_a_run_with_other_weights_has_gradients_and_quantized_inputs(tiny: Tiny)
 
 def test_a_block_without_one_of_its_weights_is_refused(tiny: Tiny) -> None:
     cfg = config(tiny, "scheme=channel", recorder=BlockRecorder(blocks=[], missing=True))
-    with pytest.raises(
-        ValueError, match="quantize_block returned no weight for model.layers.0.self"
-    ):
+    with pytest.raises(ValueError, match="quantize_block returned no weight for model.layers.0.self"):
         quantize(build("llama"), cfg, TOKENS)

@@ -116,7 +116,7 @@ def test_training_that_increases_the_error_is_discarded() -> None:
 
 def test_a_block_without_tuners_has_nothing_to_train(tiny: Tiny) -> None:
     model = build("llama")
-    quantize(model, build_run(tiny("method=rtn", "scheme=channel")), TOKENS)
+    quantize(model, build_run(tiny("method=rtn", "scheme=mxfp4")), TOKENS)
     block = model.get_submodule("model.layers.0")
     assert tuning.finetune(block, block, [torch.zeros(1)], [torch.zeros(1)], Finetune(epochs=1, lr=0.1)) is None
 

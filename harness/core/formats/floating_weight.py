@@ -13,7 +13,8 @@ from harness.core.formats.floating import FloatFormat
 from harness.core.formats.format import WeightFormat
 from harness.core.formats.packing import pack, packed_bytes
 from harness.core.formats.params import Params
-from harness.core.formats.qtensor import GroupedQTensor
+from harness.core.formats.qtensor import GroupedQTensor, Tuner
+from harness.core.formats.scale_tuner import scale_tuner
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,9 @@ class FloatQTensor(GroupedQTensor):
 
     def params(self) -> Params:
         return Params(self.scale.float(), whole=self.tensor_scale)
+
+    def tuner(self) -> Tuner | None:
+        return scale_tuner(self)
 
     def code_rows(self, start: int, stop: int) -> Tensor:
         packed = self.fmt.kind.dtype is None

@@ -12,7 +12,8 @@ from harness.core.formats import scales
 from harness.core.formats.integer import StoredInt
 from harness.core.formats.packing import pack, packed_bytes, unpack
 from harness.core.formats.params import Params
-from harness.core.formats.qtensor import GroupedQTensor
+from harness.core.formats.qtensor import GroupedQTensor, Tuner
+from harness.core.formats.scale_tuner import scale_tuner
 from harness.core.formats.scaled_weight import ScaledWeight
 
 
@@ -92,3 +93,6 @@ class IntQTensor(GroupedQTensor):
 
     def params(self) -> Params:
         return Params(self.scale.float(), None if self.fmt.symmetric else self.zero_points())
+
+    def tuner(self) -> Tuner | None:
+        return scale_tuner(self)

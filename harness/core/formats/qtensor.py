@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -185,6 +185,15 @@ class PermutedQTensor(QTensor):
         super().__init__(base.shape)
         self.base = base
         self.register_buffer("order", order.to(_index_dtype(base.shape[1])))
+
+    def tuner(self) -> Tuner | None:
+        """That of `base`, whose columns it puts in their places."""
+        tuner, inverse = self.base.tuner(), self.order.long().argsort()
+        return (
+            None
+            if tuner is None
+            else replace(tuner, weight=lambda values: tuner.weight(values)[:, inverse], linear=None)
+        )
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         return self.base.dequantize(dtype)[:, self.order.long().argsort()]

@@ -9,15 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from harness.calibration import PROBE_TOKENS, SAME_LOGITS, Stream, relative_error, within
-from harness.models import Decoder, logits
+from harness.calibration.proofs import PROBE_TOKENS, SAME_LOGITS, relative_error, within
+from harness.calibration.replay import Stream
+from harness.models import Decoder, forward, logits
 from harness.nn import standing_in
 
 
 class Tail:
     """A function from states (T, D) to logits (T, V).
 
-    It runs the model's forward, in which each of `modules` returns `output(states)` instead of computing.
+    It runs the model's forward, in which each of `modules` returns `output(states)` instead of computing. It has
+    gradients with respect to states that require them.
     """
 
     def __init__(self, model: nn.Module, modules: Sequence[nn.Module], output: Callable[[Tensor], Any]) -> None:
@@ -29,7 +31,7 @@ class Tail:
         with ExitStack() as stack:
             for module in self.modules:
                 stack.enter_context(standing_in(module, lambda *_args, **_options: output))
-            return logits(self.model, tokens)[0]
+            return forward(self.model, tokens)[0]
 
 
 @torch.no_grad()

@@ -1,0 +1,141 @@
+"""Trains the floats of a quantized model end to end, to reproduce the float model's distribution of the next token.
+
+Codes stay; scales, float zero points and codebooks move: the values of the QTensors' tuners. The loss is the mean over
+tokens of KL(float || quantized). Some sequences are held out: of the states after each epoch and before training, the
+one with the lowest loss on them is kept. Memory: the inputs of all blocks for one batch, and one block's graph.
+
+Source: EfficientQAT, Chen et al. 2024, arXiv 2407.11062, section 3.3: step sizes are trained end to end; the loss is
+that of mlx-lm's DWQ, in one direction and without its hidden states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from harness.calibration import Stream, Tail, after_blocks, backward
+from harness.core import Distillation
+from harness.models import Decoder
+from harness.quantization.tuning import Steps, Tuning, split, tuned, tunings_of
+from harness.utils.progress import Track, silent
+
+_LOGIT_ELEMENTS = 2**24  # logits that may be in memory at once: 64 MiB of float32
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """The last states (1, T, D) of the float model for each sequence, and its tail from states to logits."""
+
+    states: Sequence[Tensor]
+    tail: Tail
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Mean KL per token on the held-out sequences, before training and of the state kept."""
+
+    before: float
+    after: float
+
+
+@torch.no_grad()
+def teacher_of(decoder: Decoder, tokens: Tensor) -> Teacher:
+    """The float model in its present state; what follows its last block must not change afterwards."""
+    stream = Stream(decoder, tokens)
+    return Teacher([stream.onward(states) for states in stream.states], after_blocks(decoder, tokens))
+
+
+def distill(
+    decoder: Decoder, tokens: Tensor, teacher: Teacher, options: Distillation, track: Track = silent
+) -> Distilled | None:
+    """Train the quantized linears of a model in place; `tokens` (B, T) are those of the teacher.
+
+    Returns: the loss before and after training; None if no linear has floats that can be trained.
+    """
+    tunings = [tuning for block in decoder.blocks for tuning in tunings_of(block)]
+    if not tunings:
+        return None
+    trained, held_out = split(len(tokens))
+    checked = held_out or trained
+    task = _Task(Stream(decoder, tokens), teacher, tunings, options.bfloat16)
+    steps = Steps(task.tensors, options.lr, -(-len(trained) // options.batch) * options.epochs)
+    generator = torch.Generator().manual_seed(0)
+    with tuned(tunings, anew=True):
+        best, before = task.state(), task.loss(checked)
+        lowest, progress = before, [f"distill, KL {before:.4f}"]
+        for _ in track(range(options.epochs), lambda: progress[0], options.epochs):
+            order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
+            for start in range(0, len(order), options.batch):
+                chosen = order[start : start + options.batch]
+                steps.take(lambda chosen=chosen: task.differentiate(chosen))  # type: ignore[misc]
+            loss = task.loss(checked)
+            progress[0] = f"distill, KL {loss:.4f}"
+            if loss < lowest:
+                lowest, best = loss, task.state()
+    task.restore(best)
+    for tuning in tunings:
+        tuning.accept()
+    return Distilled(before, lowest)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """The divergence of a model from its teacher, on some of the sequences."""
+
+    stream: Stream
+    teacher: Teacher
+    tunings: Sequence[Tuning]
+    bfloat16: bool
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [value for tuning in self.tunings for value in tuning.values.values()]
+
+    def state(self) -> list[Tensor]:
+        return [tensor.detach().clone() for tensor in self.tensors]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor]) -> None:
+        for tensor, saved in zip(self.tensors, state, strict=True):
+            tensor.copy_(saved)
+
+    def differentiate(self, chosen: Sequence[int]) -> float:
+        """Add the gradients of the loss on the sequences `chosen`. Returns: the loss."""
+        with self._precision():
+            return backward(self.stream, self._batch(chosen), lambda states: self._head(states, chosen))
+
+    @torch.no_grad()
+    def loss(self, chosen: Sequence[int]) -> float:
+        """Mean KL per token."""
+        with self._precision():
+            losses = [self._head(self.stream.onward(self.stream.states[i]), [i], slope=False)[0] for i in chosen]
+        return sum(losses) / len(losses)
+
+    def _batch(self, chosen: Sequence[int]) -> Tensor:
+        return torch.cat([self.stream.states[i] for i in chosen])
+
+    def _head(self, states: Tensor, chosen: Sequence[int], slope: bool = True) -> tuple[float, Tensor]:
+        """Mean KL of the logits for last states (B, T, D), and its gradient in the same shape, if it is asked for."""
+        count, total = states.shape[0] * states.shape[1], 0.0
+        gradient = torch.zeros_like(states)
+        size = max(1, _LOGIT_ELEMENTS // self.teacher.tail(states[0, :1]).shape[-1])
+        for row, i in enumerate(chosen):
+            for start in range(0, states.shape[1], size):
+                part = states[row, start : start + size].detach().requires_grad_(slope)
+                exact = F.log_softmax(self.teacher.tail(self.teacher.states[i][0, start : start + size]).float(), -1)
+                with torch.set_grad_enabled(slope):
+                    logits = F.log_softmax(self.teacher.tail(part).float(), -1)
+                    loss = F.kl_div(logits, exact, reduction="sum", log_target=True) / count
+                total += loss.item()
+                if slope:
+                    (gradient[row, start : start + size],) = torch.autograd.grad(loss, part)
+        return total, gradient
+
+    def _precision(self) -> AbstractContextManager[object]:
+        device = self.stream.states[0].device
+        return torch.autocast(device.type, torch.bfloat16) if self.bfloat16 else nullcontext()

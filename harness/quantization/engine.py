@@ -48,7 +48,8 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
         try:
             for scheme in map(cfg.scheme.at, cfg.mixed.widths) if cfg.mixes else [cfg.scheme]:
                 step.check(scheme)
-                _ = scheme.weight if chooses(cfg.steps[str(cfg.quantizing)]) else scheme.format  # rounding needs one
+                if step.distillation and not chooses(cfg.steps[str(cfg.quantizing)]):
+                    _ = scheme.format  # the step takes any scheme, but rounding does not
         except ValueError as error:
             raise ValueError(f"method.{label}: {error}") from error
     matching(list(linears), cfg.analysis.outliers, "analysis.outliers")

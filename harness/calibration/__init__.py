@@ -4,6 +4,7 @@
 """
 
 from harness.calibration.backward import backward as backward
+from harness.calibration.importance import Importance as Importance
 from harness.calibration.observer import Observer as Observer
 from harness.calibration.proofs import PROBE_TOKENS as PROBE_TOKENS
 from harness.calibration.proofs import SAME_FUNCTION as SAME_FUNCTION

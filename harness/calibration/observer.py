@@ -7,8 +7,9 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 
-from torch import Tensor, nn
+from torch import Tensor
 
+from harness.calibration.importance import Importance
 from harness.calibration.reference import Reference
 from harness.calibration.replay import Stream
 from harness.core import InputGroup, Stat, Stats
@@ -24,9 +25,10 @@ class Observer:
     names   the linears to observe, of all blocks
     keep    each block receives the outputs of the unchanged block before it; else, of that block after its changes
     always  run blocks even if all their statistics are cached, because more than the statistics needs activations
+    importance  weights of the tokens; None: all count alike
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - the settings of one pass
         self,
         stream: Stream,
         cache: DiskCache,
@@ -34,12 +36,15 @@ class Observer:
         needs: Sequence[type[Stat]],
         keep: bool,
         always: bool,
+        importance: Importance | None = None,
     ) -> None:
         self.stream, self.cache, self.needs, self.keep = stream, cache, needs, keep
         self.device = stream.states[0].device
         self._stores = cache.limit > 0  # else nothing has a name, which would be a hash of weights and inputs
         inputs_digest = tensor_digest(*stream.states, *tensors_of(stream.calls[0])) if self._stores else ""
-        self._chain = digest(inputs_digest, str(self.device), *names)
+        self._importance = importance
+        weights_digest = tensor_digest(*importance.tensors) if importance and self._stores else ""
+        self._chain = digest(inputs_digest, str(self.device), *names, *filter(None, [weights_digest]))
         self._block = ""  # digest of the block at its first observation, before it changes
         self._outputs: list[Tensor] | None = None
         # Outputs of an unchanged block cannot be computed later, so either all blocks skip their pass or none does.
@@ -85,17 +90,22 @@ class Observer:
     ) -> None:
         readers = [next(iter(group.linears.values())) for group in groups] if missing else []
         compared = reference if any(cls.compares for cls in missing) else None
-
-        def watcher(reader: nn.Module, group_stats: Stats) -> Callable[[Tensor], None]:
-            if compared is None:
-                return lambda inputs: group_stats.update(inputs, only=missing)
-            return lambda inputs: group_stats.update(inputs, compared.next_input(reader), missing)
+        weights: list[Iterator[Tensor]] = []
 
         def begin(index: int) -> None:
             if compared is not None:
                 compared.read(index, readers)
+            if self._importance is not None:
+                weights[:] = [self._importance.of(group.linears, index) for group in groups]
 
-        watchers = {reader: watcher(reader, group_stats) for reader, group_stats in zip(readers, stats, strict=False)}
+        def watcher(place: int) -> Callable[[Tensor], None]:
+            def watch(inputs: Tensor) -> None:
+                exact = compared.next_input(readers[place]) if compared else None
+                stats[place].update(inputs, exact, next(weights[place]) if weights else None, missing)
+
+            return watch
+
+        watchers = {reader: watcher(place) for place, reader in enumerate(readers)}
         outputs = self.stream.outputs(watchers, keep, begin)
         if keep:
             self._outputs = outputs

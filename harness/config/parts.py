@@ -180,12 +180,15 @@ class EngineConfig:
 
     propagate      form of the previous blocks, whose outputs are a block's calibration inputs: quantized or float
     search_tokens  number of calibration tokens on which a search, such as AWQ's for scales, measures output errors
+    gradients      weight calibration tokens by the squared gradients of the loss at the outputs of linears, in
+                   statistics that are sums of squares (Hessians)
     cache_gib      maximum disk space in GiB for statistics that later runs may share; 0: no cache. Does not change a
                    result
     """
 
     propagate: Literal["quantized", "float"] = field(default="quantized", metadata=CALIBRATED)
     search_tokens: int = field(default=2048, metadata=CALIBRATED)
+    gradients: bool = field(default=False, metadata=CHANGED)
     cache_gib: float = field(default=4.0, metadata=NEVER)
 
     def __post_init__(self) -> None:

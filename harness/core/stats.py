@@ -24,10 +24,13 @@ class Stat(ABC):
     cached    its state is exactly the tensors among its attributes: the harness stores them on disk for later runs of
               the same model, data and prefix
     compares  it compares the inputs with those of the float model; it cannot be `cached` then
+    weighted  it is a sum of squares, in which a token of weight s counts s times; its inputs are then multiplied by
+              sqrt(s) if the run weights tokens (`engine.gradients`)
     """
 
     cached: ClassVar[bool] = False
     compares: ClassVar[bool] = False
+    weighted: ClassVar[bool] = False
 
     def __init__(self, in_features: int) -> None:
         self.in_features = in_features
@@ -117,6 +120,7 @@ class Hessian(Stat):
     """
 
     cached = True
+    weighted = True
 
     def __init__(self, in_features: int) -> None:
         super().__init__(in_features)
@@ -156,6 +160,7 @@ class Drift(Stat):
     """
 
     compares = True
+    weighted = True
 
     def __init__(self, in_features: int) -> None:
         super().__init__(in_features)
@@ -203,18 +208,28 @@ class Stats:
         self._shared: dict[object, tuple[Any, list[Warning | str]]] = {}
 
     def update(
-        self, inputs: Tensor, reference: Tensor | None = None, only: Container[type[Stat]] | None = None
+        self,
+        inputs: Tensor,
+        reference: Tensor | None = None,
+        weights: Tensor | None = None,
+        only: Container[type[Stat]] | None = None,
     ) -> None:
         """Update every statistic, or only those of the classes `only`, with one batch of inputs (B, T, K) or (T, K).
 
-        `reference` are the float model's inputs in the same shape; None: `inputs` are.
+        `reference` are the float model's inputs in the same shape; None: `inputs` are. `weights` (T,) are those of the
+        tokens, for statistics that are `weighted`; None: all are 1.
         """
         self._shared.clear()
         rows = inputs.reshape(-1, inputs.shape[-1])
-        float_rows = rows if reference is None else reference.reshape(rows.shape)
+        exact = rows if reference is None else reference.reshape(rows.shape)
+        factor = None if weights is None else weights.sqrt()[:, None].to(rows)
         for cls, stat in self._stats.items():
-            if only is None or cls in only:
-                stat.update(rows, float_rows if stat.compares else rows)
+            if only is not None and cls not in only:
+                continue
+            if factor is not None and stat.weighted:
+                stat.update(rows * factor, (exact if stat.compares else rows) * factor)
+            else:
+                stat.update(rows, exact if stat.compares else rows)
 
     def rescale(self, scale: Tensor) -> None:
         """Change to the statistics of inputs divided by `scale` (K,)."""

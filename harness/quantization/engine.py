@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from harness.calibration import PROBE_TOKENS, SAME_TURNED
 from harness.config import RunConfig
-from harness.core import Method, chooses, overrides
+from harness.core import Method, Scheme, chooses, overrides
 from harness.core.rotated import Rotated
 from harness.models import Decoder, logits, matching, split_skipped, weight_of
 from harness.quantization.install import float_row, recorded
@@ -44,14 +44,7 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
     linears = decoder.linears()
     if not linears:
         raise ValueError(f"model={cfg.model.name} has no linear inside its decoder blocks; use method=none")
-    for label, step in cfg.steps.items():
-        try:
-            for scheme in map(cfg.scheme.at, cfg.mixed.widths) if cfg.mixes else [cfg.scheme]:
-                step.check(scheme)
-                if step.distillation and not chooses(cfg.steps[str(cfg.quantizing)]):
-                    _ = scheme.format  # the step takes any scheme, but rounding does not
-        except ValueError as error:
-            raise ValueError(f"method.{label}: {error}") from error
+    _check_schemes(cfg, cfg.scheme)
     matching(list(linears), cfg.analysis.outliers, "analysis.outliers")
     names = split_skipped(list(linears), cfg.skip, decoder.uncovered())[0]
     fmt = cfg.scheme.weight
@@ -63,6 +56,19 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
             fmt.groups((rows, columns))
         except ValueError as error:
             raise ValueError(str(error).replace("; use", f" of {name}; use", 1)) from error
+
+
+def _check_schemes(cfg: RunConfig, scheme: Scheme) -> None:
+    """Check that all steps serve the scheme, in all widths that the run may choose."""
+    widths = [scheme.at(bits) for bits in cfg.mixed.widths] if cfg.mixes else [scheme]
+    for label, step in cfg.steps.items():
+        try:
+            for each in widths:
+                step.check(each)
+                if step.distillation and not chooses(cfg.steps[str(cfg.quantizing)]):
+                    _ = each.format  # the step takes any scheme, but rounding does not
+        except ValueError as error:
+            raise ValueError(f"method.{label}: {error}") from error
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ from torch import Tensor
 from harness.calibration import (
     PROBE_TOKENS,
     SAME_FUNCTION,
+    Importance,
     Limits,
     Observer,
     Reference,
@@ -153,7 +154,9 @@ class Pass:
     def _streams(self, tokens: Tensor, cache: DiskCache) -> _Streams:
         stream, probe = Stream(self.decoder, tokens), Stream(self.decoder, tokens[:1, :PROBE_TOKENS])
         searches = self.transforms and self.step.searches
-        observer = Observer(stream, cache, self.names, self._needs(), keep=not self.follows, always=searches)
+        weighted = self.quantizes and self.cfg.engine.gradients and any(cls.weighted for cls in self.step.needs)
+        importance = Importance(self.decoder, tokens, self.names) if weighted else None
+        observer = Observer(stream, cache, self.names, self._needs(), not self.follows, searches, importance)
         taught = self.step.finetune or self.compares or self.solves
         teacher = stream.copy() if self.quantizes and taught else None
         return _Streams(observer, probe, teacher)

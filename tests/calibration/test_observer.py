@@ -67,10 +67,10 @@ def test_a_restored_statistic_continues(cls: type[Stat]) -> None:
     whole, first, second = cls(6), cls(6), cls(6)
     parts = torch.randn(2, 40, 6)
     for part in parts:
-        whole.update(part)
-    first.update(parts[0])
+        whole.update(part, part)
+    first.update(parts[0], parts[0])
     second.restore(first.state(), torch.device("cpu"))
-    second.update(parts[1])
+    second.update(parts[1], parts[1])
     assert first.state()
     for name, value in whole.state().items():
         assert torch.equal(second.state()[name], value)

@@ -80,6 +80,7 @@ SERVED_BY = {
     "fp4": {"fp4"},
     "hqq": {"channel", "group", "float_zero", "tensor"},
     "llm_int8": {"llm_int8"},
+    "lnq": {"learned"},
     "nf4": {"nf4"},
     "quip_sharp": {"none"},
 }

@@ -52,8 +52,14 @@ class LearnedWeight(WeightFormat):
         return f"learned{self.bits}"
 
     def params(self, groups: Tensor, whole: Tensor | None = None) -> Params:
-        rows = groups.flatten(1)
-        return Params(rows.new_ones(len(rows), 1), levels=self._stored(fit_levels(rows, 1 << self.bits)))
+        return self.stored_params(fit_levels(groups.flatten(1), 1 << self.bits))
+
+    def stored_params(self, levels: Tensor) -> Params:
+        """The parameters with the levels (N, 2^bits), ascending, rounded to the dtype in which they are stored.
+
+        Raises: ValueError if its range is too narrow for them.
+        """
+        return Params(levels.new_ones(len(levels), 1), levels=self._stored(levels))
 
     def encode(self, values: Tensor, params: Params) -> Tensor:
         return ranks(values, _levels(params)).to(torch.uint8)
@@ -69,7 +75,11 @@ class LearnedWeight(WeightFormat):
         return replace(super().by_row(params, rows), levels=_levels(params)[rows])
 
     def quantized(self, weight: Tensor, params: Params) -> LearnedQTensor:
-        return LearnedQTensor(self.codes(weight, params), params, self)
+        return self.coded(self.codes(weight, params), params)
+
+    def coded(self, codes: Tensor, params: Params) -> LearnedQTensor:
+        """The weight of codes (N, K) uint8 that a method has chosen."""
+        return LearnedQTensor(codes, params, self)
 
     def stored_bits(self, shape: tuple[int, int]) -> int:
         rows, columns = shape
@@ -79,10 +89,6 @@ class LearnedWeight(WeightFormat):
         return replace(self, bits=bits)
 
     def _stored(self, levels: Tensor) -> Tensor:
-        """The levels rounded to the dtype in which they are stored.
-
-        Raises: ValueError if its range is too narrow for them.
-        """
         stored = levels.to(getattr(torch, self.levels_dtype)).to(levels.dtype)
         largest = levels.abs().max().clamp(min=torch.finfo(levels.dtype).tiny)  # squares of levels could be 0
         if not ((stored - levels) / largest).norm() <= _MOST_ERROR * (levels / largest).norm():
@@ -113,16 +119,20 @@ class LearnedQTensor(GroupedQTensor):
         return Params(levels.new_ones(len(levels), 1), levels=levels)
 
 
-def fit_levels(rows: Tensor, count: int) -> Tensor:
-    """Levels (R, count), ascending, near which the values of each of `rows` (R, n) lie, by Lloyd's algorithm."""
+def fit_levels(rows: Tensor, count: int, weights: Tensor | None = None) -> Tensor:
+    """Levels (R, count), ascending, near which the values of each of `rows` (R, n) lie, by Lloyd's algorithm.
+
+    `weights` (n,) are those of the squared errors; None: all are 1.
+    """
+    shares = torch.ones_like(rows) if weights is None else weights.to(rows).expand_as(rows)
     places = (torch.arange(count, dtype=rows.dtype, device=rows.device) + 0.5) / count
     ascending = rows.sort(1).values
     levels = ascending[:, (places * rows.shape[1]).long()].contiguous()
     for _ in range(_ITERATIONS):
         codes = ranks(rows, levels).long()
-        sums = torch.zeros_like(levels).scatter_add_(1, codes, rows)
-        counts = torch.zeros_like(levels).scatter_add_(1, codes, torch.ones_like(rows))
-        means = torch.where(counts > 0, sums / counts.clamp(min=1), levels)
+        sums = torch.zeros_like(levels).scatter_add_(1, codes, rows * shares)
+        counts = torch.zeros_like(levels).scatter_add_(1, codes, shares)
+        means = torch.where(counts > 0, sums / torch.where(counts > 0, counts, 1), levels)
         if torch.equal(means, levels):
             break
         levels = means

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from harness.calibration import Stream, after_blocks, backward
 from harness.config import build_run
-from harness.core import Distillation, FloatWeight, IntWeight, round_to_nearest
+from harness.core import Distillation, FloatWeight, IntWeight, LearnedWeight, round_to_nearest
 from harness.core.formats import PermutedQTensor
 from harness.models import Decoder
 from harness.nn import QuantLinear
@@ -83,6 +83,20 @@ def test_a_tuner_decodes_what_is_stored_and_stores_what_it_has(name: str, permut
     torch.testing.assert_close(qtensor.dequantize(), moved.detach(), rtol=2e-3, atol=4e-3)  # float16
     assert torch.equal(stored.codes, codes)
     assert stored.stored_bits == bits
+
+
+def test_levels_that_pass_one_another_are_sorted_with_their_codes() -> None:
+    weight = torch.randn(6, 40, generator=torch.Generator().manual_seed(1))
+    stored: Any = round_to_nearest(weight, LearnedWeight(levels="learned", bits=2))
+    tuner = stored.tuner()
+    assert torch.equal(tuner.weight(tuner.values), stored.dequantize())
+    values = {"levels": tuner.values["levels"].flip(1).clone().requires_grad_()}
+    moved = tuner.weight(values)
+    (slope,) = torch.autograd.grad(moved.sum(), list(values.values()))
+    assert torch.equal(slope.sum(1), torch.full((6,), 40.0))
+    tuner.accept({"levels": values["levels"].detach()})
+    assert torch.equal(stored.dequantize(), moved.detach())
+    assert torch.equal(stored.levels, stored.levels.sort(1).values)
 
 
 def test_scales_that_are_powers_of_two_or_bytes_do_not_move() -> None:

@@ -18,7 +18,7 @@ from harness.core.formats.format import WeightFormat
 from harness.core.formats.levels import ranks
 from harness.core.formats.packing import pack, packed_bytes
 from harness.core.formats.params import Params
-from harness.core.formats.qtensor import GroupedQTensor
+from harness.core.formats.qtensor import GroupedQTensor, Tuner
 from harness.core.formats.scales import ScaleDtype
 
 _ITERATIONS = 30
@@ -117,6 +117,20 @@ class LearnedQTensor(GroupedQTensor):
     def params(self) -> Params:
         levels = self.levels.float()
         return Params(levels.new_ones(len(levels), 1), levels=levels)
+
+    def tuner(self) -> Tuner:
+        """A tuner of `levels`; levels that pass one another are sorted again, and their codes with them."""
+
+        def weight(values: dict[str, Tensor]) -> Tensor:
+            return values["levels"].gather(1, self.codes.long())
+
+        def accept(values: dict[str, Tensor]) -> None:
+            ascending = values["levels"].to(self.levels.dtype).sort(1)
+            codes = ascending.indices.argsort(1).gather(1, self.codes.long())
+            self.register_buffer("qweight", pack(codes.to(torch.uint8), self.fmt.bits))
+            self.register_buffer("levels", ascending.values)
+
+        return Tuner({"levels": self.levels.float()}, weight, accept)
 
 
 def fit_levels(rows: Tensor, count: int, weights: Tensor | None = None) -> Tensor:

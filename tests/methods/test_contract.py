@@ -41,7 +41,9 @@ from harness.nn import QuantLinear
 from tests.conftest import ROOT, resolve
 
 NO_CHOICE = ("none", "checkpoint", "distill")  # nothing is quantized, or by rounding alone
-METHODS = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml") if path.stem not in NO_CHOICE)
+TRAINED = "_distill"  # the codes are those of the step before
+FILES = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
+METHODS = [name for name in FILES if name not in NO_CHOICE and not name.endswith(TRAINED)]
 COMPOSITES = [name for name in METHODS if "_target_:" not in (ROOT / f"conf/method/{name}.yaml").read_text()]
 INT8_TOKENS = IntActivation(bits=8, symmetric=True, grid="narrow", threshold=6.0)
 SCHEMES = {
@@ -148,7 +150,7 @@ def run(method: str, weight: Tensor, scheme: str) -> QTensor:
     return quantized(quantizer(method), weight, SCHEMES[scheme], inputs())
 
 
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in COMPOSITES])
+@pytest.mark.parametrize("method", [*(name for name in METHODS if name not in COMPOSITES), "distill"])
 def test_yaml_equals_the_dataclass_defaults(method: str) -> None:
     raw: dict[str, Any] = resolve(f"method={method}")["method"]
     for name, step in steps(method).items():
@@ -161,7 +163,14 @@ def test_yaml_equals_the_dataclass_defaults(method: str) -> None:
         assert step.__dataclass_params__.frozen  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [name for name in FILES if name.endswith(TRAINED)])
+def test_what_is_trained_was_quantized_by_the_step_before(method: str) -> None:
+    before = method.removesuffix(TRAINED)
+    assert steps(method) == {**steps(before), **steps("distill")}
+    assert resolve(f"method={method}")["scheme"] == resolve(f"method={before}")["scheme"]
+
+
+@pytest.mark.parametrize("method", [*METHODS, "distill"])
 def test_module_docstring_names_paper_and_differences(method: str) -> None:
     for step in steps(method).values():
         doc = importlib.import_module(type(step).__module__).__doc__ or ""

@@ -11,6 +11,7 @@ EXPORTS: dict[str, tuple[str, ...]] = {
     "ours_Q8_0": ("export=gguf", "method=rtn", "scheme=group32_sym", "bits=8"),
     "ours_Q5_0": ("export=gguf", "method=gptq", "scheme=group32_sym", "bits=5"),
     "ours_Q4_0": ("export=gguf", "method=gptq", "scheme=group32_sym", "bits=4"),
+    "ours_8": ("export=compressed-tensors", "method=rtn", "scheme=channel_sym", "bits=8"),
     "ours_4": ("export=compressed-tensors", "method=awq_gptq", "scheme=group64", "bits=4"),
     "ours_3": ("export=compressed-tensors", "method=awq_gptq", "scheme=group64", "bits=3"),
     "ours_2": ("export=compressed-tensors", "method=gptq", "scheme=group64", "bits=2"),

@@ -60,10 +60,9 @@ def check(decoder: Decoder, cfg: RunConfig) -> None:
 
 def _check_schemes(cfg: RunConfig, scheme: Scheme) -> None:
     """Check that all steps serve the scheme, in all widths that the run may choose."""
-    widths = [scheme.at(bits) for bits in cfg.mixed.widths] if cfg.mixes else [scheme]
     for label, step in cfg.steps.items():
         try:
-            for each in widths:
+            for each in map(scheme.at, cfg.mixed.widths) if cfg.mixes else [scheme]:
                 step.check(each)
                 if step.distillation and not chooses(cfg.steps[str(cfg.quantizing)]):
                     _ = each.format  # the step takes any scheme, but rounding does not

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import functools
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -22,20 +22,19 @@ from harness.calibration import (
     within,
 )
 from harness.config import RunConfig
-from harness.core import Hessian, InputGroup, Method, MinMax, QTensor, Sample, Scheme, Stat, Stats, overrides
+from harness.core import InputGroup, Method, QTensor, Scheme, Stats
 from harness.models import Decoder
-from harness.nn import QuantLinear
 from harness.quantization.blocks import block_of
 from harness.quantization.distill import distill, teacher_of
 from harness.quantization.finetune import finetune
-from harness.quantization.install import Quantize, convert, install, recorded, row_of
+from harness.quantization.install import recorded, row_of
+from harness.quantization.installer import Installer, Quantized
 from harness.quantization.producers import Discovery
-from harness.quantization.result import Result, Row
+from harness.quantization.result import Result
+from harness.quantization.role import Role
 from harness.quantization.scale_search import Trial
 from harness.utils.disk_cache import DiskCache
 from harness.utils.progress import Track
-
-Quantized = tuple[QuantLinear, Row]
 
 
 @dataclass
@@ -62,7 +61,6 @@ class Pass:
     schemes    schemes of linears that differ from the configuration's
     discovery  the producers of all blocks so far
     unscaled   members of a group without producer -> indices of the blocks
-    held       quantized linears that are not converted yet, because the whole model will be trained
     """
 
     decoder: Decoder
@@ -74,64 +72,37 @@ class Pass:
     schemes: dict[str, Scheme]
     discovery: Discovery = field(default_factory=Discovery)
     unscaled: dict[str, list[int]] = field(default_factory=dict)
-    held: list[Quantized] = field(default_factory=list)
 
     @property
     def step(self) -> Method:
         return self.cfg.steps[self.label]
 
     @property
-    def quantizes(self) -> bool:
-        return self.label == self.cfg.quantizing
+    def role(self) -> Role:
+        """What the step does in this run."""
+        return Role(self.cfg, self.label)
 
-    @property
-    def transforms(self) -> bool:
-        return overrides(self.step, "transform")
-
-    @property
-    def solves(self) -> bool:
-        """Whether the codes of a block are chosen together."""
-        return self.quantizes and overrides(self.step, "quantize_block")
-
-    @property
-    def by_data(self) -> bool:
-        """Whether the pass reads calibration data."""
-        observes = bool(self.step.needs) or self.solves or self.cfg.static or self.cfg.ranks
-        return self.transforms or (self.quantizes and observes)
-
-    @property
-    def follows(self) -> bool:
-        """Whether each block reads the outputs of quantized blocks: if calibration data decides the codes."""
-        by_statistics = self.quantizes and overrides(self.step, "quantize") and bool(self.step.needs)
-        return (by_statistics or self.solves) and self.cfg.engine.propagate == "quantized"
-
-    @property
-    def sequential(self) -> bool:
-        """Whether each group is observed after the groups before it were quantized."""
-        return self.follows and self.step.sequential and not self.solves
-
-    @property
-    def compares(self) -> bool:
-        """Whether statistics compare the inputs with those of the float model, which differ."""
-        return self.follows and any(cls.compares for cls in self.step.needs)
+    @functools.cached_property
+    def installer(self) -> Installer:
+        """What puts quantized linears into the model."""
+        return Installer(self.decoder.model, self.cfg, self.schemes, self.result)
 
     def run(self, tokens: Tensor, track: Track, cache: DiskCache) -> None:
         """Quantize, or rewrite, all blocks; and train the quantized model as a whole, if the method does."""
-        options = self.cfg.distillation if self.quantizes else None
+        options = self.cfg.distillation if self.role.quantizes else None
         teacher = teacher_of(self.decoder, tokens) if options else None
-        if self.by_data:
+        if self.role.by_data:
             self.by_blocks(tokens, track, cache)
-        elif self.quantizes:
+        elif self.role.quantizes:
             self.at_once(track)
         if options and teacher:
             self.result.distilled = distill(self.decoder, tokens, teacher, options, track)
-            self.finish()
+            self.installer.release()
 
     def at_once(self, track: Track) -> None:
         """Quantize all linears one by one, without data."""
         for name in track(self.names, self.label, len(self.names)):
-            linear, row = self._install(name, Stats())
-            self._finish([(linear, row)])
+            self.installer.finish([self.installer.install(name, self.step.quantize, Stats())])
 
     def by_blocks(self, tokens: Tensor, track: Track, cache: DiskCache) -> None:
         """Observe, transform, quantize and replay each block."""
@@ -153,12 +124,10 @@ class Pass:
 
     def _streams(self, tokens: Tensor, cache: DiskCache) -> _Streams:
         stream, probe = Stream(self.decoder, tokens), Stream(self.decoder, tokens[:1, :PROBE_TOKENS])
-        searches = self.transforms and self.step.searches
-        weighted = self.quantizes and self.cfg.engine.gradients and any(cls.weighted for cls in self.step.needs)
-        importance = Importance(self.decoder, tokens, self.names) if weighted else None
-        observer = Observer(stream, cache, self.names, self._needs(), not self.follows, searches, importance)
-        taught = self.step.finetune or self.compares or self.solves
-        teacher = stream.copy() if self.quantizes and taught else None
+        searches = self.role.transforms and self.step.searches
+        importance = Importance(self.decoder, tokens, self.names) if self.role.weights else None
+        observer = Observer(stream, cache, self.names, self.role.needs, not self.role.follows, searches, importance)
+        teacher = stream.copy() if self.role.learns else None
         return _Streams(observer, probe, teacher)
 
     def _block(self, streams: _Streams) -> list[Quantized]:
@@ -166,9 +135,9 @@ class Pass:
         stream, probe, teacher = streams.observer.stream, streams.probe, streams.teacher
         groups = groups_of(self.decoder, self.names, probe, self.cfg.scheme, self.schemes)
         expected = probe.run(probe.states[0])
-        if self.sequential and not self.transforms:  # else inputs are observed before the transforms
+        if self.role.sequential and not self.role.transforms:  # else inputs are observed before the transforms
             stream.shortcuts = shortcuts(stream.blocks[stream.position], lambda: probe.run(probe.states[0]))
-        if self.transforms:
+        if self.role.transforms:
             self._find_producers(probe, groups)
         reference = Reference(teacher) if teacher else None
         quantized = self._rewrite(streams, groups, expected, reference)
@@ -178,7 +147,7 @@ class Pass:
             reference.advance()
         streams.observer.advance()
         probe.advance([expected])
-        self._finish(quantized)
+        self.installer.finish(quantized)
         return quantized
 
     def _find_producers(self, probe: Stream, groups: list[InputGroup]) -> None:
@@ -195,19 +164,19 @@ class Pass:
         """Observe, transform and quantize the groups of one block; `expected` is its float output on the probe."""
         observer, probe = streams.observer, streams.probe
         self._hold(reference)
-        stats = observer.observe(groups, reference) if self.transforms or not self.sequential else []
-        if self.transforms:
+        stats = observer.observe(groups, reference) if self.role.transforms or not self.role.sequential else []
+        if self.role.transforms:
             for group, group_stats in zip(groups, stats, strict=True):
                 self._transform(group, group_stats, observer.stream)
             transformed = probe.run(probe.states[0])
             same_function(self.label, expected, transformed, f"the output of block {probe.position}")
             self._hold(reference)
-        if self.solves and reference:
+        if self.role.solves and reference:
             return self._solve(observer.stream, groups, stats, reference)
         quantized = []
-        for i, group in enumerate(groups if self.quantizes else ()):
-            group_stats = observer.observe([group], reference)[0] if self.sequential else stats[i]
-            quantized += [self._install(name, group_stats) for name in group.linears]
+        for i, group in enumerate(groups if self.role.quantizes else ()):
+            group_stats = observer.observe([group], reference)[0] if self.role.sequential else stats[i]
+            quantized += [self.installer.install(name, self.step.quantize, group_stats) for name in group.linears]
         return quantized
 
     def _solve(
@@ -215,17 +184,19 @@ class Pass:
     ) -> list[Quantized]:
         """Quantize all linears of a block together."""
         by_name = {name: each for group, each in zip(groups, stats, strict=True) for name in group.linears}
-        schemes = {name: self._scheme(name) for name in by_name}
+        schemes = {name: self.installer.scheme(name) for name in by_name}
         block = block_of(self.decoder.model, stream, reference, schemes, by_name)
         with recorded(self.decoder.name(stream.position), self.result.warnings):
             solved = self.step.quantize_block(block)
         if missing := [name for name in by_name if name not in solved]:
             raise ValueError(f"method.{self.label}: quantize_block returned no weight for {missing[0]}")
-        return [self._install(name, each, lambda *_, name=name: solved[name]) for name, each in by_name.items()]
+        return [
+            self.installer.install(name, lambda *_, name=name: solved[name], each) for name, each in by_name.items()
+        ]
 
     def _hold(self, reference: Reference | None) -> None:
         """Keep the block in its present state for statistics that compare with it."""
-        if reference and self.compares:
+        if reference and self.role.compares:
             reference.hold()
 
     def _transform(self, group: InputGroup, stats: Stats, stream: Stream) -> None:
@@ -256,52 +227,6 @@ class Pass:
             row |= row_of(row["name"], weights[row["name"]], linear.packed)
             row.pop("hessian_error", None)  # that of the weight before training
             row |= {"block_error": tuned.after, "block_error_untuned": tuned.before}
-
-    def _scheme(self, name: str) -> Scheme:
-        """The scheme of a linear."""
-        scheme = self.schemes.get(name, self.cfg.scheme)
-        assert scheme is not None
-        return scheme
-
-    def _install(self, name: str, stats: Stats, quantize: Quantize | None = None) -> Quantized:
-        """Quantize a linear by `quantize`, by default the method's, and put it into the model."""
-        scheme = self._scheme(name)
-        if self.cfg.analyses:
-            self.result.floats[name] = self.decoder.model.get_submodule(name)
-        quantize = quantize or self.step.quantize
-        linear, row = install(self.decoder.model, name, quantize, scheme, stats, self.result.warnings)
-        return linear, row | ({"bits": scheme.format.bits} if name in self.schemes else {})
-
-    def finish(self) -> None:
-        """Finish the linears that were held back until the whole model was trained."""
-        for linear, row in self.held:
-            assert isinstance(linear.packed, QTensor)
-            row |= {"stored_bits": linear.packed.stored_bits, "bits_per_weight": linear.packed.bits_per_weight}
-            for measured in ("weight_error", "weight_norm", "hessian_error", "output_error"):  # of the weight before
-                row.pop(measured, None)
-            self._convert([(linear, row)])
-
-    def _finish(self, quantized: Iterable[Quantized]) -> None:
-        """Convert linears after their block was replayed, unless the whole model will be trained."""
-        if self.cfg.distillation is None:
-            self._convert(quantized)
-        else:
-            self.held += quantized
-
-    def _convert(self, quantized: Iterable[Quantized]) -> None:
-        """Convert linears to the configured execution, and add their rows to the result."""
-        for linear, row in quantized:
-            if self.cfg.save is not None and isinstance(linear.packed, QTensor):
-                self.result.weights[row["name"]] = linear.packed
-            if kernel := convert(linear, self.cfg.execution):
-                self.result.kernels.add(kernel)
-            self.result.layers.append(row)
-
-    def _needs(self) -> list[type[Stat]]:
-        needs = set(self.step.needs)
-        if self.quantizes:
-            needs |= {Sample} | ({MinMax} if self.cfg.static else set()) | ({Hessian} if self.cfg.ranks else set())
-        return sorted(needs, key=lambda cls: cls.__qualname__)
 
 
 def same_function(label: str, before: Tensor, after: Tensor, what: str, limits: Limits = SAME_FUNCTION) -> None:

@@ -11,8 +11,7 @@ Differs: for a size without a known Hadamard matrix, the transform uses a Hartle
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -24,17 +23,14 @@ from harness.core.finite import check_finite
 from harness.core.formats import IncoherentQTensor, compute_dtype, lattice
 from harness.core.formats.incoherent import STAGES
 from harness.core.hadamard import random_signs, rotate
-from harness.core.solvers.damping import cholesky, damped_factor
-from harness.core.solvers.silent import fill_silent
-
-Round = Callable[[Tensor], Tensor]  # maps vectors (8, n) to points (stages, 8, n) whose sum over stages is near them
+from harness.core.solvers.block_ldlq import Round, solve
+from harness.core.solvers.incoherence import root_mean_square, rotated_hessian
 
 # For each `bits`: the standard deviation to which values are scaled for the first codebook, and the factor by which the
 # remaining error is magnified for the second. These values are optimal for a normal source (tests/test_e8.py).
 _SPREAD = {2: 1.03, 3: 0.98, 4: 1.03}
 _MAGNIFIED = {2: (), 3: (2.04,), 4: (3.45,)}
 _ALMOST_ZERO = 1e-30  # scale of a weight of zeros: the codebook has no point at 0
-_SAFE_TO_SQUARE = 1e-12
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,61 +74,15 @@ class QuIPSharp(Finetuned):
         generator = torch.Generator().manual_seed(self.seed)
         left, right = (random_signs(size, generator).to(W) for size in (N, K))
         W_T = rotate(rotate(W * right).T * left)  # (K, N): each column of the weight is contiguous
-        H = rotate(rotate(_hessian(stats, W) * right).T * right)
-        base_scale = _root_mean_square(W_T) / (_SPREAD[bits] * self.spread) or _ALMOST_ZERO
+        H = rotated_hessian(stats, W, right)
+        base_scale = root_mean_square(W_T) / (_SPREAD[bits] * self.spread) or _ALMOST_ZERO
         scale = [base_scale, *(base_scale / factor for factor in _MAGNIFIED[bits])]
-        points = solve(W_T, H, self.damp, self.passes, _rounding(bits, scale))
+        points = solve(W_T, H, self.damp, self.passes, _rounding(bits, scale), lattice.WIDTH)
         codes = [
             book.encode((stage_points / step).reshape(-1, lattice.WIDTH, N).transpose(0, 1).flatten(1)).view(-1, N).T
             for book, stage_points, step in zip(STAGES[bits], points, scale, strict=True)
         ]
         return IncoherentQTensor(codes, bits, torch.tensor(scale), left, right)
-
-
-def solve(weight: Tensor, hessian: Tensor, damp: float, passes: int, rounding: Round) -> Tensor:
-    """Round a transposed weight (K, N) by block LDLQ with Hessian (K, K).
-
-    Blocks of eight inputs are rounded from the last to the first. Before a block is rounded, the errors of the blocks
-    after it, multiplied by the factor L of H = L D L^T, are added to it (equation 2 of the paper). Then `passes` sweeps
-    revise each block with all other blocks fixed.
-
-    Returns: the points (stages, K, N) of all stages.
-    """
-    cholesky_factor, H = damped_factor(hessian, damp, cholesky)
-    L = _unit_blocks(cholesky_factor)
-    points = torch.zeros_like(rounding(weight[: lattice.WIDTH]))[:, :1].repeat(1, len(weight), 1)
-    Err = torch.zeros_like(weight)
-    blocks = [slice(start, start + lattice.WIDTH) for start in reversed(range(0, len(weight), lattice.WIDTH))]
-    for cells in blocks:
-        later = slice(cells.stop, None)
-        points[:, cells] = rounding(weight[cells] + L[later, cells].T @ Err[later])
-        Err[cells] = weight[cells] - points[:, cells].sum(0)
-    for _ in range(passes):
-        for cells in blocks:
-            _revise(cells, weight, H, points, Err, rounding)
-    return points
-
-
-def _revise(cells: slice, weight: Tensor, H: Tensor, points: Tensor, Err: Tensor, rounding: Round) -> None:
-    """Round one block of columns again with all others fixed, and keep the better result for each row; in place.
-
-    The loss is smallest at current + H_block^-1 gradient, where gradient is H Err in the rows of the block.
-    """
-    H_block, gradient = H[cells, cells], H[cells] @ Err
-    current = points[:, cells].sum(0)
-    trial = rounding(current + torch.linalg.solve(H_block, gradient))
-    change = trial.sum(0) - current
-    better = (change * (2 * gradient - H_block @ change)).sum(0) > 0
-    points[:, cells] = torch.where(better, trial, points[:, cells])
-    Err[cells] -= torch.where(better, change, 0)
-
-
-def _unit_blocks(lower: Tensor) -> Tensor:
-    """L (K, K) of H = L D L^T, where D has 8 by 8 blocks on its diagonal, from the Cholesky factor of H."""
-    count = len(lower) // lattice.WIDTH
-    panels = lower.view(len(lower), count, lattice.WIDTH)
-    diagonal_blocks = torch.stack([panels[i * lattice.WIDTH : (i + 1) * lattice.WIDTH, i] for i in range(count)])
-    return torch.einsum("rkc,kcd->rkd", panels, torch.linalg.inv(diagonal_blocks)).reshape(lower.shape)
 
 
 def _rounding(bits: int, scale: Sequence[float]) -> Round:
@@ -146,19 +96,3 @@ def _rounding(bits: int, scale: Sequence[float]) -> Round:
         return torch.stack(points)
 
     return rounded
-
-
-def _root_mean_square(values: Tensor) -> float:
-    """The root of the mean square; also for values whose squares are below float32's range."""
-    largest = float(values.abs().max())
-    if largest > _SAFE_TO_SQUARE or largest == 0:
-        return float(values.square().mean().sqrt())
-    return largest * float((values / largest).square().mean().sqrt())
-
-
-def _hessian(stats: Stats, weight: Tensor) -> Tensor:
-    H, silent = fill_silent(stats[Hessian].value.to(weight))
-    if silent.all():
-        warnings.warn("no calibration token reached this linear; all its inputs get equal weight", stacklevel=3)
-        return torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
-    return H

@@ -84,10 +84,11 @@ SERVED_BY = {
     "llm_int8": {"llm_int8"},
     "lnq": {"learned"},
     "nf4": {"nf4"},
+    "qtip": {"none"},
     "quip_sharp": {"none"},
 }
 FLOAT16 = ("salient", "bnb_int8")  # methods that store weights, or scales of their own, as float16
-ROWS, COLUMNS, TOKENS = 24, 64, 200
+ROWS, COLUMNS, TOKENS = 32, 64, 200
 
 
 @functools.cache

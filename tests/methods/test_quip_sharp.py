@@ -14,8 +14,9 @@ from harness.core.formats import IncoherentQTensor
 from harness.core.formats.incoherent import STAGES
 from harness.core.formats.lattice import E8P, SMALL
 from harness.core.hadamard import rotate
+from harness.core.solvers.block_ldlq import solve
 from harness.nn import QuantLinear
-from methods.quip_sharp import QuIPSharp, solve
+from methods.quip_sharp import QuIPSharp
 
 ROWS, COLUMNS = 12, 48
 BITS = [2, 3, 4]
@@ -89,7 +90,7 @@ def damped(hessian: Tensor, damp: float = 0.01) -> Tensor:
 
 def test_ldlq_is_that_of_the_formula() -> None:
     weight, hessian, step = weights(), stats_of(inputs())[Hessian].value, 0.05
-    points = solve(weight.T.double(), hessian.double(), 0.01, 0, lambda vectors: rounded(vectors, step))
+    points = solve(weight.T.double(), hessian.double(), 0.01, 0, lambda vectors: rounded(vectors, step), 8)
     expected = naive_ldlq(weight, damped(hessian), step)
     assert not torch.equal(expected, naive_nearest(weight.double().reshape(-1, 8), step).view(weight.shape))
     torch.testing.assert_close(points[0].T, expected)
@@ -99,7 +100,7 @@ def test_feedback_and_passes_lower_the_loss_of_every_row() -> None:
     weight, hessian, step = weights(64), damped(stats_of(inputs())[Hessian].value), 0.05
     nearest = naive_nearest(weight.double().reshape(-1, 8), step).view(weight.shape)
     by_passes = [
-        loss(weight, solve(weight.T, hessian, 1e-9, passes, lambda vectors: rounded(vectors, step))[0].T, hessian)
+        loss(weight, solve(weight.T, hessian, 1e-9, passes, lambda vectors: rounded(vectors, step), 8)[0].T, hessian)
         for passes in (0, 1, 3)
     ]
     assert by_passes[0].sum() < 0.9 * loss(weight, nearest, hessian).sum()

@@ -3,6 +3,7 @@
 #include <cstring>
 
 #include "search.h"
+#include "trellis.h"
 #include "vectors.h"
 
 #pragma GCC target("avx2,fma,f16c")
@@ -195,7 +196,7 @@ struct V {
 
 const Level& avx2_level() {
   static const VectorLevel vectors = vector_basis<V>();
-  static const Level level = basis<V>("avx2", vectors, search_avx2());
+  static const Level level = basis<V>("avx2", vectors, search_avx2(), trellis_avx2());
   return level;
 }
 

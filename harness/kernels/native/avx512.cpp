@@ -2,6 +2,7 @@
 #include <cstdint>
 
 #include "search.h"
+#include "trellis.h"
 #include "vectors.h"
 
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")
@@ -35,7 +36,7 @@ const Level& avx512_level() {
     return all;
   }();
   static const Level level = [] {
-    Level all = basis<V>("avx512", vectors, search_avx512());
+    Level all = basis<V>("avx512", vectors, search_avx512(), trellis_avx512());
     all.interleave = interleave;
     all.many = many<FloatProduct>;
     return all;

@@ -13,7 +13,7 @@ VectorLevel vector_basis() {
 }
 
 template <class V>
-Level basis(const char* name, const VectorLevel& vectors, const SearchLevel& search) {
+Level basis(const char* name, const VectorLevel& vectors, const SearchLevel& search, const TrellisLevel& trellis) {
   Level level{};
   level.name = name;
   level.few = few<V>;
@@ -27,5 +27,6 @@ Level basis(const char* name, const VectorLevel& vectors, const SearchLevel& sea
   level.encode = encode<V>;
   level.vectors = &vectors;
   level.search = &search;
+  level.trellis = &trellis;
   return level;
 }

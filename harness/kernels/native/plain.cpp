@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "search.h"
+#include "trellis.h"
 #include "vectors.h"
 
 #define ALWAYS_INLINE inline  // arrays of 16 lanes, unrolled 16 times, would be slow to compile
@@ -178,7 +179,7 @@ struct V {
 
 const Level& plain_level() {
   static const VectorLevel vectors = vector_basis<V>();
-  static const Level level = basis<V>("plain", vectors, search_plain());
+  static const Level level = basis<V>("plain", vectors, search_plain(), trellis_plain());
   return level;
 }
 

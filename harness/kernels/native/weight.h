@@ -149,8 +149,9 @@ struct Slab {
   int64_t stride;
 };
 
-struct VectorLevel;  // of vectors.h
-struct SearchLevel;  // of search.h
+struct VectorLevel;   // of vectors.h
+struct SearchLevel;   // of search.h
+struct TrellisLevel;  // of trellis.h
 
 struct Level {
   const char* name;
@@ -187,6 +188,7 @@ struct Level {
                     int64_t stride);
   const VectorLevel* vectors;
   const SearchLevel* search;
+  const TrellisLevel* trellis;
 };
 
 const Level& plain_level();

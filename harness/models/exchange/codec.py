@@ -34,6 +34,8 @@ from harness.core.formats import (
 from harness.core.formats.incoherent import STAGES
 from harness.core.formats.learned_weight import LearnedQTensor
 from harness.core.formats.qtensor import GroupedQTensor
+from harness.core.formats.trellis import Trellis
+from harness.core.formats.trellis_weight import TrellisQTensor
 from harness.models.exchange.inputs import calibrated
 from harness.models.exchange.reader import Tensors, damaged, restored
 
@@ -76,6 +78,8 @@ def describe(weight: QTensor) -> Json:
             "kind": "incoherent",
             "bits": next(bits for bits, books in STAGES.items() if books == weight.books),
         }
+    if type(weight) is TrellisQTensor:
+        return common | {"kind": "trellis", "trellis": dataclasses.asdict(weight.trellis)}
     raise ValueError(f"a {type(weight).__name__} cannot be saved; choose another method or save=null")
 
 
@@ -148,6 +152,13 @@ def _incoherent(kind: str, description: Json, shape: tuple[int, int], tensors: T
     return _filled(weight, tensors)
 
 
+def _trellis(kind: str, description: Json, shape: tuple[int, int], tensors: Tensors) -> QTensor:
+    weight = TrellisQTensor.__new__(TrellisQTensor)
+    QTensor.__init__(weight, shape)
+    weight.trellis = build(Trellis, description["trellis"], "trellis")
+    return _filled(weight, tensors)
+
+
 def _filled(weight: QTensor, tensors: Mapping[str, Tensor]) -> QTensor:
     """The weight with its buffers."""
     for name, tensor in tensors.items():
@@ -161,4 +172,5 @@ _FILLERS: dict[str, Callable[[str, Json, tuple[int, int], Tensors], QTensor]] = 
     **dict.fromkeys(_AROUND, _around),
     "additive": _additive,
     "incoherent": _incoherent,
+    "trellis": _trellis,
 }

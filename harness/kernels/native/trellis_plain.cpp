@@ -1,0 +1,29 @@
+// The search for a trellis's path for any processor.
+#pragma GCC optimize("fp-contract=off")
+#include <cstdint>
+
+#include "trellis.h"
+
+namespace ptqbench {
+namespace {
+#include "viterbi.h"
+
+struct V {
+  static void choose(const float* costs, int64_t shared, int count, float* best, uint8_t* choices) {
+    choose_plainly(costs, shared, count, best, choices, 0);
+  }
+  static void extend(const float* best, const float* values, float target, int bits, int64_t states, float* costs) {
+    for (int64_t s = 0; s < states; ++s) {
+      const float gap = target - values[s];
+      costs[s] = best[s >> bits] + gap * gap;
+    }
+  }
+};
+}  // namespace
+
+const TrellisLevel& trellis_plain() {
+  static const TrellisLevel level{path<V>};
+  return level;
+}
+
+}  // namespace ptqbench

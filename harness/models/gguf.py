@@ -21,6 +21,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from harness.models import gguf_reading
 from harness.models.off_grid import take_off_grid
 from harness.models.packaged import Packaged, find
 from harness.utils.digests import file_sha256
@@ -155,9 +156,7 @@ def _tensor_types(gguf: Path) -> dict[str, int]:
 
     Raises: OSError if the disk has no space for all of them as float32.
     """
-    from gguf import GGUFReader
-
-    tensors = GGUFReader(gguf).tensors
+    tensors = gguf_reading.opened(gguf).tensors
     needed = sum(4 * int(tensor.n_elements) for tensor in tensors) + 16 * _MIB
     free = shutil.disk_usage(cache_dir()).free
     if free < needed:
@@ -178,7 +177,8 @@ def _convert(gguf: Path, part: Path, factor_seed: int | None) -> dict[str, Any] 
     from harness.models.loading import decoded_gguf
 
     logging.disable_progress_bar()
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    with gguf_reading.once():
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.save_pretrained(part)
     model = decoded_gguf(gguf)
     errors = None if factor_seed is None else take_off_grid(model.eval(), factor_seed)

@@ -16,6 +16,7 @@ from harness.models.checkpoint import DOWNLOAD, reading
 from harness.models.exchange.gguf import GGUF, pretrained
 from harness.models.exchange.reader import StoredLinear
 from harness.models.files import INCORRECT, quiet
+from harness.models.gguf_reading import once
 from harness.models.quantized import QuantizedSource
 from harness.models.tokenizer import Tokenizer, pretrained_tokenizer
 from harness.utils.digests import file_sha256
@@ -90,5 +91,5 @@ class GGUFSource(QuantizedSource):
         """What the class `auto` of transformers reads from the file."""
         quiet()
         file = self._gguf.file
-        with reading(self.key_value, DOWNLOAD):
+        with reading(self.key_value, DOWNLOAD), once():
             return auto.from_pretrained(file.parent, gguf_file=file.name)

@@ -37,8 +37,11 @@ def decoded_gguf(file: Path, config: Any = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
+    from harness.models.gguf_reading import once
+
     options = {"gguf_file": file.name, "dtype": torch.float32, "config": copy.deepcopy(config)}
-    model: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
+    with once():
+        model: Any = AutoModelForCausalLM.from_pretrained(file.parent, **options)
     # The weights are decoded, but transformers would expect codes in a saved folder, and refuses `double` and `float`.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config

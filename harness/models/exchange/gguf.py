@@ -23,6 +23,7 @@ from harness.models.architecture import weight_of
 from harness.models.checkpoint import CheckpointError
 from harness.models.exchange.gguf_types import READ, Bytes
 from harness.models.exchange.reader import FileQTensor, StoredLinear, Tensors, damaged
+from harness.models.gguf_reading import opened
 from harness.models.loading import decoded_gguf
 
 _FACTORS = "rope_freqs.weight"
@@ -56,10 +57,8 @@ class GGUF:
 
         Raises: CheckpointError if it is damaged: the sizes that it names are checked before they are read.
         """
-        from gguf import GGUFReader
-
         try:
-            return GGUFReader(self.file)
+            return opened(self.file)
         except Exception as error:  # the package raises whatever numpy and struct raise
             reason = f"{type(error).__name__}: {error}"
             raise damaged(f"{self.file.name} is damaged or no GGUF file: {reason}") from error
@@ -116,7 +115,7 @@ def _scale_frequencies(model: nn.Module, file: Any) -> None:
         raise CheckpointError("has rotary frequencies without a reader", detail, "use a folder of transformers")
     rotary: list[Any] = [module for module in model.modules() if hasattr(module, "inv_freq")]
     if factors and not rotary:
-        raise damaged(f"{file.data.filename} scales rotary frequencies that {type(model).__name__} has not")
+        raise damaged(f"it scales rotary frequencies that {type(model).__name__} has not")
     for module, factor in itertools.product(rotary, factors):
         module.inv_freq = module.inv_freq / factor
 

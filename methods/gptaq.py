@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from harness.core import Drift, Hessian, Stats, above_zero
-from methods.gptq import GPTQ, Problem
+from methods.gptq import GPTQ
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,11 +35,13 @@ class GPTAQ(GPTQ):
         super().__post_init__()
         above_zero(self, "alpha")
 
-    def _aimed(self, problem: Problem, stats: Stats) -> tuple[Tensor, Tensor]:
-        U, columns = problem.U, problem.columns
-        D = problem.solved(stats[Drift].value.to(U))
+    def _start(
+        self, W: Tensor, U: Tensor, stats: Stats, order: Tensor, permuted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        channels = order if permuted is None else permuted[order]
+        D = stats[Drift].value.to(U)[channels][:, channels]
         P = self.alpha * (D @ U.T).triu(1) @ U
         eye = torch.eye(len(P), dtype=P.dtype, device=P.device)
         S = torch.linalg.solve_triangular(eye - P, eye, upper=True, unitriangular=True)
         factor = U.triu(1) @ S + U.diagonal().diag()
-        return (problem.W[:, columns] @ S)[:, columns.argsort()], factor
+        return (W[:, order] @ S)[:, order.argsort()], factor

@@ -42,38 +42,6 @@ from harness.core.solvers.damping import cholesky, damped_factor
 from harness.core.solvers.silent import fill_silent, warn_silent
 
 
-@dataclass(frozen=True)
-class Problem:
-    """What algorithm 1 solves.
-
-    W          (N, K)
-    H          (K, K) the Hessian of its inputs
-    U          (K, K) the upper Cholesky factor of the inverse of the damped Hessian, in the order of `columns`
-    params     of the groups; None: they are found from the updated weight
-    columns    (K,) the order in which columns of W are solved
-    permuted   (K,) the channels of the layer's input that W has as its columns; None: as they are
-    """
-
-    W: Tensor
-    H: Tensor
-    U: Tensor
-    fmt: WeightFormat
-    params: Params | None
-    columns: Tensor
-    permuted: Tensor | None
-
-    def rounded(self, values: Tensor, column: int) -> Tensor:
-        """`values` (N,) of a column of W on the grid of its group; with `params`."""
-        assert self.params is not None
-        rows, group = torch.arange(len(values), device=values.device), column // self.fmt.span(self.W.shape[1])
-        return self.fmt.snap(values, self.fmt.by_row(self.params, rows).map(lambda each: each[:, group]))
-
-    def solved(self, matrix: Tensor) -> Tensor:
-        """A (K, K) statistic of the layer's inputs in the order in which columns are solved."""
-        order = self.columns if self.permuted is None else self.permuted[self.columns]
-        return matrix[order][:, order]
-
-
 @dataclass(frozen=True, kw_only=True)
 class GPTQ(Method):
     """Second-order rounding with error feedback.
@@ -124,17 +92,30 @@ class GPTQ(Method):
             W, H, order = W[:, group_order], H[group_order][:, group_order], None
         key = GPTQ, self.damp, self.act_order, W.dtype
         U = stats.shared(key, lambda: inverse_factor(H if order is None else H[order][:, order], self.damp))
+        W = self._target(W, H, stats, group_order)
         params = None if dynamic_groups else self._params(W, fmt, H)
         columns = torch.arange(W.shape[1], device=W.device) if order is None else order
-        W, U = self._aimed(Problem(W, H, U, fmt, params, columns, group_order), stats)
+        W, U = self._start(W, U, stats, columns, group_order)
         Q, params = self._solve(W, H, U, fmt, params, order)
         fmt.check_scales(W, params)
         quantized = fmt.quantized(Q, params)
         return quantized if group_order is None else PermutedQTensor(quantized, group_order)
 
-    def _aimed(self, problem: Problem, stats: Stats) -> tuple[Tensor, Tensor]:
-        """The weight W (N, K) and the factor U (K, K) with which algorithm 1 starts; other objectives change them."""
-        return problem.W, problem.U
+    def _target(self, W: Tensor, H: Tensor, stats: Stats, permuted: Tensor | None) -> Tensor:
+        """The weight (N, K) whose outputs are wanted; other objectives change it.
+
+        `permuted` (K,) are the input channels that the columns of W and H are; None: as they are.
+        """
+        return W
+
+    def _start(
+        self, W: Tensor, U: Tensor, stats: Stats, order: Tensor, permuted: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The weight (N, K) and the factor U (K, K) with which algorithm 1 starts; other objectives change them.
+
+        `order` (K,) is that in which columns of W are solved; `permuted` as in `_target`.
+        """
+        return W, U
 
     def _params(self, W: Tensor, fmt: WeightFormat, H: Tensor, whole: Tensor | None = None) -> Params:
         if self.clip:

@@ -2,10 +2,11 @@
 
 Paper: Zhang et al. 2025, arXiv 2505.11695, algorithm 1: min |X_f W^T - X_q Q^T|, with the inputs X_f of the float model
     and X_q of the quantized one.
-Differs: the statistic is D = sum (x_f - x_q) x_q^T in the place of G = H + D, which loses no digits where streams
-    hardly differ. The Hessian is damped as in GPTQ, by a share of its mean diagonal; the paper adds 1e-6 of its largest
-    eigenvalue. Ranges are clipped as in our GPTQ. With dynamic groups (`static_groups=false`) the first column has
-    no rule of its own.
+Differs: with G = sum x_f x_q^T and the damped Hessian H, the outputs of W G H^-1 are nearest to those of the float
+    model, and algorithm 1 of GPTQ rounds this weight. That is the paper's algorithm but for the first column, which it
+    rounds before it corrects the others. Ranges are those of the corrected weight, and are clipped as in our GPTQ. The
+    correction has a damping of its own: with that of GPTQ, it follows the calibration tokens too closely and loses to
+    GPTQ. The statistic is D = G - H, which loses no digits where the two streams hardly differ.
 """
 
 from __future__ import annotations
@@ -16,31 +17,34 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from harness.core import Drift, Hessian, Stats
-from methods.gptq import GPTQ, Problem
+from harness.core import Drift, Hessian, Stats, above_zero
+from methods.gptq import GPTQ
 
 
 @dataclass(frozen=True, kw_only=True)
 class Qronos(GPTQ):
-    """Second-order rounding towards the outputs of the float model; the options are those of GPTQ."""
+    """Second-order rounding towards the outputs of the float model; the other options are those of GPTQ.
+
+    correction_damp  added to the Hessian's diagonal where the weight is corrected, as a share of the diagonal's mean
+    """
 
     needs: ClassVar = (Hessian, Drift)
 
-    def _aimed(self, problem: Problem, stats: Stats) -> tuple[Tensor, Tensor]:
-        W, U = problem.W[:, problem.columns], problem.U
-        WD = W @ problem.solved(stats[Drift].value.to(W))
-        aimed = W + WD @ U.T @ U if problem.params is None else _after_first(problem, W, WD)
-        return aimed[:, problem.columns.argsort()], U
+    damp: float = 0.05
+    correction_damp: float = 0.1
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        above_zero(self, "correction_damp")
 
-def _after_first(problem: Problem, W: Tensor, WD: Tensor) -> Tensor:
-    """Steps 1 and 2 of the paper: the first column on its grid, and the columns that minimise the error then.
+    def _target(self, W: Tensor, H: Tensor, stats: Stats, permuted: Tensor | None) -> Tensor:
+        def correction() -> Tensor:
+            """D H^-1 (K, K)."""
+            D = stats[Drift].value.to(H)
+            D = D if permuted is None else D[permuted][:, permuted]
+            damped = H + self.correction_damp * H.diagonal().mean() * torch.eye(len(H), dtype=H.dtype, device=H.device)
+            corrected: Tensor = torch.linalg.solve(damped, D.T).T
+            return corrected
 
-    W and `WD` = W D (N, K) have their columns in solving order. Algorithm 1 finds no error in the first column, and
-    goes on with the others.
-    """
-    H, aimed = problem.solved(problem.H), W.clone()
-    aimed[:, 0] = problem.rounded(W[:, 0] + WD[:, 0] / H[0, 0], int(problem.columns[0]))
-    later = problem.U[1:, 1:]  # that of the Hessian without its first row and column
-    aimed[:, 1:] += (WD[:, 1:] + torch.outer(W[:, 0] - aimed[:, 0], H[0, 1:])) @ later.T @ later
-    return aimed
+        shared: Tensor = stats.shared((Qronos, self.correction_damp, W.dtype), correction)
+        return W + W @ shared

@@ -16,7 +16,7 @@ from methods.qronos import Qronos
 
 pytestmark = pytest.mark.usefixtures("torch_kernels")
 
-ROWS, COLUMNS, TOKENS, DAMP = 6, 24, 90, 0.01
+ROWS, COLUMNS, TOKENS, DAMP, CORRECTION_DAMP = 6, 24, 90, 0.01, 0.03
 FORMATS = {
     "group": IntWeight(bits=3, granularity="group", group_size=8),
     "symmetric": IntWeight(bits=4, symmetric=True),
@@ -62,17 +62,14 @@ def round_column(fmt: IntWeight, values: Tensor, params: Params, column: int) ->
 
 def naive_qronos(fmt: IntWeight, inputs: Tensor, reference: Tensor, order: list[int]) -> Tensor:
     """Each column from the least squares problem that its predecessors leave, solved anew."""
-    W, params, factor = weights(), grid_of(fmt, weights()), 2 / TOKENS
+    factor = 2 / TOKENS
     H, G = factor * inputs.T @ inputs, factor * reference.T @ inputs
-    added = DAMP * H.diagonal().mean() * torch.eye(COLUMNS)
-    Q, first = torch.zeros_like(W), order[0]
-    others = [k for k in range(COLUMNS) if k != first]
-    target = (W @ G[:, first] - W[:, others] @ H[others, first]) / H[first, first]
-    Q[:, first] = round_column(fmt, target, params, first)
-    for i in range(1, COLUMNS):
+    added, held = (share * H.diagonal().mean() * torch.eye(COLUMNS) for share in (DAMP, CORRECTION_DAMP))
+    target = weights() @ (G + held) @ torch.linalg.inv(H + held)  # argmin |X_f W^T - X_q Q^T|^2, damped towards W
+    params, Q = grid_of(fmt, target), torch.zeros_like(target)
+    for i in range(COLUMNS):
         done, left = order[:i], order[i:]
-        # argmin over the columns left of |X_f W^T - X_q Q^T|^2 + damping towards W
-        aim = (W @ (G + added))[:, left] - Q[:, done] @ H[done][:, left]
+        aim = (target @ (H + added))[:, left] - Q[:, done] @ H[done][:, left]
         best = aim @ torch.linalg.inv((H + added)[left][:, left])
         Q[:, left[0]] = round_column(fmt, best[:, 0], params, left[0])
     return Q
@@ -106,7 +103,8 @@ OPTIONS: list[dict[str, Any]] = [{"act_order": False}, {"act_order": True}, {"co
 @pytest.mark.parametrize("name", FORMATS)
 def test_qronos_solves_each_column_for_the_float_outputs(name: str, options: dict[str, Any]) -> None:
     inputs, reference = streams()
-    solved = solve(Qronos(clip=False, damp=DAMP, **options), FORMATS[name], inputs, reference).dequantize(torch.float64)
+    method = Qronos(clip=False, damp=DAMP, correction_damp=CORRECTION_DAMP, **options)
+    solved = solve(method, FORMATS[name], inputs, reference).dequantize(torch.float64)
     order = order_of(inputs, options.get("act_order", True))
     expected = naive_qronos(FORMATS[name], inputs, reference, order)
     assert not torch.equal(expected, naive_qronos(FORMATS[name], inputs, inputs, order))
@@ -129,7 +127,7 @@ def test_gptaq_is_the_loop_of_its_authors(name: str, options: dict[str, Any]) ->
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_without_drift_both_are_gptq(method: type[GPTQ], dynamic: bool) -> None:
     inputs, _ = streams()
-    options: dict[str, Any] = {"static_groups": not dynamic}
+    options: dict[str, Any] = {"static_groups": not dynamic, "damp": DAMP}
     both = [solve(kind(**options), FORMATS["group"], inputs, inputs).dequantize() for kind in (method, GPTQ)]
     torch.testing.assert_close(*both)
 
@@ -139,7 +137,7 @@ def test_without_drift_both_are_gptq(method: type[GPTQ], dynamic: bool) -> None:
 def test_the_error_of_the_outputs_falls(static: bool, clip: bool) -> None:
     """|X_f W^T - X_q Q^T| of Qronos is less than that of GPTAQ, and that less than that of GPTQ."""
     inputs, reference = streams()
-    methods = [kind(clip=clip, static_groups=static) for kind in (Qronos, GPTAQ, GPTQ)]
+    methods = [kind(clip=clip, static_groups=static, damp=DAMP) for kind in (Qronos, GPTAQ, GPTQ)]
     errors = [
         float(
             (

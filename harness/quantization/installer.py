@@ -15,7 +15,7 @@ from harness.quantization.result import Result, Row
 
 Quantized = tuple[QuantLinear, Row]
 
-_OF_THE_WEIGHT = ("weight_error", "weight_norm", "hessian_error", "output_error")
+_KEPT = ("name", "shape", "bits")  # of a row; its errors are those of the weight before training
 
 
 @dataclass
@@ -57,10 +57,8 @@ class Installer:
         """Convert the linears that were held back, after the whole model was trained."""
         for linear, row in self.held:
             assert isinstance(linear.packed, QTensor)
-            row |= {"stored_bits": linear.packed.stored_bits, "bits_per_weight": linear.packed.bits_per_weight}
-            for measured in _OF_THE_WEIGHT:  # as it was before training
-                row.pop(measured, None)
-        self._convert(self.held)
+            size = {"stored_bits": linear.packed.stored_bits, "bits_per_weight": linear.packed.bits_per_weight}
+            self._convert([(linear, {key: row[key] for key in _KEPT if key in row} | size)])
 
     def _convert(self, quantized: Iterable[Quantized]) -> None:
         for linear, row in quantized:

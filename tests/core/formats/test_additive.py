@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from harness.core import IntWeight, round_to_nearest
 from harness.core.formats import AdditiveQTensor, Gather
 from harness.core.formats.additive import _LOOKUP_ROWS, half
 from harness.nn import QuantLinear
@@ -155,7 +154,3 @@ def test_floats_beyond_float16_are_refused_at_both_ends() -> None:
         half(values * 1e-30, "scale")
     assert not half(values * 1e-30, "scale", whole=torch.ones(3)).any()  # tiny relative to the others
     assert not half(torch.zeros(3), "scale").any()
-
-
-def test_an_integer_grid_has_nothing_to_tune() -> None:
-    assert round_to_nearest(torch.randn(4, 8), IntWeight(bits=4)).tuner() is None

@@ -89,3 +89,12 @@ def test_a_block_without_one_of_its_weights_is_refused(tiny: Tiny) -> None:
     cfg = config(tiny, "scheme=channel", recorder=BlockRecorder(blocks=[], missing=True))
     with pytest.raises(ValueError, match="quantize_block returned no weight for model.layers.0.self"):
         quantize(build("llama"), cfg, TOKENS)
+
+
+def test_a_block_whose_linears_all_stay_float_is_passed(tiny: Tiny) -> None:
+    recorder = BlockRecorder(blocks=[])
+    result = quantize(
+        build("llama"), config(tiny, "scheme=channel", "skip=['model.layers.0.*']", recorder=recorder), TOKENS
+    )
+    assert [next(iter(block.weights)) for block, *_ in recorder.blocks] == ["model.layers.1.self_attn.q_proj"]
+    assert sum(row["bits_per_weight"] < 32 for row in result.layers) == 7

@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from harness.calibration import Stream, Tail, after_blocks, backward
 from harness.core import Distillation
 from harness.models import Decoder
-from harness.quantization.tuning import Steps, Tuning, split, tuned, tunings_of
+from harness.quantization.tuning import Task, Tuned, train, tuned, tunings_of
 from harness.utils.progress import Track, silent
 
 _LOGIT_ELEMENTS = 2**24  # logits that may be in memory at once: 64 MiB of float32
@@ -35,14 +35,6 @@ class Teacher:
     tail: Tail
 
 
-@dataclass(frozen=True)
-class Distilled:
-    """Mean KL per token on the held-out sequences, before training and of the state kept."""
-
-    before: float
-    after: float
-
-
 @torch.no_grad()
 def teacher_of(decoder: Decoder, tokens: Tensor) -> Teacher:
     """The float model in its present state; what follows its last block must not change afterwards."""
@@ -52,7 +44,7 @@ def teacher_of(decoder: Decoder, tokens: Tensor) -> Teacher:
 
 def distill(
     decoder: Decoder, tokens: Tensor, teacher: Teacher, options: Distillation, track: Track = silent
-) -> Distilled | None:
+) -> Tuned | None:
     """Train the quantized linears of a model in place; `tokens` (B, T) are those of the teacher.
 
     Returns: the loss before and after training; None if no linear has floats that can be trained.
@@ -60,58 +52,25 @@ def distill(
     tunings = [tuning for block in decoder.blocks for tuning in tunings_of(block)]
     if not tunings:
         return None
-    trained, held_out = split(len(tokens))
-    checked = held_out or trained
-    task = _Task(Stream(decoder, tokens), teacher, tunings, options.bfloat16)
-    steps = Steps(task.tensors, options.lr, -(-len(trained) // options.batch) * options.epochs)
-    generator = torch.Generator().manual_seed(0)
+    task = _Task(tunings, Stream(decoder, tokens), teacher, options.bfloat16)
     with tuned(tunings, anew=True):
-        best, before = task.state(), task.loss(checked)
-        lowest, progress = before, [f"distill, KL {before:.4f}"]
-        for _ in track(range(options.epochs), lambda: progress[0], options.epochs):
-            order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
-            for start in range(0, len(order), options.batch):
-                chosen = order[start : start + options.batch]
-                steps.take(lambda chosen=chosen: task.differentiate(chosen))  # type: ignore[misc]
-            loss = task.loss(checked)
-            progress[0] = f"distill, KL {loss:.4f}"
-            if loss < lowest:
-                lowest, best = loss, task.state()
-    task.restore(best)
-    for tuning in tunings:
-        tuning.accept()
-    return Distilled(before, lowest)
+        return train(task, len(tokens), options, track)
 
 
-@dataclass(frozen=True)
-class _Task:
-    """The divergence of a model from its teacher, on some of the sequences."""
+@dataclass
+class _Task(Task):
+    """The mean KL per token from the teacher to a model."""
 
     stream: Stream
     teacher: Teacher
-    tunings: Sequence[Tuning]
     bfloat16: bool
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [value for tuning in self.tunings for value in tuning.values.values()]
-
-    def state(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in self.tensors]
-
-    @torch.no_grad()
-    def restore(self, state: Sequence[Tensor]) -> None:
-        for tensor, saved in zip(self.tensors, state, strict=True):
-            tensor.copy_(saved)
-
     def differentiate(self, chosen: Sequence[int]) -> float:
-        """Add the gradients of the loss on the sequences `chosen`. Returns: the loss."""
         with self._precision():
             return backward(self.stream, self._batch(chosen), lambda states: self._head(states, chosen))
 
     @torch.no_grad()
-    def loss(self, chosen: Sequence[int]) -> float:
-        """Mean KL per token."""
+    def error(self, chosen: Sequence[int]) -> float:
         with self._precision():
             losses = [self._head(self.stream.onward(self.stream.states[i]), [i], slope=False)[0] for i in chosen]
         return sum(losses) / len(losses)

@@ -16,17 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from harness.core import Finetune
-from harness.quantization.tuning import Steps, Tuning, split, tuned, tunings_of
+from harness.quantization.tuning import Task, Tuned, Tuning, train, tuned, tunings_of
 
 _TINY = 1e-12  # smallest squared norm of a token
-
-
-@dataclass(frozen=True)
-class Tuned:
-    """Mean relative squared error per token on the held-out sequences, before training and of the state kept."""
-
-    before: float
-    after: float
 
 
 def finetune(
@@ -45,60 +37,34 @@ def finetune(
     tunings = list(tunings_of(block))
     if not tunings:
         return None
-    trained, held_out = split(len(inputs))
     with _training(block, tunings) as floats:
-        task = _Task(run, inputs, targets, tunings, floats)
-        best = task.state()
-        before = lowest = task.error(held_out or trained)
-        steps = Steps(task.tensors, options.lr, -(-len(trained) // options.batch) * options.epochs)
-        generator = torch.Generator().manual_seed(0)
-        for _ in range(options.epochs):
-            order = torch.randperm(len(trained), generator=generator).tolist()
-            for start in range(0, len(order), options.batch):
-                chosen = [trained[i] for i in order[start : start + options.batch]]
-                steps.take(lambda chosen=chosen: task.loss(chosen).backward())  # type: ignore[misc]
-            error = task.error(held_out or trained)
-            if error < lowest:
-                lowest, best = error, task.state()
-        task.restore(best)
-    if lowest == before:  # storing sign vectors that did not change would only take more bits
-        return Tuned(before, before)
-    for tuning in tunings:
-        tuning.accept()
-    return Tuned(before, lowest)
+        return train(_Task(tunings, run, inputs, targets, floats), len(inputs), options)
 
 
 @dataclass
-class _Task:
-    """The tensors that are trained, and their loss."""
+class _Task(Task):
+    """The mean relative squared error per token of a block's outputs; `floats` are trained too."""
 
     run: Callable[[Tensor], Tensor]
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
-    tunings: Sequence[Tuning]
     floats: Sequence[nn.Parameter]
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*(value for tuning in self.tunings for value in tuning.values.values()), *self.floats]
+        return [*super().tensors, *self.floats]
 
-    def state(self) -> list[Tensor]:
-        return [tensor.detach().clone() for tensor in self.tensors]
+    def differentiate(self, chosen: Sequence[int]) -> None:
+        self._loss(chosen).backward()
 
     @torch.no_grad()
-    def restore(self, state: Sequence[Tensor]) -> None:
-        for tensor, saved in zip(self.tensors, state, strict=True):
-            tensor.copy_(saved)
+    def error(self, chosen: Sequence[int]) -> float:
+        return float(self._loss(chosen))
 
-    def loss(self, indices: Sequence[int]) -> Tensor:
-        """Mean relative squared error per token of the sequences `indices`."""
+    def _loss(self, chosen: Sequence[int]) -> Tensor:
         for tuning in self.tunings:
             tuning.decode()
-        return torch.stack([_token_error(self.run(self.inputs[i]), self.targets[i]) for i in indices]).mean()
-
-    @torch.no_grad()
-    def error(self, indices: Sequence[int]) -> float:
-        return float(self.loss(indices))
+        return torch.stack([_token_error(self.run(self.inputs[i]), self.targets[i]) for i in chosen]).mean()
 
 
 def _token_error(output: Tensor, target: Tensor) -> Tensor:

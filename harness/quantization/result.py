@@ -11,7 +11,7 @@ from torch import nn
 
 from harness.core import QTensor
 from harness.nn import QuantLinear
-from harness.quantization.distill import Distilled
+from harness.quantization.tuning import Tuned
 
 Row = dict[str, Any]
 
@@ -75,7 +75,7 @@ class Result:
     sizes: Sizes = field(default_factory=Sizes)
     decoded: dict[nn.Parameter, int] = field(default_factory=dict)
     joined: int = 0
-    distilled: Distilled | None = None
+    distilled: Tuned | None = None
 
     @property
     def bits_per_weight(self) -> float:

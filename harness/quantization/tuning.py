@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +17,7 @@ from harness.core import QTensor
 from harness.core.formats import Tuner
 from harness.nn import QuantLinear, standing_in
 from harness.quantization.blocks import straight_through
+from harness.utils.progress import Track, silent
 
 _HELD_OUT = 8  # one sequence in 8 is held out
 
@@ -50,7 +55,82 @@ class Tuning:
         self.linear.refresh()
 
 
-class Steps:
+class Settings(Protocol):
+    """Passes over the sequences, Adam's step as a share of each tensor's root mean square, and sequences of a step."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def batch(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The loss on the held-out sequences, before training and of the state that was kept."""
+
+    before: float
+    after: float
+
+
+@dataclass
+class Task(ABC):
+    """The floats of quantized linears that are trained, and their loss on some of the sequences."""
+
+    tunings: Sequence[Tuning]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that is trained."""
+        return [value for tuning in self.tunings for value in tuning.values.values()]
+
+    @abstractmethod
+    def differentiate(self, chosen: Sequence[int]) -> object:
+        """Add the gradients of the loss on the sequences `chosen`."""
+
+    @abstractmethod
+    def error(self, chosen: Sequence[int]) -> float:
+        """The loss on the sequences `chosen`."""
+
+    def state(self) -> list[Tensor]:
+        """A copy of all that is trained, for `restore`."""
+        return [tensor.detach().clone() for tensor in self.tensors]
+
+    @torch.no_grad()
+    def restore(self, state: Sequence[Tensor]) -> None:
+        """Return to an earlier state."""
+        for tensor, saved in zip(self.tensors, state, strict=True):
+            tensor.copy_(saved)
+
+
+def train(task: Task, count: int, settings: Settings, track: Track = silent) -> Tuned:
+    """Train on `count` sequences in a random order, the same in every run, and keep the best state.
+
+    Some sequences are held out: of the states after each epoch and before training, the one with the lowest loss on
+    them is kept. If it is not the one before training, the linears store it.
+    """
+    trained, held_out = _split(count)
+    best, before = task.state(), task.error(held_out or trained)
+    lowest, progress = before, [f"training, loss {before:.4f}"]
+    steps = _Steps(task.tensors, settings.lr, -(-len(trained) // settings.batch) * settings.epochs)
+    generator = torch.Generator().manual_seed(0)
+    for _ in track(range(settings.epochs), lambda: progress[0], settings.epochs):
+        order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
+        for start in range(0, len(order), settings.batch):
+            steps.take(functools.partial(task.differentiate, order[start : start + settings.batch]))
+        error = task.error(held_out or trained)
+        progress[0] = f"training, loss {error:.4f}"
+        if error < lowest:
+            lowest, best = error, task.state()
+    task.restore(best)
+    if lowest < before:  # storing sign vectors that did not change would only take more bits
+        for tuning in task.tunings:
+            tuning.accept()
+    return Tuned(before, lowest)
+
+
+class _Steps:
     """Adam with a learning rate that falls to zero along half a cosine, over `count` steps.
 
     `lr` is a share of the root mean square of each tensor.
@@ -70,7 +150,7 @@ class Steps:
         self.schedule.step()
 
 
-def split(count: int) -> tuple[list[int], list[int]]:
+def _split(count: int) -> tuple[list[int], list[int]]:
     """Indices of the sequences that train, and of those that are held out; none if there is only one."""
     held_out = [i for i in range(count) if count > 1 and i % _HELD_OUT == _HELD_OUT - 1]
     return [i for i in range(count) if i not in held_out], held_out

@@ -19,8 +19,6 @@ from harness.calibration.tail import Tail, after_blocks
 from harness.models import Decoder
 from harness.nn import hooked
 
-_LOGIT_ELEMENTS = 2**24  # logits that may be in memory at once: 64 MiB of float32
-
 
 class Importance:
     """The weight of each token for each linear of a float model, from one streamed backward pass."""
@@ -61,14 +59,10 @@ class Importance:
 
 def _loss(tail: Tail, tokens: Tensor, states: Tensor) -> tuple[float, Tensor]:
     """Mean cross-entropy of the next tokens for last states (1, T, D), and its gradient."""
-    total, gradient = 0.0, torch.zeros_like(states)
-    size = max(1, _LOGIT_ELEMENTS // tail(states[0, :1]).shape[-1])
-    for start in range(0, len(tokens) - 1, size):
-        stop = min(start + size, len(tokens) - 1)
-        part = states[0, start:stop].detach().requires_grad_()
-        with torch.enable_grad():
-            targets = tokens[start + 1 : stop + 1].to(part.device)
-            loss = F.cross_entropy(tail(part).float(), targets, reduction="sum") / (len(tokens) - 1)
-        total += loss.item()
-        (gradient[0, start:stop],) = torch.autograd.grad(loss, part)
-    return total, gradient
+    targets, count = tokens[1:].to(states.device), len(tokens) - 1
+
+    def loss(logits: Tensor, part: slice) -> Tensor:
+        return F.cross_entropy(logits, targets[part], reduction="sum") / count
+
+    total, gradient = tail.loss(states[0, :-1], loss)
+    return total, F.pad(gradient, (0, 0, 0, 1))[None]  # the last token predicts none of the text

@@ -14,6 +14,8 @@ from harness.calibration.replay import Stream
 from harness.models import Decoder, forward, logits
 from harness.nn import standing_in
 
+_LOGIT_ELEMENTS = 2**24  # logits that may be in memory at once: 64 MiB of float32
+
 
 class Tail:
     """A function from states (T, D) to logits (T, V).
@@ -32,6 +34,23 @@ class Tail:
             for module in self.modules:
                 stack.enter_context(standing_in(module, lambda *_args, **_options: output))
             return forward(self.model, tokens)[0]
+
+    def loss(self, states: Tensor, of: Callable[[Tensor, slice], Tensor], slope: bool = True) -> tuple[float, Tensor]:
+        """The sum of `of(logits, tokens)` over slices of the tokens of states (T, D), with logits in float32.
+
+        Returns: the sum, and its gradient with respect to the states; zeros without `slope`.
+        """
+        total, gradient = 0.0, torch.zeros_like(states)
+        size = max(1, _LOGIT_ELEMENTS // self(states[:1]).shape[-1])
+        for start in range(0, len(states), size):
+            tokens = slice(start, min(start + size, len(states)))
+            part = states[tokens].detach().requires_grad_(slope)
+            with torch.set_grad_enabled(slope):
+                loss = of(self(part).float(), tokens)
+            total += loss.item()
+            if slope:
+                (gradient[tokens],) = torch.autograd.grad(loss, part)
+        return total, gradient
 
 
 @torch.no_grad()

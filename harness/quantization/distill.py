@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,8 +24,6 @@ from harness.core import Distillation
 from harness.models import Decoder
 from harness.quantization.tuning import Task, Tuned, train, tuned, tunings_of
 from harness.utils.progress import Track, silent
-
-_LOGIT_ELEMENTS = 2**24  # logits that may be in memory at once: 64 MiB of float32
 
 
 @dataclass(frozen=True)
@@ -80,20 +79,15 @@ class _Task(Task):
 
     def _head(self, states: Tensor, chosen: Sequence[int], slope: bool = True) -> tuple[float, Tensor]:
         """Mean KL of the logits for last states (B, T, D), and its gradient in the same shape, if it is asked for."""
-        count, total = states.shape[0] * states.shape[1], 0.0
-        gradient = torch.zeros_like(states)
-        size = max(1, _LOGIT_ELEMENTS // self.teacher.tail(states[0, :1]).shape[-1])
-        for row, i in enumerate(chosen):
-            for start in range(0, states.shape[1], size):
-                part = states[row, start : start + size].detach().requires_grad_(slope)
-                exact = F.log_softmax(self.teacher.tail(self.teacher.states[i][0, start : start + size]).float(), -1)
-                with torch.set_grad_enabled(slope):
-                    logits = F.log_softmax(self.teacher.tail(part).float(), -1)
-                    loss = F.kl_div(logits, exact, reduction="sum", log_target=True) / count
-                total += loss.item()
-                if slope:
-                    (gradient[row, start : start + size],) = torch.autograd.grad(loss, part)
-        return total, gradient
+        count, exact, tail = states.shape[0] * states.shape[1], self.teacher.states, self.teacher.tail
+
+        def kl(i: int, logits: Tensor, tokens: slice) -> Tensor:
+            with torch.no_grad():
+                wanted = F.log_softmax(tail(exact[i][0, tokens]).float(), -1)
+            return F.kl_div(F.log_softmax(logits, -1), wanted, reduction="sum", log_target=True) / count
+
+        parts = [tail.loss(row, partial(kl, i), slope) for row, i in zip(states, chosen, strict=True)]
+        return sum(loss for loss, _ in parts), torch.stack([gradient for _, gradient in parts])
 
     def _precision(self) -> AbstractContextManager[object]:
         device = self.stream.states[0].device

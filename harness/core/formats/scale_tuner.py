@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor, Tuner
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
@@ -22,14 +23,12 @@ def scale_tuner(qtensor: GroupedQTensor) -> Tuner | None:
     fmt, shape = qtensor.fmt, qtensor.shape
 
     def weight(values: dict[str, Tensor]) -> Tensor:
-        fixed = qtensor.params()
-        codes = fmt.to_groups(qtensor.codes).float()
-        zero_point = values.get("zero_point", fixed.zero_point)
-        with torch.no_grad():  # one step of the grid is worth 1
-            units = Params(torch.ones_like(fixed.scale), None if "zero_point" in values else zero_point, fixed.whole)
-            steps = fmt.decode(codes.to(torch.uint8), units.spread())
+        codes = fmt.to_groups(qtensor.codes)
         if "zero_point" in values:
-            steps = codes - values["zero_point"][..., None]
+            steps = codes.float() - values["zero_point"][..., None]
+        else:
+            params = qtensor.params()
+            steps = fmt.decode(codes, replace(params, scale=torch.ones_like(params.scale)).spread())
         return fmt.from_groups(steps * values["scale"][..., None], shape)
 
     def accept(values: dict[str, Tensor]) -> None:

@@ -74,7 +74,7 @@ def build_steps(method: Mapping[str, Any]) -> dict[str, Method]:
     choosers = [name for name, step in steps.items() if chooses(step)]
     last = list(steps).index(choosers[-1]) if choosers else len(steps)
     for i, (name, step) in enumerate(steps.items()):
-        rewrites = any(overrides(step, hook) for hook in ("prepare", "rotate", "transform"))
+        rewrites = any(overrides(step, hook) for hook in ("prepare", "rotate", "transform", "adjust"))
         distills = step.distillation is not None and i == len(steps) - 1
         if not distills and ((i < last and not rewrites and len(steps) > 1) or i > last):
             chooser = choosers[-1] if choosers else "rounding"

@@ -50,12 +50,14 @@ class Distillation:
     lr        first step of Adam, as a share of the root mean square of the trained tensor
     batch     sequences per step
     bfloat16  compute products in bfloat16; what is trained stays float32
+    weights   train the weights too, which are rounded anew in each step
     """
 
     epochs: int
     lr: float
     batch: int
     bfloat16: bool
+    weights: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +118,14 @@ class Method:
 
     def transform(self, group: InputGroup, stats: Stats) -> None:
         """Rewrite the weights of one input group, by `group.rescale`. Must not change the model's function."""
+
+    def adjust(self, weight: Tensor, scheme: Scheme, stats: Stats) -> Tensor:
+        """Another weight (N, K) to choose codes of, in the place of `weight`, which must stay unchanged.
+
+        It may compute another function, near to that of `weight` and easier to quantize. Called before the hooks below,
+        of this step or of a later one, with the statistics of both.
+        """
+        return weight
 
     def quantize(self, weight: Tensor, scheme: Scheme, stats: Stats) -> QTensor:
         """Choose the codes of one weight (N, K), without changing the weight. By default: round to nearest."""

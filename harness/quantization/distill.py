@@ -1,8 +1,9 @@
 """Trains the floats of a quantized model end to end, to reproduce the float model's distribution of the next token.
 
-Codes stay; scales, float zero points and codebooks move: the values of the QTensors' tuners. The loss is the mean over
-tokens of KL(float || quantized). Some sequences are held out: of the states after each epoch and before training, the
-one with the lowest loss on them is kept. Memory: the inputs of all blocks for one batch, and one block's graph.
+Scales, float zero points and codebooks move: the values of the QTensors' tuners. Codes stay, or are those of weights
+that are trained too (quantization-aware training). The loss is the mean over tokens of KL(float || quantized). Some
+sequences are held out: of the states after each epoch and before training, the one with the lowest loss on them is
+kept. Memory: the inputs of all blocks for one batch, and one block's graph; five times all that is trained.
 
 Source: EfficientQAT, Chen et al. 2024, arXiv 2407.11062, section 3.3: step sizes are trained end to end; the loss is
 that of mlx-lm's DWQ, in one direction and without its hidden states.
@@ -10,13 +11,13 @@ that of mlx-lm's DWQ, in one direction and without its hidden states.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.calibration import Stream, Tail, after_blocks, backward
@@ -42,13 +43,19 @@ def teacher_of(decoder: Decoder, tokens: Tensor) -> Teacher:
 
 
 def distill(
-    decoder: Decoder, tokens: Tensor, teacher: Teacher, options: Distillation, track: Track = silent
+    decoder: Decoder,
+    tokens: Tensor,
+    teacher: Teacher,
+    options: Distillation,
+    track: Track = silent,
+    weights: Mapping[nn.Module, Tensor] | None = None,
 ) -> Tuned | None:
     """Train the quantized linears of a model in place; `tokens` (B, T) are those of the teacher.
 
+    `weights` are those of the float model by quantized linear, if weights are trained too.
     Returns: the loss before and after training; None if no linear has floats that can be trained.
     """
-    tunings = [tuning for block in decoder.blocks for tuning in tunings_of(block)]
+    tunings = [tuning for block in decoder.blocks for tuning in tunings_of(block, weights)]
     if not tunings:
         return None
     task = _Task(tunings, Stream(decoder, tokens), teacher, options.bfloat16)

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
-from torch import nn
+from torch import Tensor, nn
 
 from harness.config import RunConfig
 from harness.core import QTensor, Scheme, Stats
+from harness.models import weight_of
 from harness.nn import QuantLinear
 from harness.quantization.install import Quantize, convert, install
 from harness.quantization.result import Result, Row
@@ -24,6 +25,7 @@ class Installer:
 
     schemes  schemes of linears that differ from the configuration's
     held     linears that are not converted yet, because the whole model will be trained
+    exact    the float weights of those, if they will be trained too
     """
 
     model: nn.Module
@@ -31,6 +33,7 @@ class Installer:
     schemes: Mapping[str, Scheme]
     result: Result
     held: list[Quantized] = field(default_factory=list)
+    exact: dict[nn.Module, Tensor] = field(default_factory=dict)
 
     def scheme(self, name: str) -> Scheme:
         """The scheme of a linear."""
@@ -43,7 +46,10 @@ class Installer:
         scheme = self.scheme(name)
         if self.cfg.analyses:
             self.result.floats[name] = self.model.get_submodule(name)
+        weight = weight_of(self.model.get_submodule(name)).detach()
         linear, row = install(self.model, name, quantize, scheme, stats, self.result.warnings)
+        if self.cfg.distillation and self.cfg.distillation.weights:
+            self.exact[linear] = weight
         return linear, row | ({"bits": scheme.format.bits} if name in self.schemes else {})
 
     def finish(self, quantized: Iterable[Quantized]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 
@@ -77,7 +78,7 @@ class Pass:
     def step(self) -> Method:
         return self.cfg.steps[self.label]
 
-    @property
+    @functools.cached_property
     def role(self) -> Role:
         """What the step does in this run."""
         return Role(self.cfg, self.label)
@@ -96,7 +97,7 @@ class Pass:
         elif self.role.quantizes:
             self.at_once(track)
         if options and teacher:
-            self.result.distilled = distill(self.decoder, tokens, teacher, options, track)
+            self.result.distilled = distill(self.decoder, tokens, teacher, options, track, self.installer.exact)
             self.installer.release()
 
     def at_once(self, track: Track) -> None:
@@ -176,7 +177,7 @@ class Pass:
         quantized = []
         for i, group in enumerate(groups if self.role.quantizes else ()):
             group_stats = observer.observe([group], reference)[0] if self.role.sequential else stats[i]
-            quantized += [self.installer.install(name, self.step.quantize, group_stats) for name in group.linears]
+            quantized += [self.installer.install(name, self.role.quantize, group_stats) for name in group.linears]
         return quantized
 
     def _solve(
@@ -187,7 +188,8 @@ class Pass:
         schemes = {name: self.installer.scheme(name) for name in by_name}
         block = block_of(self.decoder.model, stream, reference, schemes, by_name)
         with recorded(self.decoder.name(stream.position), self.result.warnings):
-            solved = self.step.quantize_block(block)
+            adjusted = {name: self.role.adjust(block.weights[name], schemes[name], by_name[name]) for name in by_name}
+            solved = self.step.quantize_block(dataclasses.replace(block, weights=adjusted))
         if missing := [name for name in by_name if name not in solved]:
             raise ValueError(f"method.{self.label}: quantize_block returned no weight for {missing[0]}")
         return [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from harness.core import QTensor
-from harness.core.formats import Tuner
+from harness.core.formats import Tuner, weight_tuner
 from harness.nn import QuantLinear, standing_in
 from harness.quantization.blocks import straight_through
 from harness.utils.progress import Track, silent
@@ -156,11 +156,19 @@ def _split(count: int) -> tuple[list[int], list[int]]:
     return [i for i in range(count) if i not in held_out], held_out
 
 
-def tunings_of(module: nn.Module) -> Iterator[Tuning]:
-    """The quantized linears in a module whose floats can be trained."""
+def tunings_of(module: nn.Module, weights: Mapping[nn.Module, Tensor] | None = None) -> Iterator[Tuning]:
+    """The quantized linears in a module whose floats can be trained; with their float `weights`, these are too.
+
+    Raises: ValueError for `weights` whose codes are not found by rounding.
+    """
     for each in module.modules():
         if isinstance(each, QuantLinear) and isinstance(each.packed, QTensor):
-            tuner = each.packed.tuner()
+            tuner = weight_tuner(each.packed, weights[each]) if weights else each.packed.tuner()
+            if weights and tuner is None:
+                raise ValueError(
+                    f"weights cannot be trained as {type(each.packed).__name__}, whose codes are not found by "
+                    "rounding; use distill, which trains their floats alone"
+                )
             if tuner is not None:
                 yield Tuning(each, tuner)
 

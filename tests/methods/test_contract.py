@@ -40,8 +40,8 @@ from harness.kernels.base import Kernel
 from harness.nn import QuantLinear
 from tests.conftest import ROOT, resolve
 
-NO_CHOICE = ("none", "checkpoint", "distill")  # nothing is quantized, or by rounding alone
-TRAINED = "_distill"  # the codes are those of the step before
+NO_CHOICE = ("none", "checkpoint", "distill", "qat")  # nothing is quantized, or by rounding alone
+TRAINED = ("_distill", "_qat")  # the codes are those of the step before
 FILES = sorted(path.stem for path in (ROOT / "conf/method").glob("*.yaml"))
 METHODS = [name for name in FILES if name not in NO_CHOICE and not name.endswith(TRAINED)]
 COMPOSITES = [name for name in METHODS if "_target_:" not in (ROOT / f"conf/method/{name}.yaml").read_text()]
@@ -87,6 +87,7 @@ SERVED_BY = {
     "qtip": {"none"},
     "quip_sharp": {"none"},
 }
+HOOKS = ("prepare", "rotate", "transform", "adjust", "quantize", "quantize_block")
 FLOAT16 = ("salient", "bnb_int8")  # methods that store weights, or scales of their own, as float16
 ROWS, COLUMNS, TOKENS = 32, 64, 200
 
@@ -106,6 +107,7 @@ def quantized(step: Method, weight: Tensor, scheme: Scheme, inputs: Tensor) -> Q
     """The weight by the hook that the step overrides; a block has this linear alone, and two sequences."""
     stats = Stats(step.needs, weight.shape[1])
     stats.update(inputs)
+    weight = step.adjust(weight, scheme, stats)
     if not overrides(step, "quantize_block"):
         return step.quantize(weight, scheme, stats)
     states = [part[None] for part in inputs.chunk(2)]
@@ -151,7 +153,7 @@ def run(method: str, weight: Tensor, scheme: str) -> QTensor:
     return quantized(quantizer(method), weight, SCHEMES[scheme], inputs())
 
 
-@pytest.mark.parametrize("method", [*(name for name in METHODS if name not in COMPOSITES), "distill"])
+@pytest.mark.parametrize("method", [*(name for name in METHODS if name not in COMPOSITES), "distill", "qat"])
 def test_yaml_equals_the_dataclass_defaults(method: str) -> None:
     raw: dict[str, Any] = resolve(f"method={method}")["method"]
     for name, step in steps(method).items():
@@ -166,12 +168,12 @@ def test_yaml_equals_the_dataclass_defaults(method: str) -> None:
 
 @pytest.mark.parametrize("method", [name for name in FILES if name.endswith(TRAINED)])
 def test_what_is_trained_was_quantized_by_the_step_before(method: str) -> None:
-    before = method.removesuffix(TRAINED)
-    assert steps(method) == {**steps(before), **steps("distill")}
+    before, _, last = method.rpartition("_")
+    assert steps(method) == {**steps(before), **steps(last)}
     assert resolve(f"method={method}")["scheme"] == resolve(f"method={before}")["scheme"]
 
 
-@pytest.mark.parametrize("method", [*METHODS, "distill"])
+@pytest.mark.parametrize("method", [*METHODS, "distill", "qat"])
 def test_module_docstring_names_paper_and_differences(method: str) -> None:
     for step in steps(method).values():
         doc = importlib.import_module(type(step).__module__).__doc__ or ""
@@ -275,7 +277,9 @@ def test_nan_raises(method: str) -> None:
         run(method, weight, next(scheme for name, scheme in SERVED if name == method))
 
 
-@pytest.mark.parametrize(("method", "scheme"), ON_THE_GRID)
+@pytest.mark.parametrize(
+    ("method", "scheme"), [pair for pair in ON_THE_GRID if not overrides(quantizer(pair[0]), "adjust")]
+)
 def test_error_is_no_worse_than_rtn(method: str, scheme: str) -> None:
     """The error of the output, |X (W' - W)^T|; of the weight, mean |W' - W|, for a method that needs no inputs."""
     W, X = weights(), inputs()
@@ -303,6 +307,6 @@ def test_packed_equals_dequantized_execution(method: str, scheme: str) -> None:
 def test_hooks_default_to_nothing_and_an_uncollected_statistic_says_so() -> None:
     from harness.core.stats import MinMax
 
-    assert not any(overrides(Method, hook) for hook in ("prepare", "rotate", "transform", "quantize", "quantize_block"))
+    assert not any(overrides(Method, hook) for hook in HOOKS)
     with pytest.raises(KeyError, match="MinMax was not collected; add it to the method's `needs`"):
         Stats()[MinMax]

@@ -144,7 +144,7 @@ def test_training_that_does_not_help_is_undone(tiny: Tiny) -> None:
     assert all(map(torch.equal, before, weights_of(model)))
 
 
-@pytest.mark.parametrize("method", ["distill", "gptq_distill", "autoround_distill"])
+@pytest.mark.parametrize("method", ["distill", "gptq_distill", "autoround_distill", "qat", "gptq_qat", "autoround_qat"])
 def test_a_composite_trains_what_it_quantized(tiny: Tiny, method: str) -> None:
     cfg = build_run(tiny(f"method={method}", "scheme=channel", "bits=3", "execution=packed"))
     model = build("llama")
@@ -168,3 +168,23 @@ def test_distill_comes_last() -> None:
 def test_rounding_needs_a_format_of_weights(tiny: Tiny) -> None:
     with pytest.raises(ValueError, match="^method.distill: scheme=none leaves the format of weights to the method"):
         quantize(build("llama"), build_run(tiny("method=distill", "scheme=none")), TOKENS)
+
+
+def test_training_weights_too_reaches_further_than_scales_alone(tiny: Tiny) -> None:
+    losses = []
+    for method in ("distill", "qat"):
+        raw = tiny(
+            f"method={method}", "scheme=channel", "bits=3", f"method.{method}.epochs=8", f"method.{method}.lr=0.01"
+        )
+        result = quantize(build("llama"), build_run(raw), TOKENS)
+        assert result.distilled is not None
+        losses.append(result.distilled)
+    assert losses[0].before == pytest.approx(losses[1].before, rel=0.05)
+    assert losses[1].after < 0.9 * losses[0].after
+
+
+def test_weights_without_rounding_are_refused(tiny: Tiny) -> None:
+    raw = tiny("method=qat", "scheme=none")
+    raw["method"] = resolve("method=quip_sharp")["method"] | raw["method"]
+    with pytest.raises(ValueError, match="weights cannot be trained as .*; use distill"):
+        quantize(build("llama"), build_run(raw), TOKENS)

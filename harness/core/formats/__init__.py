@@ -24,3 +24,4 @@ from harness.core.formats.states import States as States
 from harness.core.formats.states_format import FloatStates as FloatStates
 from harness.core.formats.states_format import IntStates as IntStates
 from harness.core.formats.states_format import LevelsStates as LevelsStates
+from harness.core.formats.weight_tuner import weight_tuner as weight_tuner

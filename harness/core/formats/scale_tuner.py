@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
@@ -17,7 +18,7 @@ def scale_tuner(qtensor: GroupedQTensor) -> Tuner | None:
 
     The codes are decoded anew for each weight, so that it takes no memory between two calls.
     """
-    stored = {name: getattr(qtensor, name) for name in ("scale", "zero_point") if _trainable(qtensor, name)}
+    stored = trainable(qtensor, "scale", "zero_point")
     if "scale" not in stored:
         return None
     fmt, shape = qtensor.fmt, qtensor.shape
@@ -32,14 +33,24 @@ def scale_tuner(qtensor: GroupedQTensor) -> Tuner | None:
         return fmt.from_groups(steps * values["scale"][..., None], shape)
 
     def accept(values: dict[str, Tensor]) -> None:
-        for name, value in values.items():
-            dtype = stored[name].dtype
-            smallest = torch.finfo(dtype).tiny if name == "scale" else -torch.finfo(dtype).max
-            qtensor.register_buffer(name, value.clamp(smallest, torch.finfo(dtype).max).to(dtype))
+        for name, value in within_range(values, stored).items():
+            qtensor.register_buffer(name, value.to(stored[name].dtype))
 
     return Tuner({name: value.float() for name, value in stored.items()}, weight, accept)
 
 
-def _trainable(qtensor: GroupedQTensor, name: str) -> bool:
-    stored = getattr(qtensor, name, None)
-    return isinstance(stored, Tensor) and stored.dtype in _FLOATS
+def trainable(qtensor: GroupedQTensor, *names: str) -> dict[str, Tensor]:
+    """Those of the stored tensors `names` that are floats of 16 bits or more."""
+    found = {name: getattr(qtensor, name, None) for name in names}
+    return {name: each for name, each in found.items() if isinstance(each, Tensor) and each.dtype in _FLOATS}
+
+
+def within_range(values: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The values as they can be stored in the dtypes of `stored`, in float32; a scale stays positive."""
+    limits = {name: torch.finfo(stored[name].dtype) for name in values}
+    return {
+        name: value.clamp(limits[name].tiny if name == "scale" else -limits[name].max, limits[name].max)
+        .to(stored[name].dtype)
+        .float()
+        for name, value in values.items()
+    }

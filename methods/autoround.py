@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -25,6 +24,7 @@ from torch.nn import functional as F
 from harness.core import Block, FloatWeight, IntWeight, Method, MinMax, QTensor, Scheme, at_least
 from harness.core.finite import check_finite
 from harness.core.formats import compute_dtype
+from harness.core.precision import products
 from harness.core.solvers.learned_rounding import Rounding
 
 
@@ -114,9 +114,6 @@ class _Task:
     def _error(self, weights: Mapping[str, Tensor], chosen: Sequence[int]) -> Tensor:
         """Mean squared error of the block's output."""
         states, targets = (torch.cat([each[i] for i in chosen]) for each in (self._block.inputs, self._block.targets))
-        with self._precision(states.device):
+        with products(states.device, self._bfloat16):
             outputs = self._block.run(weights, states)
         return F.mse_loss(outputs.to(compute_dtype(targets)), targets.to(compute_dtype(targets)))
-
-    def _precision(self, device: torch.device) -> AbstractContextManager[object]:
-        return torch.autocast(device.type, torch.bfloat16) if self._bfloat16 else nullcontext()

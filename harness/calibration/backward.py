@@ -12,12 +12,12 @@ from harness.calibration.replay import Stream
 Head = Callable[[Tensor], tuple[float, Tensor]]
 
 
-def backward(stream: Stream, states: Tensor, head: Head) -> float:
+def backward(stream: Stream, states: Tensor, head: Head) -> tuple[float, Tensor]:
     """Add the gradients of a loss to the leaves with which the blocks compute.
 
     `states` (B, T, D) enter the first block; `head` returns the loss for the last states, and its gradient with respect
     to them, both in the shape of `states`. Only the inputs of the blocks and the graph of one block are in memory.
-    Returns: the loss.
+    Returns: the loss, and its gradient with respect to `states`.
     """
     inputs = []
     with torch.no_grad():
@@ -32,4 +32,4 @@ def backward(stream: Stream, states: Tensor, head: Head) -> float:
         torch.autograd.backward(outputs, gradient.to(outputs.dtype))
         assert entering.grad is not None
         gradient = entering.grad
-    return loss
+    return loss, gradient

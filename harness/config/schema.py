@@ -194,7 +194,8 @@ class RunConfig:
     def calibrates(self) -> bool:
         """Whether a step, a static activation format, an analysis or the choice of widths reads calibration data."""
         hooks = ("transform", "quantize_block")
-        reads = any(step.needs or any(overrides(step, hook) for hook in hooks) for step in self.steps.values())
+        steps = self.steps.values()
+        reads = any(step.needs or step.rotation or any(overrides(step, hook) for hook in hooks) for step in steps)
         return self.static or self.analyses or self.mixes or reads or self.distillation is not None
 
     @property

@@ -29,6 +29,7 @@ from harness.core.method import Distillation as Distillation
 from harness.core.method import Finetune as Finetune
 from harness.core.method import Finetuned as Finetuned
 from harness.core.method import Method as Method
+from harness.core.method import Rotation as Rotation
 from harness.core.method import chooses as chooses
 from harness.core.method import overrides as overrides
 from harness.core.prequantized import Prequantized as Prequantized

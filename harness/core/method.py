@@ -61,6 +61,19 @@ class Distillation:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rotation:
+    """How a rotation of the residual stream is trained for rounded inputs; like `Distillation`.
+
+    lr  largest first step on the orthogonal matrices
+    """
+
+    epochs: int
+    lr: float
+    batch: int
+    bfloat16: bool
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """Base class of all methods; a method overrides the hooks that it needs and inherits the others.
 
@@ -88,6 +101,11 @@ class Method:
     @property
     def distillation(self) -> Distillation | None:
         """How the whole model is trained after all steps, through the tuners of its QTensors; None: it is not."""
+        return None
+
+    @property
+    def rotation(self) -> Rotation | None:
+        """How the stream is turned further, by training, after `rotate`; None: it is not."""
         return None
 
     @property

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from harness.calibration import PROBE_TOKENS, SAME_TURNED
 from harness.config import RunConfig
-from harness.core import Method, Scheme, chooses, overrides
+from harness.core import Method, Residual, Scheme, chooses, overrides
+from harness.core.formats import InputQuantizer
 from harness.core.rotated import Rotated
 from harness.models import Decoder, logits, matching, split_skipped, weight_of
 from harness.quantization.install import float_row, recorded
@@ -23,6 +24,7 @@ from harness.quantization.joining import join_linears
 from harness.quantization.passes import Pass, same_function
 from harness.quantization.residual_stream import discover, untied
 from harness.quantization.result import Result, sizes
+from harness.quantization.rotation import train_rotation
 from harness.utils.disk_cache import DiskCache
 from harness.utils.explain import fitted
 from harness.utils.progress import Track, silent
@@ -98,16 +100,21 @@ def quantize(
     result.renamed = dict(zip(names, names, strict=True))
     for label, step in cfg.steps.items():
         renamed: dict[str, str] = {}
+        residual = None
         if overrides(step, "prepare"):
             renamed = _prepare(decoder, label, step, names, tokens, result.warnings)
         if overrides(step, "rotate"):
-            renamed |= _rotate(decoder, label, step, tokens, result.warnings)
+            residual = _rotate(decoder, label, step, tokens, result.warnings)
+            renamed |= residual.renamed
         if renamed:
             linears = decoder.linears()
             names, skipped = ([renamed.get(name, name) for name in listed] for listed in (names, skipped))
             rescaled = {renamed.get(name, name): producers for name, producers in rescaled.items()}
             schemes = {renamed.get(name, name): scheme for name, scheme in schemes.items()}
             result.renamed = {old: renamed.get(name, name) for old, name in result.renamed.items()}
+        if residual and step.rotation and cfg.scheme and cfg.scheme.activation:
+            quantizers = dict.fromkeys(names, InputQuantizer(cfg.scheme.activation))
+            result.rotated = train_rotation(decoder, residual, tokens, quantizers, step.rotation, track)
         Pass(decoder, cfg, label, names, result, rescaled, schemes).run(tokens, track, cache)
     for row in result.layers:
         row |= {"rescaled_by": rescaled[row["name"]]} if row["name"] in rescaled else {}
@@ -140,10 +147,10 @@ def _prepare(
     return {name: f"{name}.{Rotated.INNER}" for name in names if isinstance(model.get_submodule(name), Rotated)}
 
 
-def _rotate(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: list[str]) -> dict[str, str]:
+def _rotate(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: list[str]) -> Residual:
     """Let a step rotate the residual stream.
 
-    Returns: the linears that were renamed, old name -> new name.
+    Returns: the stream, with the linears that were renamed.
     """
     model, probe = decoder.model, tokens[:1, :PROBE_TOKENS]
     before = logits(model, probe)
@@ -156,4 +163,4 @@ def _rotate(decoder: Decoder, label: str, step: Method, tokens: Tensor, notes: l
         step.rotate(residual)
     untied(model)
     same_function(label, before, logits(model, probe), "the logits", SAME_TURNED)
-    return residual.renamed
+    return residual

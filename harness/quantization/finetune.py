@@ -45,6 +45,7 @@ def finetune(
 class _Task(Task):
     """The mean relative squared error per token of a block's outputs; `floats` are trained too."""
 
+    tunings: Sequence[Tuning]
     run: Callable[[Tensor], Tensor]
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
@@ -52,7 +53,11 @@ class _Task(Task):
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*super().tensors, *self.floats]
+        return [*(value for tuning in self.tunings for value in tuning.values.values()), *self.floats]
+
+    def accept(self) -> None:
+        for tuning in self.tunings:
+            tuning.accept()
 
     def differentiate(self, chosen: Sequence[int]) -> None:
         self._loss(chosen).backward()

@@ -26,7 +26,7 @@ from harness.config import RunConfig
 from harness.core import InputGroup, Method, QTensor, Scheme, Stats
 from harness.models import Decoder
 from harness.quantization.blocks import block_of
-from harness.quantization.distill import distill, teacher_of
+from harness.quantization.distill import distill
 from harness.quantization.finetune import finetune
 from harness.quantization.install import recorded, row_of
 from harness.quantization.installer import Installer, Quantized
@@ -34,6 +34,7 @@ from harness.quantization.producers import Discovery
 from harness.quantization.result import Result
 from harness.quantization.role import Role
 from harness.quantization.scale_search import Trial
+from harness.quantization.teacher import teacher_of
 from harness.utils.disk_cache import DiskCache
 from harness.utils.progress import Track
 

@@ -64,6 +64,7 @@ class Result:
     decoded   parameters with the values of quantized weights, which no packed linear holds -> bits of these weights
     joined    number of packed linears that are computed together with others of the same inputs
     distilled held-out KL before and after the whole model was trained; None: it was not
+    rotated   the same of a trained rotation, with rounded inputs and float weights
     """
 
     layers: list[Row] = field(default_factory=list)
@@ -76,6 +77,7 @@ class Result:
     decoded: dict[nn.Parameter, int] = field(default_factory=dict)
     joined: int = 0
     distilled: Tuned | None = None
+    rotated: Tuned | None = None
 
     @property
     def bits_per_weight(self) -> float:

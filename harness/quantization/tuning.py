@@ -1,4 +1,4 @@
-"""Training of the floats of quantized weights while their codes stay: what blocks and whole models share."""
+"""Training with held-out sequences, and of quantized linears: what blocks, whole models and rotations share."""
 
 from __future__ import annotations
 
@@ -74,16 +74,29 @@ class Tuned:
     after: float
 
 
-@dataclass
-class Task(ABC):
-    """The floats of quantized linears that are trained, and their loss on some of the sequences."""
+class Steps(ABC):
+    """A rule of descent with its state."""
 
-    tunings: Sequence[Tuning]
+    @abstractmethod
+    def take(self, differentiate: Callable[[], object]) -> None:
+        """One step by the gradients that `differentiate` adds."""
+
+
+class Task(ABC):
+    """What is trained, and its loss on some of the sequences."""
 
     @property
+    @abstractmethod
     def tensors(self) -> list[Tensor]:
         """All that is trained."""
-        return [value for tuning in self.tunings for value in tuning.values.values()]
+
+    @abstractmethod
+    def accept(self) -> None:
+        """Store the present state in the model."""
+
+    def steps(self, lr: float, count: int) -> Steps:
+        """A rule for `count` steps; `lr` is that of the settings."""
+        return Adam(self.tensors, lr, count)
 
     @abstractmethod
     def differentiate(self, chosen: Sequence[int]) -> object:
@@ -108,12 +121,12 @@ def train(task: Task, count: int, settings: Settings, track: Track = silent) -> 
     """Train on `count` sequences in a random order, the same in every run, and keep the best state.
 
     Some sequences are held out: of the states after each epoch and before training, the one with the lowest loss on
-    them is kept. If it is not the one before training, the linears store it.
+    them is kept. If it is not the one before training, the task accepts it.
     """
     trained, held_out = _split(count)
     best, before = task.state(), task.error(held_out or trained)
     lowest, progress = before, [f"training, loss {before:.4f}"]
-    steps = _Steps(task.tensors, settings.lr, -(-len(trained) // settings.batch) * settings.epochs)
+    steps = task.steps(settings.lr, -(-len(trained) // settings.batch) * settings.epochs)
     generator = torch.Generator().manual_seed(0)
     for _ in track(range(settings.epochs), lambda: progress[0], settings.epochs):
         order = [trained[i] for i in torch.randperm(len(trained), generator=generator).tolist()]
@@ -125,12 +138,11 @@ def train(task: Task, count: int, settings: Settings, track: Track = silent) -> 
             lowest, best = error, task.state()
     task.restore(best)
     if lowest < before:  # storing sign vectors that did not change would only take more bits
-        for tuning in task.tunings:
-            tuning.accept()
+        task.accept()
     return Tuned(before, lowest)
 
 
-class _Steps:
+class Adam(Steps):
     """Adam with a learning rate that falls to zero along half a cosine, over `count` steps.
 
     `lr` is a share of the root mean square of each tensor.
@@ -142,7 +154,6 @@ class _Steps:
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, count)
 
     def take(self, differentiate: Callable[[], object]) -> None:
-        """One step by the gradients that `differentiate` adds."""
         with torch.enable_grad():
             self.optimizer.zero_grad()
             differentiate()

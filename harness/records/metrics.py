@@ -75,6 +75,8 @@ METRICS = (
     Metric(name="kl_p99", kind="result", unit="nats"),
     Metric(name="held_out_kl", kind="result", unit="nats"),  # on calibration data, after the model was trained
     Metric(name="held_out_kl_before", kind="result", unit="nats"),
+    Metric(name="rotation_kl", kind="result", unit="nats"),  # the same, of rounded inputs, after a rotation was trained
+    Metric(name="rotation_kl_before", kind="result", unit="nats"),
     Metric(name="top1_agreement", kind="result", better="higher", heading="top-1", digits=".1%", short="value"),
     Metric(name="top5_agreement", kind="result", better="higher", digits=".1%"),
     Metric(

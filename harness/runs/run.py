@@ -175,6 +175,8 @@ def _add_format(cfg: RunConfig, record: Record, model: nn.Module, result: quanti
         record.metrics["total_weight_error"] = result.total_weight_error
     if result.distilled is not None:
         record.metrics |= {"held_out_kl": result.distilled.after, "held_out_kl_before": result.distilled.before}
+    if result.rotated is not None:
+        record.metrics |= {"rotation_kl": result.rotated.after, "rotation_kl_before": result.rotated.before}
     record.metrics["model_size_mib"] = stored_bytes(model, result.decoded) / 2**20
     if record.execution.mode != "simulated":
         record.metrics["resident_mib"] = resident_bytes(model) / 2**20

@@ -107,6 +107,6 @@ def _refit(W: Tensor, H: Tensor, levels: Tensor, codes: Tensor) -> tuple[Tensor,
 
 
 def _levels_of(scheme: Scheme) -> LearnedWeight:
-    if isinstance(scheme.weight, LearnedWeight):
+    if isinstance(scheme.weight, LearnedWeight) and scheme.weight.granularity == "channel":
         return scheme.weight
-    raise ValueError(f"scheme={scheme.name} has no levels of each row to learn; use levels, such as scheme=learned")
+    raise ValueError(f"scheme={scheme.name} is not levels of each row alone; use levels, such as scheme=learned")

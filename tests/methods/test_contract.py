@@ -69,12 +69,19 @@ SCHEMES = {
     "fp4": Scheme(name="fp4", weight=LevelsWeight(table="fp4", granularity="flat", group_size=64)),
     "lloyd_max": Scheme(name="lloyd_max", weight=LevelsWeight(table="lloyd_max", bits=3, group_size=16)),
     "learned": Scheme(name="learned", weight=LearnedWeight(levels="learned", bits=3, levels_dtype="float32")),
+    "learned_group64": Scheme(
+        name="learned_group64",
+        weight=LearnedWeight(
+            levels="learned", bits=3, granularity="group", group_size=16, levels_dtype="float32", scale_dtype="float32"
+        ),
+    ),
     "none": Scheme(name="none", weight=None),
 }
 FORMATS = {name for name, scheme in SCHEMES.items() if scheme.weight is not None}
 INTEGERS = {name for name in FORMATS if isinstance(SCHEMES[name].weight, IntWeight)}
 # The schemes that methods with a `check` of their own serve. All other methods serve every scheme but `none`.
 SERVED_BY = {
+    "any4": {"learned_group64"},
     "aqlm": {"none"},
     "bnb_fp4": {"fp4"},
     "bnb_int8": {"llm_int8"},

@@ -5,7 +5,7 @@ of the format, else 1, gradients pass rounding unchanged (straight-through):
 
     dw'/dw = m        dw'/ds = (w' - m w) / s        dw'/dz = s (m - 1) for a float zero point z
 
-and dw'/dl = 1 for the level l of a row's table to which w is rounded. Sources: Bengio et al. 2013, arXiv 1308.3432,
+and dw'/dl = s, or 1 without groups, for the level l of a row's table to which w is rounded. Sources: Bengio et al. 2013, arXiv 1308.3432,
 section 4 (straight-through); Esser et al. 2020, arXiv 1902.08153, equation 3 (the scale).
 """
 
@@ -17,7 +17,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from harness.core.formats.levels import ranks
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor, PermutedQTensor, QTensor, Tuner
 from harness.core.formats.scale_tuner import trainable, within_range
@@ -108,6 +107,7 @@ class _Rounded(torch.autograd.Function):
             assert zero_point is not None
             by_zero = -(slope * ~inside).sum(-1) * scale[..., 0]
         if levels is not None and ctx.needs_input_grad[3]:
-            codes = ranks(groups.flatten(1), levels).long()
-            by_level = torch.zeros_like(levels).scatter_add_(1, codes, slope.flatten(1))
+            codes = fmt.encode(groups, params).flatten(1).long()
+            steps = slope if zero_point is None else slope * scale
+            by_level = torch.zeros_like(levels).scatter_add_(1, codes, steps.flatten(1))
         return by_weight, by_scale, by_zero, by_level, None, None

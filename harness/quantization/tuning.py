@@ -148,9 +148,10 @@ class Adam(Steps):
     `lr` is a share of the root mean square of each tensor.
     """
 
-    def __init__(self, tensors: Sequence[Tensor], lr: float, count: int) -> None:
+    def __init__(self, tensors: Sequence[Tensor], lr: float, count: int, fused: bool = False) -> None:
+        """`fused` updates a tensor in one pass, with other bits."""
         groups = [{"params": [tensor], "lr": lr * _rms(tensor)} for tensor in tensors]
-        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+        self.optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), fused=fused)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, count)
 
     def take(self, differentiate: Callable[[], object]) -> None:

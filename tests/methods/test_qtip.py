@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from harness.core import Hessian, Scheme, Stats
-from harness.core.formats.trellis import Trellis
+from harness.core.formats.trellis import Code, Trellis
 from harness.core.formats.trellis_weight import TrellisQTensor
 from harness.core.hadamard import random_signs, rotate
 from harness.nn import QuantLinear
@@ -45,7 +45,7 @@ def error(decoded: Tensor) -> float:
     return float((inputs() @ (decoded - exact).T).norm() / (inputs() @ exact.T).norm())
 
 
-def naive(bits: int, seed: int = 0) -> Tensor:
+def naive(bits: int, code: Code, seed: int = 0) -> Tensor:
     """Block LDLQ in float64, one tile after another: L by block elimination."""
     generator = torch.Generator().manual_seed(seed)
     left, right = (random_signs(size, generator).double() for size in (ROWS, COLUMNS))
@@ -58,24 +58,25 @@ def naive(bits: int, seed: int = 0) -> Tensor:
         inverse = torch.linalg.inv(remaining[i : i + 16, i : i + 16].clone())
         L[i + 16 :, i : i + 16] = remaining[i + 16 :, i : i + 16] @ inverse
         remaining -= remaining[:, i : i + 16].clone() @ inverse @ remaining[i : i + 16].clone()
-    trellis = Trellis("1mad", bits, STATES)
-    table = trellis.values(torch.device("cpu")).double()
+    trellis = Trellis(code, bits, STATES)
+    table = trellis.values(torch.device("cpu")).double().T
     scale = float(V.square().mean().sqrt() / table.square().mean().sqrt())
     decoded = torch.zeros_like(V)
     for i in reversed(range(0, COLUMNS, 16)):
         target = V[:, i : i + 16] + (V - decoded)[:, i + 16 :] @ L[i + 16 :, i : i + 16]
         for row in range(0, ROWS, 16):
             tile = target[row : row + 16].reshape(1, -1) / scale
-            decoded[row : row + 16, i : i + 16] = table[trellis.nearest(tile)[0].long()].view(16, 16) * scale
+            decoded[row : row + 16, i : i + 16] = table[trellis.nearest(tile)[0].long()].reshape(16, 16) * scale
     return decoded
 
 
+@pytest.mark.parametrize("code", ["1mad", "hyb"])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_codes_are_those_of_the_formulas(bits: int) -> None:
-    qtensor = quantized(bits=bits)
+def test_codes_are_those_of_the_formulas(bits: int, code: Code) -> None:
+    qtensor = quantized(bits=bits, code=code)
     assert isinstance(qtensor, TrellisQTensor)
     V = torch.cat(list(qtensor.slabs(torch.float64))) * qtensor.step
-    expected = naive(bits)
+    expected = naive(bits, code)
     assert (V - expected).norm() < 1e-4 * expected.norm()
 
 

@@ -66,10 +66,8 @@ class LearnedWeight(WeightFormat):
         `shares` (N, G, n) are the weights of these errors; None: all are 1.
         """
         ranges = self.ranges(groups)
-        weights = None if shares is None else shares.flatten(1)
-        return self.stored_params(
-            fit_levels(_steps(groups, ranges.spread()).flatten(1), 1 << self.bits, weights), ranges
-        )
+        steps, weights = _steps(groups, ranges.spread()), None if shares is None else shares.flatten(1)
+        return self.stored_params(fit_levels(steps.flatten(1), 1 << self.bits, weights), ranges)
 
     def ranges(self, groups: Tensor) -> Params:
         """Scale and zero point (N, G) of groups (N, G, n), which put each on the range from 0 to 2^bits - 1."""

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
+
+_CACHED = 2**16  # values computed at once
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,20 @@ class Params:
         """With a last axis of 1, so that they broadcast against the values of groups."""
         whole = None if self.whole is None else self.whole[..., None]
         return replace(self.map(lambda values: values[..., None]), whole=whole)
+
+    def rows(self, part: slice) -> Params:
+        """Those of some of the rows."""
+        return replace(self.map(lambda values: values[part]), levels=None if self.levels is None else self.levels[part])
+
+    def slabs(self, groups: Tensor) -> Iterator[tuple[slice, Params]]:
+        """A few rows of `groups` (R, G, n) after another, as many as stay in the CPU's cache; all on a GPU.
+
+        Yields: the rows, and their parameters, spread.
+        """
+        rows = len(groups) if groups.is_cuda else max(1, _CACHED // max(1, groups[0].numel()))
+        for start in range(0, len(groups), rows):
+            part = slice(start, start + rows)
+            yield part, self.rows(part).spread()
 
     def where(self, mask: Tensor, other: Params) -> Params:
         """These parameters in groups of the boolean `mask`, and those of `other` elsewhere."""

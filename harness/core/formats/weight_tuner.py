@@ -5,18 +5,20 @@ of the format, else 1, gradients pass rounding unchanged (straight-through):
 
     dw'/dw = m        dw'/ds = (w' - m w) / s        dw'/dz = s (m - 1) for a float zero point z
 
-and dw'/dl = s, or 1 without groups, for the level l of a row's table to which w is rounded. Sources: Bengio et al. 2013, arXiv 1308.3432,
-section 4 (straight-through); Esser et al. 2020, arXiv 1902.08153, equation 3 (the scale).
+and dw'/dl = s, or 1 without groups, for the level l of a row's table to which w is rounded. Sources: Bengio et al.
+2013, arXiv 1308.3432, section 4 (straight-through); Esser et al. 2020, arXiv 1902.08153, equation 3 (the scale).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from harness.core.formats.format import WeightFormat
 from harness.core.formats.params import Params
 from harness.core.formats.qtensor import GroupedQTensor, PermutedQTensor, QTensor, Tuner
 from harness.core.formats.scale_tuner import trainable, within_range
@@ -84,30 +86,45 @@ class _Rounded(torch.autograd.Function):
     def forward(ctx: Any, weight: Tensor, scale: Tensor, *others: Any) -> Tensor:
         """Rounded `weight` (N, K). `others`: zero point, levels, the format and its parameters."""
         zero_point, levels, fmt, stored = others
-        params = replace(stored, scale=scale, zero_point=zero_point, levels=levels).spread()
+        params = replace(stored, scale=scale, zero_point=zero_point, levels=levels)
         groups = fmt.to_groups(weight)
-        rounded = fmt.snap(groups, params)
-        ctx.save_for_backward(groups, rounded)
+        ctx.save_for_backward(groups)
         ctx.fmt, ctx.params, ctx.shape = fmt, params, weight.shape
+        rounded = torch.empty_like(groups)
+        for part, each in params.slabs(groups):
+            fmt.snap(groups[part], each, out=rounded[part])
         decoded: Tensor = fmt.from_groups(rounded, (weight.shape[0], weight.shape[1]))
         return decoded
 
     @staticmethod
     def backward(ctx: Any, *slopes: Tensor) -> Any:
-        (groups, rounded), fmt, params = ctx.saved_tensors, ctx.fmt, ctx.params
-        slope = fmt.to_groups(slopes[0])
-        lowest, highest = (fmt.snap(torch.full_like(groups[..., :1], end), params) for end in (-_BEYOND, _BEYOND))
-        inside = (groups >= lowest) & (groups <= highest)
-        by_weight = fmt.from_groups(slope * inside, ctx.shape)
-        scale, zero_point, levels = params.scale, params.zero_point, params.levels
-        by_scale = by_zero = by_level = None
-        if ctx.needs_input_grad[1]:
-            by_scale = ((rounded - groups * inside) * slope).sum(-1) / scale[..., 0]
-        if ctx.needs_input_grad[2]:
-            assert zero_point is not None
-            by_zero = -(slope * ~inside).sum(-1) * scale[..., 0]
-        if levels is not None and ctx.needs_input_grad[3]:
-            codes = fmt.encode(groups, params).flatten(1).long()
-            steps = slope if zero_point is None else slope * scale
-            by_level = torch.zeros_like(levels).scatter_add_(1, codes, steps.flatten(1))
-        return by_weight, by_scale, by_zero, by_level, None, None
+        (groups,), fmt, params = ctx.saved_tensors, ctx.fmt, ctx.params
+        slope, by_weight = fmt.to_groups(slopes[0]), torch.empty_like(groups)
+        needed = ctx.needs_input_grad[1:4]
+        by_others: list[list[Tensor]] = [[], [], []]
+        for part, each in params.slabs(groups):
+            found = _slopes(groups[part], slope[part], each, fmt, needed)
+            by_weight[part] = found[0]
+            for parts, tensor in zip(by_others, found[1:], strict=True):
+                parts += [] if tensor is None else [tensor]
+        joined = (torch.cat(parts) if parts else None for parts in by_others)
+        return fmt.from_groups(by_weight, ctx.shape), *joined, None, None
+
+
+def _slopes(
+    groups: Tensor, slope: Tensor, params: Params, fmt: WeightFormat, needed: Sequence[bool]
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of some groups (R, G, n), and those of scales, zero points and levels as they are `needed`."""
+    scale, zero_point, levels = params.scale, params.zero_point, params.levels
+    lowest, highest = (fmt.snap(torch.full_like(groups[..., :1], end), params) for end in (-_BEYOND, _BEYOND))
+    inside = (groups >= lowest) & (groups <= highest)
+    by_scale = by_zero = by_level = None
+    if needed[0]:
+        by_scale = ((fmt.snap(groups, params) - groups * inside) * slope).sum(-1) / scale[..., 0]
+    if needed[1]:
+        by_zero = -(slope * ~inside).sum(-1) * scale[..., 0]
+    if levels is not None and needed[2]:
+        codes = fmt.encode(groups, params).flatten(1).long()
+        steps = slope if zero_point is None else slope * scale
+        by_level = torch.zeros_like(levels).scatter_add_(1, codes, steps.flatten(1))
+    return slope * inside, by_scale, by_zero, by_level

@@ -29,7 +29,6 @@ from harness.core.formats.qtensor import QTensor
 
 _NARROWEST = 0.1  # smallest factor of a range
 _BEYOND = 2.0**20  # steps, more than a range has
-_CACHED = 2**16  # values computed at once
 
 State = tuple[Tensor, Tensor, Tensor]
 
@@ -106,11 +105,8 @@ class Rounding:
         return self.fmt.cover(self._low * self._beta, self._high * self._alpha, self._whole)
 
     def _parts(self) -> Iterator[tuple[slice, Params]]:
-        """A few rows of groups after another, which stay in a processor's cache, and their parameters."""
-        params, rows = self._params(), max(1, _CACHED // self._groups[0].numel())
-        for start in range(0, len(self._groups), rows):
-            part = slice(start, start + rows)
-            yield part, params.map(lambda values, part=part: values[part]).spread()  # type: ignore[misc]
+        """A few rows of groups after another, and their present parameters."""
+        return self._params().slabs(self._groups)
 
     def _shifted(self, part: slice, params: Params) -> Tensor:
         return torch.addcmul(self._groups[part], self._shift[part], factor_of(params))

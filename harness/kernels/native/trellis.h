@@ -4,16 +4,16 @@
 
 namespace ptqbench {
 
-// A trellis of 2^state_bits states with a value each; a step shifts `bits` new bits into the state.
+// A trellis of 2^state_bits states with `width` values each; a step shifts `bits` new bits into the state.
 struct Trellis {
-  int bits, state_bits;
-  const float* values;  // (2^state_bits,)
+  int bits, state_bits, width;
+  const float* values;  // (width, 2^state_bits)
 };
 
 struct TrellisLevel {
-  // The states (length,) of the path whose values are nearest to the targets (length,). With `overlap` >= 0, the path
-  // is a circle: these are the upper bits of its first state and the lower bits of its last.
-  // Memory: `trellis_floats` floats, and a byte for each of `trellis_choices`.
+  // The states (length,) of the path whose values are nearest to the targets (length, width). With `overlap` >= 0, the
+  // path is a circle: these are the upper bits of its first state and the lower bits of its last. Memory:
+  // `trellis_floats` floats, and a byte for each of `trellis_choices`.
   void (*path)(const Trellis&, const float* targets, int64_t length, int32_t overlap, int32_t* states, float* floats,
                uint8_t* choices);
 };

@@ -29,13 +29,17 @@ struct V {
     }
     choose_plainly(costs, shared, count, best, choices, u);
   }
-  static void extend(const float* best, const float* values, float target, int bits, int64_t states, float* costs) {
+  template <int W>
+  static void extend(const float* best, const float* values, const float* targets, int bits, int64_t states,
+                     float* costs) {
     const __m256i lane = _mm256_srli_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), bits);
-    const __m256 x = _mm256_set1_ps(target);
     for (int64_t s = 0; s < states; s += 8) {
-      const __m256 gap = _mm256_sub_ps(x, _mm256_loadu_ps(values + s));
-      const __m256 start = _mm256_permutevar8x32_ps(_mm256_loadu_ps(best + (s >> bits)), lane);
-      _mm256_storeu_ps(costs + s, _mm256_add_ps(start, _mm256_mul_ps(gap, gap)));
+      __m256 cost = _mm256_permutevar8x32_ps(_mm256_loadu_ps(best + (s >> bits)), lane);
+      for (int w = 0; w < W; ++w) {
+        const __m256 gap = _mm256_sub_ps(_mm256_set1_ps(targets[w]), _mm256_loadu_ps(values + w * states + s));
+        cost = _mm256_add_ps(cost, _mm256_mul_ps(gap, gap));
+      }
+      _mm256_storeu_ps(costs + s, cost);
     }
   }
 };

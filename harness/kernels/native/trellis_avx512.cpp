@@ -28,14 +28,18 @@ struct V {
     }
     choose_plainly(costs, shared, count, best, choices, u);
   }
-  static void extend(const float* best, const float* values, float target, int bits, int64_t states, float* costs) {
+  template <int W>
+  static void extend(const float* best, const float* values, const float* targets, int bits, int64_t states,
+                     float* costs) {
     const __m512i lanes = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i lane = _mm512_srli_epi32(lanes, bits);
-    const __m512 x = _mm512_set1_ps(target);
     for (int64_t s = 0; s < states; s += 16) {
-      const __m512 gap = _mm512_sub_ps(x, _mm512_loadu_ps(values + s));
-      const __m512 start = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(best + (s >> bits)));
-      _mm512_storeu_ps(costs + s, _mm512_add_ps(start, _mm512_mul_ps(gap, gap)));
+      __m512 cost = _mm512_permutexvar_ps(lane, _mm512_loadu_ps(best + (s >> bits)));
+      for (int w = 0; w < W; ++w) {
+        const __m512 gap = _mm512_sub_ps(_mm512_set1_ps(targets[w]), _mm512_loadu_ps(values + w * states + s));
+        cost = _mm512_add_ps(cost, _mm512_mul_ps(gap, gap));
+      }
+      _mm512_storeu_ps(costs + s, cost);
     }
   }
 };

@@ -14,15 +14,18 @@ namespace {
 
 using at::Tensor;
 
-// The states (B, length) int32 of the paths nearest to targets (B, length); overlap (B,) int32, -1 for a free path.
+// The states (B, length) int32 of the paths nearest to targets (B, length, W), for states with values (W, 2^L);
+// overlap (B,) int32, -1 for a free path.
 Tensor trellis_path(const Tensor& targets, const Tensor& values, int64_t bits, const Tensor& overlap) {
-  const int64_t paths = targets.size(0), length = targets.size(1), count = values.size(0);
+  const int64_t paths = targets.size(0), length = targets.size(1), width = values.size(0), count = values.size(1);
+  TORCH_CHECK(width == 1 || width == 2, width, " values of a state; expected 1 or 2");
   int state_bits = 0;
   while (int64_t{1} << state_bits < count) ++state_bits;
   TORCH_CHECK(int64_t{1} << state_bits == count && state_bits >= 4 && 0 < bits && bits <= 8 && bits < state_bits, count,
               " states and ", bits, " bits a step; expected a power of two of 16 or more, and fewer bits");
-  const Trellis t{static_cast<int>(bits), state_bits, values_in<float>(values, {count}, "values")};
-  const float* x = values_in<float>(targets, {paths, length}, "targets");
+  const float* table = values_in<float>(values, {width, count}, "values");
+  const Trellis t{static_cast<int>(bits), state_bits, static_cast<int>(width), table};
+  const float* x = values_in<float>(targets, {paths, length, width}, "targets");
   const int32_t* o = values_in<int32_t>(overlap, {paths}, "overlap");
   const Tensor states = at::empty({paths, length}, overlap.options());
   int32_t* out = states.mutable_data_ptr<int32_t>();
@@ -30,7 +33,8 @@ Tensor trellis_path(const Tensor& targets, const Tensor& values, int64_t bits, c
     std::vector<float> floats(trellis_floats(t));
     std::vector<uint8_t> choices(trellis_choices(t, length));
     for (int64_t i = first; i < last; ++i)
-      current_level().trellis->path(t, x + i * length, length, o[i], out + i * length, floats.data(), choices.data());
+      current_level().trellis->path(t, x + i * length * width, length, o[i], out + i * length, floats.data(),
+                                    choices.data());
   });
   return states;
 }

@@ -12,11 +12,10 @@ struct V {
   static void choose(const float* costs, int64_t shared, int count, float* best, uint8_t* choices) {
     choose_plainly(costs, shared, count, best, choices, 0);
   }
-  static void extend(const float* best, const float* values, float target, int bits, int64_t states, float* costs) {
-    for (int64_t s = 0; s < states; ++s) {
-      const float gap = target - values[s];
-      costs[s] = best[s >> bits] + gap * gap;
-    }
+  template <int W>
+  static void extend(const float* best, const float* values, const float* targets, int bits, int64_t states,
+                     float* costs) {
+    for (int64_t s = 0; s < states; ++s) costs[s] = gap_of<W>(values, states, s, targets, best[s >> bits]);
   }
 };
 }  // namespace

@@ -6,6 +6,11 @@ Knows nothing but torch. Methods import from here alone; the rest of the harness
 from harness.core.block import Block as Block
 from harness.core.checks import above_zero as above_zero
 from harness.core.checks import at_least as at_least
+from harness.core.collected import AbsMean as AbsMean
+from harness.core.collected import Drift as Drift
+from harness.core.collected import Hessian as Hessian
+from harness.core.collected import MinMax as MinMax
+from harness.core.collected import Sample as Sample
 from harness.core.formats.floating_activation import FloatActivation as FloatActivation
 from harness.core.formats.floating_weight import FloatQTensor as FloatQTensor
 from harness.core.formats.floating_weight import FloatWeight as FloatWeight
@@ -37,10 +42,5 @@ from harness.core.residual import Residual as Residual
 from harness.core.residual import Turn as Turn
 from harness.core.scheme import Scheme as Scheme
 from harness.core.scheme import require_none as require_none
-from harness.core.stats import AbsMean as AbsMean
-from harness.core.stats import Drift as Drift
-from harness.core.stats import Hessian as Hessian
-from harness.core.stats import MinMax as MinMax
-from harness.core.stats import Sample as Sample
 from harness.core.stats import Stat as Stat
 from harness.core.stats import Stats as Stats

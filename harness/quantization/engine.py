@@ -21,10 +21,11 @@ from harness.core.rotated import Rotated
 from harness.models import Decoder, logits, matching, split_skipped, weight_of
 from harness.quantization.install import float_row, recorded
 from harness.quantization.joining import join_linears
-from harness.quantization.passes import Pass, same_function
+from harness.quantization.passes import Pass
 from harness.quantization.residual_stream import discover, untied
 from harness.quantization.result import Result, sizes
 from harness.quantization.rotation import train_rotation
+from harness.quantization.same_function import same_function
 from harness.utils.disk_cache import DiskCache
 from harness.utils.explain import fitted
 from harness.utils.progress import Track, silent

@@ -10,17 +10,13 @@ from torch import Tensor
 
 from harness.calibration import (
     PROBE_TOKENS,
-    SAME_FUNCTION,
     Importance,
-    Limits,
     Observer,
     Reference,
     Stream,
     groups_of,
-    relative_error,
     shortcuts,
     verify,
-    within,
 )
 from harness.config import RunConfig
 from harness.core import InputGroup, Method, QTensor, Scheme, Stats
@@ -33,6 +29,7 @@ from harness.quantization.installer import Installer, Quantized
 from harness.quantization.producers import Discovery
 from harness.quantization.result import Result
 from harness.quantization.role import Role
+from harness.quantization.same_function import same_function
 from harness.quantization.scale_search import Trial
 from harness.quantization.teacher import teacher_of
 from harness.utils.disk_cache import DiskCache
@@ -230,19 +227,6 @@ class Pass:
             row |= row_of(row["name"], weights[row["name"]], linear.packed)
             row.pop("hessian_error", None)  # that of the weight before training
             row |= {"block_error": tuned.after, "block_error_untuned": tuned.before}
-
-
-def same_function(label: str, before: Tensor, after: Tensor, what: str, limits: Limits = SAME_FUNCTION) -> None:
-    """Check that a rewrite by the step `label` changed the tensor `what` by no more than rounding.
-
-    Raises: ValueError with the measured error if it did.
-    """
-    error, limit = relative_error(after, before), limits[before.dtype]
-    if not within(error, limit):
-        raise ValueError(
-            f"method.{label}: the rewrite changed the float model's function: the relative error of {what} is "
-            f"{error:.2g}; expected at most {limit:g}; use a method that does not rewrite, such as gptq"
-        )
 
 
 def _mean_error(quantized: list[Quantized]) -> str:

@@ -29,6 +29,7 @@ from harness.core import (
     LearnedWeight,
     LevelsWeight,
     Method,
+    MinMax,
     QTensor,
     Scheme,
     Stats,
@@ -312,8 +313,6 @@ def test_packed_equals_dequantized_execution(method: str, scheme: str) -> None:
 
 
 def test_hooks_default_to_nothing_and_an_uncollected_statistic_says_so() -> None:
-    from harness.core.stats import MinMax
-
     assert not any(overrides(Method, hook) for hook in HOOKS)
     with pytest.raises(KeyError, match="MinMax was not collected; add it to the method's `needs`"):
         Stats()[MinMax]

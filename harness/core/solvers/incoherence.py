@@ -10,9 +10,10 @@ import warnings
 import torch
 from torch import Tensor
 
+from harness.core.collected import Hessian
 from harness.core.hadamard import rotate
 from harness.core.solvers.silent import fill_silent
-from harness.core.stats import Hessian, Stats
+from harness.core.stats import Stats
 
 _SAFE_TO_SQUARE = 1e-12
 

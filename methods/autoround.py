@@ -5,9 +5,10 @@ Paper: Cheng et al. 2023, arXiv 2309.05516, equations 3 to 6: W' = s (clip(round
     output by sign-SGD, with a step that falls to zero. Inputs come from the quantized blocks before, targets from the
     float model, as in the authors' program (intel/auto-round).
 Differs: gradients of V, alpha and beta are formulas on the gradient of W', so that rounding needs no graph. A step
-    counts as the best by its error relative to that of rounding to nearest on the same sequences, so that an easy
-    batch is not mistaken for a good step. A range always covers the weights of inputs that were silent on the
-    calibration tokens; elsewhere they may fire.
+    counts as the best by its error relative to that of the start on the same sequences, so that an easy batch is not
+    mistaken for a good step. Ranges start where the Hessian's diagonal blocks want them to be clipped, as
+    in our GPTQ; the paper's start from minimum and maximum. A range always covers the weights of inputs that were
+    silent on the calibration tokens; elsewhere they may fire.
 """
 
 from __future__ import annotations
@@ -21,11 +22,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core import Block, FloatWeight, IntWeight, Method, MinMax, QTensor, Scheme, at_least
+from harness.core import Block, FloatWeight, Hessian, IntWeight, Method, MinMax, QTensor, Scheme, at_least
 from harness.core.finite import check_finite
 from harness.core.formats import compute_dtype
 from harness.core.precision import products
+from harness.core.solvers.clip import clipped_ends
 from harness.core.solvers.learned_rounding import Rounding
+from harness.core.solvers.silent import fill_silent
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,15 +39,17 @@ class AutoRound(Method):
     lr        first step of V, alpha and beta; null: 1 / steps
     batch     sequences of a step
     bfloat16  compute the products of a step in bfloat16; weights and errors stay float32
+    clip      start from clipped ranges; false: from minimum and maximum
     seed      of the sequences of each step
     """
 
-    needs: ClassVar = (MinMax,)
+    needs: ClassVar = (MinMax, Hessian)
 
     steps: int = 200
     lr: float | None = None
     batch: int = 4
     bfloat16: bool = True
+    clip: bool = True
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -60,8 +65,10 @@ class AutoRound(Method):
         roundings = {}
         for name, weight in block.weights.items():
             check_finite(weight)
-            silent = block.stats[name][MinMax].absmax == 0
-            roundings[name] = Rounding(weight, _grid(block.schemes[name]), silent)
+            silent, fmt = block.stats[name][MinMax].absmax == 0, _grid(block.schemes[name])
+            H = fill_silent(block.stats[name][Hessian].value)[0] if self.clip else None
+            ends = None if H is None else clipped_ends(weight, fmt, H)
+            roundings[name] = Rounding(weight, fmt, silent, ends)
         task = _Task(block, roundings, self.bfloat16)
         generator = torch.Generator().manual_seed(self.seed)
         lr, lowest, best = self.lr or 1 / self.steps, math.inf, {name: each.state() for name, each in roundings.items()}
@@ -99,7 +106,7 @@ class _Task:
         self._first = [self._error(weights, [i]).item() for i in range(len(block.inputs))]
 
     def gradients(self, chosen: Sequence[int]) -> tuple[float, dict[str, Tensor]]:
-        """The error on the sequences `chosen` relative to that of rounding to nearest, and its gradients by weight."""
+        """The error on the sequences `chosen` relative to that of the start, and its gradients by weight."""
         weights = {name: weight.requires_grad_() for name, weight in self._weights().items()}
         with torch.enable_grad():
             error = self._error(weights, chosen)

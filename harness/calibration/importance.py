@@ -28,6 +28,7 @@ class Importance:
         linears = {name: decoder.model.get_submodule(name) for name in names}
         stream, tail = Stream(decoder, tokens), after_blocks(decoder, tokens)
         self._squares: dict[str, list[list[Tensor]]] = {name: [] for name in names}
+        self._means: dict[tuple[str, ...], Tensor] = {}
         for index, sequence in enumerate(tokens):
             for squares in self._squares.values():
                 squares.append([])
@@ -41,10 +42,16 @@ class Importance:
 
     def of(self, names: Iterable[str], index: int) -> Iterator[Tensor]:
         """The weights of the tokens of a sequence, for each call of linears that read the same input."""
-        group = [self._squares[name] for name in names]
-        mean = torch.cat([call for sequences in group for calls in sequences for call in calls]).mean()
-        for calls in zip(*(sequences[index] for sequences in group), strict=True):
-            yield torch.stack(calls).mean(0) / mean.clamp(min=torch.finfo(mean.dtype).tiny)
+        group = tuple(names)
+        for calls in zip(*(self._squares[name][index] for name in group), strict=True):
+            yield torch.stack(calls).mean(0) / self._mean(group)
+
+    def _mean(self, group: tuple[str, ...]) -> Tensor:
+        """The mean over all tokens and linears of a group, at least the smallest normal number."""
+        if group not in self._means:
+            squares = [call for name in group for calls in self._squares[name] for call in calls]
+            self._means[group] = torch.cat(squares).mean().clamp(min=torch.finfo(torch.float32).tiny)
+        return self._means[group]
 
     def _watching(self, linears: dict[str, nn.Module], index: int) -> Iterator[torch.utils.hooks.RemovableHandle]:
         for name, module in linears.items():

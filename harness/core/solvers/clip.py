@@ -7,6 +7,8 @@ mit-han-lab/llm-awq auto_clip.py) measures this error on 512 tokens; H covers al
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
@@ -15,6 +17,8 @@ from harness.core.formats.format import WeightFormat, compute_dtype, padded
 from harness.core.formats.params import Params
 
 _CACHED = 2**20  # values of a weight searched at once
+
+_Found = tuple[Params, tuple[Tensor, Tensor]]
 
 
 def clipped_params(weight: Tensor, fmt: WeightFormat, hessian: Tensor, whole: Tensor | None = None) -> Params:
@@ -28,16 +32,30 @@ def clipped_params(weight: Tensor, fmt: WeightFormat, hessian: Tensor, whole: Te
     """
     if not fmt.shrinks:
         return fmt.weight_params(weight)
+    return Params.cat([params for params, _ in _parts(weight, fmt, hessian, whole)])
+
+
+def clipped_ends(weight: Tensor, fmt: WeightFormat, hessian: Tensor) -> tuple[Tensor, Tensor]:
+    """Both ends (N, G) of the ranges that `clipped_params` chooses; those of the groups if ranges are not searched."""
+    if not fmt.shrinks:
+        groups = fmt.to_groups(weight.to(compute_dtype(weight)))
+        return groups.amin(-1), groups.amax(-1)
+    low, high = zip(*(ends for _, ends in _parts(weight, fmt, hessian, None)), strict=True)
+    return torch.cat(low), torch.cat(high)
+
+
+def _parts(weight: Tensor, fmt: WeightFormat, hessian: Tensor, whole: Tensor | None) -> Iterator[_Found]:
+    """Search the ranges of a few rows after another, which stay in the CPU cache."""
     check_finite(weight)
     values = weight.to(compute_dtype(weight))
     whole = fmt.whole(values) if whole is None else whole
-    if fmt.granularity == "tensor":
-        return _search(values, fmt, hessian, whole)
-    rows = max(1, _CACHED // values.shape[1] // fmt.height) * fmt.height  # a few rows stay in the CPU cache
-    return Params.cat([_search(part, fmt, hessian, whole) for part in values.split(rows)])
+    rows = max(1, _CACHED // values.shape[1] // fmt.height) * fmt.height
+    for part in [values] if fmt.granularity == "tensor" else values.split(rows):
+        yield _search(part, fmt, hessian, whole)
 
 
-def _search(values: Tensor, fmt: WeightFormat, hessian: Tensor, whole: Tensor | None) -> Params:
+def _search(values: Tensor, fmt: WeightFormat, hessian: Tensor, whole: Tensor | None) -> _Found:
+    """The parameters with the least error, and both ends of their ranges."""
     groups = fmt.to_groups(values)
     low, high = groups.amin(-1), groups.amax(-1)
     params = fmt.cover(low, high, whole)
@@ -54,7 +72,7 @@ def _search(values: Tensor, fmt: WeightFormat, hessian: Tensor, whole: Tensor | 
             best = torch.where(better, error, best)
             params = trial.where(better, params)
             ends = torch.where(better, trial_ends[0], ends[0]), torch.where(better, trial_ends[1], ends[1])
-    return params
+    return params, ends
 
 
 def group_errors(weight: Tensor, params: Params, fmt: WeightFormat, hessian: Tensor) -> Tensor:

@@ -36,8 +36,17 @@ State = tuple[Tensor, Tensor, Tensor]
 class Rounding:
     """The rounding of a weight (N, K) to a format under training; it starts as rounding to nearest."""
 
-    def __init__(self, weight: Tensor, fmt: IntWeight | FloatWeight, silent: Tensor | None = None) -> None:
-        """`silent` (K,) masks inputs that were zero on all calibration tokens: ranges go on to cover their weights."""
+    def __init__(
+        self,
+        weight: Tensor,
+        fmt: IntWeight | FloatWeight,
+        silent: Tensor | None = None,
+        ends: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """`silent` (K,) masks inputs that were zero on all calibration tokens: ranges go on to cover their weights.
+
+        `ends` (N, G) are those of the ranges to start with; None: those of the groups.
+        """
         self.fmt, self.dtype = fmt, weight.dtype
         self._shape = weight.shape[0], weight.shape[1]
         self._exact = weight.to(compute_dtype(weight))
@@ -45,9 +54,11 @@ class Rounding:
         self._groups = fmt.to_groups(self._exact)
         self._low, self._high = self._groups.amin(-1), self._groups.amax(-1)
         self._shift = torch.zeros_like(self._groups)
-        self._beta, self._alpha = torch.ones_like(self._low), torch.ones_like(self._high)
         kept = fmt.to_groups(self._exact.masked_fill(self._heard(silent), 0))
         self._least = _share(kept.amin(-1), self._low), _share(kept.amax(-1), self._high)
+        low, high = ends or (self._low, self._high)
+        self._beta = torch.maximum(_share(low, self._low), self._least[0])
+        self._alpha = torch.maximum(_share(high, self._high), self._least[1])
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         """The rounded weight (N, K)."""
@@ -128,5 +139,5 @@ class Rounding:
 
 
 def _share(values: Tensor, end: Tensor) -> Tensor:
-    """The factor of the end of a range that still covers `values`."""
-    return (values / torch.where(end == 0, 1, end)).clamp(_NARROWEST, 1)
+    """The factor of the end of a range that still covers `values`; 1 for an end of 0."""
+    return torch.where(end == 0, 1, values / torch.where(end == 0, 1, end)).clamp(_NARROWEST, 1)

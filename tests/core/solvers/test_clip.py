@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from harness.core import Hessian, IntWeight
-from harness.core.solvers.clip import clipped_params, group_errors
+from harness.core.solvers.clip import clipped_ends, clipped_params, group_errors
 from tests.support.reference import FORMATS as EXACT
 from tests.support.reference import naive_clip, naive_group_errors
 
@@ -94,6 +94,18 @@ def test_each_end_of_an_asymmetric_range_moves_alone() -> None:
     hessian[7, 7] = 1e-3  # the output hardly depends on the tail
     error = float(group_errors(weight, clipped_params(weight, fmt, hessian), fmt, hessian))
     assert error < naive_clip(weight, hessian, fmt, SHARES)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_the_ends_are_those_of_the_chosen_ranges(name: str) -> None:
+    weight, hessian, fmt = weights(), hessian_of(inputs()), FORMATS[name]
+    low, high = clipped_ends(weight, fmt, hessian)
+    chosen = clipped_params(weight, fmt, hessian)
+    covering = fmt.cover(low, high, fmt.whole(weight))
+    assert torch.equal(covering.scale, chosen.scale)
+    if chosen.zero_point is not None:
+        assert covering.zero_point is not None
+        assert torch.equal(covering.zero_point, chosen.zero_point)
 
 
 def test_the_scale_is_exact_in_its_dtype() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from harness.core import FloatWeight, IntWeight, round_to_nearest
+from harness.core.solvers.clip import clipped_ends
 from harness.core.solvers.learned_rounding import Rounding
 
 ROWS, COLUMNS, SIZE = 6, 64, 16
@@ -115,6 +116,18 @@ def test_what_is_stored_is_what_was_trained(name: str) -> None:
     assert torch.equal(trained.quantized().dequantize(), trained.weight(torch.float32))
     trained.restore(start)
     assert torch.equal(trained.quantized().dequantize(), round_to_nearest(weight, fmt).dequantize())
+
+
+@pytest.mark.parametrize("name", SMOOTH)  # scales in powers of two or bytes may be better above their range
+def test_it_starts_from_the_ranges_that_it_is_given(name: str) -> None:
+    fmt, weight = FORMATS[name], weights().float()
+    ends = clipped_ends(weight, fmt, torch.eye(COLUMNS))
+    rounded = fmt.quantized(weight, fmt.cover(*ends, fmt.whole(weight))).dequantize()
+    found = Rounding(weight, fmt, ends=ends).quantized().dequantize()
+    assert float((found - rounded).norm() / rounded.norm()) < 1e-3  # factors of ends are not exact
+    silent = torch.ones(COLUMNS, dtype=torch.bool)  # their weights stay covered
+    whole = Rounding(weight, fmt, silent, ends).quantized().dequantize()
+    assert torch.equal(whole, round_to_nearest(weight, fmt).dequantize())
 
 
 @pytest.mark.parametrize("name", ["group", "e2m1"])

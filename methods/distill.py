@@ -1,8 +1,9 @@
-"""Distill: after any method, trains scales, zero points and codebooks end to end towards the float model's predictions.
+"""Distill: after any method, trains scales, zero points, codebooks and norms end to end towards the float model.
 
 Paper: EfficientQAT, Chen et al. 2024, arXiv 2407.11062, section 3.3 (E2E-QP: step sizes alone, codes fixed).
 Differs: the loss is the KL from the float model's distribution, as in mlx-lm's DWQ, in the place of the cross-entropy
-    with the text; floats of codebook formats are trained too; held-out sequences decide which epoch is kept.
+    with the text; floats of codebook formats, and norms, are trained too; held-out sequences decide which epoch is
+    kept.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Trains a quantized model end to end, to reproduce the float model's distribution of the next token.
 
-Scales, float zero points and codebooks move: the values of the QTensors' tuners. Codes stay, or are those of weights
-that are trained too (quantization-aware training). Some sequences are held out: of the states after each epoch and
-before training, the one with the lowest loss on them is kept. Memory: the inputs of all blocks for one batch, and one
-block's graph; five times all that is trained.
+Scales, float zero points and codebooks move, the values of the QTensors' tuners, and the norms of the blocks. Codes
+stay, or are those of weights that are trained too (quantization-aware training). Some sequences are held out: of the
+states after each epoch and before training, the one with the lowest loss on them is kept. Memory: the inputs of all
+blocks for one batch, and one block's graph; five times all that is trained.
 
 Source: EfficientQAT, Chen et al. 2024, arXiv 2407.11062, section 3.3: step sizes are trained end to end; the loss is
 that of mlx-lm's DWQ, in one direction and without its hidden states.
@@ -22,7 +22,18 @@ from harness.core import Distillation
 from harness.core.precision import products
 from harness.models import Decoder
 from harness.quantization.teacher import Teacher
-from harness.quantization.tuning import Adam, Steps, Task, Tuned, Tuning, train, tuned, tunings_of
+from harness.quantization.tuning import (
+    Adam,
+    Steps,
+    Task,
+    Tuned,
+    Tuning,
+    train,
+    tuned,
+    tunings_of,
+    values_of,
+    vectors_of,
+)
 from harness.utils.progress import Track, silent
 
 
@@ -37,28 +48,29 @@ def distill(
     """Train the quantized linears of a model in place; `tokens` (B, T) are those of the teacher.
 
     `weights` are those of the float model by quantized linear, if weights are trained too.
-    Returns: the loss before and after training; None if no linear has floats that can be trained.
+    Returns: the loss before and after training; None if there is nothing that can be trained.
     """
     tunings = [tuning for block in decoder.blocks for tuning in tunings_of(block, weights)]
-    if not tunings:
-        return None
-    task = _Task(Stream(decoder, tokens), teacher, options.bfloat16, tunings)
-    with tuned(tunings, anew=True):
+    with vectors_of(decoder.blocks) as floats, tuned(tunings, anew=True):
+        if not tunings and not floats:
+            return None
+        task = _Task(Stream(decoder, tokens), teacher, options.bfloat16, tunings, floats)
         return train(task, len(tokens), options, track)
 
 
 @dataclass
 class _Task(Task):
-    """The mean KL per token from the teacher to a model."""
+    """The mean KL per token from the teacher to a model; `floats` are trained too."""
 
     stream: Stream
     teacher: Teacher
     bfloat16: bool
     tunings: Sequence[Tuning]
+    floats: Sequence[nn.Parameter]
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [value for tuning in self.tunings for value in tuning.values.values()]
+        return [*values_of(self.tunings), *self.floats]
 
     def accept(self) -> None:
         for tuning in self.tunings:

@@ -8,15 +8,14 @@ the states after each epoch and before training, the one with the lowest error o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from harness.core import Finetune
-from harness.quantization.tuning import Task, Tuned, Tuning, train, tuned, tunings_of
+from harness.quantization.tuning import Task, Tuned, Tuning, train, tuned, tunings_of, values_of, vectors_of
 
 _TINY = 1e-12  # smallest squared norm of a token
 
@@ -37,7 +36,7 @@ def finetune(
     tunings = list(tunings_of(block))
     if not tunings:
         return None
-    with _training(block, tunings) as floats:
+    with vectors_of([block]) as floats, tuned(tunings):
         return train(_Task(tunings, run, inputs, targets, floats), len(inputs), options)
 
 
@@ -53,7 +52,7 @@ class _Task(Task):
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*(value for tuning in self.tunings for value in tuning.values.values()), *self.floats]
+        return [*values_of(self.tunings), *self.floats]
 
     def accept(self) -> None:
         for tuning in self.tunings:
@@ -81,22 +80,3 @@ def _token_error(output: Tensor, target: Tensor) -> Tensor:
     exact, actual = target.float(), output.float()
     size = torch.maximum(exact.square().sum(-1), actual.detach().square().sum(-1)).clamp(min=_TINY)
     return ((actual - exact).square().sum(-1) / size).mean()
-
-
-@contextmanager
-def _training(block: nn.Module, tunings: Sequence[Tuning]) -> Iterator[list[nn.Parameter]]:
-    """Let the block's linears compute with their tuners' values; of its parameters, only vectors get gradients.
-
-    Yields: these vectors. At the end everything is as before.
-    """
-    requires_grad = {parameter: parameter.requires_grad for parameter in block.parameters()}
-    floats = [parameter for parameter in requires_grad if parameter.dim() == 1]
-    try:
-        for parameter in requires_grad:
-            parameter.requires_grad_(parameter.dim() == 1)
-        with tuned(tunings):
-            yield floats
-    finally:
-        for parameter, previous in requires_grad.items():
-            parameter.requires_grad_(previous)
-            parameter.grad = None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
@@ -183,6 +183,28 @@ def tunings_of(module: nn.Module, weights: Mapping[nn.Module, Tensor] | None = N
                 )
             if tuner is not None:
                 yield Tuning(each, tuner)
+
+
+def values_of(tunings: Iterable[Tuning]) -> list[Tensor]:
+    """The values under training of quantized linears."""
+    return [value for tuning in tunings for value in tuning.values.values()]
+
+
+@contextmanager
+def vectors_of(modules: Iterable[nn.Module]) -> Iterator[list[nn.Parameter]]:
+    """Let the vectors among the parameters of modules get gradients, and nothing else, until exit.
+
+    Yields: these vectors, which are norms and biases. At the end everything is as before but their values.
+    """
+    requires_grad = {each: each.requires_grad for module in modules for each in module.parameters()}
+    try:
+        for parameter in requires_grad:
+            parameter.requires_grad_(parameter.dim() == 1)
+        yield [parameter for parameter in requires_grad if parameter.dim() == 1]
+    finally:
+        for parameter, previous in requires_grad.items():
+            parameter.requires_grad_(previous)
+            parameter.grad = None
 
 
 @contextmanager

@@ -121,6 +121,10 @@ def weights_of(model: Any) -> list[Tensor]:
     return [module.packed.dequantize() for module in model.modules() if isinstance(module, QuantLinear)]  # type: ignore[union-attr,operator]
 
 
+def norms_of(decoder: Decoder) -> list[Tensor]:
+    return [each for block in decoder.blocks for each in block.parameters() if each.dim() == 1]
+
+
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("scheme", ["group32", "channel", "w4a4_token"])
 def test_the_held_out_loss_falls_and_the_model_has_it(tiny: Tiny, scheme: str, bfloat16: bool) -> None:
@@ -138,11 +142,22 @@ def test_the_held_out_loss_falls_and_the_model_has_it(tiny: Tiny, scheme: str, b
 
 def test_training_that_does_not_help_is_undone(tiny: Tiny) -> None:
     model, decoder, teacher = rounded(tiny, "scheme=channel", "bits=4")
-    before = weights_of(model)
+    before, norms = weights_of(model), [each.clone() for each in norms_of(decoder)]
     outcome = distill(decoder, TOKENS, teacher, Distillation(epochs=2, lr=30.0, batch=4, bfloat16=False))
     assert outcome is not None
     assert outcome.after == outcome.before
     assert all(map(torch.equal, before, weights_of(model)))
+    assert all(map(torch.equal, norms, norms_of(decoder)))
+
+
+def test_norms_are_trained_too(tiny: Tiny) -> None:
+    _, decoder, teacher = rounded(tiny, "scheme=w_mxfp4")  # whose scales do not move
+    before = [each.clone() for each in norms_of(decoder)]
+    outcome = distill(decoder, TOKENS, teacher, Distillation(epochs=6, lr=0.02, batch=2, bfloat16=False))
+    assert outcome is not None
+    assert outcome.after < outcome.before
+    assert not any(map(torch.equal, before, norms_of(decoder)))
+    assert not any(each.grad is not None for each in norms_of(decoder))
 
 
 @pytest.mark.parametrize("method", ["distill", "gptq_distill", "autoround_distill", "qat", "gptq_qat", "autoround_qat"])

@@ -94,6 +94,10 @@ class Trellis:
 
     def decode(self, packed: Tensor) -> Tensor:
         """The sequences (S, 256) float32 of circles of bits (S, 32 bits) uint8."""
+        native = operator("trellis_decode")
+        if native is not None and packed.device.type == "cpu":
+            decoded: Tensor = native(packed.contiguous(), self.values(packed.device), self.step_bits)
+            return decoded
         return self.along(self.states(packed))
 
     def along(self, paths: Tensor) -> Tensor:

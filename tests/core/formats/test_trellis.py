@@ -107,6 +107,20 @@ def test_a_circle_of_bits_decodes_to_its_path(code: Code, bits: int) -> None:
     assert torch.equal(trellis.decode(packed), table[paths.long()].flatten(1))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("code", CODES)
+def test_the_operator_decodes_as_torch_does(code: Code, bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not library.available():
+        pytest.skip("the native library is not built")
+    packed = torch.randint(0, 256, (70, 32 * bits), dtype=torch.uint8, generator=torch.Generator().manual_seed(bits))
+    for state_bits in (8, 11, 16):
+        trellis = Trellis(code, bits, state_bits)
+        found = trellis.decode(packed)
+        with monkeypatch.context() as patch:
+            patch.setattr("harness.core.operators.namespace", lambda: None)
+            assert torch.equal(found, trellis.decode(packed))
+
+
 def test_random_bits_are_a_path() -> None:
     trellis = Trellis("1mad", 3, 16)
     packed = torch.randint(0, 256, (4, 96), dtype=torch.uint8)

@@ -5,7 +5,8 @@ Paper: Liu et al. 2024, arXiv 2405.16406, section 3: R1 is trained on the Stiefe
 Differs: the loss is the KL from the float model's distribution, the paper has the cross-entropy with the text;
     held-out sequences decide which epoch is kept. R1 starts as QuaRot's random Hadamard matrix and is multiplied by
     what is learned. R2, which turns values and output projections within heads, is not learned: their inputs are
-    rotated as a whole at run time. Queries and keys are not rotated.
+    rotated as a whole at run time. Queries and keys are not rotated. Gradients pass rounding with the ranges of the
+    inputs as they are; the paper's also pass through the ranges.
 """
 
 from __future__ import annotations

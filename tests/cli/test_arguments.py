@@ -49,7 +49,7 @@ def test_flags_stand_anywhere(words: list[str], expected: list[str]) -> None:
         (["tabel"], "tabel is neither a command nor KEY=VALUE; did you mean table?"),
         (["runs=x", "table"], "table is a command, which is the first word: python -m harness table"),
         (["=3"], "=3 has no key; expected KEY=VALUE, without spaces around ="),
-        (["method=null"], "method=null is no name; expected one of: aqlm"),
+        (["method=null"], "method=null is no name; expected one of: any4"),
         (["model.path=~/models/llama"], 'a quoted ~ is no folder; expected model.path="$HOME/models/llama"'),
         (["model.path=/data/modèle"], "\"model.path='/data/modèle'\""),
         (["model.path=/data/run(2)"], "\"model.path='/data/run(2)'\""),

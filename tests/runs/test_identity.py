@@ -337,14 +337,15 @@ class _edited:  # noqa: N801 - reads as a verb
 
 
 def _mutated(file: Path) -> str:
-    """The text of a module with one constant or operator changed."""
+    """The text of a module with one constant, result or condition changed."""
     text = file.read_text()
     tree = ast.parse(text)
     silent = {id(node) for parent in ast.walk(tree) for node in _silent_parts(parent)}
     nodes = [node for node in ast.walk(tree) if isinstance(node, ast.Constant) and id(node) not in silent]
     numbers = [node for node in nodes if type(node.value) in (int, float)]
     results = [node.value for node in ast.walk(tree) if isinstance(node, ast.Return) and node.value is not None]
-    node = [*numbers, *nodes, *results][0]
+    conditions = [node.test for node in ast.walk(tree) if isinstance(node, ast.If)]
+    node = [*numbers, *nodes, *results, *conditions][0]
     lines = text.splitlines(keepends=True)
     start = sum(len(line.encode()) for line in lines[: node.lineno - 1]) + node.col_offset
     stop = sum(len(line.encode()) for line in lines[: (node.end_lineno or 0) - 1]) + (node.end_col_offset or 0)

@@ -318,7 +318,7 @@ def test_a_sweep_continues_after_failures_and_skips_finished_runs(tmp_path: Path
     [
         (["method=rtm"], "error: method=rtm is unknown; did you mean rtn? expected one of: "),
         (["modle=tiny"], "error: modle=tiny is an unknown key; did you mean model?"),
-        (["method=null"], "error: method=null is no name; expected one of: aqlm, "),
+        (["method=null"], "error: method=null is no name; expected one of: any4, "),
         (["data.seqlen=5"], "error: data.seqlen=5 is an unknown key; did you mean data.seq_len?"),
     ],
 )

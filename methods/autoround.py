@@ -16,13 +16,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from harness.core import Block, FloatWeight, Hessian, IntWeight, Method, MinMax, QTensor, Scheme, at_least
+from harness.core import Block, FloatWeight, Hessian, IntWeight, Method, MinMax, QTensor, Scheme, Stat, at_least
 from harness.core.finite import check_finite
 from harness.core.formats import compute_dtype
 from harness.core.precision import products
@@ -43,8 +42,6 @@ class AutoRound(Method):
     seed      of the sequences of each step
     """
 
-    needs: ClassVar = (MinMax, Hessian)
-
     steps: int = 200
     lr: float | None = None
     batch: int = 4
@@ -57,6 +54,10 @@ class AutoRound(Method):
         at_least(self, 0, "seed")
         if self.lr is not None and not 0 < self.lr <= 1:
             raise ValueError(f"lr={self.lr} is out of range; expected more than 0, up to 1, or null")
+
+    @property
+    def needs(self) -> Sequence[type[Stat]]:
+        return (MinMax, Hessian) if self.clip else (MinMax,)
 
     def check(self, scheme: Scheme) -> None:
         _grid(scheme)

@@ -65,7 +65,32 @@ class AbsMean(Stat):
         return (self.total / self.tokens.clamp(min=1)).float()
 
 
-class Hessian(Stat):
+class _Moment(Stat):
+    """2/T times a sum over all T tokens of products of two numbers of a token, `value` (K, K) float32."""
+
+    weighted = True
+
+    def __init__(self, in_features: int) -> None:
+        super().__init__(in_features)
+        self.total = torch.zeros(in_features, in_features)
+        self.tokens = torch.zeros((), dtype=torch.int64)
+
+    def rescale(self, scale: Tensor) -> None:
+        self.total = self.total.to(scale.device) / (scale[:, None] * scale)
+
+    @property
+    def value(self) -> Tensor:
+        return self.total * (2.0 / self.tokens.clamp(min=1))
+
+    def _rows(self, inputs: Tensor) -> Tensor:
+        """A batch (T, K) in at least float32; counts its tokens, and brings `total` to its device and dtype."""
+        rows = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
+        self.total = self.total.to(device=rows.device, dtype=rows.dtype)
+        self.tokens = self.tokens + len(inputs)
+        return rows
+
+
+class Hessian(_Moment):
     """H = 2/T sum x x^T over all T tokens, `value` (K, K) float32: the Hessian of a linear's squared output error.
 
     Frantar et al. 2022, arXiv 2210.17323, section 3 (their code averages over sequences, which differs by a factor).
@@ -74,39 +99,31 @@ class Hessian(Stat):
     """
 
     cached = True
-    weighted = True
 
     def __init__(self, in_features: int) -> None:
         super().__init__(in_features)
-        self.total = torch.zeros(in_features, in_features)
-        self.tokens = torch.zeros((), dtype=torch.int64)
         self._mirrored = False
 
     def update(self, inputs: Tensor, reference: Tensor) -> None:
-        rows = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-        self.total = self.total.to(device=rows.device, dtype=rows.dtype)
+        rows = self._rows(inputs)
         for start in range(0, self.in_features, _PANEL):
             stop = min(start + _PANEL, self.in_features)
             self.total[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
-        self.tokens = self.tokens + len(inputs)
         self._mirrored = False
 
     def restore(self, state: dict[str, Tensor], device: torch.device) -> None:
         super().restore(state, device)
         self._mirrored = False
 
-    def rescale(self, scale: Tensor) -> None:
-        self.total = self.total.to(scale.device) / (scale[:, None] * scale)
-
     @property
     def value(self) -> Tensor:
         if not self._mirrored:
             self.total = self.total.triu() + self.total.triu(1).T
             self._mirrored = True
-        return self.total * (2.0 / self.tokens.clamp(min=1))
+        return super().value
 
 
-class Drift(Stat):
+class Drift(_Moment):
     """D = 2/T sum (r - x) x^T over all T tokens, `value` (K, K): how far inputs x are from those of the float model, r.
 
     2/T sum r x^T is the Hessian plus D. Zhang et al. 2025, arXiv 2505.11695 (Qronos), and Li et al. 2025, arXiv
@@ -114,25 +131,10 @@ class Drift(Stat):
     """
 
     compares = True
-    weighted = True
-
-    def __init__(self, in_features: int) -> None:
-        super().__init__(in_features)
-        self.total = torch.zeros(in_features, in_features)
-        self.tokens = torch.zeros((), dtype=torch.int64)
 
     def update(self, inputs: Tensor, reference: Tensor) -> None:
-        rows = inputs.to(torch.promote_types(inputs.dtype, torch.float32))
-        self.total = self.total.to(device=rows.device, dtype=rows.dtype)
+        rows = self._rows(inputs)
         self.total.addmm_((reference.to(rows.dtype) - rows).T, rows)
-        self.tokens = self.tokens + len(inputs)
-
-    def rescale(self, scale: Tensor) -> None:
-        self.total = self.total.to(scale.device) / (scale[:, None] * scale)
-
-    @property
-    def value(self) -> Tensor:
-        return self.total * (2.0 / self.tokens.clamp(min=1))
 
 
 class Sample(Stat):

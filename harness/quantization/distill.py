@@ -22,18 +22,7 @@ from harness.core import Distillation
 from harness.core.precision import products
 from harness.models import Decoder
 from harness.quantization.teacher import Teacher
-from harness.quantization.tuning import (
-    Adam,
-    Steps,
-    Task,
-    Tuned,
-    Tuning,
-    train,
-    tuned,
-    tunings_of,
-    values_of,
-    vectors_of,
-)
+from harness.quantization.tuning import Adam, Floats, Steps, Tuned, train, tuned, tunings_of, vectors_of
 from harness.utils.progress import Track, silent
 
 
@@ -54,27 +43,17 @@ def distill(
     with vectors_of(decoder.blocks) as floats, tuned(tunings, anew=True):
         if not tunings and not floats:
             return None
-        task = _Task(Stream(decoder, tokens), teacher, options.bfloat16, tunings, floats)
+        task = _Task(tunings, floats, Stream(decoder, tokens), teacher, options.bfloat16)
         return train(task, len(tokens), options, track)
 
 
 @dataclass
-class _Task(Task):
-    """The mean KL per token from the teacher to a model; `floats` are trained too."""
+class _Task(Floats):
+    """The mean KL per token from the teacher to a model."""
 
     stream: Stream
     teacher: Teacher
     bfloat16: bool
-    tunings: Sequence[Tuning]
-    floats: Sequence[nn.Parameter]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*values_of(self.tunings), *self.floats]
-
-    def accept(self) -> None:
-        for tuning in self.tunings:
-            tuning.accept()
 
     def steps(self, lr: float, count: int) -> Steps:
         return Adam(self.tensors, lr, count, fused=True)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from harness.core import Finetune
-from harness.quantization.tuning import Task, Tuned, Tuning, train, tuned, tunings_of, values_of, vectors_of
+from harness.quantization.tuning import Floats, Tuned, train, tuned, tunings_of, vectors_of
 
 _TINY = 1e-12  # smallest squared norm of a token
 
@@ -37,26 +37,16 @@ def finetune(
     if not tunings:
         return None
     with vectors_of([block]) as floats, tuned(tunings):
-        return train(_Task(tunings, run, inputs, targets, floats), len(inputs), options)
+        return train(_Task(tunings, floats, run, inputs, targets), len(inputs), options)
 
 
 @dataclass
-class _Task(Task):
-    """The mean relative squared error per token of a block's outputs; `floats` are trained too."""
+class _Task(Floats):
+    """The mean relative squared error per token of a block's outputs."""
 
-    tunings: Sequence[Tuning]
     run: Callable[[Tensor], Tensor]
     inputs: Sequence[Tensor]
     targets: Sequence[Tensor]
-    floats: Sequence[nn.Parameter]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [*values_of(self.tunings), *self.floats]
-
-    def accept(self) -> None:
-        for tuning in self.tunings:
-            tuning.accept()
 
     def differentiate(self, chosen: Sequence[int]) -> None:
         self._loss(chosen).backward()

@@ -117,6 +117,22 @@ class Task(ABC):
             tensor.copy_(saved)
 
 
+@dataclass
+class Floats(Task):
+    """Training of the values of quantized linears, and of other floats of the model."""
+
+    tunings: Sequence[Tuning]
+    floats: Sequence[nn.Parameter]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*(value for tuning in self.tunings for value in tuning.values.values()), *self.floats]
+
+    def accept(self) -> None:
+        for tuning in self.tunings:
+            tuning.accept()
+
+
 def train(task: Task, count: int, settings: Settings, track: Track = silent) -> Tuned:
     """Train on `count` sequences in a random order, the same in every run, and keep the best state.
 
@@ -183,11 +199,6 @@ def tunings_of(module: nn.Module, weights: Mapping[nn.Module, Tensor] | None = N
                 )
             if tuner is not None:
                 yield Tuning(each, tuner)
-
-
-def values_of(tunings: Iterable[Tuning]) -> list[Tensor]:
-    """The values under training of quantized linears."""
-    return [value for tuning in tunings for value in tuning.values.values()]
 
 
 @contextmanager
